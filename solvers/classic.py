@@ -1,0 +1,158 @@
+"""Textbook solvers. Each is one step; the loop is in `integrate`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from solvers.field import Field
+from solvers.integrate import Point, Step
+from solvers.process import Level
+
+# Adams-Bashforth weights for equal steps, newest slope first.
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+@dataclass(frozen=True)
+class Euler:
+    """First order; the same as DDIM (Song et al. 2021, arXiv:2010.02502)."""
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        return step.now.x + step.h * step.now.d
+
+
+@dataclass(frozen=True)
+class Heun:
+    """Second order, explicit trapezoid (Karras et al. 2022, arXiv:2206.00364, Alg. 1)."""
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        x = step.now.x + step.h * step.now.d
+        return step.now.x + step.h * (step.now.d + field(x, step.sigma_next)) / 2
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Heun after a little noise is put back (Karras et al. 2022, Alg. 2, "churn").
+
+    `noise(index, x)` gives standard normal noise like x [B, 1, *] for step `index`; let it
+    come from a generator per sample, so that it does not depend on the batch.
+    """
+
+    noise: Callable[[int, Tensor], Tensor]
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        return Heun()(field, dataclasses.replace(step, now=self.churned(field, step)))
+
+    def churned(self, field: Field, step: Step) -> Point:
+        """The point at the raised noise level; `step.now` itself where nothing is added."""
+        now, gamma = step.now, self.gamma(step)
+        if gamma == 0:
+            return now
+        sigma = now.sigma * (1 + gamma)
+        spread = self.s_noise * math.sqrt(sigma**2 - now.sigma**2)
+        x = now.x + spread * self.noise(step.index, now.x)
+        return Point(sigma, x, lambda: field(x, sigma))
+
+    def gamma(self, step: Step) -> float:
+        """By which part the noise level is raised at this step."""
+        if not self.s_min <= step.now.sigma <= self.s_max:
+            return 0.0
+        return min(self.s_churn / (len(step.sigmas) - 1), math.sqrt(2) - 1)
+
+
+@dataclass(frozen=True)
+class DPM2:
+    """Second order, midpoint at sigma^(1-r) sigma_next^r (Lu et al. 2022, arXiv:2206.00927)."""
+
+    r: float = 0.5
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        sigma = step.now.sigma ** (1 - self.r) * step.sigma_next**self.r
+        d = field(step.now.x + (sigma - step.now.sigma) * step.now.d, sigma)
+        b = 1 / (2 * self.r)
+        return step.now.x + step.h * (b * d + (1 - b) * step.now.d)
+
+
+@dataclass(frozen=True)
+class IPNDM:
+    """Adams-Bashforth as if steps were equal (Zhang & Chen 2023, arXiv:2204.13902, iPNDM)."""
+
+    order: int = 3
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        slopes = newest_slopes(step, self.order)
+        return step.now.x + step.h * mixed(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
+
+
+@dataclass(frozen=True)
+class IPNDMv:
+    """Adams-Bashforth for steps as they are (arXiv:2204.13902, iPNDM with variable steps).
+
+    The formulas are the published ones (DEIS and diff-sampler), which are exact for steps of
+    slowly varying length: the second difference has its ratio inside the bracket, and the oldest
+    weight of order 4 takes h1 / h2 for h2 / h3. On grids even in log sigma both keep the order.
+    """
+
+    order: int = 3
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        slopes = newest_slopes(step, self.order)
+        behind = [step.now.sigma, *(p.sigma for p in step.past)]
+        gaps = [a - b for a, b in pairwise(behind[: len(slopes)])]
+        return step.now.x + step.h * mixed(variable_weights(step.h, gaps), slopes)
+
+
+def variable_weights(h: Level, gaps: Sequence[float]) -> list[Level]:
+    """Weights of the newest slopes for a step h after the earlier steps `gaps` (newest first).
+
+    In the backward differences of the slopes, scaled to the newest earlier step: the first
+    difference has the weight h / (2 gaps[0]), the second `second`, the third `third`.
+    """
+    if not gaps:
+        return [1.0]
+    h1 = gaps[0]
+    first = h / (2 * h1)
+    if len(gaps) == 1:
+        return [1 + first, -first]
+    h2 = gaps[1]
+    ratio = h1 / h2
+    near = h / (h + h1)
+    second = (1 - near / 3 * (h * (h + h1)) / (h1 * (h1 + h2))) / 2
+    weights = [1 + first + second, -first - (1 + ratio) * second, ratio * second]
+    if len(gaps) == 2:
+        return weights
+    h3 = gaps[2]
+    far = h1 * (h1 + h2) / (h2 * (h2 + h3))
+    third = (1 - near / 3) / 2 + (1 - near / 2) * h / (6 * (h + h1 + h2))
+    third = third * h * (h + h1) * (h + h1 + h2) / (h1 * (h1 + h2) * (h1 + h2 + h3))
+    return [
+        weights[0] + third,
+        weights[1] - (1 + ratio + far) * third,
+        weights[2] + (ratio + far * (1 + h2 / h3)) * third,
+        -far * ratio * third,
+    ]
+
+
+def newest_slopes(step: Step, order: int) -> list[Tensor]:
+    """The slope now and up to order - 1 earlier ones."""
+    return [step.now.d, *(p.d for p in step.past[: order - 1])]
+
+
+def mixed(weights: Sequence[Level], slopes: Sequence[Tensor]) -> Tensor:
+    """Sum of weight * slope."""
+    total = weights[0] * slopes[0]
+    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
+        total = total + weight * slope
+    return total

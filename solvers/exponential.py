@@ -1,0 +1,236 @@
+"""Multistep solvers on a clock of their own: DPM-Solver++, UniPC (exact in the linear part), DEIS."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from solvers.classic import mixed, newest_slopes
+from solvers.field import Field
+from solvers.integrate import Point, Step
+from solvers.process import VE, Level, Process, expm1
+from solvers.schedules import VPClock
+
+QUADRATURE_NODES = 32
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """One step's numbers in the clock lambda = log(alpha / sigma), for data or noise prediction.
+
+    With model m (x0 or the noise) the exact solution for constant m is
+    ratio * x - gain * (exp(hh) - 1) * m (arXiv:2211.01095, Eqs. 9 and 8 of its Sec. 3 and 4).
+    """
+
+    step: Step
+    process: Process
+    predict_x0: bool
+    threshold_below: float = 0.0  # x0 is dynamically thresholded at levels below this
+
+    @cached_property
+    def h(self) -> Level:
+        """The step in lambda, positive."""
+        p = self.process
+        return p.half_log_snr(self.step.sigma_next) - p.half_log_snr(self.step.now.sigma)
+
+    @property
+    def hh(self) -> Level:
+        """-h for data prediction, h for noise prediction."""
+        return -self.h if self.predict_x0 else self.h
+
+    @property
+    def gain(self) -> Level:
+        """What multiplies the model's part."""
+        sigma = self.step.sigma_next
+        return self.process.alpha(sigma) if self.predict_x0 else sigma
+
+    def model(self, point: Point) -> Tensor:
+        """What is taken as constant over a step: x0 or the noise at `point`."""
+        if self.predict_x0:
+            return dynamic_threshold(point.x0) if point.sigma < self.threshold_below else point.x0
+        return point.d if self.process == VE else point.x0 + point.d
+
+    def linear(self) -> Tensor:
+        """The first-order step."""
+        now, sigma_next = self.step.now, self.step.sigma_next
+        if self.predict_x0:
+            ratio = sigma_next / now.sigma
+        else:
+            ratio = self.process.alpha(sigma_next) / self.process.alpha(now.sigma)
+        return ratio * now.x - self.gain * expm1(self.hh) * self.model(now)
+
+    def gap(self, point: Point) -> Level:
+        """How far `point` lies ahead of now, in units of the step."""
+        p = self.process
+        return (p.half_log_snr(point.sigma) - p.half_log_snr(self.step.now.sigma)) / self.h
+
+
+def dynamic_threshold(x0: Tensor, quantile: float = 0.995) -> Tensor:
+    """Clip each sample to its 99.5 % quantile s and divide by it, where s > 1.
+
+    Saharia et al. 2022 (Imagen, arXiv:2205.11487, Sec. 2.3). For pixels in [-1, 1] only.
+    """
+    s = torch.quantile(x0.flatten(2).abs(), quantile, dim=-1).clamp(min=1)
+    s = s.reshape(*s.shape, *[1] * (x0.ndim - 2))
+    return x0.clamp(-s, s) / s
+
+
+@dataclass(frozen=True)
+class DPMpp:
+    """DPM-Solver++ multistep (Lu et al. 2022, arXiv:2211.01095), data or noise prediction.
+
+    `thresholding` is for pixels and data prediction; the published comparisons have it on.
+    """
+
+    order: Literal[1, 2, 3] = 2
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    process: Process = VE
+    thresholding: bool = False
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        order = usable_order(step, self.order, self.lower_order_final)
+        bound = math.inf if self.thresholding else 0.0
+        e = Exponential(step, self.process, self.predict_x0, bound)
+        if order == 1:
+            return e.linear()
+        points = [step.now, *step.past[: order - 1]]
+        models, gaps = [e.model(p) for p in points], [e.gap(p) for p in points]
+        d0 = (models[0] - models[1]) / (gaps[0] - gaps[1])
+        phi1 = expm1(e.hh)
+        if order == 2:
+            return e.linear() - e.gain * phi1 / 2 * d0
+        d1 = (models[1] - models[2]) / (gaps[1] - gaps[2])
+        bend = (d0 - d1) / (gaps[0] - gaps[2])
+        phi2 = phi1 / e.hh - 1
+        phi3 = phi2 / e.hh - 1 / 2
+        return e.linear() - e.gain * (phi2 * (d0 + (gaps[0] - gaps[1]) * bend) + phi3 * bend)
+
+
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC (Zhao et al. 2023, arXiv:2302.04867), data or noise prediction.
+
+    The predictor is the step; pass `correct` to the loop for the corrector. `thresholding` is
+    for pixels and data prediction; as published, it spares the estimate at the first level.
+    """
+
+    order: Literal[1, 2, 3] = 3
+    variant: Literal["bh1", "bh2"] = "bh2"
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    process: Process = VE
+    thresholding: bool = False
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        return self.advance(step, arrived=None)
+
+    def correct(self, step: Step, arrived: Point) -> Point:
+        """The point where `step` ends, moved by what the network said there.
+
+        What the network predicts (x0, or the noise) stays as it was evaluated.
+        """
+        x, sigma = self.advance(step, arrived), arrived.sigma
+        if self.predict_x0:
+            return Point(sigma, x, lambda: (x - arrived.x0) / sigma)
+        noise = Exponential(step, self.process, self.predict_x0).model(arrived)
+        alpha = self.process.alpha(sigma)
+        return Point(sigma, x, lambda: noise if alpha == 1 else (noise - x) / alpha)
+
+    def advance(self, step: Step, arrived: Point | None) -> Tensor:
+        """The step, by the points behind it and, for the corrector, the one it arrived at."""
+        order = usable_order(step, self.order, self.lower_order_final)
+        bound = step.sigmas[0] if self.thresholding else 0.0
+        e = Exponential(step, self.process, self.predict_x0, bound)
+        others = [*step.past[: order - 1], *([arrived] if arrived else [])]
+        if not others:
+            return e.linear()
+        gaps, now = [e.gap(p) for p in others], e.model(step.now)
+        scale = e.hh if self.variant == "bh1" else expm1(e.hh)
+        weights = unipc_weights(gaps, e.hh, scale)
+        slopes = [(e.model(p) - now) / gap for p, gap in zip(others, gaps, strict=True)]
+        return e.linear() - e.gain * scale * mixed(weights, slopes)
+
+
+def usable_order(step: Step, order: int, lower_order_final: bool) -> int:
+    """The order that the history allows, and near the end no more than the steps left."""
+    return min(order, len(step.past) + 1, step.left + 1 if lower_order_final else order)
+
+
+def unipc_weights(gaps: Sequence[float], hh: float, scale: float) -> list[float]:
+    """Solve UniPC's order conditions (Eq. 11); for a single other point the weight is 1/2."""
+    if len(gaps) == 1:
+        return [0.5]
+    phi, factorial, target = math.expm1(hh) / hh - 1, 1, []
+    for k in range(len(gaps)):
+        target.append(phi * factorial / scale)
+        factorial *= k + 2
+        phi = phi / hh - 1 / factorial
+    powers = [[gap**k for gap in gaps] for k in range(len(gaps))]
+    solve = torch.linalg.solve
+    return solve(*(torch.tensor(t, dtype=torch.float64) for t in (powers, target))).tolist()
+
+
+@dataclass(frozen=True)
+class DEIS:
+    """Adams-Bashforth with polynomials in a clock of its own (Zhang & Chen 2023, arXiv:2204.13902).
+
+    "tab" takes the slope as a polynomial in the VP process's time, "rhoab" in sigma. The time
+    is that of the VP process whose ends are the ends of the grid. As published, "rhoab" of
+    order 4 keeps the weights of its fourth step for all later ones; prefer "tab" there.
+    """
+
+    order: Literal[1, 2, 3, 4] = 3
+    mode: Literal["tab", "rhoab"] = "tab"
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        slopes = newest_slopes(step, self.order)
+        if len(slopes) == 1:
+            return step.now.x + step.h * slopes[0]
+        if self.mode == "rhoab" and len(slopes) == 4:
+            knots, end = list(step.sigmas[3::-1]), step.sigmas[4]
+        else:
+            knots = [step.now.sigma, *(p.sigma for p in step.past)][: len(slopes)]
+            end = step.sigma_next
+        return step.now.x + mixed(self.weights(step, knots, end), slopes)
+
+    def weights(self, step: Step, knots: list[float], end: Level) -> list[Level]:
+        """The integral over sigma, from knots[0] to `end`, of each knot's polynomial."""
+        if self.mode == "rhoab":
+            return quadrature(knots, gauss_legendre(2, knots[0], end))
+        clock = VPClock.between(step.sigmas[-1], step.sigmas[0])
+        times = [clock.time(knot) for knot in knots]
+        nodes = gauss_legendre(QUADRATURE_NODES, times[0], clock.time(end))
+        return quadrature(times, [(t, weight * clock.speed(t)) for t, weight in nodes])
+
+
+def quadrature(
+    knots: Sequence[Level], nodes: Sequence[tuple[Level, Level]]
+) -> list[Level]:
+    """The integral of each knot's Lagrange polynomial, by (place, weight) nodes."""
+    return [sum(w * lagrange(knots, j, place) for place, w in nodes) for j in range(len(knots))]
+
+
+def lagrange(knots: Sequence[Level], j: int, place: Level) -> Level:
+    """The polynomial that is 1 at knot j and 0 at the others, at `place`."""
+    others = [knot for i, knot in enumerate(knots) if i != j]
+    return math.prod(((place - knot) / (knots[j] - knot) for knot in others), start=1.0)
+
+
+def gauss_legendre(n: int, start: Level, end: Level) -> list[tuple[Level, Level]]:
+    """n (place, weight) pairs that integrate from start to end (Golub & Welsch 1969)."""
+    half, middle = (end - start) / 2, (end + start) / 2
+    return [(middle + half * node, half * weight) for node, weight in legendre_rule(n)]
+
+
+@cache
+def legendre_rule(n: int) -> list[tuple[float, float]]:
+    """The n nodes and weights on [-1, 1]."""
+    k = torch.arange(1, n, dtype=torch.float64)
+    beside = k / (4 * k**2 - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return list(zip(nodes.tolist(), (2 * vectors[0] ** 2).tolist(), strict=True))

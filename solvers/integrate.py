@@ -1,0 +1,118 @@
+"""The one sampling loop. Sampling, distillation, PPO rollouts and the tests all run it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from solvers.field import Field
+from solvers.process import Level
+
+MAX_PAST = 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on the trajectory; its slope is evaluated when a solver first asks for it."""
+
+    sigma: float
+    x: Tensor  # [B, 1, *]
+    slope: Callable[[], Tensor]
+
+    @cached_property
+    def d(self) -> Tensor:
+        """dx/dsigma here, [B, 1, *]."""
+        return self.slope()
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean estimate x - sigma d, [B, 1, *]."""
+        return self.x - self.sigma * self.d
+
+    def detached(self) -> "Point":
+        """The same point, through which no gradient flows."""
+        d = self.d.detach()
+        return Point(self.sigma, self.x.detach(), lambda: d)
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a solver may look at on its way from `now` to `sigma_next`."""
+
+    index: int
+    sigmas: tuple[float, ...]  # the whole grid, without a final 0
+    now: Point
+    sigma_next: Level
+    past: tuple[Point, ...] = ()  # newest first
+
+    @property
+    def h(self) -> Level:
+        """The step in sigma, negative."""
+        return self.sigma_next - self.now.sigma
+
+    @property
+    def left(self) -> int:
+        """How many steps of the grid follow this one."""
+        return len(self.sigmas) - 2 - self.index
+
+
+class Solver(Protocol):
+    """A step is a pure function: no state, no printing, gradients flow through it."""
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        """-> x at step.sigma_next, [B, K or 1, *]."""
+        ...
+
+
+def integrate(
+    solver: Solver,
+    field: Field,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    first_slope: Callable[[Tensor, float], Tensor] | None = None,
+    correct: Callable[[Step, Point], Point] | None = None,
+    detach: bool = False,
+) -> Iterator[Tensor]:
+    """Yield x [B, *] at sigmas[1], ..., sigmas[N], from x [B, *] at sigmas[0].
+
+    `sigmas` falls; it may end in 0, a step that every solver takes by denoising (x0 is
+    yielded last). `first_slope(x, sigma)` stands in for the network's first call (AFS), and
+    `correct` may move a point once its slope is known, as predictor-corrector methods do.
+    `detach` cuts the gradient between steps, so that each step learns alone. `field.tally`
+    counts the calls. The state is float32 at least. Raises ValueError for a bad grid.
+    """
+    grid = levels(sigmas)
+    inner = tuple(sigma for sigma in grid if sigma > 0)
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
+    past: tuple[Point, ...] = ()
+    step: Step | None = None
+    for i, (sigma, sigma_next) in enumerate(pairwise(grid)):
+        now = Point(sigma, x, slope_at(field if i or first_slope is None else first_slope, x, sigma))
+        if correct and step:
+            now = correct(step, now)
+        step = Step(i, inner, now, sigma_next, past)
+        x = solver(field, step) if sigma_next > 0 else now.x0
+        yield x.squeeze(1)
+        if detach:
+            x, now = x.detach(), now.detached()
+        past = (now, *past)[:MAX_PAST]
+
+
+def slope_at(field: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float) -> Callable[[], Tensor]:
+    """The field at one place, not yet evaluated."""
+    return lambda: field(x, sigma)
+
+
+def levels(sigmas: Tensor | Sequence[float]) -> tuple[float, ...]:
+    """A grid as floats; ValueError unless it has two levels or more, falling, the last >= 0."""
+    grid = tuple(float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas))
+    falling = all(a > b for a, b in pairwise(grid))
+    if len(grid) < 2 or not falling or not math.isfinite(grid[0]) or grid[-1] < 0:
+        raise ValueError(f"sigmas must be two or more falling levels >= 0, not {list(grid)}")
+    return grid
