@@ -1,0 +1,320 @@
+"""Predictors: a learned table and the recipe to sample with it, and their files.
+
+One format in two dresses, `.pkl` (read by `torch.load(weights_only=True)`) and `.json`, both
+with float64 tables, so that converting back and forth changes no bit:
+
+    {"format": "epd-predictor", "format_version": 1,
+     "table": {"r": [N, K], "weight": ..., "time_scale": ..., "dir_scale": ...},
+     "recipe": {...}}
+
+The kind of table is the recipe's `solver`. `load_predictor` reads published files too. On the
+command line:
+
+    python -m solvers.predictor show cifar10-5nfe
+    python -m solvers.predictor convert published.pkl ours.json
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.catalog import SOLVERS
+from solvers.epd import Directions
+from solvers.persistence import Persistent, read_persistent
+from solvers.published import decode, encode, from_published, require
+from solvers.recipe import (
+    FORMAT_VERSION,
+    Recipe,
+    check_recipe,
+    one_of,
+    recipe_from_plain,
+    recipe_to_plain,
+)
+
+__all__ = [
+    "Predictor",
+    "Recipe",
+    "decode",
+    "encode",
+    "find_predictor",
+    "load_predictor",
+    "save_predictor",
+    "validate",
+]
+
+FORMAT = "epd-predictor"
+TABLES = {"epd": Directions}
+"""The class of table by the recipe's solver; its fields are the names in the file."""
+WEIGHT_TOLERANCE = 1e-4
+MAX_JSON = 64 << 20
+EXPS = Path(__file__).resolve().parent.parent / "exps"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A table [num_steps - 1, K] and the settings that it was learned for."""
+
+    table: Directions
+    recipe: Recipe
+
+    @property
+    def nfe(self) -> int:
+        """Network calls one after another for an image: 2 an interval, 1 less with AFS."""
+        calls = 1 + SOLVERS[self.recipe.base].calls
+        return calls * (self.recipe.num_steps - 1) - self.recipe.afs
+
+    @property
+    def evaluations(self) -> int:
+        """Rows through the network for an image: every one of the K points counts."""
+        rows = 1 + self.recipe.num_points * SOLVERS[self.recipe.base].calls
+        return rows * (self.recipe.num_steps - 1) - self.recipe.afs
+
+
+def validate(predictor: Predictor) -> Predictor:
+    """The predictor itself, if its table and its recipe can be sampled with.
+
+    Raises:
+        ValueError: one line with the value: a shape that is not [num_steps - 1, num_points],
+            NaN, r outside [0, 1], a negative weight, weights that do not sum to 1 (within
+            1e-4), a time_scale that is not positive, or a recipe that cannot be served.
+    """
+    recipe, table = predictor.recipe, predictor.table
+    check_recipe(recipe)
+    shape = (recipe.num_steps - 1, recipe.num_points)
+    for name, values in named_tensors(table).items():
+        if tuple(values.shape) != shape:
+            wanted = f"num_steps {recipe.num_steps} and num_points {recipe.num_points} need"
+            raise ValueError(f"{name} has the shape {list(values.shape)}: {wanted} {list(shape)}")
+        require(name, values, values.isfinite(), "must be a finite number")
+    require("r", table.r, (table.r >= 0) & (table.r <= 1), "must lie in [0, 1]")
+    require("weight", table.weight, table.weight >= 0, "must not be negative")
+    require("time_scale", table.time_scale, table.time_scale > 0, "must be above 0")
+    total = table.weight.double().sum(-1)
+    whole = (total - 1).abs() <= WEIGHT_TOLERANCE
+    require("sum of weight", total, whole, "must be 1, as weights are shares")
+    return predictor
+
+
+def named_tensors(table: Directions) -> dict[str, Tensor]:
+    """The tensors of a table by the names that files use."""
+    return {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+
+
+# --- files --------------------------------------------------------------------------------
+
+
+def save_predictor(predictor: Predictor, path: Path) -> None:
+    """Write a predictor to `path`, `.pkl` or `.json` by its name, whole or not at all.
+
+    Raises:
+        ValueError: the predictor is not valid, or the name ends otherwise.
+    """
+    content = to_content(validate(predictor))
+    if path.suffix == ".json":
+        rows = {name: values.tolist() for name, values in content["table"].items()}
+        text = json.dumps({**content, "table": rows}, indent=1, allow_nan=False)
+        short = re.sub(r"\[\n[^][{}\"]*\]", lambda m: " ".join(m[0].split()), text)
+        write_whole(path, short.encode() + b"\n")
+    elif path.suffix == ".pkl":
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_whole(path, buffer.getvalue())
+    else:
+        raise ValueError(f"{path}: a predictor's file ends in .pkl or .json")
+
+
+def to_content(predictor: Predictor) -> dict[str, Any]:
+    """What a file holds, tables as float64 tensors on the CPU."""
+    tensors = named_tensors(predictor.table)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "table": {name: t.detach().double().cpu().contiguous() for name, t in tensors.items()},
+        # through text, so that equal recipes make equal bytes
+        "recipe": json.loads(json.dumps(recipe_to_plain(predictor.recipe))),
+    }
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside and move into place."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_predictor(path: Path) -> Predictor:
+    """The predictor of a file of ours (.pkl or .json) or of a published pickle, checked.
+
+    Nothing that the file holds is executed (`solvers.persistence`).
+
+    Raises:
+        ValueError: one line with the path: not there, not a predictor, broken, hostile, of a
+            future version, or with a table or a recipe that `validate` refuses.
+    """
+    content = read_json(path) if looks_like_json(path) else read_persistent(path)
+    try:
+        return validate(from_content(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def looks_like_json(path: Path) -> bool:
+    """Whether the file is text that starts with a brace."""
+    if path.suffix == ".json":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip()[:1] == b"{"
+    except OSError:
+        return False
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError in one line for anything that is not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes is no predictor")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
+
+
+def from_content(content: Any) -> Predictor:
+    """A predictor from the content of a file, ours or published."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a predictor")
+    if isinstance(content.get("model"), Persistent):
+        return Predictor(*from_published(content))
+    version = content.get("format_version")
+    if content.get("format") != FORMAT or type(version) is not int:
+        raise ValueError('it is neither a predictor of ours nor a published one with a "model"')
+    if not 1 <= version <= FORMAT_VERSION:
+        known = f"this code reads up to {FORMAT_VERSION}, so it needs an update"
+        raise ValueError(f"format_version {version} is unknown: {known}")
+    table, recipe = content.get("table"), content.get("recipe")
+    if not isinstance(table, dict) or not isinstance(recipe, dict):
+        raise ValueError("it has no table or no recipe")
+    recipe = recipe_from_plain(recipe)
+    return Predictor(table_of(recipe.solver, table), recipe)
+
+
+def table_of(solver: str, tensors: Mapping[str, Any]) -> Directions:
+    """The table of that solver from tensors, or rows of numbers, by name."""
+    one_of("solver", solver, tuple(TABLES))
+    wanted = [f.name for f in dataclasses.fields(TABLES[solver])]
+    missing, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    if missing or unknown:
+        found = f"lacks {sorted(missing)}" if missing else f"has the unknown {sorted(unknown)}"
+        raise ValueError(f"the table {found}: it has {', '.join(wanted)}")
+    return TABLES[solver](**{name: numbers(name, tensors[name]) for name in wanted})
+
+
+def numbers(name: str, values: Any) -> Tensor:
+    """A tensor of floats, or rows of numbers, in float64."""
+    if isinstance(values, Tensor) and values.is_floating_point():
+        return values.double()
+    is_table = isinstance(values, list) and all(is_row(row) for row in values)
+    if is_table and len({len(row) for row in values}) == 1:
+        return torch.tensor(values, dtype=torch.float64)
+    raise ValueError(f"{name} is not a table of numbers with rows of one length")
+
+
+def is_row(row: object) -> bool:
+    """Whether it is a list of numbers, of a size that a float holds."""
+    return isinstance(row, list) and all(
+        isinstance(v, float) or (type(v) is int and abs(v) < 1 << 53) for v in row
+    )
+
+
+def find_predictor(name: str, exps: Path = EXPS) -> Path:
+    """The file of a predictor: a path as it is, a folder of a run, or a name within exps/.
+
+    `cifar10-5nfe` and `cifar10/cifar10-5nfe` find exps/cifar10/cifar10-5nfe.pkl.
+
+    Raises:
+        ValueError: there is none, with the nearest names; or several have that name.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    if (given / "predictor.pkl").is_file():
+        return given / "predictor.pkl"
+    shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("*.pkl")}
+    wanted = name.removesuffix(".pkl").removeprefix("exps/").rstrip("/")
+    found = [k for k in shipped if k == wanted or k.removesuffix("/predictor") == wanted]
+    found = found or [k for k in shipped if k.rpartition("/")[2] == wanted]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} may be {' or '.join(sorted(found))}: say which")
+    if not found:
+        names = sorted({k.rpartition("/")[2] for k in shipped} | set(shipped))
+        near = get_close_matches(wanted, names, 3, 0.4) or names[:3]
+        hint = f"the nearest are {', '.join(near)}" if near else f"{exps} has none"
+        raise ValueError(f"no file and no shipped predictor {name[:200]!r}: {hint}")
+    return shipped[found[0]]
+
+
+# --- command line -------------------------------------------------------------------------
+
+
+def described(predictor: Predictor) -> str:
+    """The recipe and the table as text for people."""
+    settings = recipe_to_plain(predictor.recipe)
+    lines = [f"{name:18} {json.dumps(v)}" for name, v in settings.items() if v not in (None, {})]
+    lines.append(f"{'nfe':18} {predictor.nfe} sequential, {predictor.evaluations} evaluations")
+    tensors = named_tensors(predictor.table)
+    lines.append(f"\n{'interval':>8} {'point':>6}" + "".join(f"{n:>13}" for n in tensors))
+    for n in range(predictor.recipe.num_steps - 1):
+        for k in range(predictor.recipe.num_points):
+            row = "".join(f"{values[n, k].item():13.6f}" for values in tensors.values())
+            lines.append(f"{n:8} {k:6}{row}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Show or convert a predictor; the exit status is 1 for a file that cannot be served."""
+    parser = argparse.ArgumentParser(
+        prog="python -m solvers.predictor", description="Show or convert predictors."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print the settings and the table")
+    show.add_argument("path", help="a file, or a name within exps/ such as cifar10-5nfe")
+    convert = commands.add_parser("convert", help="write as .pkl or .json, by the ending")
+    convert.add_argument("source", help="a file of ours or a published one, or a name")
+    convert.add_argument("target", type=Path, help="the file to write")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "show":
+            text = described(load_predictor(find_predictor(options.path)))
+        else:
+            save_predictor(load_predictor(find_predictor(options.source)), options.target)
+            text = f"wrote {options.target}"
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
