@@ -1,0 +1,97 @@
+"""What every backend is: a denoiser that also encodes prompts and decodes latents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from solvers import schedules
+from solvers.field import Condition
+from solvers.process import Process
+
+Prompt: TypeAlias = str | int | None
+"""What one image is asked for: a text, a class number, or nothing."""
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """A network's own discrete clock, for the `discrete` schedule."""
+
+    first: float
+    last: float
+    sigma_of: Callable[[Tensor], Tensor]  # timesteps [n] -> levels [n], rising
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The levels that a network knows, and how its schedules are spaced."""
+
+    process: Process
+    sigma_min: float
+    sigma_max: float
+    timesteps: Timesteps | None = None
+    shift: float = 1.0
+    mu: float | None = None  # dynamic shift, by resolution
+
+    def schedule(
+        self,
+        schedule_type: str,
+        num_steps: int,
+        *,
+        rho: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+    ) -> Tensor:
+        """The grid sigmas [num_steps] in float64 of a schedule by name.
+
+        Raises ValueError for an unknown name, bad ranges, or a schedule that the network lacks.
+        """
+        low = self.sigma_min if sigma_min is None else sigma_min
+        high = self.sigma_max if sigma_max is None else sigma_max
+        match schedule_type:
+            case "polynomial":
+                return schedules.polynomial(num_steps, low, high, 7 if rho is None else rho)
+            case "logsnr":
+                return schedules.log_snr(num_steps, low, high)
+            case "time_uniform":
+                return schedules.time_uniform(num_steps, low, high, 1 if rho is None else rho)
+            case "discrete" if self.timesteps:
+                t = self.timesteps
+                rho = 1 if rho is None else rho
+                return schedules.discrete(num_steps, t.first, t.last, t.sigma_of, rho)
+            case "flowmatch" if self.process.name == "flow":
+                return schedules.flowmatch(num_steps, shift=self.shift, mu=self.mu)
+            case "discrete" | "flowmatch":
+                raise ValueError(f"this network has no {schedule_type!r} schedule")
+            case _:
+                names = ", ".join(SCHEDULES)
+                raise ValueError(f"unknown schedule {schedule_type!r}: choose from {names}")
+
+
+SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
+
+
+class Backend(Protocol):
+    """A denoiser with the two ends of sampling: prompts in, images out."""
+
+    levels: NoiseLevels
+    latent_shape: tuple[int, ...]
+    device: str
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""
+        ...
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
+        """What the network is told for these prompts; ValueError for one that it cannot take."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, *] -> images [B, C, H, W] in [0, 1], float32."""
+        ...
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> images in [0, 1], clipped, float32."""
+    return (x.float() / 2 + 0.5).clamp(0, 1)

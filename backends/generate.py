@@ -1,0 +1,112 @@
+"""The one way from seeds and prompts to batches of images.
+
+Shapes: B images of a batch, * one latent, [B, C, H, W] images in [0, 1].
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from backends.base import Backend, Prompt
+from solvers.catalog import SolverOptions, make_solver
+from solvers.epd import EPD, Directions
+from solvers.exponential import UniPC
+from solvers.field import Field, Guided, Tally
+from solvers.integrate import Solver, integrate
+from src.seeds import randn
+
+CHURN_STREAM = 1
+"""Noise streams of a seed: 0 its latent, 1 and on the churn of step 0 and on."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that decides how noise becomes a sample: the grid, the solver and its table."""
+
+    sigmas: Tensor  # [num_steps], falling, float64
+    solver: str = "euler"
+    options: SolverOptions = SolverOptions()
+    table: Directions | None = None  # with a table the solver is EPD over `solver`
+    afs: bool = False
+    denoise_to_zero: bool = False
+    guidance_rate: float = 1.0
+
+    def build(self, seeds: Sequence[int], like: Tensor) -> Solver:
+        """The solver for these samples, its table on their device."""
+        base = make_solver(self.solver, replace(self.options, noise=partial(churn_noise, seeds)))
+        return EPD(self.table.to(like), base) if self.table else base
+
+    def states(self, field: Field, x: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
+        """The states x [B, *] after each step, from x at sigmas[0]."""
+        solver = self.build(seeds, x)
+        zero = [self.sigmas.new_zeros(1)] if self.denoise_to_zero else []
+        return integrate(
+            solver,
+            field,
+            x,
+            torch.cat([self.sigmas, *zero]),
+            first_slope=self.options.process.first_slope if self.afs else None,
+            correct=solver.correct if isinstance(solver, UniPC) else None,
+        )
+
+
+def churn_noise(seeds: Sequence[int], index: int, x: Tensor) -> Tensor:
+    """Noise like x [B, 1, *] for step `index`, from each sample's own generator."""
+    noise = randn(seeds, tuple(x.shape[2:]), stream=CHURN_STREAM + index, device=x.device)
+    return noise.to(x).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    seed: int
+    prompt: Prompt = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a batch of jobs became, and what it cost."""
+
+    jobs: tuple[Job, ...]
+    latents: Tensor  # [B, *]
+    images: Tensor  # [B, C, H, W] in [0, 1]
+    states: tuple[Tensor, ...]  # every x on the way, if asked for; else empty
+    tally: Tally
+
+
+def generate(
+    backend: Backend,
+    method: Method,
+    jobs: Sequence[Job],
+    *,
+    batch: int,
+    trajectory: bool = False,
+) -> Iterator[Batch]:
+    """Yield the jobs' images, `batch` at a time; an image depends on its own job alone.
+
+    Raises ValueError for a prompt that the backend cannot take, or guidance without prompts.
+    """
+    rest = iter(jobs)
+    while part := tuple(islice(rest, batch)):
+        yield sample(backend, method, part, trajectory)
+
+
+@torch.no_grad()
+def sample(backend: Backend, method: Method, jobs: tuple[Job, ...], trajectory: bool) -> Batch:
+    """One batch."""
+    seeds = [job.seed for job in jobs]
+    cond = backend.encode([job.prompt for job in jobs])
+    if method.guidance_rate != 1 and (cond is None or cond.null is None):
+        raise ValueError(f"guidance_rate {method.guidance_rate} needs prompts or classes")
+    x = randn(seeds, backend.latent_shape, device=backend.device) * method.sigmas[0].item()
+    field = Field(Guided(backend, method.guidance_rate), cond)
+    kept: list[Tensor] = []
+    for x in method.states(field, x, seeds):
+        if trajectory:
+            kept.append(x)
+    return Batch(jobs, x, backend.decode(x), tuple(kept), field.tally)
