@@ -86,9 +86,8 @@ def read_persistent(path: Path, *, foreign: Literal["refuse", "inert"] = "refuse
     class name, arguments, state), still without running anything: for whole pickled modules
     and checkpoints that carry the objects of a training framework.
 
-    Raises:
-        ValueError: one line with the path: no such file, not a pickle, truncated, a size
-            claimed that the file does not hold, or a global that is not allowed, by name.
+    Raises ValueError in one line with the path: no such file, not a pickle, truncated, a size
+    claimed that the file does not hold, or a global that is not allowed, by name.
     """
     try:
         size = path.stat().st_size

@@ -85,10 +85,9 @@ class Predictor:
 def validate(predictor: Predictor) -> Predictor:
     """The predictor itself, if its table and its recipe can be sampled with.
 
-    Raises:
-        ValueError: one line with the value: a shape that is not [num_steps - 1, num_points],
-            NaN, r outside [0, 1], a negative weight, weights that do not sum to 1 (within
-            1e-4), a time_scale that is not positive, or a recipe that cannot be served.
+    Raises ValueError in one line with the value: a shape that is not [num_steps - 1, num_points],
+    NaN, r outside [0, 1], a negative weight, weights that do not sum to 1 (within 1e-4), a
+    time_scale that is not positive, or a recipe that cannot be served.
     """
     recipe, table = predictor.recipe, predictor.table
     check_recipe(recipe)
@@ -118,8 +117,7 @@ def named_tensors(table: Directions) -> dict[str, Tensor]:
 def save_predictor(predictor: Predictor, path: Path) -> None:
     """Write a predictor to `path`, `.pkl` or `.json` by its name, whole or not at all.
 
-    Raises:
-        ValueError: the predictor is not valid, or the name ends otherwise.
+    Raises ValueError where the predictor is not valid, or the name ends otherwise.
     """
     content = to_content(validate(predictor))
     if path.suffix == ".json":
@@ -164,9 +162,8 @@ def load_predictor(path: Path) -> Predictor:
 
     Nothing that the file holds is executed (`solvers.persistence`).
 
-    Raises:
-        ValueError: one line with the path: not there, not a predictor, broken, hostile, of a
-            future version, or with a table or a recipe that `validate` refuses.
+    Raises ValueError in one line with the path: not there, not a predictor, broken, hostile, of a
+    future version, or with a table or a recipe that `validate` refuses.
     """
     content = read_json(path) if looks_like_json(path) else read_persistent(path)
     try:
@@ -252,8 +249,7 @@ def find_predictor(name: str, exps: Path = EXPS) -> Path:
 
     `cifar10-5nfe` and `cifar10/cifar10-5nfe` find exps/cifar10/cifar10-5nfe.pkl.
 
-    Raises:
-        ValueError: there is none, with the nearest names; or several have that name.
+    Raises ValueError where there is none, with the nearest names, or several have that name.
     """
     given = Path(name)
     if given.is_file():

@@ -71,13 +71,15 @@ def encode(
 ) -> dict[str, Tensor]:
     """The raw parameters [N, K] in float64 whose `decode` is `table`.
 
-    Raises:
-        ValueError: a value that no finite parameter reaches: r or a weight of 0 or 1 (a weight
-            of 1 with K > 1), a scale at or beyond 1 -/+ its reach, or other than 1 where off.
+    Raises ValueError for a value that no finite parameter reaches, by its place: r of 0 or 1, a
+    weight of 0 or weights that do not sum to 1, a scale at or beyond 1 -/+ its reach, or other
+    than 1 where it is off.
     """
     r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
     require("r", r, (r > 0) & (r < 1), "must lie inside (0, 1)")
     require("weight", weight, weight > 0, "must be above 0")
+    total = weight.sum(-1)
+    require("sum of weight", total, (total - 1).abs() <= 1e-4, "must be 1")
     last = dir_scale[-1:]
     if fcn:
         require("dir_scale", last, last == 1, "must be 1 in the last interval under fcn")
@@ -114,8 +116,7 @@ def require(name: str, values: Tensor, good: Tensor, reason: str) -> None:
 def from_published(content: Mapping[Any, Any]) -> tuple[Directions, Recipe]:
     """The table and recipe of the content of a published file.
 
-    Raises:
-        ValueError: the content is not that of a published predictor, or a setting is unknown.
+    Raises ValueError where it is not that of a published predictor, or a setting is unknown.
     """
     model = content.get("model")
     if not isinstance(model, Persistent):

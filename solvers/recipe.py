@@ -62,8 +62,7 @@ class Recipe:
 def check_recipe(recipe: Recipe) -> None:
     """Refuse settings that no sampling run can serve.
 
-    Raises:
-        ValueError: one line with the name of the setting, its value and what would do.
+    Raises ValueError in one line with the name of the setting, its value and what would do.
     """
     check_names(recipe)
     check_grid(recipe)
@@ -148,8 +147,8 @@ def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
 def plain(name: str, value: object, depth: int = PLAIN_DEPTH) -> Any:
     """The value with tuples as lists, if it is plain: numbers, text, lists, dicts by text.
 
-    Raises:
-        ValueError: it holds anything else, a number that is not finite, or too many levels.
+    Raises ValueError where it holds anything else, a number that is not finite, or is nested too
+    deeply.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -171,8 +170,7 @@ def recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
 def recipe_from_plain(entries: Mapping[str, Any]) -> Recipe:
     """The recipe of a file.
 
-    Raises:
-        ValueError: an entry is missing, unknown, or of the wrong type, by name.
+    Raises ValueError where an entry is missing, unknown, or of the wrong type, by name.
     """
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     for name in entries:

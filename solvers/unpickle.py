@@ -152,8 +152,7 @@ def described(target: object) -> str:
 def run(source: Source, find: Find, refer: Callable[[object], object] = no_references) -> Any:
     """The object of the pickle that starts here; the source is left right behind it.
 
-    Raises:
-        ValueError: (or another of `BROKEN`) for a broken stream or a refused global.
+    Raises ValueError, or another of `BROKEN`, for a broken stream or a refused global.
     """
     machine = Machine(find, refer, budget=4 * source.size + SPARE)
     operations = pickletools.genops(cast(IO[bytes], source))  # needs read, readline, tell
