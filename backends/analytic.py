@@ -14,6 +14,9 @@ from solvers.field import Condition
 from solvers.process import VE, process_named
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Mixture:
     """M isotropic Gaussians: means [M, *], std [M], weight [M] summing to 1."""
@@ -40,7 +43,7 @@ class AnalyticBackend:
 
     mixture: Mixture
     levels: NoiseLevels
-    device: str = "cpu"
+    device: torch.device = CPU
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -55,6 +58,10 @@ class AnalyticBackend:
             return m.posterior_mean(x, sigma, weight)
         alpha = (1 - sigma).clamp(min=torch.finfo(x.dtype).eps)
         return m.posterior_mean(x / alpha.reshape(-1, *[1] * (x.ndim - 1)), sigma / alpha, weight)
+
+    def usual_prompt(self, seed: int) -> Prompt:
+        """The whole mixture, for every seed."""
+        return None
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
         """Component numbers -> their prior weights, "nothing" being the whole mixture."""
@@ -76,7 +83,7 @@ class AnalyticBackend:
         return pixels(latents)
 
 
-def load_analytic(folder: Path, device: str = "cpu") -> AnalyticBackend:
+def load_analytic(folder: Path, device: torch.device = CPU) -> AnalyticBackend:
     """Read config.json: process, sigma_min, sigma_max, shape, means [M, prod(shape)], std, weight.
 
     Raises ValueError naming the file and what is wrong in it.
@@ -87,8 +94,10 @@ def load_analytic(folder: Path, device: str = "cpu") -> AnalyticBackend:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     process = process_named(config["process"])
-    double = {"dtype": torch.float64, "device": device}
-    means, std, weight = (torch.tensor(config[key], **double) for key in ("means", "std", "weight"))
+    means, std, weight = (
+        torch.tensor(config[key], dtype=torch.float64, device=device)
+        for key in ("means", "std", "weight")
+    )
     count = len(means)
     if std.shape != (count,) or weight.shape != (count,) or not bool((std > 0).all()):
         raise ValueError(f"{path}: std and weight must each have {count} positive entries")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from solvers import schedules
@@ -77,10 +78,14 @@ class Backend(Protocol):
 
     levels: NoiseLevels
     latent_shape: tuple[int, ...]
-    device: str
+    device: torch.device
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""
+        ...
+
+    def usual_prompt(self, seed: int) -> Prompt:
+        """What an image is of when nobody says: a class drawn by its seed, or None."""
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:

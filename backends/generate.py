@@ -19,10 +19,6 @@ from solvers.field import Field, Guided, Tally
 from solvers.integrate import Solver, integrate
 from src.seeds import randn
 
-CHURN_STREAM = 1
-"""Noise streams of a seed: 0 its latent, 1 and on the churn of step 0 and on."""
-
-
 @dataclass(frozen=True)
 class Method:
     """All that decides how noise becomes a sample: the grid, the solver and its table."""
@@ -56,7 +52,7 @@ class Method:
 
 def churn_noise(seeds: Sequence[int], index: int, x: Tensor) -> Tensor:
     """Noise like x [B, 1, *] for step `index`, from each sample's own generator."""
-    noise = randn(seeds, tuple(x.shape[2:]), stream=CHURN_STREAM + index, device=x.device)
+    noise = randn(seeds, tuple(x.shape[2:]), stream=f"churn/{index}", device=x.device)
     return noise.to(x).unsqueeze(1)
 
 

@@ -1,13 +1,13 @@
 """The one way to load a backend: a path, or the name of a shipped model."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from backends.analytic import load_analytic
+from backends.analytic import CPU, load_analytic
 from backends.base import Backend
 from backends.pixels import load_pixels
+from src.files import read_json
 
 SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"
 
@@ -27,7 +27,7 @@ def find_model(name: str) -> Path:
 
 
 def load_backend(
-    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    name: str, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32
 ) -> Backend:
     """The backend of a model folder (by its config.json) or of an EDM network pickle.
 
@@ -42,10 +42,7 @@ def load_backend(
 def kind(folder: Path) -> str:
     """Which backend a folder is for; ValueError where config.json is not there or broken."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a model's configuration: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return config.get("backend", "edm")

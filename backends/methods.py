@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from backends.base import NoiseLevels
+from backends.base import Backend, NoiseLevels
 from backends.generate import Method
 from solvers.catalog import SOLVERS, SolverOptions, make_solver, parse_name
 from solvers.predictor import Predictor
@@ -81,3 +81,11 @@ def sequential_calls(method: Method) -> int:
     base = SOLVERS[parse_name(method.solver)[0]].calls
     calls = base + 1 if method.table else base
     return calls * (len(method.sigmas) - 1) - method.afs + method.denoise_to_zero
+
+
+def check_fit(recipe: Recipe, backend: Backend) -> None:
+    """ValueError where a predictor was learned at another resolution than the model's."""
+    resolution = backend.latent_shape[-1]
+    if recipe.backend in ("edm", "analytic") and recipe.img_resolution not in (None, resolution):
+        learned = f"the predictor is for {recipe.img_resolution} pixels ({recipe.dataset_name})"
+        raise ValueError(f"{learned}, the model makes {resolution}: choose one of its size")

@@ -11,6 +11,7 @@ from backends.base import NoiseLevels, Prompt, pixels
 from backends.edm import EDM, class_condition, load_edm
 from solvers.field import Condition
 from solvers.process import VE
+from src.seeds import randint
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """The range that EDM samples in (Karras et al. 2022, Table 1), where the network allows it."""
@@ -22,7 +23,7 @@ class PixelBackend:
 
     network: EDM
     levels: NoiseLevels
-    device: str
+    device: torch.device
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -33,6 +34,11 @@ class PixelBackend:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, C, H, W] at noise level sigma [B] -> E[x0 | x, sigma] [B, C, H, W]."""
         return self.network(x, sigma, cond)
+
+    def usual_prompt(self, seed: int) -> Prompt:
+        """A class drawn by the seed, None where the network knows no classes."""
+        classes = self.network.label_dim
+        return int(randint([seed], classes, stream="class")) if classes else None
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
         """Class numbers -> one-hot labels [B, L]; None for every image is no class at all."""
@@ -48,7 +54,7 @@ class PixelBackend:
         return pixels(latents)
 
 
-def load_pixels(path: Path, device: str, dtype: torch.dtype) -> PixelBackend:
+def load_pixels(path: Path, device: torch.device, dtype: torch.dtype) -> PixelBackend:
     """An EDM folder of ours or an NVIDIA pickle; ValueError where it is neither."""
     network = load_edm(path, device, dtype)
     low, high = max(SIGMA_MIN, network.sigma_min), min(SIGMA_MAX, network.sigma_max)
