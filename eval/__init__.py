@@ -1,0 +1,1 @@
+"""Measures images and solvers: distances, errors, scores and times."""

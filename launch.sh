@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# One door to the repository. Each sub-command works on a fresh machine with Python 3.10 or newer:
+# it makes or reuses a virtual environment, installs the pinned packages if they changed, and works.
+#   EPD_VENV    where the environment is (default .venv)
+#   EPD_PYTHON  the Python to make it with (default: the first that will do)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+VENV=${EPD_VENV:-.venv}
+VENV_PYTHON=$VENV/bin/python
+
+commands() {
+  cat <<'END'
+setup  make the virtual environment and install the pinned packages
+demo   sample the shipped model with every solver; a table, a grid and a plot (no download, no GPU)
+test   run the tests; arguments go to pytest, for instance: test tests/solvers -x
+bench  time the solvers beyond their network calls
+check  what CI runs: lint, then test
+lint   ruff, pyright and the import contracts; with --fix, format and mend what can be
+help   this list
+END
+}
+
+usage() {
+  printf 'usage: bash launch.sh COMMAND [ARGUMENT]...\n\n'
+  commands | sed 's/^/  /'
+}
+
+die() {
+  printf 'launch.sh: %s\n' "$1" >&2
+  exit 1
+}
+
+usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+# Print the first Python that is new enough and can make virtual environments.
+find_python() {
+  local name old=
+  set -- python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
+  [ -z "${EPD_PYTHON:-}" ] || set -- "$EPD_PYTHON"
+  for name in "$@"; do
+    usable "$name" || continue
+    old=$name
+    if "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+      printf '%s\n' "$name"
+      return
+    fi
+  done
+  [ -z "$old" ] || die "$old cannot make virtual environments: install its venv module (Debian: apt install python3-venv)"
+  die "no Python 3.10 or newer${EPD_PYTHON:+ at $EPD_PYTHON}: install one, or name it in EPD_PYTHON"
+}
+
+make_venv() {
+  local python
+  if [ -d "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+    die "$VENV is a folder but no virtual environment: move it away, or name another in EPD_VENV"
+  fi
+  python=$(find_python) || exit 1
+  "$python" -m venv "$VENV" >/dev/null 2>&1 && "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 ||
+    die "$python -m venv $VENV failed: delete $VENV and look at the disk space, then try again"
+}
+
+# The stamp, written last, holds the hash of the requirements that are installed: an interrupted
+# install leaves none, and is taken up again.
+setup() {
+  local stamp=$VENV/requirements.sha256 log=$VENV/install.log hash
+  usable "$VENV_PYTHON" && "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 || make_venv
+  hash=$("$VENV_PYTHON" -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
+    return
+  fi
+  rm -f "$stamp"
+  printf 'launch.sh: installing the pinned packages into %s (6 GB, a few minutes) ...\n' "$VENV" >&2
+  "$VENV_PYTHON" -m pip install --disable-pip-version-check -r requirements.txt >"$log" 2>&1 || install_failed "$log"
+  printf '%s\n' "$hash" >"$stamp.new"
+  mv "$stamp.new" "$stamp"
+}
+
+install_failed() {
+  local why
+  if grep -qE 'NewConnectionError|name resolution|ConnectTimeout|ProxyError|ConnectionResetError|ReadTimeout' "$1"; then
+    die "no network to install packages from: connect, or set pip's index to a mirror, and run this again (log: $1)"
+  fi
+  why=$(grep '^ERROR:' "$1" | tail -n 1 || true)
+  die "pip could not install requirements.txt: ${why#ERROR: }; mend that and run this again (log: $1)"
+}
+
+# Run Python in the environment, in place of this shell.
+run() {
+  setup
+  exec "$VENV_PYTHON" "$@"
+}
+
+tests() {
+  setup
+  [ $# -gt 0 ] || set -- --numprocesses=auto --maxprocesses=4
+  "$VENV_PYTHON" -m pytest "$@"
+}
+
+lint() {
+  local failed=0 fix=--no-fix mode=--check
+  case ${1:-} in
+    '') ;;
+    --fix) fix=--fix mode=--quiet ;;
+    *) die "lint takes --fix and nothing else, not '$1'" ;;
+  esac
+  setup
+  "$VENV_PYTHON" -m ruff check "$fix" . || failed=1
+  "$VENV_PYTHON" -m ruff format "$mode" . || failed=1
+  PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$VENV_PYTHON" -m pyright --pythonpath "$VENV_PYTHON" || failed=1
+  PYTHONPATH=. "$VENV/bin/lint-imports" --no-logo || failed=1
+  return $failed
+}
+
+command=${1:-help}
+[ $# -eq 0 ] || shift
+case $command in
+  help | -h | --help) usage ;;
+  setup)
+    setup
+    printf 'ready: %s\n' "$VENV_PYTHON"
+    ;;
+  demo) run -m eval.demo "$@" ;;
+  bench) run -m eval.bench "$@" ;;
+  test) tests "$@" ;;
+  lint) lint "$@" ;;
+  check)
+    failed=0
+    (lint) || failed=1
+    (tests "$@") || failed=1
+    exit $failed
+    ;;
+  *)
+    python=$(find_python) || exit 1
+    names=$(commands | cut -d ' ' -f 1)
+    # shellcheck disable=SC2086
+    near=$("$python" -c 'import sys; from src.files import nearest; print(nearest(sys.argv[1], sys.argv[2:]))' "$command" $names)
+    die "no sub-command '$command': did you mean '$near'? 'bash launch.sh' lists all"
+    ;;
+esac

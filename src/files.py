@@ -1,0 +1,118 @@
+"""Files written whole or not at all, JSON, and the nearest name to a misspelt one."""
+
+import difflib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what was written there becomes `path` at the end.
+
+    The temporary path keeps the suffix, for writers that look at it. If the block raises, or
+    the machine stops, `path` is as it was. Missing folders are made. ValueError where the
+    folder cannot be made or the file cannot be put in its place.
+    """
+    path = Path(path)
+    temp = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    try:
+        yield temp
+        with temp.open("r+b") as file:
+            os.fsync(file.fileno())
+        try:
+            temp.replace(path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with write_atomically(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON. ValueError for NaN, infinity and what JSON cannot hold."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """-> JSON that every reader takes: NaN, infinity and foreign objects are a ValueError."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"this value cannot be written as JSON: {error}") from error
+
+
+def from_json(text: str, name: str) -> Any:
+    """-> the value of a JSON text; ValueError, naming the file `name`, where it is broken."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{name} is not JSON ({error.msg}, {place})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error})") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """-> the value in a JSON file. ValueError if it is missing, unreadable or broken."""
+    return from_json(read_text(path), str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """-> the UTF-8 text of a file. ValueError if it is missing or unreadable."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file: {path}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file (byte {error.start})") from error
+
+
+def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add one record as a line of JSON. A line that a stopped run left half-written goes."""
+    line = (to_json(record) + "\n").encode()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """-> the records of a JSON-lines file, but not a last line that was never finished.
+
+    ValueError if the file is missing or a whole line is broken.
+    """
+    lines = read_text(path).split("\n")[:-1]
+    return [from_json(line, f"{path}, line {i}:") for i, line in enumerate(lines, 1)]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """-> the one of `names` (at least one) that is most like `name`, for "did you mean"."""
+    by_lower = {n.lower(): n for n in names}
+    assert by_lower, "nearest() needs a name to choose from"
+    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.images import grid, read_png, save_png, to_bytes
+
+
+def test_every_byte_survives_the_way_to_floats_and_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(to_bytes(levels.to(dtype) / 255), levels)
+
+
+def test_halves_go_up_and_what_lies_outside_is_clipped() -> None:
+    floats = torch.tensor([-3.0, 0.5 / 255, 1.49 / 255, 1.5 / 255, 1.0, 2.0], dtype=torch.float64)
+    assert to_bytes(floats).tolist() == [0, 1, 1, 2, 255, 255]
+
+
+def test_the_rule_is_that_of_edm() -> None:
+    x = torch.rand(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    edm = ((2 * x - 1) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    assert torch.equal(to_bytes(x), edm)
+
+
+def test_half_precision_is_widened_before_it_is_rounded() -> None:
+    x = torch.tensor([0.7], dtype=torch.bfloat16)
+    assert torch.equal(to_bytes(x), to_bytes(x.float()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_image_with_nan_is_refused_and_nothing_is_written(tmp_path: Path, bad: float) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        save_png(tmp_path / "a.png", torch.full((3, 2, 2), bad))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_are_not_taken_for_floats() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        to_bytes(torch.zeros(3, 2, 2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_a_png_keeps_its_pixels_and_its_recipe(tmp_path: Path, channels: int, mode: str) -> None:
+    image = torch.rand(channels, 5, 7, generator=torch.Generator().manual_seed(1))
+    recipe = {"solver": "epd", "sigmas": [80.0, 0.002], "prompt": "a 犬 é"}
+    save_png(tmp_path / "deep" / "a.png", image, {"recipe": recipe, "software": "ours"})
+    with Image.open(tmp_path / "deep" / "a.png") as png:
+        assert png.mode == mode
+        assert png.size == (7, 5)
+    back, text = read_png(tmp_path / "deep" / "a.png")
+    assert torch.equal(to_bytes(back), to_bytes(image))
+    assert json.loads(text["recipe"]) == recipe
+    assert text["software"] == "ours"
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 4), (1, 3, 4, 4), (3, 0, 4)])
+def test_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="a PNG needs"):
+        save_png(tmp_path / "a.png", torch.zeros(shape))
+
+
+def test_broken_and_missing_files_are_one_line(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", torch.rand(3, 64, 64))
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("cut.png", "text.png", "none.png"):
+        with pytest.raises(ValueError, match=name) as caught:
+            read_png(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 2, 4), dtype=np.uint8)
+    pixels[0, 0] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image, _ = read_png(tmp_path / "a.png")
+    assert image[:, 0, 0].tolist() == [1, 0, 0]
+    assert image[:, 1, 1].tolist() == [1, 1, 1]
+
+
+def test_a_grid_fills_rows_first_and_leaves_the_rest_white() -> None:
+    images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 1, 2, 2) / 10
+    whole = grid(images, columns=3, gap=1)
+    assert whole.shape == (1, 5, 8)
+    assert torch.equal(whole[0, 0, ::3], torch.tensor([0.0, 0.1, 0.2]))
+    assert torch.equal(whole[0, 3, ::3], torch.tensor([0.3, 0.4, 1.0]))
+    assert whole[0, 2].eq(1).all()
+    assert whole[0, :, 2].eq(1).all()
+
+
+def test_a_grid_is_as_square_as_can_be() -> None:
+    assert grid(torch.zeros(10, 3, 4, 4)).shape == (3, 12, 16)
+
+
+def test_a_grid_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="a grid needs"):
+        grid(torch.zeros(0, 3, 4, 4))
+    with pytest.raises(ValueError, match="at least 1 column"):
+        grid(torch.zeros(2, 3, 4, 4), columns=0)

@@ -1,0 +1,63 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import ranks
+
+ROOT = Path(__file__).parents[2]
+WORK = """
+import json, sys, torch
+from src import ranks
+ranks.init(torch.device("cpu"))
+ranks.barrier()
+mine = torch.tensor([ranks.rank() + 1.0, 10.0])
+out = {
+    "share": ranks.gather_objects(ranks.share(list("abcde"))),
+    "sum": ranks.all_reduce_sum(mine).tolist(),
+    "mine": mine.tolist(),
+    "first": ranks.is_first(),
+}
+ranks.close()
+print(json.dumps(out))
+"""
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks.init(torch.device("cpu")) == torch.device("cpu")
+    ranks.barrier()
+    assert (ranks.rank(), ranks.world_size(), ranks.is_first()) == (0, 1, True)
+    assert ranks.share([1, 2, 3]) == [1, 2, 3]
+    assert ranks.gather_objects("a") == ["a"]
+    x = torch.ones(2)
+    assert ranks.all_reduce_sum(x).tolist() == [1, 1]
+    assert ranks.all_reduce_sum(x) is not x
+    ranks.close()
+
+
+def test_two_processes_split_the_work_and_add_up() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORK],
+            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    first, second = (json.loads(p.communicate(timeout=60)[0]) for p in processes)
+    assert first["share"] == second["share"] == [["a", "c", "e"], ["b", "d"]]
+    assert first["sum"] == second["sum"] == [3.0, 20.0]
+    assert first["mine"] == [1.0, 10.0]
+    assert (first["first"], second["first"]) == (True, False)

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.seeds import MAX_SEED, generator, parse_seeds, randint, randn
+
+
+def test_ranges_and_numbers_keep_their_order() -> None:
+    assert parse_seeds("3-5, 100,0 - 1") == [3, 4, 5, 100, 0, 1]
+
+
+def test_the_largest_seed_is_taken() -> None:
+    assert parse_seeds(str(MAX_SEED)) == [2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("1,,2", "''"),
+        ("5-1", "'5-1' falls: write '1-5'"),
+        ("-3", "'-3'"),
+        ("0-63,63", "seed 63 of '63' is there twice"),
+        ("7,3-9", "seed 7 of '3-9' is there twice"),
+        ("1;2", "'1;2'"),
+        ("1.5", "'1.5'"),
+        ("٣", "'٣'"),
+        ("1-2-3", "'1-2-3'"),
+        ("0x10", "'0x10'"),
+        ("9223372036854775808", "2^63 - 1"),
+        ("9" * 30, "2^63 - 1"),
+        ("0-99999999999", "more than 10000000"),
+        ("z" * 5000, "no seed"),
+    ],
+)
+def test_a_bad_list_names_the_part_in_one_short_line(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match="seed") as caught:
+        parse_seeds(text)
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+@given(st.lists(st.integers(0, MAX_SEED), min_size=1, unique=True))
+def test_any_list_of_seeds_survives_being_written(seeds: list[int]) -> None:
+    assert parse_seeds(",".join(map(str, seeds))) == seeds
+
+
+@given(st.integers(0, MAX_SEED - 100), st.integers(0, 100))
+def test_any_range_has_both_ends(first: int, more: int) -> None:
+    assert parse_seeds(f"{first}-{first + more}") == list(range(first, first + more + 1))
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_parsed_or_refused_in_one_line(text: str) -> None:
+    try:
+        assert parse_seeds(text)
+    except ValueError as error:
+        assert "\n" not in str(error) or "\n" in text  # noqa: PT017
+
+
+def test_the_noise_of_a_seed_ignores_its_batch_and_place() -> None:
+    together = randn([5, 7, 2**40], (3, 8, 8))
+    assert torch.equal(together[1:2], randn([7], (3, 8, 8)))
+    assert torch.equal(together[2:], randn([2**40], (3, 8, 8)))
+
+
+def test_the_first_stream_is_what_torch_draws_from_the_seed() -> None:
+    expected = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(11))
+    assert torch.equal(randn([11], (3, 8, 8))[0], expected)
+
+
+def test_a_double_state_starts_from_the_same_noise() -> None:
+    assert torch.equal(randn([1], (4,), dtype=torch.float64), randn([1], (4,)).double())
+
+
+def test_streams_and_large_seeds_are_apart() -> None:
+    draws = [generator(s, t) for s in (0, 1, 2**32, 2**63 - 1) for t in (0, 1, "1", "churn/0")]
+    assert len({float(torch.rand((), generator=g)) for g in draws}) == len(draws)
+
+
+def test_a_stream_is_the_same_on_every_machine_and_day() -> None:
+    assert generator(3, "churn/0").initial_seed() == 3505850784
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    randn([1, 2], (3,))
+    randint([1, 2], 10, stream="class")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_integers_hang_on_the_seed_alone_and_cover_the_range() -> None:
+    drawn = randint(range(200), 10, stream="class")
+    assert drawn[17] == randint([17], 10, stream="class")[0]
+    assert set(drawn.tolist()) == set(range(10))
+
+
+def test_no_seeds_make_no_noise() -> None:
+    assert randn([], (3, 2)).shape == (0, 3, 2)

@@ -1,0 +1,1 @@
+"""Changes tables, and knows neither networks nor files."""
