@@ -5,6 +5,7 @@ network call are tiled, all samples at point 1, then all at point 2 and so on: [
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,7 @@ class Field:
     cond: Condition | None = None
     points_chunk: int | None = None
     tally: Tally = dataclasses.field(default_factory=Tally, compare=False)
+    heard: Callable[[Tensor], object] | None = None  # told every result, for the loop
 
     def __call__(self, x: Tensor, sigma: Level, network_sigma: Level | None = None) -> Tensor:
         """x [B, K, *] at sigma -> d [B, K, *].
@@ -77,7 +79,10 @@ class Field:
                 range(0, x.shape[1], chunk), x.split(chunk, 1), strict=True
             )
         ]
-        return (x - (parts[0] if len(parts) == 1 else torch.cat(parts, 1))) / sigma
+        d = (x - (parts[0] if len(parts) == 1 else torch.cat(parts, 1))) / sigma
+        if self.heard:
+            self.heard(d)
+        return d
 
     def denoised(self, x: Tensor, told: Level) -> Tensor:
         """One network call: x [B, K, *] -> x0 [B, K, *]."""

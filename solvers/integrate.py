@@ -1,5 +1,6 @@
 """The one sampling loop. Sampling, distillation, PPO rollouts and the tests all run it."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from solvers.field import Field
 from solvers.process import Level
 
 MAX_PAST = 3
+MAX_SLOPES = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Step:
     now: Point
     sigma_next: Level
     past: tuple[Point, ...] = ()  # newest first
+    slopes: tuple[Tensor, ...] = ()  # [B, 1, *] each, of earlier calls at any place; newest first
 
     @property
     def h(self) -> Level:
@@ -90,23 +93,35 @@ def integrate(
     grid = levels(sigmas)
     inner = tuple(sigma for sigma in grid if sigma > 0)
     x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
+    heard: list[Tensor] = []
+    field = dataclasses.replace(field, heard=heard.append)
     past: tuple[Point, ...] = ()
+    slopes: tuple[Tensor, ...] = ()
     step: Step | None = None
     for i, (sigma, sigma_next) in enumerate(pairwise(grid)):
         now = Point(sigma, x, slope_at(field if i or first_slope is None else first_slope, x, sigma))
         if correct and step:
             now = correct(step, now)
-        step = Step(i, inner, now, sigma_next, past)
+        step = Step(i, inner, now, sigma_next, past, slopes)
         x = solver(field, step) if sigma_next > 0 else now.x0
         yield x.squeeze(1)
+        slopes = newest(heard, slopes)
         if detach:
             x, now = x.detach(), now.detached()
+            slopes = tuple(d.detach() for d in slopes)
         past = (now, *past)[:MAX_PAST]
 
 
 def slope_at(field: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float) -> Callable[[], Tensor]:
     """The field at one place, not yet evaluated."""
     return lambda: field(x, sigma)
+
+
+def newest(heard: list[Tensor], slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The newest slopes, each on its own, with those `heard` [B, K, *] taken from the list."""
+    points = [point for d in heard for point in d.split(1, 1)]
+    heard.clear()
+    return (*reversed(points), *slopes)[:MAX_SLOPES]
 
 
 def levels(sigmas: Tensor | Sequence[float]) -> tuple[float, ...]:
