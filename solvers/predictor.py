@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.catalog import SOLVERS
-from solvers.epd import Directions
+from solvers.catalog import SOLVERS, SolverOptions, make_solver
+from solvers.epd import EPD, Directions
 from solvers.persistence import Persistent, read_persistent
+from solvers.process import VE, Process
 from solvers.published import decode, encode, from_published, require
 from solvers.recipe import (
     FORMAT_VERSION,
@@ -80,6 +81,18 @@ class Predictor:
         """Rows through the network for an image: every one of the K points counts."""
         rows = 1 + self.recipe.num_points * SOLVERS[self.recipe.base].calls
         return rows * (self.recipe.num_steps - 1) - self.recipe.afs
+
+    def solver(self, process: Process = VE) -> EPD:
+        """The solver that takes these steps; bases of one order do not look at `max_order`."""
+        recipe = self.recipe
+        ordered = len(SOLVERS[recipe.base].orders) > 1
+        options = SolverOptions(
+            order=recipe.max_order if ordered else None,
+            process=process,
+            predict_x0=recipe.predict_x0,
+            lower_order_final=recipe.lower_order_final,
+        )
+        return EPD(self.table, make_solver(recipe.base, options))
 
 
 def validate(predictor: Predictor) -> Predictor:
@@ -147,7 +160,7 @@ def to_content(predictor: Predictor) -> dict[str, Any]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside and move into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(content)
         beside.replace(path)

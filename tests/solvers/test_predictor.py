@@ -1,0 +1,574 @@
+"""Predictor files: exact, safe, and refused in one line when they are wrong."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from solvers.classic import IPNDM, Euler
+from solvers.epd import Directions
+from solvers.field import Condition, Field
+from solvers.integrate import integrate
+from solvers.predictor import (
+    Predictor,
+    Recipe,
+    decode,
+    encode,
+    find_predictor,
+    load_predictor,
+    main,
+    save_predictor,
+    validate,
+)
+from solvers.process import FLOW, VE
+from solvers.schedules import time_uniform
+from tests import persistence_files as files
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+GOLDEN: dict[str, dict[str, Any]] = json.loads((DATA / "predictors.json").read_text())
+DECODED = [name for name, entry in GOLDEN.items() if "decoded" in entry]
+SAMPLED = [name for name, entry in GOLDEN.items() if "x" in entry]
+NAMES = {"r": "position", "weight": "weight", "time_scale": "scale_time", "dir_scale": "scale_dir"}
+
+
+def published(tmp_path: Path, name: str, **options: Any) -> Path:
+    """One of the published predictors in the published layout."""
+    entry = GOLDEN[name]
+    path = tmp_path / "published.pkl"
+    path.write_bytes(files.predictor_bytes(entry["parameters"], entry["metadata"], **options))
+    return path
+
+
+def predictor(num_steps: int = 3, num_points: int = 2, **settings: Any) -> Predictor:
+    """A valid predictor with a table of no special shape."""
+    n = num_steps - 1
+    r = torch.linspace(0.1, 0.9, n * num_points, dtype=torch.float64).reshape(n, num_points)
+    one = torch.ones_like(r)
+    table = Directions(r, one / num_points, one, one)
+    return Predictor(table, Recipe(num_steps, num_points, **settings))
+
+
+def changed(given: Predictor, **tensors: Tensor) -> Predictor:
+    """The predictor with other tensors in its table."""
+    return Predictor(dataclasses.replace(given.table, **tensors), given.recipe)
+
+
+def same(a: Predictor, b: Predictor) -> bool:
+    """Equal to the last bit."""
+    pairs = zip(a.table.tensors(), b.table.tensors(), strict=True)
+    return a.recipe == b.recipe and all(torch.equal(s, t) for s, t in pairs)
+
+
+def refused(action: Callable[[], object]) -> str:
+    """The one-line message of a refusal."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (every caller looks at the message)
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- published predictors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_published_parameters_decode_to_the_recorded_values(name: str, tmp_path: Path) -> None:
+    table = load_predictor(published(tmp_path, name)).table
+    for ours, theirs in NAMES.items():
+        recorded = torch.tensor(GOLDEN[name]["decoded"][theirs], dtype=torch.float64)
+        assert (getattr(table, ours) - recorded).abs().max() < 1e-8, ours
+
+
+def mixture() -> tuple[dict[str, Tensor], Tensor]:
+    """The Gaussian mixture and the latents of the recorded samples."""
+    recorded = json.loads((DATA / "solvers.json").read_text())
+    numbers = {k: torch.tensor(v, dtype=torch.float64) for k, v in recorded["mixture"].items()}
+    latents = torch.tensor(recorded["latents"], dtype=torch.float64)
+    return numbers, latents.reshape(recorded["shape"])
+
+
+def posterior_mean(m: dict[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+    """E[x0 | x] under the mixture, x [B, *] at sigma [B]."""
+    flat, var = x.flatten(1), m["std"] ** 2 + sigma[:, None] ** 2
+    gaps = flat[:, None] - m["means"]
+    logits = m["weight"].log() - (gaps**2).sum(-1) / (2 * var) - flat.shape[1] / 2 * var.log()
+    near = (m["std"] ** 2 / var)[..., None]
+    means = near * flat[:, None] + (1 - near) * m["means"]
+    return (logits.softmax(1)[..., None] * means).sum(1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_published_predictor_gives_the_recorded_sample(name: str, tmp_path: Path) -> None:
+    found, entry = load_predictor(published(tmp_path, name)), GOLDEN[name]
+    m, x = mixture()
+    is_flow = entry["process"] == "flow"
+
+    def denoiser(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        assert cond is None
+        if not is_flow:
+            return posterior_mean(m, x, sigma)
+        clean = (1 - sigma).clamp(min=1e-12)
+        return posterior_mean(m, x / clean.reshape(-1, 1, 1, 1), sigma / clean)
+
+    steps = found.recipe.num_steps
+    sigmas = entry["sigmas"] if is_flow else time_uniform(steps, 0.002, 80.0)
+    field = Field(denoiser)
+    *_, last = integrate(
+        found.solver(FLOW if is_flow else VE),
+        field,
+        x * float(sigmas[0]),
+        sigmas,
+        first_slope=VE.first_slope if found.recipe.afs else None,
+    )
+    expected = torch.tensor(entry["x"], dtype=torch.float64).reshape(x.shape)
+    assert (last - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert (field.tally.calls, field.tally.rows) == (found.nfe, found.evaluations * len(x))
+
+
+@pytest.mark.parametrize("with_loss", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_published_layout_loads_whoever_wrote_it(
+    protocol: int, device: str, with_loss: bool, tmp_path: Path
+) -> None:
+    path = published(tmp_path, SAMPLED[0], protocol=protocol, device=device, with_loss=with_loss)
+    raw = {k: torch.tensor(v).float() for k, v in GOLDEN[SAMPLED[0]]["parameters"].items()}
+    expected = decode(raw, scale_dir=0.05, scale_time=0.05)
+    assert torch.equal(load_predictor(path).table.r, expected.r)
+
+
+def test_published_settings_get_our_names_and_are_kept_word_for_word(tmp_path: Path) -> None:
+    name = next(n for n in GOLDEN if "cifar10-4-5-ipndm" in n)
+    recipe = load_predictor(published(tmp_path, name)).recipe
+    assert (recipe.solver, recipe.base, recipe.max_order) == ("epd", "ipndm", 3)
+    assert (recipe.teacher, recipe.M, recipe.alpha) == ("dpm2", 3, 10.0)
+    assert (recipe.sigma_min, recipe.sigma_max, recipe.backend) == (0.002, 80.0, "edm")
+    assert (recipe.guidance_type, recipe.guidance_rate) == (None, 1.0)
+    assert recipe.training["metadata"] == GOLDEN[name]["metadata"]
+
+
+def test_the_range_of_a_text_to_image_predictor_comes_from_its_backend(tmp_path: Path) -> None:
+    recipe = load_predictor(published(tmp_path, "tpami/sd3-512/sd3-512-best.pkl")).recipe
+    assert (recipe.sigma_min, recipe.sigma_max) == (0.0029940119760479044, 1.0)
+    recipe = load_predictor(published(tmp_path, "tpami/sd15/sd15-best.pkl")).recipe
+    assert (recipe.sigma_min, recipe.sigma_max, recipe.backend) == (None, None, "ldm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_steps": 9}, "num_steps 9"),
+        ({"num_points": 3}, "num_points 3"),
+        ({"sampler_stu": "amed"}, "amed"),
+        ({"schedule_type": "polynomail"}, "did you mean 'polynomial'"),
+        ({"schedule_type": None}, "schedule_type"),
+        ({"scale_dir": "wide"}, "wide"),
+        ({"afs": "yes"}, "'yes'"),
+        ({"backend_config": [1]}, "backend_config"),
+        ({"schedule_type": "flowmatch", "afs": True}, "afs"),
+    ],
+)
+def test_a_published_file_with_a_wrong_setting_is_refused(
+    settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    entry = GOLDEN[SAMPLED[0]]
+    path = tmp_path / "published.pkl"
+    path.write_bytes(files.predictor_bytes(entry["parameters"], {**entry["metadata"], **settings}))
+    message = refused(lambda: load_predictor(path))
+    assert expected in message
+    assert message.startswith(str(path))
+
+
+def test_a_nan_in_published_parameters_is_refused_by_its_place(tmp_path: Path) -> None:
+    entry = GOLDEN[SAMPLED[0]]
+    parameters = {**entry["parameters"], "r_params": [[0.0, float("nan")], *[[0.0, 0.0]] * 4]}
+    path = tmp_path / "published.pkl"
+    path.write_bytes(files.predictor_bytes(parameters, entry["metadata"]))
+    assert "r[0, 1] is nan" in refused(lambda: load_predictor(path))
+
+
+# --- raw parameters -------------------------------------------------------------------------
+
+
+def test_parameters_of_zero_decode_to_the_middle() -> None:
+    names = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
+    zeros = {name: torch.zeros(3, 2) for name in names}
+    table = decode(zeros, scale_dir=0.05, scale_time=0.2)
+    assert torch.equal(table.r, torch.full((3, 2), 0.5, dtype=torch.float64))
+    assert torch.equal(table.weight, table.r)
+    assert torch.equal(table.dir_scale, torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_decoding_by_hand() -> None:
+    raw = {"r_params": torch.tensor([[0.0, 1.0986122886681098]], dtype=torch.float64)}
+    raw["weight_s"] = raw["scale_dir_params"] = raw["scale_time_params"] = raw["r_params"]
+    table = decode(raw, scale_dir=0.1)
+    assert table.r.tolist()[0] == pytest.approx([0.5, 0.75])
+    assert table.weight.tolist()[0] == pytest.approx([0.25, 0.75])
+    # sigmoid(log(3) / 2) = sqrt(3) / (1 + sqrt(3))
+    assert table.dir_scale.tolist()[0] == pytest.approx([1, 0.9 + 0.2 * 3**0.5 / (1 + 3**0.5)])
+    assert table.time_scale.tolist()[0] == [1.0, 1.0]
+
+
+def test_fcn_switches_off_the_last_direction_scale_alone() -> None:
+    raw = {"r_params": torch.ones(3, 2), "weight_s": torch.zeros(3, 2)}
+    raw["scale_dir_params"] = torch.ones(3, 2)
+    free, fixed = (decode(raw, scale_dir=0.1, fcn=fcn).dir_scale for fcn in (False, True))
+    assert torch.equal(free[:-1], fixed[:-1])
+    assert (free[-1] != 1).all()
+    assert (fixed[-1] == 1).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    seed=st.integers(0, 2**32),
+    scale_dir=st.sampled_from([0.0, 0.05, 1.0]),
+    scale_time=st.sampled_from([0.0, 0.2]),
+    fcn=st.booleans(),
+)
+def test_encoding_undoes_decoding(
+    shape: tuple[int, int], seed: int, scale_dir: float, scale_time: float, fcn: bool
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    reach = {"scale_dir": scale_dir, "scale_time": scale_time, "fcn": fcn}
+    names = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
+    raw = {n: 3 * torch.randn(shape, generator=rng, dtype=torch.float64) for n in names}
+    table = decode(raw, **reach)
+    again = decode(encode(table, **reach), **reach)
+    for a, b in zip(table.tensors(), again.tensors(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"r": [[0.0, 0.5]]}, "r[0, 0] is 0"),
+        ({"r": [[0.5, 1.0]]}, "r[0, 1] is 1"),
+        ({"weight": [[0.0, 1.0]]}, "weight[0, 0] is 0"),
+        ({"weight": [[0.7, 0.7]]}, "sum of weight[0] is 1.4"),
+        ({"dir_scale": [[1.05, 1.0]]}, "dir_scale[0, 0] is 1.05"),
+        ({"dir_scale": [[1.0, 0.9]]}, "(0.95, 1.05)"),
+        ({"time_scale": [[1.0, 1.01]]}, "time_scale[0, 1] is 1.01"),
+    ],
+)
+def test_a_table_that_no_parameters_reach_is_refused_by_its_place(
+    tensors: dict[str, list[list[float]]], expected: str
+) -> None:
+    one = torch.ones(1, 2, dtype=torch.float64)
+    table = Directions(one / 3, one / 2, one, one)
+    replaced = {k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}
+    table = dataclasses.replace(table, **replaced)
+    assert expected in refused(lambda: encode(table, scale_dir=0.05))
+
+
+# --- validation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("r", float("nan"), "r[1, 0] is nan: it must be a finite number"),
+        ("r", 1.2, "r[1, 0] is 1.2: it must lie in [0, 1]"),
+        ("r", -0.01, "r[1, 0] is -0.01"),
+        ("weight", 0.6, "sum of weight[1] is 1.1"),
+        ("weight", -0.5, "weight[1, 0] is -0.5: it must not be negative"),
+        ("weight", 0.5002, "sum of weight[1] is 1.0002"),
+        ("time_scale", 0.0, "time_scale[1, 0] is 0"),
+        ("dir_scale", float("inf"), "dir_scale[1, 0] is inf"),
+    ],
+)
+def test_a_wrong_number_in_a_table_is_refused_by_its_place(
+    name: str, value: float, expected: str
+) -> None:
+    given = predictor()
+    tensor = getattr(given.table, name).clone()
+    tensor[1, 0] = value
+    assert expected in refused(lambda: validate(changed(given, **{name: tensor})))
+
+
+def test_weights_that_sum_to_1_as_float32_does_are_accepted() -> None:
+    given = predictor()
+    assert validate(changed(given, weight=torch.tensor([[0.3, 0.70005], [0.5, 0.5]]))).recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_steps": 1}, "num_steps 1"),
+        ({"num_steps": 4}, "num_steps 4 and num_points 2 need [3, 2]"),
+        ({"num_points": 3}, "need [2, 3]"),
+        ({"num_points": 0}, "num_points 0"),
+        ({"solver": "epdd"}, "did you mean 'epd'"),
+        ({"base": "unipc"}, "unknown base 'unipc'"),
+        ({"base": "ipndm", "max_order": 5}, "max_order 5"),
+        ({"base": "dpmpp", "max_order": 4}, "max_order 4"),
+        ({"schedule_type": "cosine"}, "unknown schedule_type 'cosine'"),
+        ({"schedule_rho": 0.0}, "schedule_rho 0.0"),
+        ({"sigma_min": 0.0}, "sigma_min 0.0"),
+        ({"sigma_min": 80.0, "sigma_max": 0.002}, "sigma_min 80.0 is not below sigma_max 0.002"),
+        ({"sigma_max": float("nan")}, "sigma_max nan"),
+        ({"schedule_type": "flowmatch", "afs": True}, "afs is on"),
+        ({"backend": "sd3", "afs": True}, "afs is on"),
+        ({"flowmatch_shift": -3.0}, "flowmatch_shift -3.0"),
+        ({"schedule_type": "custom"}, "list of sigmas"),
+        ({"schedule_type": "custom", "sigmas": (3.0, 2.0)}, "2 levels for num_steps 3"),
+        ({"schedule_type": "custom", "sigmas": (3.0, 2.0, 2.0)}, "must fall"),
+        ({"scale_dir": 1.5}, "scale_dir 1.5"),
+        ({"guidance_rate": float("inf")}, "guidance_rate inf"),
+        ({"format_version": 2}, "format_version 2"),
+        ({"training": {"loss": float("nan")}}, "training.loss holds nan"),
+        ({"training": {"object": object()}}, "holds a object"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_value(settings: dict[str, Any], expected: str) -> None:
+    given = predictor()
+    wrong = Predictor(given.table, dataclasses.replace(given.recipe, **settings))
+    assert expected in refused(lambda: validate(wrong))
+
+
+@pytest.mark.parametrize(
+    ("settings", "nfe", "evaluations"),
+    [
+        ({"num_steps": 4, "afs": True}, 5, 8),
+        ({"num_steps": 11}, 20, 30),
+        ({"num_steps": 3, "num_points": 1}, 4, 4),
+        ({"num_steps": 3, "base": "heun"}, 6, 10),
+    ],
+)
+def test_calls_and_evaluations_are_counted_by_hand(
+    settings: dict[str, Any], nfe: int, evaluations: int
+) -> None:
+    given = predictor(**settings)
+    assert (given.nfe, given.evaluations) == (nfe, evaluations)
+
+
+def test_the_solver_stands_on_the_recipe_s_base_at_its_order() -> None:
+    assert predictor(base="ipndm", max_order=2).solver().base == IPNDM(2)
+    assert predictor(base="euler", max_order=3).solver().base == Euler()
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def rich() -> Predictor:
+    """A predictor whose recipe has something in every kind of field."""
+    settings: dict[str, Any] = {
+        "schedule_type": "custom",
+        "sigmas": (14.0, 1.0 / 3, 0.002),
+        "backend_config": {
+            "name": 'a "quoted" [ 1, 2 ] name',
+            "sizes": [1, 2],
+            "deep": {"x": None},
+        },
+        "training": {"loss": [0.1, 1e-300], "seed": 2**40, "note": "é\n2"},
+        "guidance_type": "cfg",
+        "guidance_rate": 7.5,
+        "img_resolution": 512,
+    }
+    return predictor(**settings)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".json"])
+def test_a_saved_predictor_loads_bit_for_bit(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    save_predictor(rich(), path)
+    assert same(load_predictor(path), rich())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_pickle_is_readable_by_torch_load_with_weights_only(tmp_path: Path) -> None:
+    save_predictor(rich(), tmp_path / "a.pkl")
+    content = torch.load(tmp_path / "a.pkl", weights_only=True)
+    assert content["format_version"] == 1
+    assert torch.equal(content["table"]["r"], rich().table.r)
+    assert content["recipe"]["guidance_rate"] == 7.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    values=st.lists(st.floats(0, 1), min_size=12, max_size=12),
+    scale=st.floats(1e-300, 1e300),
+)
+def test_pickle_to_json_to_pickle_changes_no_byte(
+    shape: tuple[int, int],
+    values: list[float],
+    scale: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    n, k = shape
+    given = predictor(n + 1, k)
+    r = torch.tensor(values[: n * k], dtype=torch.float64).reshape(n, k)
+    given = changed(given, r=r, dir_scale=torch.full_like(r, -scale))
+    for name in ("a.pkl", "b.json", "c.pkl"):
+        save_predictor(given, folder / name)
+        given = load_predictor(folder / name)
+    assert (folder / "a.pkl").read_bytes() == (folder / "c.pkl").read_bytes()
+
+
+def test_a_predictor_that_is_not_valid_is_not_written(tmp_path: Path) -> None:
+    good = predictor()
+    save_predictor(good, tmp_path / "a.pkl")
+    before = (tmp_path / "a.pkl").read_bytes()
+    bad = changed(good, r=good.table.r * 9)
+    assert "r[0, 1]" in refused(lambda: save_predictor(bad, tmp_path / "a.pkl"))
+    assert (tmp_path / "a.pkl").read_bytes() == before
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    where = tmp_path / "no" / "a.pkl"
+    assert "cannot be written" in refused(lambda: save_predictor(predictor(), where))
+    assert "ends in" in refused(lambda: save_predictor(predictor(), tmp_path / "a.bin"))
+
+
+def json_with(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A predictor's JSON after an edit."""
+    path = tmp_path / "a.json"
+    save_predictor(predictor(), path)
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda c: c.update(format_version=2), "format_version 2 is unknown"),
+        (lambda c: c.update(format_version="1"), "neither"),
+        (lambda c: c.pop("format"), "neither"),
+        (lambda c: c.pop("table"), "no table"),
+        (lambda c: c["recipe"].pop("num_steps"), "no num_steps"),
+        (lambda c: c["recipe"].update(num_stepz=3), "did you mean 'num_steps'"),
+        (lambda c: c["recipe"].update(num_steps="3"), "num_steps is '3', where int belongs"),
+        (lambda c: c["recipe"].update(num_steps=True), "num_steps is 'True'"),
+        (lambda c: c["recipe"].update(afs=1), "afs is '1', where bool belongs"),
+        (lambda c: c["recipe"].update(sigma_min="low"), "float or nothing"),
+        (lambda c: c["recipe"].update(sigmas=["a"]), "sigmas is 'a'"),
+        (lambda c: c["table"].pop("r"), "lacks ['r']"),
+        (lambda c: c["table"].update(s=[[1]]), "unknown ['s']"),
+        (lambda c: c["table"].update(r=[[0.1, 0.2], [0.3]]), "r is not a table"),
+        (lambda c: c["table"].update(r=[["a", "b"]]), "r is not a table"),
+        (lambda c: c["table"].update(r=[]), "r is not a table"),
+        (lambda c: c["table"]["r"][0].__setitem__(0, float("nan")), "r[0, 0] is nan"),
+        (lambda c: c["table"].update(r=[[0.1, 0.2]]), "r has the shape [1, 2]"),
+    ],
+)
+def test_a_broken_json_is_refused(
+    edit: Callable[[dict[str, Any]], object], expected: str, tmp_path: Path
+) -> None:
+    path = json_with(tmp_path, edit)
+    message = refused(lambda: load_predictor(path))
+    assert expected in message
+    assert message.startswith(str(path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', "{" * 100_000, "[" * 100_000, "{}"])
+def test_text_that_is_no_predictor_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert refused(lambda: load_predictor(path)).startswith(str(path))
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path) -> None:
+    for content in (
+        {"model": torch.ones(2)},
+        torch.ones(2),
+        {"a": 1},
+        {"format": "epd-predictor"},
+    ):
+        torch.save(content, tmp_path / "a.pkl")
+        assert refused(lambda: load_predictor(tmp_path / "a.pkl"))
+
+
+def test_whole_numbers_in_a_json_are_floats_where_floats_belong(tmp_path: Path) -> None:
+    path = json_with(tmp_path, lambda c: c["recipe"].update(guidance_rate=2, sigma_min=1))
+    recipe = load_predictor(path).recipe
+    assert (type(recipe.guidance_rate), type(recipe.sigma_min)) == (float, float)
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10-5nfe", "cifar10/cifar10-5nfe", "cifar10-5nfe.pkl", "exps/cifar10/cifar10-5nfe.pkl"],
+)
+def test_a_shipped_predictor_is_found_by_its_bare_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_predictor(name).parts[-3:] == ("exps", "cifar10", "cifar10-5nfe.pkl")
+
+
+def test_a_path_is_found_as_it_is_and_a_run_by_its_folder(tmp_path: Path) -> None:
+    save_predictor(predictor(), tmp_path / "predictor.pkl")
+    assert find_predictor(str(tmp_path / "predictor.pkl")) == tmp_path / "predictor.pkl"
+    assert find_predictor(str(tmp_path)) == tmp_path / "predictor.pkl"
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    assert "cifar10-5nfe" in refused(lambda: find_predictor("cifar-5nfe"))
+    assert "sd15-best" in refused(lambda: find_predictor("sd15-bets.pkl"))
+
+
+def test_a_name_that_two_predictors_share_is_refused(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        save_predictor(predictor(), tmp_path / folder / "same.pkl")
+    assert "one/same or two/same" in refused(lambda: find_predictor("same", tmp_path))
+    assert find_predictor("two/same", tmp_path) == tmp_path / "two" / "same.pkl"
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+def test_show_prints_the_settings_and_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "cifar10-5nfe"]) == 0
+    text = capsys.readouterr().out
+    assert "5 sequential, 8 evaluations" in text
+    assert len(text.split("interval")[1].splitlines()) == 1 + 3 * 2
+
+
+def test_convert_reads_a_published_file_and_writes_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = published(tmp_path, SAMPLED[0], device="cuda:0", with_loss=True)
+    assert main(["convert", str(source), str(tmp_path / "ours.json")]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert same(load_predictor(tmp_path / "ours.json"), load_predictor(source))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show", "nowhere"], ["convert", "cifar10-5nfe", "/no/such/folder/a.pkl"]]
+)
+def test_an_error_is_one_line_on_stderr_with_status_1(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "solvers.predictor", "show", "sd15-best"],
+        cwd=DATA.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "20 sequential, 30 evaluations" in done.stdout
+    assert done.stderr == ""
