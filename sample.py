@@ -1,6 +1,7 @@
 """Sample images: a predictor or any solver, a model, classes, seeds -> PNG files."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from solvers.predictor import Predictor, find_predictor, load_predictor
 from src import ranks
 from src.files import from_json, read_json, to_json, write_json
 from src.images import grid, read_png, save_png
-from src.options import Device, DType, Number, SeedList, one_line_errors
+from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors
 
 GRID_IMAGES = 100
+INDEX = "samples.json"
 RECIPE_OPTIONS = {
     "solver": "base",
     "num_steps": "num_steps",
@@ -33,6 +35,7 @@ RECIPE_OPTIONS = {
     "guidance_rate": "guidance_rate",
 }
 """The options that a predictor's recipe decides, and the recipe's names for them."""
+CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Settings:
         return folder / f"{seed:06d}.png"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--predictor", "--predictor_path", help="Path, or name in exps/ (cifar10-5nfe).")
 @click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--solver", help=f"Without a predictor: {', '.join(SOLVERS)}; dpmpp-3 is order 3.")
@@ -64,6 +67,9 @@ class Settings:
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
 @click.option("--denoise_to_zero", is_flag=True, help="One more call at the end, to sigma 0.")
 @click.option("--s_churn", type=Number(0), default=0.0, help="EDM's noise, with --solver edm.")
+@click.option("--s_min", type=Number(0), default=0.0, help="Its lowest level.")
+@click.option("--s_max", type=click.FloatRange(0), default=math.inf, help="Its highest level.")
+@click.option("--s_noise", type=Number(0), default=1.0, help="Its strength.")
 @click.option("--seeds", type=SeedList(), default="0-63", help='Such as "0-63,100".')
 @click.option("--batch", type=click.IntRange(1), default=64, help="Images at once, a process.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")
@@ -76,15 +82,19 @@ class Settings:
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.pass_context
 @one_line_errors
-def main(ctx: click.Context, trajectory: bool, with_grid: bool, dry_run: bool, **options: Any) -> None:
-    """Sample images and write one PNG a seed; images that are there already are kept.
+def main(
+    ctx: click.Context, trajectory: bool, with_grid: bool, dry_run: bool, **options: Any
+) -> None:
+    r"""Sample images and write one PNG a seed; images that are there already are kept.
 
     \b
     python sample.py --predictor cifar10-5nfe --model edm-cifar10.pkl --seeds 0-63
     python sample.py --solver dpmpp-3 --num_steps 8 --class 7 --grid
     torchrun --nproc_per_node=2 sample.py --solver heun --num_steps 18 --seeds 0-999 --subdirs
     """
-    given = {n: v for n, v in options.items() if ctx.get_parameter_source(n) != ParameterSource.DEFAULT}
+    given = {
+        n: v for n, v in options.items() if ctx.get_parameter_source(n) != ParameterSource.DEFAULT
+    }
     if dry_run:
         options["device"] = torch.device("cpu")
     options["device"] = ranks.init(options["device"])
@@ -92,12 +102,11 @@ def main(ctx: click.Context, trajectory: bool, with_grid: bool, dry_run: bool, *
     if dry_run:
         click.echo(to_json(run.about | {"outdir": str(run.outdir), "images": len(run.jobs)}, 2))
         return
-    done = read_index(run)
-    missing = [job for job in run.jobs if not run.path(job.seed).exists()]
+    missing = ranks.gather_objects(open_folder(run) if ranks.is_first() else None)[0]
     make(run, missing, options["batch"], trajectory)
     ranks.barrier()
     if ranks.is_first():
-        write_index(run, done)
+        write_index(run)
         if with_grid:
             write_grid(run)
         click.echo(f"{len(run.jobs)} images, {len(missing)} of them new, in {run.outdir}")
@@ -130,7 +139,9 @@ def refuse_contradictions(predictor: Predictor, given: Mapping[str, Any], name: 
             said = f"--{option} {given[option]} contradicts {name}, whose {entry} is {wanted}"
             raise ValueError(f"{said}: leave the option out")
     if given.get("s_churn"):
-        raise ValueError(f"--s_churn {given['s_churn']} contradicts {name}: only --solver edm churns")
+        raise ValueError(
+            f"--s_churn {given['s_churn']} contradicts {name}: only --solver edm churns"
+        )
 
 
 def predictor_or_solver(
@@ -148,7 +159,12 @@ def predictor_or_solver(
         schedule_rho=options["schedule_rho"],
         afs=options["afs"],
     )
-    extra = SolverOptions(order=options["max_order"], s_churn=options["s_churn"])
+    churn = {name: options[name] for name in CHURN}
+    if options["s_churn"] and chosen.solver != "edm":
+        raise ValueError(
+            f"--s_churn {options['s_churn']} is for --solver edm, not {chosen.solver}"
+        )
+    extra = SolverOptions(order=options["max_order"], **churn)
     return dataclasses.replace(
         chosen.method(backend.levels, extra),
         guidance_rate=options["guidance_rate"],
@@ -172,7 +188,8 @@ def describe(
         "afs": method.afs,
         "guidance_rate": method.guidance_rate,
         "denoise_to_zero": method.denoise_to_zero,
-        "s_churn": method.options.s_churn,
+        "churn": {n: str(getattr(method.options, n)) for n in CHURN if method.solver == "edm"},
+        "class": "by seed" if options["label"] is None else options["label"],
         "dtype": str(options["dtype"]).removeprefix("torch."),
     }
 
@@ -180,9 +197,14 @@ def describe(
 def make(run: Settings, missing: Sequence[Job], batch: int, trajectory: bool) -> None:
     """Sample this rank's part of the missing images and write each as soon as it is there."""
     parts = [missing[i : i + batch] for i in range(0, len(missing), batch)]
+    if ranks.is_first() and 0 < len(parts) < ranks.world_size():
+        even = -(-len(missing) // ranks.world_size())
+        click.echo(f"{len(parts)} batches leave ranks idle: --batch {even} uses all", err=True)
     with tqdm(total=len(missing), unit="image", disable=not ranks.is_first()) as bar:
         for part in ranks.share(parts):
-            for made in generate(run.backend, run.method, part, batch=batch, trajectory=trajectory):
+            for made in generate(
+                run.backend, run.method, part, batch=batch, trajectory=trajectory
+            ):
                 write_batch(run, made)
             bar.update(min(len(part) * ranks.world_size(), len(missing) - bar.n))
 
@@ -198,26 +220,30 @@ def write_batch(run: Settings, made: Batch) -> None:
         save_png(run.path(job.seed), made.images[i], text)
 
 
-def read_index(run: Settings) -> dict[str, Any]:
-    """The folder's samples.json; ValueError if its images were made in another way."""
-    path = run.outdir / "samples.json"
-    old = read_json(path) if path.exists() else {"recipe": None, "images": []}
-    for job in run.jobs:
-        if (image := run.path(job.seed)).exists():
-            recipe = from_json(read_png(image)[1].get("recipe", "{}"), str(image))
-            if recipe != from_json(to_json(run.about | {"seed": job.seed, "class": job.prompt}), ""):
-                raise ValueError(f"{image} was made by another recipe: choose another --outdir")
-    return old
+def open_folder(run: Settings) -> list[Job]:
+    """The jobs whose images are not there; ValueError if the folder's were made otherwise."""
+    index = run.outdir / INDEX
+    there = [job for job in run.jobs if run.path(job.seed).exists()]
+    if index.exists() and read_json(index)["recipe"] != from_json(to_json(run.about), INDEX):
+        raise ValueError(f"{index} tells of another recipe than this: choose another --outdir")
+    if there and not index.exists():
+        raise ValueError(
+            f"{run.path(there[0].seed)} is there without {INDEX}: choose another --outdir"
+        )
+    write_index(run)
+    return [job for job in run.jobs if job not in there]
 
 
-def write_index(run: Settings, old: Mapping[str, Any]) -> None:
-    """samples.json: the recipe, and every image with its seed and class."""
-    images = {entry["file"]: entry for entry in old["images"]}
+def write_index(run: Settings) -> None:
+    """samples.json: the recipe, and every image that is there with its seed and class."""
+    index = run.outdir / INDEX
+    images = {e["file"]: e for e in read_json(index)["images"]} if index.exists() else {}
     for job in run.jobs:
-        file = str(run.path(job.seed).relative_to(run.outdir))
-        images[file] = {"file": file, "seed": job.seed, "class": job.prompt}
+        if (path := run.path(job.seed)).exists():
+            file = path.relative_to(run.outdir).as_posix()
+            images[file] = {"file": file, "seed": job.seed, "class": job.prompt}
     ordered = sorted(images.values(), key=lambda entry: entry["seed"])
-    write_json(run.outdir / "samples.json", {"recipe": run.about, "images": ordered})
+    write_json(index, {"recipe": run.about, "images": ordered})
 
 
 def write_grid(run: Settings) -> None:

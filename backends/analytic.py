@@ -13,7 +13,6 @@ from backends.base import NoiseLevels, Prompt, pixels
 from solvers.field import Condition
 from solvers.process import VE, process_named
 
-
 CPU = torch.device("cpu")
 
 
@@ -44,6 +43,7 @@ class AnalyticBackend:
     mixture: Mixture
     levels: NoiseLevels
     device: torch.device = CPU
+    dtype: torch.dtype = torch.float64
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -52,7 +52,9 @@ class AnalyticBackend:
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, *] at sigma [B] -> the exact posterior mean [B, *]."""
-        m = Mixture(*(t.to(x) for t in (self.mixture.means, self.mixture.std, self.mixture.weight)))
+        m = Mixture(
+            *(t.to(x) for t in (self.mixture.means, self.mixture.std, self.mixture.weight))
+        )
         weight = cond.given["weight"].to(x) if cond else m.weight[None]
         if self.levels.process == VE:
             return m.posterior_mean(x, sigma, weight)
@@ -106,4 +108,6 @@ def load_analytic(folder: Path, device: torch.device = CPU) -> AnalyticBackend:
     flow = process.name == "flow"
     low, high = config.get("sigma_min", 0.001 if flow else 0.002), 1.0 if flow else 80.0
     levels = NoiseLevels(process, low, config.get("sigma_max", high))
-    return AnalyticBackend(Mixture(means.reshape(count, *config["shape"]), std, weight), levels, device)
+    return AnalyticBackend(
+        Mixture(means.reshape(count, *config["shape"]), std, weight), levels, device
+    )

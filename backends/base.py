@@ -76,9 +76,25 @@ SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
 class Backend(Protocol):
     """A denoiser with the two ends of sampling: prompts in, images out."""
 
-    levels: NoiseLevels
-    latent_shape: tuple[int, ...]
-    device: torch.device
+    @property
+    def levels(self) -> NoiseLevels:
+        """The levels that the network knows."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape * of one latent."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's own; the state is float32 at least."""
+        ...
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""

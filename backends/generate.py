@@ -4,7 +4,7 @@ Shapes: B images of a batch, * one latent, [B, C, H, W] images in [0, 1].
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -19,13 +19,14 @@ from solvers.field import Field, Guided, Tally
 from solvers.integrate import Solver, integrate
 from src.seeds import randn
 
+
 @dataclass(frozen=True)
 class Method:
     """All that decides how noise becomes a sample: the grid, the solver and its table."""
 
     sigmas: Tensor  # [num_steps], falling, float64
     solver: str = "euler"
-    options: SolverOptions = SolverOptions()
+    options: SolverOptions = field(default_factory=SolverOptions)
     table: Directions | None = None  # with a table the solver is EPD over `solver`
     afs: bool = False
     denoise_to_zero: bool = False
@@ -36,13 +37,13 @@ class Method:
         base = make_solver(self.solver, replace(self.options, noise=partial(churn_noise, seeds)))
         return EPD(self.table.to(like), base) if self.table else base
 
-    def states(self, field: Field, x: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
+    def states(self, slope: Field, x: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
         """The states x [B, *] after each step, from x at sigmas[0]."""
         solver = self.build(seeds, x)
         zero = [self.sigmas.new_zeros(1)] if self.denoise_to_zero else []
         return integrate(
             solver,
-            field,
+            slope,
             x,
             torch.cat([self.sigmas, *zero]),
             first_slope=self.options.process.first_slope if self.afs else None,
@@ -99,10 +100,13 @@ def sample(backend: Backend, method: Method, jobs: tuple[Job, ...], trajectory: 
     cond = backend.encode([job.prompt for job in jobs])
     if method.guidance_rate != 1 and (cond is None or cond.null is None):
         raise ValueError(f"guidance_rate {method.guidance_rate} needs prompts or classes")
-    x = randn(seeds, backend.latent_shape, device=backend.device) * method.sigmas[0].item()
-    field = Field(Guided(backend, method.guidance_rate), cond)
+    dtype = torch.promote_types(backend.dtype, torch.float32)
+    noise = randn(seeds, backend.latent_shape, device=backend.device, dtype=dtype)
+    x = noise * method.sigmas[0].item()
+    slope = Field(Guided(backend, method.guidance_rate), cond)
     kept: list[Tensor] = []
-    for x in method.states(field, x, seeds):
+    for state in method.states(slope, x, seeds):
+        x = state
         if trajectory:
             kept.append(x)
-    return Batch(jobs, x, backend.decode(x), tuple(kept), field.tally)
+    return Batch(jobs, x, backend.decode(x), tuple(kept), slope.tally)

@@ -39,7 +39,9 @@ def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
     is_flow = recipe.schedule_type == "flowmatch" or recipe.backend in FLOW_BACKENDS
     if is_flow != (levels.process.name == "flow"):
         model = f"a {levels.process.name} model"
-        raise ValueError(f"a predictor for {recipe.backend} ({recipe.schedule_type}) is not for {model}")
+        raise ValueError(
+            f"a predictor for {recipe.backend} ({recipe.schedule_type}) is not for {model}"
+        )
     if recipe.sigmas is not None:
         return custom(recipe.sigmas)
     shift = levels.shift if recipe.flowmatch_shift is None else recipe.flowmatch_shift

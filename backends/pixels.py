@@ -26,6 +26,11 @@ class PixelBackend:
     device: torch.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The network's own."""
+        return self.network.dtype
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """[C, H, W] of one sample."""
         n = self.network

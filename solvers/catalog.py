@@ -67,23 +67,26 @@ def make_exponential(kind: type[DPMpp] | type[UniPC]) -> Callable[[SolverOptions
 
 
 SOLVERS = {
-    "euler": Entry(lambda o, n: Euler(), 1, (1,), 1, "Euler, the same as DDIM"),
-    "heun": Entry(lambda o, n: Heun(), 2, (2,), 2, "Heun (EDM without churn)"),
+    "euler": Entry(lambda _o, _n: Euler(), 1, (1,), 1, "Euler, the same as DDIM"),
+    "heun": Entry(lambda _o, _n: Heun(), 2, (2,), 2, "Heun, EDM without churn"),
     "edm": Entry(
-        lambda o, n: EDM(o.noise, o.s_churn, o.s_min, o.s_max, o.s_noise),
+        lambda o, _n: EDM(o.noise, o.s_churn, o.s_min, o.s_max, o.s_noise),
         2, (2,), 2, "Heun with EDM's churn",
     ),
-    "dpm2": Entry(lambda o, n: DPM2(o.r), 2, (2,), 2, "DPM-Solver-2, geometric midpoint"),
-    "ipndm": Entry(lambda o, n: IPNDM(n), 1, (1, 2, 3, 4), 3, "Adams-Bashforth, equal steps"),
-    "ipndm_v": Entry(lambda o, n: IPNDMv(n), 1, (1, 2, 3, 4), 3, "Adams-Bashforth, variable steps"),
+    "dpm2": Entry(lambda o, _n: DPM2(o.r), 2, (2,), 2, "DPM-Solver-2, geometric midpoint"),
+    "ipndm": Entry(lambda _o, n: IPNDM(n), 1, (1, 2, 3, 4), 3, "Adams-Bashforth, equal steps"),
+    "ipndm_v": Entry(lambda _o, n: IPNDMv(n), 1, (1, 2, 3, 4), 3, "the same, variable steps"),
     "dpmpp": Entry(make_exponential(DPMpp), 1, (1, 2, 3), 2, "DPM-Solver++ multistep"),
-    "deis": Entry(lambda o, n: DEIS(n, o.deis_mode), 1, (1, 2, 3, 4), 3, "DEIS"),
+    "deis": Entry(lambda o, n: DEIS(n, o.deis_mode), 1, (1, 2, 3, 4), 3, "DEIS (tab)"),  # pyright: ignore[reportArgumentType]
     "unipc": Entry(make_exponential(UniPC), 1, (1, 2, 3), 3, "UniPC, predictor and corrector"),
 }  # fmt: skip
 
 
 def parse_name(name: str) -> tuple[str, int | None]:
-    """ "dpmpp-3" -> ("dpmpp", 3), "euler" -> ("euler", None). ValueError for an unknown name."""
+    """Split "dpmpp-3" into ("dpmpp", 3), "euler" into ("euler", None).
+
+    Raises ValueError for an unknown name.
+    """
     base, dash, order = name.partition("-")
     if base not in SOLVERS or (dash and not order.isdecimal()):
         near = difflib.get_close_matches(base, SOLVERS, 1)
@@ -114,5 +117,7 @@ def num_steps_for(name: str, nfe: int, afs: bool) -> int:
     intervals, odd = divmod(nfe + afs, calls)
     if odd or intervals < 1:
         kind = "with" if afs else "without"
-        raise ValueError(f"{name} makes {calls} calls an interval: {nfe} is not to be had {kind} afs")
+        raise ValueError(
+            f"{name} makes {calls} calls an interval: {nfe} is not to be had {kind} afs"
+        )
     return intervals + 1

@@ -86,6 +86,17 @@ class Number(click.FloatRange):
         return number
 
 
+class OneLineCommand(click.Command):
+    """A command whose usage errors, too, are one line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = None
+            raise
+
+
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn what a user can mend into an error of one line: bad values, files, full memory.
 

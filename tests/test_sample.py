@@ -1,0 +1,191 @@
+"""sample.py, from its options to the files that it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from sample import main
+from src.images import read_png
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+Sample = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def sample(model: Path, tmp_path: Path) -> Sample:
+    """Run sample.py on the tiny model into tmp_path/out."""
+
+    def run(*options: str) -> Result:
+        common = ["--model", str(model), "--device", "cpu", "--outdir", str(tmp_path / "out")]
+        return CliRunner().invoke(main, [*common, *options])
+
+    return run
+
+
+def images(folder: Path) -> dict[str, torch.Tensor]:
+    return {p.name: read_png(p)[0] for p in sorted(folder.glob("**/[0-9]*.png"))}
+
+
+def refused(result: Result) -> str:
+    """The error, which must be one line."""
+    assert result.exit_code != 0
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_one_image_a_seed_with_its_recipe(sample: Sample, tmp_path: Path) -> None:
+    result = sample("--solver", "ipndm", "--num_steps", "5", "--seeds", "3-5,1002", "--class", "2")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    assert sorted(images(out)) == ["000003.png", "000004.png", "000005.png", "001002.png"]
+    recipe = json.loads(read_png(out / "000004.png")[1]["recipe"])
+    assert (recipe["solver"], recipe["nfe"], recipe["seed"], recipe["class"]) == ("ipndm", 4, 4, 2)
+    index = json.loads((out / "samples.json").read_text())
+    assert [entry["seed"] for entry in index["images"]] == [3, 4, 5, 1002]
+
+
+def test_what_is_there_is_kept_and_the_rest_made(sample: Sample, tmp_path: Path) -> None:
+    sample("--num_steps", "3", "--seeds", "0-5")
+    before = images(tmp_path / "out")
+    (tmp_path / "out" / "000002.png").unlink()
+    stamp = (tmp_path / "out" / "000001.png").stat().st_mtime_ns
+    result = sample("--num_steps", "3", "--seeds", "0-5")
+    assert "1 of them new" in result.output
+    assert (tmp_path / "out" / "000001.png").stat().st_mtime_ns == stamp
+    after = images(tmp_path / "out")
+    assert all((after[name] - before[name]).abs().max() <= 1 / 255 for name in before)
+
+
+def test_another_recipe_does_not_mix_into_a_folder(sample: Sample) -> None:
+    sample("--num_steps", "3", "--seeds", "0")
+    assert "another --outdir" in refused(sample("--num_steps", "4", "--seeds", "0"))
+    assert "another --outdir" in refused(
+        sample("--num_steps", "3", "--seeds", "1", "--class", "1")
+    )
+
+
+def test_subdirs_hold_a_thousand_seeds_each(sample: Sample, tmp_path: Path) -> None:
+    sample("--num_steps", "2", "--seeds", "999,1000", "--subdirs")
+    assert (tmp_path / "out" / "000000" / "000999.png").exists()
+    assert (tmp_path / "out" / "001000" / "001000.png").exists()
+
+
+def test_grid_and_trajectory(sample: Sample, tmp_path: Path) -> None:
+    sample("--num_steps", "4", "--seeds", "0-3", "--grid", "--trajectory")
+    assert read_png(tmp_path / "out" / "grid.png")[0].shape == (1, 34, 34)
+    assert read_png(tmp_path / "out" / "trajectory" / "000001.png")[0].shape == (1, 16, 48)
+
+
+def test_dry_run_prints_the_recipe_and_writes_nothing(sample: Sample, tmp_path: Path) -> None:
+    result = sample("--dry-run", "--solver", "heun", "--num_steps", "3", "--afs")
+    assert json.loads(result.output)["nfe"] == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_predictor_decides_its_recipe(sample: Sample) -> None:
+    """The published one is for 32 pixels; the tiny model makes 16."""
+    assert "32" in refused(sample("--predictor", "cifar10-5nfe"))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--solver", "heun"], ["heun", "euler"]),
+        (["--num_steps", "7"], ["num_steps 7", "4"]),
+        (["--no-afs"], ["afs False", "True"]),
+        (["--guidance_rate", "2"], ["2", "1"]),
+    ],
+)
+def test_an_option_against_the_predictor_names_both(
+    sample: Sample, options: list[str], names: list[str]
+) -> None:
+    error = refused(sample("--predictor", "cifar10-5nfe", *options))
+    assert all(name in error for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--seeds", ""], "empty"),
+        (["--seeds", "5-1"], "1-5"),
+        (["--seeds", "3,3"], "twice"),
+        (["--class", "3"], "0 to 2"),
+        (["--solver", "hoin"], "heun"),
+        (["--solver", "ipndm-7"], "not 7"),
+        (["--num_steps", "1"], "2"),
+        (["--predictor", "cifar10-5nf"], "cifar10-5nfe"),
+        (["--model", "no/such"], "no/such"),
+        (["--schedule_type", "flowmatch"], "flowmatch"),
+        (["--schedule_type", "discrete"], "discrete"),
+        (["--s_churn", "9"], "edm"),
+        (["--dtype", "float12"], "float"),
+    ],
+)
+def test_bad_input_is_one_line(sample: Sample, options: list[str], names: str) -> None:
+    assert names in refused(sample(*options))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_dtype_gives_nearly_the_same_picture(
+    sample: Sample, tmp_path: Path, dtype: str
+) -> None:
+    sample("--num_steps", "4", "--seeds", "0-3")
+    reference = images(tmp_path / "out")
+    sample("--num_steps", "4", "--seeds", "0-3", "--dtype", dtype, "--outdir", str(tmp_path / "d"))
+    other = images(tmp_path / "d")
+    worst = max((other[n] - reference[n]).abs().max().item() for n in reference)
+    assert worst <= (1 / 255 if dtype == "float64" else 0.3)
+
+
+def test_churn_depends_on_the_seed_alone(sample: Sample, tmp_path: Path) -> None:
+    churn = ["--solver", "edm", "--s_churn", "20", "--num_steps", "6"]
+    sample(*churn, "--seeds", "0-6", "--batch", "7")
+    sample(*churn, "--seeds", "2-4", "--batch", "2", "--outdir", str(tmp_path / "few"))
+    many, few = images(tmp_path / "out"), images(tmp_path / "few")
+    assert all((few[name] - many[name]).abs().max() <= 1 / 255 for name in few)
+    plain = sample("--solver", "heun", "--num_steps", "6", "--outdir", str(tmp_path / "plain"))
+    assert plain.exit_code == 0
+    assert (images(tmp_path / "plain")["000003.png"] - few["000003.png"]).abs().max() > 5 / 255
+
+
+def test_two_ranks_make_the_images_of_one(sample: Sample, model: Path, tmp_path: Path) -> None:
+    options = ["--num_steps", "4", "--seeds", "0-11", "--batch", "4"]
+    sample(*options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = [
+        *options,
+        "--model",
+        str(model),
+        "--outdir",
+        str(tmp_path / "two"),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [*command, str(ROOT / "sample.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = images(tmp_path / "out"), images(tmp_path / "two")
+    assert len(two) == 12
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert json.loads((tmp_path / "two" / "samples.json").read_text())["images"][11]["seed"] == 11
