@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from backends.edm_networks import UNet, build_unet
 from backends.edm_pickle import Network, pickled, read_network
-from backends.edm_precond import PRECONDS, SHORT, Precond
+from backends.edm_precond import PRECONDS, SHORT, Precond, rows
 from solvers.field import Condition
 
 __all__ = ["EDM", "build_edm", "class_condition", "load_edm", "save_edm", "save_edm_pickle"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FREQS = "model.map_noise.freqs"
 OUTER = ("img_resolution", "img_channels", "label_dim", "use_fp16", "model_type")
 
 
@@ -68,8 +69,8 @@ class EDM(nn.Module):
             raise ValueError(f"x is {list(x.shape)}, but the network takes {wanted}")
         state = x if x.dtype == torch.float64 else x.float()
         scaling = self.precond(sigma.to(state).expand(len(x)))
-        out = self.raw(_rows(scaling.into) * state, scaling.noise, self._labels(cond, len(x)))
-        return (_rows(scaling.skip) * state + _rows(scaling.out) * out.to(state)).to(x.dtype)
+        out = self.raw(rows(scaling.into) * state, scaling.noise, self._labels(cond, len(x)))
+        return (rows(scaling.skip) * state + rows(scaling.out) * out.to(state)).to(x.dtype)
 
     def raw(self, x: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         """The bare network F in its own dtype: x [B, C, H, W], c_noise [B], labels [B, L]."""
@@ -77,11 +78,16 @@ class EDM(nn.Module):
         return self.model(x.to(dtype), noise.to(_at_least_float(dtype)), labels)
 
     def cast(self, dtype: torch.dtype) -> "EDM":
-        """Run the network in `dtype`, in place; in half precision the embeddings stay float32."""
-        self.model.to(dtype)
+        """Run the network in `dtype`, in place.
+
+        The noise embedding keeps its own precision, which matters more than its time: its
+        frequencies stay as they are, its layers are float32 at least.
+        """
         for name, module in self.model.named_modules():
-            if name.startswith("map_") or name.endswith(".affine"):
-                module.to(_at_least_float(dtype))
+            if name == "map_noise" or next(module.children(), None) is not None:
+                continue
+            embeds = name.startswith("map_") or name.endswith(".affine")
+            module.to(_at_least_float(dtype) if embeds else dtype)
         return self
 
     def _labels(self, cond: Condition | None, b: int) -> Tensor | None:
@@ -91,10 +97,6 @@ class EDM(nn.Module):
                 f"class_labels are {list(labels.shape)}, the network takes [{b}, {self.label_dim}]"
             )
         return labels
-
-
-def _rows(factor: Tensor | float) -> Tensor | float:
-    return factor[:, None, None, None] if isinstance(factor, Tensor) else factor
 
 
 def _at_least_float(dtype: torch.dtype) -> torch.dtype:
@@ -223,7 +225,8 @@ def save_edm(
 ) -> None:
     """Write config.json and model.safetensors, each whole or not at all.
 
-    The tensors keep their dtypes unless one is given; `about` is for readers.
+    The tensors keep their dtypes unless one is given; Fourier frequencies, where rounding would
+    turn phases, keep theirs anyway. `about` is for readers.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +238,7 @@ def save_edm(
         "about": dict(about or {}),
     }
     state = {
-        k: v.detach().to("cpu", dtype or v.dtype).contiguous()
+        k: v.detach().to("cpu", v.dtype if k == FREQS else dtype).contiguous()
         for k, v in network.state_dict().items()
     }
     _write(folder / WEIGHTS, save_safetensors(state))

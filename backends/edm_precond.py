@@ -25,6 +25,11 @@ class Scaling:
     noise: Tensor
 
 
+def rows(factor: Tensor | float) -> Tensor | float:
+    """A factor [B] made to multiply images [B, C, H, W]."""
+    return factor[:, None, None, None] if isinstance(factor, Tensor) else factor
+
+
 class Precond(Protocol):
     """A column of table 1: its factors, and the noise levels it was made for."""
 

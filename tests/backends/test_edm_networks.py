@@ -1,0 +1,200 @@
+"""The networks are the published ones: names, shapes, counts and numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends.edm import build_edm, class_condition
+from backends.edm_layers import Conv2d, FourierEmbedding, GroupNorm, PositionalEmbedding
+from backends.edm_networks import build_unet, initialise
+from tests.backends.edm_twins import TINY_ADM, TINY_NCSN, TINY_SONG, twin, wave
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "edm_networks.json").read_text())
+CIFAR = {
+    "img_resolution": 32,
+    "img_channels": 3,
+    "model_type": "SongUNet",
+    "model_channels": 128,
+    "channel_mult": [2, 2, 2],
+    "augment_dim": 9,
+}
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"{c['arch']}-{c['precond']}")
+def test_a_small_network_matches_the_recorded_names_and_outputs(case: dict[str, Any]) -> None:
+    network = twin(case["precond"], case["init"])
+    names = [[name, list(p.shape)] for name, p in network.named_parameters()]
+    assert names == case["names"]
+    assert sum(p.numel() for p in network.parameters()) == case["parameters"]
+    x = wave(2, network.img_channels, network.img_resolution, network.img_resolution)
+    labels = None if case["labels"] is None else torch.tensor(case["labels"])
+    y = network(x, torch.tensor(case["sigma"]), class_condition(labels, network.label_dim))
+    torch.testing.assert_close(
+        y.flatten()[:64], torch.tensor(case["y_flat_first64"]), rtol=1e-5, atol=2e-6
+    )
+    assert y.mean().item() == pytest.approx(case["y_mean"], abs=5e-6)
+    assert y.std().item() == pytest.approx(case["y_std"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precond", "arguments", "count"),
+    [
+        ("vp", {**CIFAR, "label_dim": 10}, 55_735_299),
+        ("vp", CIFAR, 55_733_891),
+        ("ve", {**CIFAR, **NCSNPP, "label_dim": 10}, 56_400_643),
+        ("vp", {**CIFAR, "img_resolution": 64, "channel_mult": [1, 2, 2, 2]}, 61_805_571),
+        ("edm", {"img_resolution": 64, "img_channels": 3, "label_dim": 1000}, 295_899_267),
+    ],
+    ids=["cifar10-cond", "cifar10-uncond", "cifar10-ncsnpp", "ffhq64", "imagenet64-adm"],
+)
+def test_published_networks_have_the_published_number_of_parameters(
+    precond: str, arguments: dict[str, Any], count: int
+) -> None:
+    with torch.device("meta"):
+        network = build_edm(precond, arguments)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize("resample", ["up", "down"])
+def test_the_box_filter_of_its_own_kernels_is_the_general_filter(resample: str) -> None:
+    conv = Conv2d(4, 4, 0, resample=resample)
+    x = wave(2, 4, 8, 8)
+    fast = conv(x)
+    conv.is_box = False
+    torch.testing.assert_close(fast, conv(x))
+
+
+def test_a_smooth_filter_doubles_a_constant_into_the_same_constant_inside() -> None:
+    y = Conv2d(2, 2, 0, resample="up", resample_filter=(1, 3, 3, 1))(torch.ones(1, 2, 6, 6))
+    torch.testing.assert_close(y[..., 1:-1, 1:-1], torch.ones(1, 2, 10, 10))
+
+
+def test_filtering_after_the_weights_is_filtering_before_them_away_from_the_edge() -> None:
+    before = Conv2d(2, 3, 3, resample="down", resample_filter=(1, 3, 3, 1))
+    after = Conv2d(2, 3, 1, resample="down", resample_filter=(1, 3, 3, 1), filter_last=True)
+    assert after.weight is not None
+    assert before.weight is not None
+    torch.nn.init.constant_(after.weight, 0.3)
+    before.weight.data[:, :, 1, 1] = 0.3
+    x = wave(1, 2, 8, 8)
+    torch.testing.assert_close(after(x), before(x))
+
+
+def test_the_positional_embedding_is_the_written_formula() -> None:
+    emb = PositionalEmbedding(4, endpoint=True)(torch.tensor([2.0]))
+    phase = torch.tensor([2.0, 2.0 / 10000])
+    torch.testing.assert_close(emb, torch.cat([phase.cos(), phase.sin()])[None])
+
+
+def test_the_fourier_embedding_turns_once_for_noise_one_over_frequency() -> None:
+    layer = FourierEmbedding(4)
+    layer.freqs.copy_(torch.tensor([2.0, 8.0]))
+    emb = layer(torch.tensor([0.5]))
+    torch.testing.assert_close(emb, torch.tensor([[1.0, 1.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (8, 2), (64, 16), (128, 32), (256, 32)])
+def test_groups_hold_four_channels_until_there_are_32(channels: int, groups: int) -> None:
+    if channels % groups == 0:
+        assert GroupNorm(channels).groups == groups
+
+
+@pytest.mark.parametrize("encoder", ["standard", "skip", "residual"])
+@pytest.mark.parametrize("decoder", ["standard", "skip"])
+def test_every_kind_of_encoder_and_decoder_uses_all_its_weights(
+    encoder: str, decoder: str
+) -> None:
+    arguments = {**TINY_NCSN, "encoder_type": encoder, "decoder_type": decoder, "dropout": 0.0}
+    network = twin("ve", arguments).requires_grad_(True)
+    cond = class_condition(torch.tensor([0, 2]), 3)
+    network(wave(2, 1, 8, 8), torch.tensor([0.3, 5.0]), cond).square().sum().backward()
+    idle = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_attention_equals_the_written_formula_with_channels_in_head_channel_qkv_order() -> None:
+    network = twin("edm", TINY_ADM)
+    block = network.model.get_submodule("dec.4x4_in0")
+    assert block.num_heads == 2
+    qkv = wave(2, 3 * 128, 4, 4)
+    q, k, v = qkv.reshape(4, 64, 3, 16).unbind(2)
+    weights = torch.einsum("ncq,nck->nqk", q, k / 8).softmax(2)
+    expected = torch.einsum("nqk,nck->ncq", weights, v).reshape(2, 128, 4, 4)
+    got = block._attend(qkv)  # type: ignore[operator]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("arguments", [TINY_SONG, TINY_ADM], ids=["song", "adm"])
+def test_an_image_does_not_depend_on_the_others_of_its_batch(arguments: dict[str, Any]) -> None:
+    network = twin("edm", arguments)
+    x, sigma = wave(3, network.img_channels, 8, 8), torch.tensor([0.1, 1.0, 9.0])
+    labels = F.one_hot(torch.tensor([0, 1, 2]), 3).float()
+    alone = torch.cat(
+        [network.raw(x[i : i + 1], sigma[i : i + 1], labels[i : i + 1]) for i in range(3)]
+    )
+    torch.testing.assert_close(network.raw(x, sigma, labels), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [TINY_SONG, TINY_ADM], ids=["song", "adm"])
+def test_no_labels_are_a_row_of_zeros(arguments: dict[str, Any]) -> None:
+    network = twin("edm", arguments)
+    x, sigma = wave(2, network.img_channels, 8, 8), torch.tensor([0.1, 1.0])
+    assert torch.equal(network.raw(x, sigma, None), network.raw(x, sigma, torch.zeros(2, 3)))
+
+
+def test_augmentation_labels_of_zero_change_nothing_and_others_do() -> None:
+    network = twin("edm", TINY_ADM)
+    x, noise, labels = wave(1, 3, 8, 8), torch.tensor([0.1]), torch.zeros(1, 3)
+    plain = network.model(x, noise, labels)
+    assert torch.equal(plain, network.model(x, noise, labels, torch.zeros(1, 9)))
+    assert not torch.equal(plain, network.model(x, noise, labels, torch.ones(1, 9)))
+
+
+def test_the_initial_weights_hang_on_the_generator_alone() -> None:
+    def weights(seed: int) -> Tensor:
+        network = build_edm("ve", TINY_NCSN)
+        initialise(network.model, torch.Generator().manual_seed(seed))
+        return torch.cat([v.flatten() for v in network.state_dict().values()])
+
+    torch.manual_seed(1)
+    first = weights(0)
+    torch.manual_seed(2)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_channels": 0}, "model_channels must be a whole number from 1, not 0"),
+        ({"channel_mult": []}, "channel_mult must be a list of whole numbers above 0"),
+        ({"channel_mult": "12"}, "channel_mult must be a list"),
+        ({"img_resolution": 9}, "img_resolution 9 cannot be halved 1 times"),
+        ({"encoder_type": "other"}, "encoder_type must be one of standard, skip, residual"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\)"),
+        ({"atn_resolutions": [4]}, "takes no argument 'atn_resolutions'"),
+        ({"model_type": "UNet"}, "unknown network 'UNet'; known: SongUNet, DhariwalUNet"),
+        ({"model_type": ["UNet"]}, "unknown network"),
+        ({"label_dim": -1}, "label_dim must be a whole number from 0"),
+    ],
+)
+def test_arguments_that_make_no_network_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_edm("edm", {**TINY_SONG, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="SongUNet needs out_channels"):
+        build_unet("SongUNet", {"img_resolution": 8, "in_channels": 1})
