@@ -21,6 +21,19 @@ ADAMS_BASHFORTH = (
 )
 
 
+def checked_order(solver: object, order: object, highest: int) -> None:
+    """ValueError unless `order` is a whole number from 1 to `highest`."""
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= highest:
+        name = type(solver).__name__
+        raise ValueError(f"{name} has the orders 1 to {highest}, not {order!r}")
+
+
+def checked_name(what: str, name: object, known: Sequence[str]) -> None:
+    """ValueError unless `name` is one of those known."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class Euler:
     """First order; the same as DDIM (Song et al. 2021, arXiv:2010.02502)."""
@@ -43,7 +56,8 @@ class EDM:
     """Heun after a little noise is put back (Karras et al. 2022, Alg. 2, "churn").
 
     `noise(index, x)` gives standard normal noise like x [B, 1, *] for step `index`; let it
-    come from a generator per sample, so that it does not depend on the batch.
+    come from a generator per sample, so that it does not depend on the batch. Raises ValueError
+    for a negative or infinite s_churn or s_noise, or an empty range of levels.
     """
 
     noise: Callable[[int, Tensor], Tensor]
@@ -51,6 +65,13 @@ class EDM:
     s_min: float = 0.0
     s_max: float = math.inf
     s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("s_churn", self.s_churn), ("s_noise", self.s_noise)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more, not {value}")
+        if not self.s_min <= self.s_max:
+            raise ValueError(f"need s_min <= s_max, not {self.s_min} and {self.s_max}")
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         return Heun()(field, dataclasses.replace(step, now=self.churned(field, step)))
@@ -74,9 +95,16 @@ class EDM:
 
 @dataclass(frozen=True)
 class DPM2:
-    """Second order, midpoint at sigma^(1-r) sigma_next^r (Lu et al. 2022, arXiv:2206.00927)."""
+    """Second order, midpoint at sigma^(1-r) sigma_next^r (Lu et al. 2022, arXiv:2206.00927).
+
+    Raises ValueError unless 0 < r <= 1.
+    """
 
     r: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.r <= 1:
+            raise ValueError(f"r of DPM2 must be above 0 and at most 1, not {self.r}")
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         sigma = step.now.sigma ** (1 - self.r) * step.sigma_next**self.r
@@ -87,9 +115,15 @@ class DPM2:
 
 @dataclass(frozen=True)
 class IPNDM:
-    """Adams-Bashforth as if steps were equal (Zhang & Chen 2023, arXiv:2204.13902, iPNDM)."""
+    """Adams-Bashforth as if steps were equal (Zhang & Chen 2023, arXiv:2204.13902, iPNDM).
+
+    Raises ValueError for an order other than 1 to 4.
+    """
 
     order: int = 3
+
+    def __post_init__(self) -> None:
+        checked_order(self, self.order, highest=4)
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         slopes = newest_slopes(step, self.order)
@@ -103,9 +137,13 @@ class IPNDMv:
     The formulas are the published ones (DEIS and diff-sampler), which are exact for steps of
     slowly varying length: the second difference has its ratio inside the bracket, and the oldest
     weight of order 4 takes h1 / h2 for h2 / h3. On grids even in log sigma both keep the order.
+    Raises ValueError for an order other than 1 to 4.
     """
 
     order: int = 3
+
+    def __post_init__(self) -> None:
+        checked_order(self, self.order, highest=4)
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         slopes = newest_slopes(step, self.order)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers.classic import EDM, Euler
-from solvers.exponential import UniPC
+from solvers.exponential import DEIS, UniPC
 from solvers.field import Field
 from solvers.integrate import Solver, Step
 
@@ -45,7 +45,8 @@ class EPD:
 
     With `base=Euler()` this is the EPD solver; with a multistep base it is the plug-in. Put
     the table where the samples are (`table.to(x)`) before the loop, so that no step waits for
-    a copy. Raises ValueError for a base that cannot serve.
+    a copy. Raises ValueError for a base that cannot serve, and in the loop for a table whose
+    number of rows is not that of the steps.
     """
 
     table: Directions
@@ -57,15 +58,19 @@ class EPD:
             EDM: "its noise would differ between the points of one step",
             EPD: "its points would need points of their own",
         }
-        if type(self.base) in reasons:
-            name, reason = type(self.base).__name__, reasons[type(self.base)]
-            raise ValueError(f"EPD cannot stand on {name}: {reason}")
+        reason = reasons.get(type(self.base))
+        if self.base == DEIS(4, "rhoab"):
+            reason = "its weights are those of a whole step, wherever the points lie"
+        if reason:
+            raise ValueError(f"EPD cannot stand on {type(self.base).__name__}: {reason}")
 
     def __call__(self, field: Field, step: Step) -> Tensor:
-        now = step.now
-        row = self.table.row(step.index, now.x.ndim)
+        now, rows = step.now, self.table.r.shape[-2]
+        if rows != len(step.sigmas) - 1:
+            raise ValueError(f"a table of {rows} steps cannot take {len(step.sigmas) - 1} steps")
+        row = self.table.row(step.index, now.x.ndim).to(now.x)
         sigma = now.sigma * (step.sigma_next / now.sigma) ** row.r
         x = self.base(field, dataclasses.replace(step, sigma_next=sigma))
         d = field(x, sigma, row.time_scale * sigma)
         mix = (row.weight * row.dir_scale * d).sum(1, keepdim=True)
-        return torch.add(now.x, mix, alpha=step.h)
+        return torch.add(now.x, mix, alpha=float(step.h))

@@ -1,4 +1,4 @@
-"""Multistep solvers on a clock of their own: DPM-Solver++, UniPC (exact in the linear part), DEIS."""
+"""Multistep solvers with a clock of their own: DPM-Solver++, UniPC and DEIS."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from solvers.classic import mixed, newest_slopes
+from solvers.classic import checked_name, checked_order, mixed, newest_slopes
 from solvers.field import Field
 from solvers.integrate import Point, Step
 from solvers.process import VE, Level, Process, expm1
@@ -55,13 +55,15 @@ class Exponential:
         return point.d if self.process == VE else point.x0 + point.d
 
     def linear(self) -> Tensor:
-        """The first-order step."""
-        now, sigma_next = self.step.now, self.step.sigma_next
-        if self.predict_x0:
-            ratio = sigma_next / now.sigma
-        else:
-            ratio = self.process.alpha(sigma_next) / self.process.alpha(now.sigma)
-        return ratio * now.x - self.gain * expm1(self.hh) * self.model(now)
+        """The first-order step.
+
+        For noise prediction it equals Euler's, which needs no division by alpha: so flow
+        matching may start at sigma = 1.
+        """
+        now, step = self.step.now, self.step
+        if not self.predict_x0:
+            return now.x + step.h * now.d
+        return step.sigma_next / now.sigma * now.x - self.gain * expm1(self.hh) * self.model(now)
 
     def gap(self, point: Point) -> Level:
         """How far `point` lies ahead of now, in units of the step."""
@@ -84,6 +86,7 @@ class DPMpp:
     """DPM-Solver++ multistep (Lu et al. 2022, arXiv:2211.01095), data or noise prediction.
 
     `thresholding` is for pixels and data prediction; the published comparisons have it on.
+    Raises ValueError for an order other than 1 to 3, or thresholding with noise prediction.
     """
 
     order: Literal[1, 2, 3] = 2
@@ -91,6 +94,10 @@ class DPMpp:
     lower_order_final: bool = True
     process: Process = VE
     thresholding: bool = False
+
+    def __post_init__(self) -> None:
+        checked_order(self, self.order, highest=3)
+        checked_threshold(self.thresholding, self.predict_x0)
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         order = usable_order(step, self.order, self.lower_order_final)
@@ -117,6 +124,8 @@ class UniPC:
 
     The predictor is the step; pass `correct` to the loop for the corrector. `thresholding` is
     for pixels and data prediction; as published, it spares the estimate at the first level.
+    Raises ValueError for an order other than 1 to 3, a variant other than bh1 and bh2, or
+    thresholding with noise prediction.
     """
 
     order: Literal[1, 2, 3] = 3
@@ -125,6 +134,11 @@ class UniPC:
     lower_order_final: bool = True
     process: Process = VE
     thresholding: bool = False
+
+    def __post_init__(self) -> None:
+        checked_order(self, self.order, highest=3)
+        checked_name("variant of UniPC", self.variant, ("bh1", "bh2"))
+        checked_threshold(self.thresholding, self.predict_x0)
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         return self.advance(step, arrived=None)
@@ -149,11 +163,17 @@ class UniPC:
         others = [*step.past[: order - 1], *([arrived] if arrived else [])]
         if not others:
             return e.linear()
-        gaps, now = [e.gap(p) for p in others], e.model(step.now)
-        scale = e.hh if self.variant == "bh1" else expm1(e.hh)
-        weights = unipc_weights(gaps, e.hh, scale)
+        gaps, hh, now = [float(e.gap(p)) for p in others], float(e.hh), e.model(step.now)
+        scale = hh if self.variant == "bh1" else math.expm1(hh)
+        weights = unipc_weights(gaps, hh, scale)
         slopes = [(e.model(p) - now) / gap for p, gap in zip(others, gaps, strict=True)]
         return e.linear() - e.gain * scale * mixed(weights, slopes)
+
+
+def checked_threshold(thresholding: bool, predict_x0: bool) -> None:
+    """ValueError for a threshold on data that is not what is predicted."""
+    if thresholding and not predict_x0:
+        raise ValueError("thresholding clips x0: it needs predict_x0=True, not False")
 
 
 def usable_order(step: Step, order: int, lower_order_final: bool) -> int:
@@ -177,15 +197,20 @@ def unipc_weights(gaps: Sequence[float], hh: float, scale: float) -> list[float]
 
 @dataclass(frozen=True)
 class DEIS:
-    """Adams-Bashforth with polynomials in a clock of its own (Zhang & Chen 2023, arXiv:2204.13902).
+    """Adams-Bashforth in a clock of its own (Zhang & Chen 2023, arXiv:2204.13902).
 
     "tab" takes the slope as a polynomial in the VP process's time, "rhoab" in sigma. The time
     is that of the VP process whose ends are the ends of the grid. As published, "rhoab" of
-    order 4 keeps the weights of its fourth step for all later ones; prefer "tab" there.
+    order 4 keeps the weights of its fourth step for all later ones; prefer "tab" there. Raises
+    ValueError for an order other than 1 to 4 or an unknown mode.
     """
 
     order: Literal[1, 2, 3, 4] = 3
     mode: Literal["tab", "rhoab"] = "tab"
+
+    def __post_init__(self) -> None:
+        checked_order(self, self.order, highest=4)
+        checked_name("mode of DEIS", self.mode, ("tab", "rhoab"))
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         slopes = newest_slopes(step, self.order)
@@ -208,9 +233,7 @@ class DEIS:
         return quadrature(times, [(t, weight * clock.speed(t)) for t, weight in nodes])
 
 
-def quadrature(
-    knots: Sequence[Level], nodes: Sequence[tuple[Level, Level]]
-) -> list[Level]:
+def quadrature(knots: Sequence[Level], nodes: Sequence[tuple[Level, Level]]) -> list[Level]:
     """The integral of each knot's Lagrange polynomial, by (place, weight) nodes."""
     return [sum(w * lagrange(knots, j, place) for place, w in nodes) for j in range(len(knots))]
 

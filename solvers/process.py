@@ -43,7 +43,7 @@ FLOW = Process("flow")
 
 
 def process_named(name: str) -> Process:
-    """"ve" or "flow" -> its process; ValueError for any other name."""
+    """The process of that name, "ve" or "flow"; ValueError for any other."""
     processes = {"ve": VE, "flow": FLOW}
     if name not in processes:
         raise ValueError(f"unknown process {name!r}: choose ve or flow")

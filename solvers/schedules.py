@@ -16,22 +16,22 @@ VP_FIRST_TIME = 1e-3
 def polynomial(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7) -> Tensor:
     """Equal steps in sigma^(1/rho) (Karras et al. 2022, arXiv:2206.00364, Eq. 5)."""
     checked(num_steps, sigma_min, sigma_max, rho)
-    return stretched(num_steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho)) ** rho
+    return powers(num_steps, sigma_max, sigma_min, rho)
 
 
 def log_snr(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Equal steps in log sigma (Lu et al. 2022, arXiv:2206.00927)."""
     checked(num_steps, sigma_min, sigma_max)
-    return stretched(num_steps, math.log(sigma_max), math.log(sigma_min)).exp()
+    sigmas = even(num_steps, math.log(sigma_max), math.log(sigma_min)).exp()
+    return with_ends(sigmas, sigma_max, sigma_min)
 
 
 def time_uniform(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1) -> Tensor:
     """Equal steps in t^(1/rho), t in [1e-3, 1] of the VP process with these end levels."""
     checked(num_steps, sigma_min, sigma_max, rho)
-    t = stretched(num_steps, 1.0, VP_FIRST_TIME ** (1 / rho)) ** rho
-    sigmas = VPClock.between(sigma_min, sigma_max).sigma(t)
-    sigmas[0], sigmas[-1] = sigma_max, sigma_min
-    return sigmas
+    t = powers(num_steps, 1.0, VP_FIRST_TIME, rho)
+    sigmas = torch.as_tensor(VPClock.between(sigma_min, sigma_max).sigma(t))
+    return with_ends(sigmas, sigma_max, sigma_min)
 
 
 def discrete(
@@ -43,13 +43,13 @@ def discrete(
 ) -> Tensor:
     """Equal steps in t^(1/rho) of a network's own timesteps, from t = `last` down to `first`.
 
-    `sigma_of` maps timesteps [n] to levels [n], rising with t. Raises ValueError unless
-    0 <= first < last.
+    `sigma_of` maps timesteps [n] to levels [n], rising with t. The timesteps are not rounded,
+    but both ends are exact, for any rho. Raises ValueError unless 0 <= first < last.
     """
     checked(num_steps, 1.0, 2.0, rho)
-    if not 0 <= first < last:
+    if not 0 <= first < last < math.inf:
         raise ValueError(f"timesteps must rise from first >= 0, not {first} to {last}")
-    return sigma_of(stretched(num_steps, last ** (1 / rho), first ** (1 / rho)) ** rho)
+    return sigma_of(powers(num_steps, last, first, rho)).double()
 
 
 def flowmatch(
@@ -67,13 +67,16 @@ def flowmatch(
     FLUX) the ends stay as they are, and exp(mu) is the shift of the levels. Like the
     scheduler's, the levels are rounded to float32. Raises ValueError for a shift <= 0.
     """
-    if num_steps < 2 or not 0 < shift < math.inf:
-        raise ValueError(f"flowmatch needs num_steps >= 2 and shift > 0, not {num_steps}, {shift}")
+    factor = shift if mu is None else math.exp(mu)
+    if num_steps < 2 or num_train_timesteps < 2 or not 0 < factor < math.inf:
+        given = f"{num_steps}, {num_train_timesteps} and {shift if mu is None else mu}"
+        raise ValueError(
+            f"flowmatch needs num_steps >= 2, num_train_timesteps >= 2 and shift > 0, not {given}"
+        )
     ends = torch.tensor([1.0, 1 / num_train_timesteps], dtype=torch.float32)
     if mu is None:
         ends = shifted(ends, shift)
-    even = stretched(num_steps, *ends.tolist())
-    return shifted(even, shift if mu is None else math.exp(mu)).float().double()
+    return shifted(even(num_steps, *ends.tolist()), factor).float().double()
 
 
 def custom(sigmas: Sequence[float]) -> Tensor:
@@ -91,15 +94,25 @@ def shifted(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def stretched(num_steps: int, start: float, end: float) -> Tensor:
-    """num_steps evenly spaced values, both ends exact, in float64."""
+def even(num_steps: int, start: float, end: float) -> Tensor:
+    """num_steps evenly spaced values in float64."""
     return torch.linspace(start, end, num_steps, dtype=torch.float64)
+
+
+def powers(num_steps: int, start: float, end: float, rho: float) -> Tensor:
+    """Values whose 1/rho-th powers are evenly spaced, both ends exact."""
+    return with_ends(even(num_steps, start ** (1 / rho), end ** (1 / rho)) ** rho, start, end)
+
+
+def with_ends(values: Tensor, start: float, end: float) -> Tensor:
+    """The same values with these ends, which powers and logarithms miss by a rounding."""
+    return torch.cat([values.new_tensor([start]), values[1:-1], values.new_tensor([end])])
 
 
 def checked(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1) -> None:
     """ValueError for fewer than two levels, an empty or infinite range, or rho <= 0."""
     if num_steps < 2:
-        raise ValueError(f"num_steps must be 2 or more (levels, both ends counted), not {num_steps}")
+        raise ValueError(f"num_steps must be 2 or more, both ends counted, not {num_steps}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"need 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
     if not 0 < rho < math.inf:
@@ -117,14 +130,15 @@ class VPClock:
     def between(cls, sigma_min: float, sigma_max: float) -> "VPClock":
         """The process with sigma(1e-3) = sigma_min and sigma(1) = sigma_max.
 
-        Raises ValueError where no such process exists: sigma_min is too near to sigma_max.
+        Raises ValueError where no such process has rising levels: the ends are too near.
         """
         low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         beta_d = 2 * (low / VP_FIRST_TIME - high) / (VP_FIRST_TIME - 1)
-        if not (0 < low < high and 0 < beta_d and beta_d * (0.5 - VP_FIRST_TIME) < high):
+        beta_min = high - beta_d / 2
+        if not (0 < low < high and min(beta_min + beta_d, beta_min + beta_d * VP_FIRST_TIME) > 0):
             ends = f"sigma_min {sigma_min} and sigma_max {sigma_max}"
             raise ValueError(f"no VP process has the ends {ends}: lower sigma_min")
-        return cls(beta_d, high - beta_d / 2)
+        return cls(beta_d, beta_min)
 
     def sigma(self, t: Level) -> Level:
         """The level at time t."""
@@ -136,7 +150,8 @@ class VPClock:
     def time(self, sigma: Level) -> Level:
         """The time at which `sigma` is reached."""
         growth = log(1 + sigma**2)
-        return ((self.beta_min**2 + 2 * self.beta_d * growth) ** 0.5 - self.beta_min) / self.beta_d
+        rate = (self.beta_min**2 + 2 * self.beta_d * growth) ** 0.5
+        return 2 * growth / (self.beta_min + rate)
 
     def speed(self, t: Level) -> Level:
         """d sigma / dt at time t."""
