@@ -79,7 +79,7 @@ class Storage:
     values: Tensor
 
 
-def read_persistent(path: Path, *, foreign: Literal["refuse", "inert"] = "refuse") -> Any:
+def read_persistent(path: str | Path, *, foreign: Literal["refuse", "inert"] = "refuse") -> Any:
     """The content of a pickle or torch.save file as plain data, tensors and `Persistent`s.
 
     With `foreign="inert"`, classes that are not on the list become `Persistent`s too (dotted
@@ -89,6 +89,7 @@ def read_persistent(path: Path, *, foreign: Literal["refuse", "inert"] = "refuse
     Raises ValueError in one line with the path: no such file, not a pickle, truncated, a size
     claimed that the file does not hold, or a global that is not allowed, by name.
     """
+    path = Path(path)
     try:
         size = path.stat().st_size
         if path.is_dir():

@@ -127,11 +127,12 @@ def named_tensors(table: Directions) -> dict[str, Tensor]:
 # --- files --------------------------------------------------------------------------------
 
 
-def save_predictor(predictor: Predictor, path: Path) -> None:
+def save_predictor(predictor: Predictor, path: str | Path) -> None:
     """Write a predictor to `path`, `.pkl` or `.json` by its name, whole or not at all.
 
     Raises ValueError where the predictor is not valid, or the name ends otherwise.
     """
+    path = Path(path)
     content = to_content(validate(predictor))
     if path.suffix == ".json":
         rows = {name: values.tolist() for name, values in content["table"].items()}
@@ -170,7 +171,7 @@ def write_whole(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load_predictor(path: Path) -> Predictor:
+def load_predictor(path: str | Path) -> Predictor:
     """The predictor of a file of ours (.pkl or .json) or of a published pickle, checked.
 
     Nothing that the file holds is executed (`solvers.persistence`).
@@ -178,6 +179,7 @@ def load_predictor(path: Path) -> Predictor:
     Raises ValueError in one line with the path: not there, not a predictor, broken, hostile, of a
     future version, or with a table or a recipe that `validate` refuses.
     """
+    path = Path(path)
     content = read_json(path) if looks_like_json(path) else read_persistent(path)
     try:
         return validate(from_content(content))

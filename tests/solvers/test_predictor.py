@@ -562,6 +562,18 @@ def test_an_error_is_one_line_on_stderr_with_status_1(
     assert printed.err.count("\n") == 1
 
 
+def test_a_hostile_predictor_is_one_line_on_stderr_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentinel, path = tmp_path / "sentinel", tmp_path / "hostile.pkl"
+    path.write_bytes(f"cos\nsystem\n(S'echo > {sentinel}'\ntR.".encode())
+    assert main(["show", str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {path}: refused: it asks for os.system, which is not allowed in it\n"
+    )
+    assert not sentinel.exists()
+
+
 def test_the_module_runs_as_a_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "solvers.predictor", "show", "sd15-best"],
