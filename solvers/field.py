@@ -72,32 +72,32 @@ class Field:
         told = sigma if network_sigma is None else network_sigma
         self.tally.calls += 1
         self.tally.rows += x.shape[0] * x.shape[1]
-        chunk = self.points_chunk or x.shape[1]
-        parts = [
-            self.denoised(part, told[:, at : at + chunk] if spread(told) else told)
-            for at, part in zip(
-                range(0, x.shape[1], chunk), x.split(chunk, 1), strict=True
-            )
-        ]
-        d = (x - (parts[0] if len(parts) == 1 else torch.cat(parts, 1))) / sigma
+        d = (x - self.denoised(x, levels_of(x, told))) / sigma
         if self.heard:
             self.heard(d)
         return d
 
-    def denoised(self, x: Tensor, told: Level) -> Tensor:
-        """One network call: x [B, K, *] -> x0 [B, K, *]."""
-        b, k = x.shape[:2]
-        if isinstance(told, Tensor):
-            rows = told.to(x).reshape(told.shape[:2]).expand(b, k).t().reshape(k * b)
-        else:
-            rows = x.new_full((k * b,), told)
-        x0 = self.denoiser(x.transpose(0, 1).flatten(0, 1), rows, self.cond and self.cond.repeat(k))
+    def denoised(self, x: Tensor, levels: Tensor) -> Tensor:
+        """x [B, K, *] at levels [B, K] -> x0 [B, K, *], at most `points_chunk` points a call."""
+        chunk = self.points_chunk or x.shape[1]
+        if chunk >= x.shape[1]:
+            return self.asked(x, levels)
+        parts = zip(x.split(chunk, 1), levels.split(chunk, 1), strict=True)
+        return torch.cat([self.asked(*part) for part in parts], 1)
+
+    def asked(self, x: Tensor, levels: Tensor) -> Tensor:
+        """One network call: x [B, K, *] at levels [B, K] -> x0 [B, K, *]."""
+        b, k = levels.shape
+        rows, told = x.transpose(0, 1).flatten(0, 1), levels.t().reshape(k * b)
+        x0 = self.denoiser(rows, told, self.cond and self.cond.repeat(k))
         return x0.unflatten(0, (k, b)).transpose(0, 1)
 
 
-def spread(level: Level) -> bool:
-    """Whether the level differs between points."""
-    return isinstance(level, Tensor) and level.shape[1] > 1
+def levels_of(x: Tensor, level: Level) -> Tensor:
+    """A level for each sample and point of x [B, K, *], [B, K]."""
+    if isinstance(level, Tensor):
+        return level.to(x).reshape(level.shape[:2]).expand(x.shape[:2])
+    return x.new_full(x.shape[:2], level)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def integrate(
     slopes: tuple[Tensor, ...] = ()
     step: Step | None = None
     for i, (sigma, sigma_next) in enumerate(pairwise(grid)):
-        now = Point(sigma, x, slope_at(field if i or first_slope is None else first_slope, x, sigma))
+        now = Point(sigma, x, slope_at(first_slope if first_slope and i == 0 else field, x, sigma))
         if correct and step:
             now = correct(step, now)
         step = Step(i, inner, now, sigma_next, past, slopes)
@@ -112,7 +112,9 @@ def integrate(
         past = (now, *past)[:MAX_PAST]
 
 
-def slope_at(field: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float) -> Callable[[], Tensor]:
+def slope_at(
+    field: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float
+) -> Callable[[], Tensor]:
     """The field at one place, not yet evaluated."""
     return lambda: field(x, sigma)
 
