@@ -72,6 +72,7 @@ class Settings:
 @click.option("--s_noise", type=Number(0), default=1.0, help="Its strength.")
 @click.option("--seeds", type=SeedList(), default="0-63", help='Such as "0-63,100".')
 @click.option("--batch", type=click.IntRange(1), default=64, help="Images at once, a process.")
+@click.option("--points_chunk", type=click.IntRange(1), help="Points at once, to save memory.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: samples/MODEL/METHOD.")
 @click.option("--subdirs", is_flag=True, help="A sub-folder for every 1000 seeds.")
@@ -151,7 +152,11 @@ def predictor_or_solver(
     if predictor:
         check_fit(predictor.recipe, backend)
         method = predictor_method(predictor, backend.levels)
-        return dataclasses.replace(method, denoise_to_zero=options["denoise_to_zero"])
+        return dataclasses.replace(
+            method,
+            denoise_to_zero=options["denoise_to_zero"],
+            points_chunk=options["points_chunk"],
+        )
     chosen = HandMade(
         solver=options["solver"] or "euler",
         num_steps=options["num_steps"] or 18,

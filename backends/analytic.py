@@ -1,6 +1,5 @@
 """A Gaussian mixture, whose denoiser is known exactly: no network, no error but the solver's."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from backends.base import NoiseLevels, Prompt, pixels
 from solvers.field import Condition
-from solvers.process import VE, process_named
+from solvers.process import FLOW, VE, process_named
+from src.files import read_json
 
 CPU = torch.device("cpu")
+ENTRIES = ("means", "std", "weight")
 
 
 @dataclass(frozen=True)
@@ -91,23 +92,32 @@ def load_analytic(folder: Path, device: torch.device = CPU) -> AnalyticBackend:
     Raises ValueError naming the file and what is wrong in it.
     """
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     missing = {"process", "shape", "means", "std", "weight"} - set(config)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-    process = process_named(config["process"])
-    means, std, weight = (
-        torch.tensor(config[key], dtype=torch.float64, device=device)
-        for key in ("means", "std", "weight")
-    )
+    means, std, weight = (numbers(config[key], f"{path}: {key}") for key in ENTRIES)
     count = len(means)
     if std.shape != (count,) or weight.shape != (count,) or not bool((std > 0).all()):
         raise ValueError(f"{path}: std and weight must each have {count} positive entries")
     if not math.isclose(weight.sum().item(), 1, abs_tol=1e-6) or not bool((weight >= 0).all()):
         raise ValueError(f"{path}: the weights must be >= 0 and sum to 1")
-    flow = process.name == "flow"
-    low, high = config.get("sigma_min", 0.001 if flow else 0.002), 1.0 if flow else 80.0
-    levels = NoiseLevels(process, low, config.get("sigma_max", high))
-    return AnalyticBackend(
-        Mixture(means.reshape(count, *config["shape"]), std, weight), levels, device
-    )
+    shape = config["shape"]
+    if means.numel() != count * math.prod(shape):
+        raise ValueError(f"{path}: means do not fit the shape {shape}")
+    process = process_named(config["process"])
+    low, high = (0.001, 1.0) if process == FLOW else (0.002, 80.0)
+    levels = NoiseLevels(process, config.get("sigma_min", low), config.get("sigma_max", high))
+    mixture = Mixture(*(t.to(device) for t in (means.reshape(count, *shape), std, weight)))
+    return AnalyticBackend(mixture, levels, device)
+
+
+def numbers(values: object, name: str) -> Tensor:
+    """A list of numbers, nested or not, in float64; ValueError, naming it, for anything else."""
+    try:
+        found = torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be numbers") from error
+    if not found.ndim or not bool(found.isfinite().all()):
+        raise ValueError(f"{name} must be a list of finite numbers")
+    return found

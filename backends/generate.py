@@ -31,6 +31,7 @@ class Method:
     afs: bool = False
     denoise_to_zero: bool = False
     guidance_rate: float = 1.0
+    points_chunk: int | None = None  # how many of the K points at once, where memory is short
 
     def build(self, seeds: Sequence[int], like: Tensor) -> Solver:
         """The solver for these samples, its table on their device."""
@@ -103,7 +104,7 @@ def sample(backend: Backend, method: Method, jobs: tuple[Job, ...], trajectory: 
     dtype = torch.promote_types(backend.dtype, torch.float32)
     noise = randn(seeds, backend.latent_shape, device=backend.device, dtype=dtype)
     x = noise * method.sigmas[0].item()
-    slope = Field(Guided(backend, method.guidance_rate), cond)
+    slope = Field(Guided(backend, method.guidance_rate), cond, method.points_chunk)
     kept: list[Tensor] = []
     for state in method.states(slope, x, seeds):
         x = state

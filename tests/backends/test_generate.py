@@ -1,0 +1,169 @@
+"""From seeds to images: what an image depends on, and what it does not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backends.analytic import AnalyticBackend, Mixture
+from backends.base import NoiseLevels
+from backends.generate import Job, Method, generate
+from backends.methods import HandMade, predictor_method, recipe_sigmas, sequential_calls
+from backends.pixels import PixelBackend
+from solvers.catalog import SOLVERS, SolverOptions, make_solver, num_steps_for
+from solvers.predictor import find_predictor, load_predictor
+from solvers.process import FLOW, VE
+from tests.tiny import tiny_edm
+
+CPU = torch.device("cpu")
+LEVELS = NoiseLevels(VE, 0.002, 80.0)
+
+
+def tiny() -> PixelBackend:
+    return PixelBackend(tiny_edm(), LEVELS, CPU)
+
+
+def mixture(levels: NoiseLevels = LEVELS) -> AnalyticBackend:
+    means = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    return AnalyticBackend(
+        Mixture(means, torch.full((4,), 0.2).double(), torch.full((4,), 0.25).double()), levels
+    )
+
+
+def latents(
+    model: PixelBackend | AnalyticBackend, method: Method, jobs: list[Job], batch: int
+) -> torch.Tensor:
+    return torch.cat([made.latents for made in generate(model, method, jobs, batch=batch)])
+
+
+JOBS = [Job(seed, seed % 3) for seed in range(7)]
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "dpmpp-3", "unipc-2", "deis-4"])
+def test_an_image_depends_on_its_own_job_alone(name: str) -> None:
+    """Kernels differ a little between batch sizes: 1e-4 of latents in about [-1, 1]."""
+    method = HandMade(name, 6).method(
+        LEVELS, SolverOptions(s_churn=10.0 if name == "edm" else 0.0)
+    )
+    model = tiny()
+    together = latents(model, method, JOBS, batch=7)
+    apart = latents(model, method, JOBS[::-1], batch=2).flip(0)
+    assert torch.allclose(together, apart, atol=1e-4 * together.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["cifar10/cifar10-5nfe", "cifar10/cifar10-5nfe-ipndm"])
+def test_a_predictor_samples_with_the_calls_that_it_promises(name: str) -> None:
+    predictor = load_predictor(find_predictor(name))
+    method = predictor_method(predictor, LEVELS)
+    (made,) = generate(mixture(), method, [Job(0), Job(1)], batch=2)
+    assert made.tally.calls == sequential_calls(method) == predictor.nfe == 5
+    assert made.tally.rows == 2 * predictor.evaluations == 16
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("afs", [False, True])
+def test_calls_are_as_counted(name: str, afs: bool) -> None:
+    nfe = 7 if afs or SOLVERS[name].calls == 1 else 8
+    method = HandMade(name, num_steps_for(name, nfe, afs), afs=afs).method(LEVELS)
+    (made,) = generate(mixture(), method, [Job(0)], batch=1)
+    assert made.tally.calls == made.tally.rows == sequential_calls(method) == nfe
+
+
+def test_an_nfe_that_a_solver_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="heun makes 2 calls"):
+        num_steps_for("heun", 5, afs=False)
+
+
+def test_points_in_chunks_give_the_same_numbers() -> None:
+    predictor = load_predictor(find_predictor("cifar10-5nfe"))
+    method = predictor_method(predictor, LEVELS)
+    model = mixture()
+    once = latents(model, method, [Job(0), Job(1)], batch=2)
+    chunked = latents(model, replace(method, points_chunk=1), [Job(0), Job(1)], batch=2)
+    assert torch.allclose(once, chunked, atol=1e-12)
+
+
+def test_denoise_to_zero_ends_on_the_denoiser() -> None:
+    method = HandMade("ipndm", 5).method(LEVELS)
+    model = mixture()
+    plain = latents(model, method, [Job(3)], batch=1)
+    ended = latents(model, replace(method, denoise_to_zero=True), [Job(3)], batch=1)
+    sigma = method.sigmas[-1:].to(plain)
+    assert torch.allclose(ended, model(plain, sigma, None), atol=1e-12)
+    assert sequential_calls(replace(method, denoise_to_zero=True)) == 5
+
+
+def test_every_state_on_the_way_is_kept_when_asked() -> None:
+    method = HandMade("euler", 5).method(LEVELS)
+    (made,) = generate(mixture(), method, [Job(0), Job(1)], batch=2, trajectory=True)
+    assert len(made.states) == 4
+    assert torch.equal(made.states[-1], made.latents)
+    (silent,) = generate(mixture(), method, [Job(0), Job(1)], batch=2)
+    assert silent.states == ()
+
+
+def test_guidance_pulls_towards_the_class() -> None:
+    model = mixture()
+    method = HandMade("heun", 20).method(LEVELS)
+    target = model.mixture.means[2]
+
+    def distance(rate: float) -> float:
+        jobs = [Job(seed, 2) for seed in range(8)]
+        found = latents(model, replace(method, guidance_rate=rate), jobs, batch=8)
+        return (found - target).square().mean().item()
+
+    unguided = latents(model, method, [Job(seed) for seed in range(8)], batch=8)
+    assert distance(1.0) < (unguided - target).square().mean().item()
+    assert distance(0.0) == pytest.approx((unguided - target).square().mean().item())
+
+
+def test_guidance_without_a_class_is_refused() -> None:
+    method = replace(HandMade("euler", 3).method(LEVELS), guidance_rate=2.0)
+    with pytest.raises(ValueError, match="needs prompts or classes"):
+        next(generate(tiny(), method, [Job(0)], batch=1))
+
+
+def test_a_double_network_keeps_a_double_state() -> None:
+    network = tiny_edm().cast(torch.float64)
+    (made,) = generate(
+        PixelBackend(network, LEVELS, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
+    )
+    assert made.latents.dtype == torch.float64
+    assert made.images.dtype == torch.float32
+
+
+def test_a_half_network_keeps_a_float_state() -> None:
+    network = tiny_edm().cast(torch.bfloat16)
+    (made,) = generate(
+        PixelBackend(network, LEVELS, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
+    )
+    assert made.latents.dtype == torch.float32
+
+
+def test_a_flow_predictor_is_not_for_a_ve_model() -> None:
+    recipe = load_predictor(find_predictor("sd3-512/sd3-512-best")).recipe
+    with pytest.raises(ValueError, match="not for a ve model"):
+        recipe_sigmas(recipe, LEVELS)
+    with pytest.raises(ValueError, match="not for a flow model"):
+        recipe_sigmas(
+            load_predictor(find_predictor("cifar10-5nfe")).recipe, NoiseLevels(FLOW, 0.001, 1.0)
+        )
+
+
+def test_afs_on_a_flow_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="afs"):
+        HandMade("euler", 5, afs=True).method(NoiseLevels(FLOW, 0.001, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "error"),
+    [
+        ("ipndm-3", 2, "disagree"),
+        ("heun-3", None, "not 3"),
+        ("dpmp", None, "dpmpp"),
+        ("zzz", None, "choose from"),
+    ],
+)
+def test_solver_names_are_checked(name: str, order: int | None, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make_solver(name, SolverOptions(order=order))
