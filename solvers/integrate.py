@@ -37,7 +37,9 @@ class Point:
         return self.x - self.sigma * self.d
 
     def detached(self) -> "Point":
-        """The same point, through which no gradient flows."""
+        """The same point, through which no gradient flows; a slope not asked for stays so."""
+        if "d" not in vars(self):
+            return Point(self.sigma, self.x.detach(), lambda: self.slope().detach())
         d = self.d.detach()
         return Point(self.sigma, self.x.detach(), lambda: d)
 
