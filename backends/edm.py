@@ -25,6 +25,7 @@ from backends.edm_networks import UNet, build_unet
 from backends.edm_pickle import Network, pickled, read_network
 from backends.edm_precond import PRECONDS, SHORT, Precond, rows
 from solvers.field import Condition
+from src.files import write_atomically, write_json
 
 __all__ = ["EDM", "build_edm", "class_condition", "load_edm", "save_edm", "save_edm_pickle"]
 
@@ -229,7 +230,6 @@ def save_edm(
     turn phases, keep theirs anyway. `about` is for readers.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT,
         "backend": "edm",
@@ -241,19 +241,15 @@ def save_edm(
         k: v.detach().to("cpu", v.dtype if k == FREQS else dtype).contiguous()
         for k, v in network.state_dict().items()
     }
-    _write(folder / WEIGHTS, save_safetensors(state))
-    _write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    with write_atomically(folder / WEIGHTS) as part:
+        part.write_bytes(save_safetensors(state))
+    write_json(folder / CONFIG, config)
 
 
 def save_edm_pickle(path: Path | str, network: EDM) -> None:
     """Write {"ema": network} in the layout of NVIDIA's pickles, whole or not at all."""
-    _write(Path(path), pickled(network, network.class_name, network.arguments))
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    with write_atomically(path) as part:
+        part.write_bytes(pickled(network, network.class_name, network.arguments))
 
 
 @click.group()

@@ -30,7 +30,7 @@ TINY_ADM: dict[str, Any] = {
     "img_channels": 3,
     "label_dim": 3,
     "model_type": "DhariwalUNet",
-    "model_channels": 64,
+    "model_channels": 32,
     "channel_mult": [1, 2],
     "num_blocks": 1,
     "attn_resolutions": [4],

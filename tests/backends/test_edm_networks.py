@@ -124,7 +124,7 @@ def test_every_kind_of_encoder_and_decoder_uses_all_its_weights(
 
 
 def test_attention_equals_the_written_formula_with_channels_in_head_channel_qkv_order() -> None:
-    network = twin("edm", TINY_ADM)
+    network = build_edm("edm", {**TINY_ADM, "model_channels": 64})
     block = network.model.get_submodule("dec.4x4_in0")
     assert block.num_heads == 2
     qkv = wave(2, 3 * 128, 4, 4)

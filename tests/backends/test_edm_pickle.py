@@ -60,10 +60,16 @@ def denoise(network: EDM) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
+KINDS = [
+    *((TINY_SONG, "edm", protocol) for protocol in (2, 3, 4, 5)),
+    *((arguments, precond, 4) for arguments in (TINY_NCSN, TINY_ADM) for precond in ("vp", "ve")),
+]
+
+
 @pytest.mark.parametrize(
-    "arguments", [TINY_SONG, TINY_NCSN, TINY_ADM], ids=["song", "ncsn", "adm"]
+    ("arguments", "precond", "protocol"),
+    KINDS,
+    ids=[f"{a['model_type']}-{p}-{n}" for a, p, n in KINDS],
 )
 def test_a_network_pickle_loads_with_its_numbers(
     tmp_path: Path, arguments: dict[str, Any], precond: str, protocol: int
