@@ -40,8 +40,7 @@ class Point:
         """The same point, through which no gradient flows; a slope not asked for stays so."""
         if "d" not in vars(self):
             return Point(self.sigma, self.x.detach(), lambda: self.slope().detach())
-        d = self.d.detach()
-        return Point(self.sigma, self.x.detach(), lambda: d)
+        return Point(self.sigma, self.x.detach(), lambda: self.d.detach())
 
 
 @dataclass(frozen=True)
