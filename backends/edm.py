@@ -160,9 +160,9 @@ def load_edm(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> EDM:
-    """A network from a folder of ours or from an NVIDIA `.pkl`, run in `dtype`.
+    """A network from a folder of ours or from an NVIDIA `.pkl`, run in `dtype`, without gradients.
 
-    Raises ValueError, in one line, on a path that is neither and on a broken or foreign file.
+    The file's `use_fp16` is kept but not obeyed: `dtype` alone decides. Raises ValueError, in one line, on a path that is neither and on a broken or foreign file.
     """
     path = Path(path)
     if not path.exists():
