@@ -162,7 +162,8 @@ def load_edm(
 ) -> EDM:
     """A network from a folder of ours or from an NVIDIA `.pkl`, run in `dtype`, without gradients.
 
-    The file's `use_fp16` is kept but not obeyed: `dtype` alone decides. Raises ValueError, in one line, on a path that is neither and on a broken or foreign file.
+    The file's `use_fp16` is kept but not obeyed: `dtype` alone decides. Raises
+    ValueError, in one line, on a path that is neither and on a broken or foreign file.
     """
     path = Path(path)
     if not path.exists():
