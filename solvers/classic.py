@@ -117,7 +117,8 @@ class DPM2:
 class IPNDM:
     """Adams-Bashforth as if steps were equal (Zhang & Chen 2023, arXiv:2204.13902, iPNDM).
 
-    Raises ValueError for an order other than 1 to 4.
+    Where they are not, orders above 2 converge as order 2, with a smaller constant. Raises
+    ValueError for an order other than 1 to 4.
     """
 
     order: int = 3
@@ -134,10 +135,11 @@ class IPNDM:
 class IPNDMv:
     """Adams-Bashforth for steps as they are (arXiv:2204.13902, iPNDM with variable steps).
 
-    The formulas are the published ones (DEIS and diff-sampler), which are exact for steps of
-    slowly varying length: the second difference has its ratio inside the bracket, and the oldest
-    weight of order 4 takes h1 / h2 for h2 / h3. On grids even in log sigma both keep the order.
-    Raises ValueError for an order other than 1 to 4.
+    The formulas are the published ones (DEIS and diff-sampler). Order 3, whose second difference
+    has its ratio inside the bracket, keeps its order where neighbouring steps are nearly equal.
+    Order 4 does not reach 4: the sign inside its third difference makes it converge as order 3,
+    and its oldest weight, with h1 / h2 for h2 / h3, as order 2 on grids not even in log sigma;
+    prefer DEIS(4). Raises ValueError for an order other than 1 to 4.
     """
 
     order: int = 3

@@ -37,7 +37,7 @@ def tiled(tensors: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 class Denoiser(Protocol):
     """Estimates the clean sample. Backends are denoisers; so are wrappers of denoisers."""
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None, /) -> Tensor:
         """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""
         ...
 
