@@ -7,7 +7,6 @@ import torch
 from backends.edm import EDM, build_edm, save_edm
 
 ARGUMENTS = {
-    "img_resolution": 16,
     "img_channels": 1,
     "model_type": "SongUNet",
     "model_channels": 8,
@@ -17,16 +16,17 @@ ARGUMENTS = {
 }
 
 
-def tiny_edm(label_dim: int = 3, seed: int = 0) -> EDM:
-    """A network of a few thousand random weights, 1x16x16."""
-    network = build_edm("edm", {**ARGUMENTS, "label_dim": label_dim})
+def tiny_edm(label_dim: int = 3, seed: int = 0, img_resolution: int = 16) -> EDM:
+    """A network of a few thousand random weights for one grey channel."""
+    size = {"img_resolution": img_resolution, "label_dim": label_dim}
+    network = build_edm("edm", ARGUMENTS | size)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.2, generator=generator)
     return network
 
 
-def tiny_model(folder: Path, label_dim: int = 3) -> Path:
+def tiny_model(folder: Path, label_dim: int = 3, img_resolution: int = 16) -> Path:
     """The folder of such a network."""
-    save_edm(folder, tiny_edm(label_dim))
+    save_edm(folder, tiny_edm(label_dim, img_resolution=img_resolution))
     return folder
