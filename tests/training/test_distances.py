@@ -1,0 +1,108 @@
+"""Distances: what they are by hand, and what they refuse."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.distances import (
+    HUBER,
+    NAMES,
+    FeatureDistance,
+    compose,
+    distance_named,
+    huber,
+    load_network,
+    random_layers,
+)
+
+CPU = torch.device("cpu")
+
+
+def pair(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *shape, generator=generator)
+    return x, x + 0.1 * torch.randn(2, *shape, generator=generator)
+
+
+def halves(x: Tensor) -> Tensor:
+    """Two features."""
+    return torch.stack([x.flatten(1).sum(1), x.flatten(1)[:, 0]], 1)
+
+
+def test_l2_is_the_sum_of_squares() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert distance_named("l2")(x, torch.zeros(2, 2)).tolist() == [25, 1]
+
+
+def test_huber_is_square_near_and_straight_far() -> None:
+    c = HUBER * 2
+    near = huber(torch.full((1, 4), 1e-6), torch.zeros(1, 4)).item()
+    assert near == pytest.approx(4e-12 / (2 * c), rel=1e-2, abs=3e-9)
+    far = huber(torch.full((1, 4), 50.0), torch.zeros(1, 4)).item()
+    assert far == pytest.approx(100 - c)
+
+
+def test_features_follow_the_formula_and_the_published_code_weighs_it() -> None:
+    x, y = pair(3, 2, 2)
+    by_formula = FeatureDistance(halves, 10.0)(x, y)
+    difference = (halves(x) - halves(y)).square()
+    assert torch.allclose(by_formula, 10 * difference.sum(1))
+    published = FeatureDistance(halves, 10.0, as_published=True)(x, y)
+    scalar = torch.nn.functional.mse_loss(halves(x), halves(y))
+    broadcast = (10 * scalar * torch.ones_like(x)).sum() / len(x)
+    assert published.mean().item() == pytest.approx(broadcast.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 9), (3, 8, 8), (2, 4, 8, 8)])
+def test_lpips_like_takes_samples_of_any_shape(shape: tuple[int, ...]) -> None:
+    x, y = pair(*shape)
+    distance = distance_named("lpips-like")
+    assert (distance(x, y) > 0).all()
+    assert distance(x, x).abs().max() < 1e-9
+
+
+def test_the_random_network_is_the_same_each_time_and_has_three_layers() -> None:
+    x, _ = pair(3, 8, 8)
+    one, two = random_layers(x), random_layers(x)
+    assert [tuple(layer.shape[1:]) for layer in one] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0], random_layers(x, seed=1)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_a_gradient_for_the_student_alone(name: str) -> None:
+    x, y = (t.requires_grad_() for t in pair(3, 8, 8))
+    loss = distance_named(name, halves)(x, y)
+    assert loss.shape == (2,)
+    (slope,) = torch.autograd.grad(loss.sum(), x)
+    assert slope.isfinite().all()
+    assert slope.abs().sum() > 0
+
+
+def test_features_can_be_of_what_a_state_decodes_to() -> None:
+    x, _ = pair(3, 2, 2)
+    assert torch.equal(compose(lambda t: 2 * t, halves)(x), halves(2 * x))
+
+
+def test_a_network_comes_from_a_file(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(4, 2)), tmp_path / "f.pt")
+    network = load_network(tmp_path / "f.pt", CPU)
+    assert network(torch.ones(1, 4)).requires_grad is False
+
+
+def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "f.pt").write_text("no")
+    for call, message in [
+        (lambda: distance_named("l3"), "choose from l2"),
+        (lambda: distance_named("inception"), "--features FILE"),
+        (lambda: load_network("no/such.pt", CPU), "no/such.pt"),
+        (lambda: load_network(tmp_path / "f.pt", CPU), "f.pt is no TorchScript"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,183 @@
+"""Adam and L-BFGS on a table: what they learn, and what must not change it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from solvers.field import Condition
+from tests.training.students import batch, halves, model, source, start, student
+from training.checkpoint import read_sealed, write_sealed
+from training.distill import Batch, table_rmse
+from training.gradient import (
+    OBJECTIVES,
+    Checkpointed,
+    GradientOptions,
+    Learner,
+    Objective,
+    checkpointed,
+)
+from training.lbfgs import LBFGSOptions, lbfgs
+
+
+def learner(objective: Objective = "per-step", lr: float = 0.2, total: int = 400) -> Learner:
+    return Learner(student(), GradientOptions(lr=lr, objective=objective), total, start())
+
+
+def error(theta: Tensor) -> float:
+    plan, table = student().decode(theta)
+    return table_rmse(plan, table, [batch(5000, 64)])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_lowers_the_error_on_other_seeds(objective: Objective) -> None:
+    adam = learner(objective)
+    for i in range(50):
+        adam.learn([batch(8 * i)], 8)
+    assert error(adam.theta.detach()) < 0.6 * error(start())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_batch_in_two_parts_teaches_the_same(objective: Objective) -> None:
+    whole, parts = learner(objective), learner(objective)
+    for i in range(3):
+        data = batch(8 * i)
+        loss = whole.learn([data], 8)
+        assert parts.learn(halves(data), 8) == pytest.approx(loss, rel=1e-5)
+    assert torch.allclose(whole.theta, parts.theta, atol=1e-4)
+
+
+def test_per_step_makes_an_update_an_interval_and_the_others_one_a_batch() -> None:
+    for objective, updates in zip(OBJECTIVES, (3, 1, 1), strict=True):
+        adam = learner(objective)
+        adam.learn([batch()], 8)
+        assert adam.updates == updates
+
+
+def test_per_step_gives_an_interval_no_gradient_of_another() -> None:
+    """At the first update only the rows of the first interval move."""
+    adam = learner()
+    plan = adam.student.plan
+    state = next(plan.run(adam.step, batch().field, batch().x, detach=True))
+    adam.update([(state - batch().targets[0]).square().flatten(1).sum(1)], 8)
+    moved = (adam.theta.detach() - start()).reshape(4, 3, 2).abs().sum((0, 2))
+    assert moved[0] > 0
+    assert moved[1:].tolist() == [0, 0]
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    plain, again = learner("end-to-end"), learner("end-to-end")
+    assert plain.learn([batch()], 8) == again.learn([checkpointed(batch())], 8)
+    assert torch.equal(plain.theta, again.theta)
+
+
+def test_checkpointing_asks_the_network_again_on_the_way_back() -> None:
+    calls = []
+
+    def counting(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        calls.append(len(x))
+        return model()(x, sigma, cond)
+
+    x = torch.ones(2, 1, 3, 3, requires_grad=True)
+    Checkpointed(counting)(x, torch.ones(2), None).sum().backward()
+    assert calls == [2, 2]
+
+
+def test_a_resumed_learner_is_the_same_to_the_bit(tmp_path: object) -> None:
+    through, before = learner(), learner()
+    for adam in (through, before):
+        for i in range(3):
+            adam.learn([batch(8 * i)], 8)
+        adam.judge([batch(5000)])
+    write_sealed(f"{tmp_path}/c.pt", before.state())
+    after = learner()
+    after.load(read_sealed(f"{tmp_path}/c.pt"))
+    for adam in (through, after):
+        adam.learn([batch(100)], 8)
+    assert torch.equal(through.theta, after.theta)
+    assert torch.equal(through.ema, after.ema)
+    assert (through.best - after.best).abs().max() == 0
+    assert (through.seen, through.error) == (after.seen, after.error)
+
+
+def test_a_checkpoint_of_another_table_is_refused() -> None:
+    other = Learner(student(2), GradientOptions(), 8, start(2))
+    with pytest.raises(ValueError, match="16 numbers, this run 24"):
+        learner().load(other.state())
+
+
+def test_the_cosine_ends_at_nothing() -> None:
+    adam = learner(total=16)
+    assert adam.lr == 0.2
+    adam.seen = 8
+    assert adam.lr == pytest.approx(0.1)
+    adam.seen = 16
+    assert adam.lr == pytest.approx(0, abs=1e-12)
+
+
+def poisoned() -> Batch:
+    data = batch()
+    return dataclasses.replace(data, targets=tuple(t * math.nan for t in data.targets))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(objective: Objective) -> None:
+    adam = learner(objective)
+    adam.learn([batch()], 8)
+    before = adam.state()
+    assert math.isnan(adam.learn([poisoned()], 8))
+    assert torch.equal(adam.theta, before["theta"])
+    assert (adam.skipped, adam.updates) == (1, before["updates"])
+    assert math.isfinite(adam.learn([batch(8)], 8))
+
+
+def test_too_many_skipped_updates_stop_the_run_in_one_line() -> None:
+    adam = learner()
+    for _ in range(10):
+        adam.learn([poisoned()], 8)
+    with pytest.raises(ValueError, match=r"not finite: lower --lr 0\.2") as caught:
+        adam.learn([poisoned()], 8)
+    assert adam.skipped == 11
+    assert "\n" not in str(caught.value)
+
+
+def test_the_best_on_validation_is_kept() -> None:
+    adam = learner(lr=30.0)
+    judges = [batch(5000, 32)]
+    adam.judge(judges)
+    at_first = adam.error
+    for i in range(5):
+        adam.learn([batch(8 * i)], 8)
+        adam.judge(judges)
+    assert adam.error <= at_first
+    assert adam.error_of(adam.best, judges) == adam.error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr": 0.0}, "lr 0.0"), ({"objective": "last"}, "per-step"), ({"ema": 1.0}, "ema 1.0")],
+)
+def test_bad_options_name_the_value(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(GradientOptions(), **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_lbfgs_finds_less_error_than_adam_from_the_same_trajectories() -> None:
+    data = [source().batch(range(64))]
+    adam = learner("final", total=40 * 64)
+    for _ in range(40):
+        adam.learn(data, 64)
+    theta, found = lbfgs(student(), start(), data, LBFGSOptions(starts=2, iterations=20))
+    plan, table = student().decode(theta)
+    assert found == pytest.approx(table_rmse(plan, table, data))
+    assert found < table_rmse(*student().decode(adam.theta.detach()), data)
+
+
+def test_lbfgs_never_returns_worse_than_where_it_began() -> None:
+    options = LBFGSOptions(
+        starts=1, iterations=1, distance=lambda a, b: -(a - b).flatten(1).sum(1)
+    )
+    theta, _ = lbfgs(student(), start(), [batch()], options)
+    assert torch.equal(theta, start())
