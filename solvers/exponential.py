@@ -12,10 +12,11 @@ from torch import Tensor
 from solvers.classic import checked_name, checked_order, mixed, newest_slopes
 from solvers.field import Field
 from solvers.integrate import Point, Step
-from solvers.process import VE, Level, Process, expm1
+from solvers.process import VE, Level, Process, clamp_low, expm1
 from solvers.schedules import VPClock
 
 QUADRATURE_NODES = 32
+SHORTEST_STEP = 1e-20
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Exponential:
 
     @cached_property
     def h(self) -> Level:
-        """The step in lambda, positive."""
+        """The step in lambda; above 0 also for a point of EPD that has not moved."""
         p = self.process
-        return p.half_log_snr(self.step.sigma_next) - p.half_log_snr(self.step.now.sigma)
+        h = p.half_log_snr(self.step.sigma_next) - p.half_log_snr(self.step.now.sigma)
+        return clamp_low(h, SHORTEST_STEP)
 
     @property
     def hh(self) -> Level:
@@ -55,15 +57,16 @@ class Exponential:
         return point.d if self.process == VE else point.x0 + point.d
 
     def linear(self) -> Tensor:
-        """The first-order step.
+        """The first-order step, Euler's (of a thresholded slope, where x0 is thresholded).
 
-        For noise prediction it equals Euler's, which needs no division by alpha: so flow
-        matching may start at sigma = 1.
+        Written without division by alpha, so that flow matching may start at sigma = 1.
         """
-        now, step = self.step.now, self.step
+        now, sigma_next = self.step.now, self.step.sigma_next
         if not self.predict_x0:
-            return now.x + step.h * now.d
-        return step.sigma_next / now.sigma * now.x - self.gain * expm1(self.hh) * self.model(now)
+            return now.x + self.step.h * now.d
+        ratio = sigma_next / now.sigma
+        gained = self.process.alpha(sigma_next) - self.process.alpha(now.sigma) * ratio
+        return ratio * now.x + gained * self.model(now)
 
     def gap(self, point: Point) -> Level:
         """How far `point` lies ahead of now, in units of the step."""

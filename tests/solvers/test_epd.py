@@ -1,0 +1,171 @@
+"""EPD: its step by hand, its table, the bases that it may stand on, and what it costs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
+from solvers.epd import EPD, Directions
+from solvers.exponential import DEIS, DPMpp, UniPC
+from solvers.field import Condition, Field
+from solvers.integrate import Solver, integrate
+from solvers.process import FLOW
+from solvers.schedules import flowmatch, log_snr
+from tests.solvers.mixture import LATENTS, directions, distance, flow, learned, run, ve
+
+GRID = log_snr(4, 0.1, 20.0)
+STEPS = len(GRID) - 1
+
+
+def test_a_step_by_hand() -> None:
+    """Section 3 of the paper's method, written with a loop over the points."""
+    table = learned(1, 3)
+    t, s, x = 5.0, 2.0, LATENTS * 5
+    d_n = (x - ve(x, x.new_full((2,), t))) / t
+    total = torch.zeros_like(x)
+    for k in range(3):
+        r, w, c, o = (float(tensor[0, k]) for tensor in table.tensors())
+        t_k = s**r * t ** (1 - r)
+        x_k = x + (t_k - t) * d_n
+        total = total + w * o * (x_k - ve(x_k, x.new_full((2,), c * t_k))) / t_k
+    end = run(EPD(table), torch.tensor([t, s]))
+    assert distance(end, x + (s - t) * total) < 1e-12
+
+
+def test_points_in_one_call_equal_points_in_calls_of_their_own() -> None:
+    solver, x = EPD(learned(STEPS, 5), IPNDM(3)), LATENTS * GRID[0]
+    *_, at_once = integrate(solver, Field(ve), x, GRID)
+    *_, one_by_one = integrate(solver, Field(ve, points_chunk=1), x, GRID)
+    assert distance(one_by_one, at_once) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "base",
+    [Euler(), Heun(), DPM2(), IPNDM(4), IPNDMv(4), DPMpp(3), DEIS(4), DEIS(3, "rhoab")],
+    ids=repr,
+)
+def test_epd_stands_on_any_solver_whose_step_is_a_path(base: Solver) -> None:
+    """Halfway points of a better path bring Euler's and the base's error down."""
+    grid = log_snr(9, 0.1, 20.0)
+    exact = run(Heun(), log_snr(400, 0.1, 20.0))
+    error = distance(run(EPD(directions([[0.5]] * 8), base), grid), exact)
+    assert error < 0.5 * distance(run(Euler(), grid), exact)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [IPNDM(4), IPNDMv(4), DPMpp(2), DPMpp(3), DPMpp(3, False), DEIS(4), DEIS(3, "rhoab"), Heun()],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_point_that_does_not_move_needs_no_base(base: Solver, dtype: torch.dtype) -> None:
+    """At r = 0 the step is Euler's and its gradient is finite, whatever the base."""
+    grid, x = log_snr(6, 0.1, 20.0), (LATENTS * 20).to(dtype)
+    table = directions([[0.0]] * 5)
+    r = table.r.requires_grad_()
+    end = run(EPD(table, base), grid, x=x)
+    end.sum().backward()
+    assert distance(end, run(Euler(), grid, x=x)) < 1e-5
+    assert r.grad is not None
+    assert r.grad.isfinite().all()
+
+
+def test_epd_samples_flow_matching_from_pure_noise() -> None:
+    exact = run(Heun(), flowmatch(300, shift=3.0), flow, LATENTS)
+    grid = flowmatch(33, shift=3.0)
+    both_ends = directions([[0.0, 1.0]] * 32)
+    for base in (Euler(), IPNDM(3), DPMpp(2, process=FLOW), DPMpp(3, False, process=FLOW)):
+        error = distance(run(EPD(both_ends, base), grid, flow, LATENTS), exact)
+        assert error < 0.5 * distance(run(Euler(), grid, flow, LATENTS), exact)
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        (UniPC(2), "its corrector moves each point"),
+        (EDM(lambda _i, x: x), "its noise would differ"),
+        (EPD(learned(STEPS)), "its points would need points"),
+        (DEIS(4, "rhoab"), "its weights are those of a whole step"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_base_that_cannot_serve_is_refused_with_the_reason(base: Solver, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot stand on {type(base).__name__}: {reason}"):
+        EPD(learned(STEPS), base)
+
+
+@pytest.mark.parametrize("rows", [STEPS - 1, STEPS + 1])
+def test_a_table_for_another_number_of_steps_is_refused(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"a table of {rows} steps cannot take {STEPS} steps"):
+        run(EPD(learned(rows)), GRID)
+
+
+def test_a_final_0_needs_no_row_of_its_own() -> None:
+    *_, end = integrate(EPD(learned(STEPS)), Field(ve), LATENTS * 20, [*GRID.tolist(), 0.0])
+    assert end.isfinite().all()
+
+
+def test_the_table_is_taken_in_the_type_of_the_samples() -> None:
+    single = Directions(*(t.float() for t in learned(STEPS).tensors()))
+    assert run(EPD(learned(STEPS)), GRID, x=LATENTS.float() * 20).dtype == torch.float32
+    assert run(EPD(single), GRID).dtype == torch.float64
+
+
+def test_to_puts_every_tensor_where_the_samples_are() -> None:
+    moved = learned(STEPS).to(torch.zeros(1, dtype=torch.float32))
+    assert [t.dtype for t in moved.tensors()] == [torch.float32] * 4
+
+
+def test_a_row_has_one_axis_for_each_of_the_samples() -> None:
+    table = learned(STEPS, 2)
+    assert [t.shape for t in table.row(1, 5).tensors()] == [(1, 2, 1, 1, 1)] * 4
+    assert torch.equal(table.row(1, 3).r.flatten(), table.r[1])
+
+
+VIEWS = {"view", "_unsafe_view", "select", "split", "squeeze", "transpose", "t", "expand", "alias"}
+
+
+class Count(TorchDispatchMode):
+    """Counts the tensor operations that compute, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func).split(".")[1]
+        self.computed += name not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def operations(points: int, batch: int = 1, base: Solver | None = None) -> int:
+    """What one more step costs with a network that does nothing."""
+
+    def null(x: torch.Tensor, _sigma: torch.Tensor, _cond: Condition | None) -> torch.Tensor:
+        return x
+
+    counts = []
+    for steps in (6, 7):
+        solver = EPD(learned(steps, points), base or Euler())
+        with Count() as count:
+            list(integrate(solver, Field(null), LATENTS[:batch], log_snr(steps + 1, 0.1, 20.0)))
+        counts.append(count.computed)
+    return counts[1] - counts[0]
+
+
+def test_a_step_of_two_points_takes_15_tensor_operations() -> None:
+    """The step that the published code takes in 24 to 39."""
+    assert operations(points=2) <= 15
+
+
+def test_a_batch_adds_two_copies_that_lay_out_the_rows() -> None:
+    assert operations(points=2, batch=2) == operations(points=2) + 2
+
+
+@pytest.mark.parametrize("points", [1, 3, 8])
+def test_more_points_take_no_more_operations(points: int) -> None:
+    assert operations(points) == operations(2)

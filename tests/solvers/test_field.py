@@ -1,0 +1,194 @@
+"""The slope: its formula, its rows, its conditions, its count."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from solvers.field import Condition, Field, Guided, Tally
+from tests.solvers.mixture import LATENTS, flow, gauss, ve
+
+
+class Recorder:
+    """A denoiser that keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Tensor, Condition | None]] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        self.asked.append((x, sigma, cond))
+        return 0 * x
+
+
+def points(k: int, like: Tensor = LATENTS) -> tuple[Tensor, Tensor]:
+    """x [B, K, *] and levels [B, K, 1...], all different."""
+    b, ndim = len(like), like.ndim
+    x = torch.stack([like * (i + 1) / 2 for i in range(k)], 1)
+    sigma = torch.linspace(0.3, 4, b * k, dtype=like.dtype).reshape(b, k, *[1] * (ndim - 1))
+    return x, sigma
+
+
+def one_by_one(field: Field, x: Tensor, sigma: Tensor) -> Iterator[Tensor]:
+    for k in range(x.shape[1]):
+        yield field(x[:, k : k + 1], sigma[:, k : k + 1])
+
+
+def test_the_slope_is_x_less_the_clean_estimate_over_sigma() -> None:
+    d = Field(ve)(LATENTS[:, None], 2.0)[:, 0]
+    assert torch.allclose(d, (LATENTS - ve(LATENTS, torch.tensor([2.0, 2.0]))) / 2, atol=1e-15)
+
+
+def test_the_slope_of_flow_matching_is_the_velocity() -> None:
+    def denoiser(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+        return x - sigma.reshape(-1, 1, 1, 1) * torch.cos(x)
+
+    d = Field(denoiser)(LATENTS[:, None], 0.7)[:, 0]
+    assert torch.allclose(d, torch.cos(LATENTS), atol=1e-14)
+
+
+def test_points_in_one_call_equal_points_one_by_one() -> None:
+    x, sigma = points(5)
+    for denoiser in (ve, flow, gauss):
+        field = Field(denoiser)
+        at_once = field(x, sigma)
+        assert torch.allclose(at_once, torch.cat(list(one_by_one(field, x, sigma)), 1), atol=1e-13)
+
+
+def test_elementwise_networks_give_the_same_bits_at_once_and_one_by_one() -> None:
+    x, sigma = (t.float() for t in points(5))
+    field = Field(gauss)
+    assert torch.equal(field(x, sigma), torch.cat(list(one_by_one(field, x, sigma)), 1))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 9])
+def test_chunking_the_points_changes_no_number(chunk: int) -> None:
+    x, sigma = points(5)
+    assert torch.allclose(Field(ve, points_chunk=chunk)(x, sigma), Field(ve)(x, sigma), atol=1e-13)
+
+
+def test_chunking_bounds_the_rows_of_a_call() -> None:
+    recorder, (x, sigma) = Recorder(), points(5)
+    Field(recorder, points_chunk=2)(x, sigma)
+    assert [len(rows) for rows, _, _ in recorder.asked] == [4, 4, 2]
+
+
+def test_all_samples_stand_at_the_first_point_before_any_stands_at_the_second() -> None:
+    recorder, (x, sigma) = Recorder(), points(3)
+    Field(recorder)(x, sigma)
+    rows, levels, _ = recorder.asked[0]
+    assert torch.equal(rows, torch.cat([x[:, 0], x[:, 1], x[:, 2]]))
+    assert torch.equal(levels, torch.cat([sigma[:, 0], sigma[:, 1], sigma[:, 2]]).flatten())
+
+
+def test_a_shared_level_reaches_every_row() -> None:
+    recorder, (x, _) = Recorder(), points(3)
+    Field(recorder)(x, 1.5)
+    assert torch.equal(recorder.asked[0][1], torch.full((6,), 1.5, dtype=torch.float64))
+
+
+def test_the_network_may_be_told_another_level_than_the_slope_divides_by() -> None:
+    recorder, (x, sigma) = Recorder(), points(2)
+    d = Field(recorder)(x, sigma, 1.1 * sigma)
+    assert torch.equal(
+        recorder.asked[0][1], torch.cat([1.1 * sigma[:, 0], 1.1 * sigma[:, 1]]).flatten()
+    )
+    assert torch.equal(d, x / sigma)
+
+
+def test_conditions_are_repeated_as_the_rows_are() -> None:
+    recorder, (x, sigma) = Recorder(), points(3)
+    cond = Condition({"text": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, {"text": torch.zeros(2, 2)})
+    Field(recorder, cond)(x, sigma)
+    seen = recorder.asked[0][2]
+    assert seen is not None
+    assert seen.given["text"].tolist() == [[1, 2], [3, 4]] * 3
+    assert seen.null is not None
+    assert seen.null["text"].shape == (6, 2)
+
+
+def test_a_condition_without_nothing_stays_without() -> None:
+    assert Condition({"label": torch.tensor([1, 2])}).repeat(2).null is None
+
+
+def test_repeating_once_copies_nothing() -> None:
+    cond = Condition({"label": torch.tensor([1, 2])})
+    assert cond.repeat(1) is cond
+
+
+def test_calls_and_rows_are_counted_apart() -> None:
+    field, (x, sigma) = Field(ve), points(3)
+    field(x, sigma)
+    field(x[:, :1], 1.0)
+    assert field.tally == Tally(calls=2, rows=8)
+
+
+def test_two_fields_do_not_share_a_tally() -> None:
+    one, other = Field(ve), Field(ve)
+    one(LATENTS[:, None], 1.0)
+    assert other.tally == Tally(0, 0)
+
+
+def labelled(x: Tensor, _sigma: Tensor, cond: Condition | None) -> Tensor:
+    """The label times x."""
+    assert cond is not None
+    return cond.given["label"].reshape(-1, 1, 1, 1) * x
+
+
+COND = Condition({"label": torch.tensor([1.0, 2.0])}, {"label": torch.tensor([0.5, 0.5])})
+
+
+def test_guidance_by_hand() -> None:
+    x0 = Guided(labelled, 3.0)(torch.ones(2, 1, 1, 1), torch.ones(2), COND)
+    assert x0.flatten().tolist() == [0.5 + 3 * 0.5, 0.5 + 3 * 1.5]
+
+
+def test_guidance_takes_one_call_of_twice_the_rows_nothing_first() -> None:
+    recorder = Recorder()
+    Guided(recorder, 3.0)(LATENTS, torch.ones(2), COND)
+    ((rows, levels, cond),) = recorder.asked
+    assert cond is not None
+    assert torch.equal(rows, torch.cat([LATENTS, LATENTS]))
+    assert len(levels) == 4
+    assert cond.given["label"].tolist() == [0.5, 0.5, 1, 2]
+
+
+@pytest.mark.parametrize("cond", [None, Condition(COND.given), COND])
+def test_guidance_of_1_or_without_a_nothing_leaves_the_network_alone(
+    cond: Condition | None,
+) -> None:
+    recorder = Recorder()
+    scale = 1.0 if cond is COND else 4.0
+    Guided(recorder, scale)(LATENTS, torch.ones(2), cond)
+    assert recorder.asked[0][0] is LATENTS
+    assert recorder.asked[0][2] is cond
+
+
+def test_guided_points_in_one_call_equal_guided_points_one_by_one() -> None:
+    field, (x, sigma) = Field(Guided(labelled, 3.0), COND), points(4)
+    expected = torch.cat(list(one_by_one(field, x, sigma)), 1)
+    assert torch.allclose(field(x, sigma), expected, atol=1e-13)
+
+
+def test_guidance_counts_rows_per_image_and_not_per_network_row() -> None:
+    field = Field(Guided(labelled, 3.0), COND)
+    field(LATENTS[:, None], 1.0)
+    assert field.tally == Tally(calls=1, rows=2)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 3), (3, 4, 4), (2, 3, 4, 4)])
+def test_a_sample_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    like = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, sigma = points(3, like)
+    assert torch.allclose(Field(gauss)(x, sigma), x * sigma / (0.25 + sigma**2), atol=1e-14)
+
+
+@pytest.mark.parametrize("backbone", [torch.bfloat16, torch.float16])
+def test_a_half_precision_backbone_leaves_the_slope_in_float32(backbone: torch.dtype) -> None:
+    def half(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+        return gauss(x.to(backbone), sigma.to(backbone))
+
+    x = LATENTS[:, None].float()
+    d = Field(half)(x, 2.0)
+    assert d.dtype == torch.float32
+    assert (d - Field(gauss)(x, 2.0)).abs().max() < 0.01
