@@ -1,0 +1,63 @@
+"""An exact backend, a study on it, and a cheap stand-in for the feature network."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backends.analytic import AnalyticBackend, Mixture
+from backends.base import NoiseLevels
+from backends.generate import Job
+from eval.candidates import fine_solution
+from eval.frechet import Reference
+from eval.measure import Judge, Study
+from solvers.process import FLOW, VE
+
+FEATURES = 5
+
+
+def mixture() -> Mixture:
+    """Three components in R^(1x4x4)."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64) * 0.5
+    return Mixture(means, torch.tensor([0.2, 0.3, 0.1]).double(), torch.full((3,), 1 / 3).double())
+
+
+def exact() -> AnalyticBackend:
+    """The mixture under the VE process."""
+    return AnalyticBackend(mixture(), NoiseLevels(VE, 0.002, 80.0))
+
+
+def exact_flow() -> AnalyticBackend:
+    """The mixture under flow matching."""
+    return AnalyticBackend(mixture(), NoiseLevels(FLOW, 0.001, 1.0))
+
+
+def study(images: int = 8, batch: int = 4, steps: int = 200) -> Study:
+    """A study on the exact backend."""
+    backend = exact()
+    jobs = tuple(Job(seed) for seed in range(images))
+    return Study(backend, jobs, fine_solution(backend.levels, steps), batch)
+
+
+def rebatched(given: Study, batch: int) -> Study:
+    """The same study in other batches."""
+    return replace(given, batch=batch)
+
+
+def cheap_features(images: Tensor) -> Tensor:
+    """Five numbers of an image: [N, C, H, W] -> [N, 5]."""
+    flat = images.flatten(1)
+    extremes = [flat.amax(1), flat.amin(1), flat.median(1).values]
+    return torch.stack([flat.mean(1), flat.std(1), *extremes], 1)
+
+
+def reference() -> Reference:
+    """A standard normal one in the space of the cheap features."""
+    d = FEATURES
+    return Reference(100, torch.zeros(d).double(), torch.eye(d).double(), {"images": "none"})
+
+
+def judge() -> Judge:
+    """Distances by the cheap features."""
+    return Judge(cheap_features, reference())

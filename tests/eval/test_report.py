@@ -1,0 +1,84 @@
+"""Tables, CSV and plots of scores."""
+
+import csv
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.measure import Score
+from eval.report import aligned, number, pivot, plot, spread, table, write_csv
+from src.images import read_png
+
+
+def score(name: str, nfe: int, rmse: float, frechet: float | None = None) -> Score:
+    source = "x.pkl" if "epd" in name else None
+    return Score(name, nfe, "logsnr", False, 1, float(nfe), rmse, frechet, nfe * 1.1, source)
+
+
+SCORES = [
+    score("euler", 3, 0.5, 30.0),
+    score("euler", 5, 0.2, 20.0),
+    score("epd K=2", 3, 0.1, 31.5),
+    score("epd K=2", 5, 0.05, 12.25),
+]
+
+
+def test_columns_line_up() -> None:
+    lines = aligned([("a", "b"), ("long name", "1"), ("c", "22.5")]).splitlines()
+    assert lines == ["a             b", "---------------", "long name     1", "c          22.5"]
+
+
+def test_the_table_has_a_line_for_every_score() -> None:
+    lines = table(SCORES).splitlines()
+    assert len(lines) == 2 + len(SCORES)
+    assert lines[2].split() == ["euler", "3", "0.5000", "30.00", "logsnr", "no", "3", "3.30"]
+
+
+def test_the_pivot_stars_the_best_of_each_column() -> None:
+    lines = pivot(SCORES).splitlines()
+    assert lines[2].split() == ["euler", "0.5000", "0.2000", "30.00*", "20.00"]
+    assert lines[3].split() == ["epd", "K=2", "0.1000*", "0.05000*", "31.50", "12.25*"]
+
+
+def test_what_is_absent_has_a_line_of_dashes() -> None:
+    lines = pivot(SCORES[:2], absent=("epd",)).splitlines()
+    assert lines[-1].split() == ["epd", "-", "-", "-", "-"]
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    assert number(None) == "-"
+    assert pivot([score("euler", 3, 0.5)]).splitlines()[-1].split() == ["euler", "0.5000*", "-"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20).map(sorted))
+def test_labels_are_moved_apart_and_keep_their_order_and_middle(places: list[float]) -> None:
+    found = spread(places, 0.05)
+    assert all(b - a > 0.05 - 1e-9 for a, b in pairwise(found))
+    assert sum(found) == pytest.approx(sum(places), abs=1e-9)
+
+
+def test_labels_that_do_not_touch_stay_where_they_are() -> None:
+    assert spread([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
+
+
+def test_the_csv_holds_every_field_of_every_score(tmp_path: Path) -> None:
+    write_csv(tmp_path / "r.csv", SCORES)
+    with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["rmse"]) for row in rows] == [s.rmse for s in SCORES]
+    assert set(rows[0]) == set(json.loads(json.dumps(asdict(SCORES[0]))))
+
+
+@pytest.mark.parametrize("with_distance", [True, False])
+def test_the_plot_is_a_picture(tmp_path: Path, with_distance: bool) -> None:
+    scores = SCORES if with_distance else [score("euler", 3, 0.5), score("heun", 3, 5.0)]
+    plot(tmp_path / "p.png", scores, "title", {"real images": 9.0})
+    picture, _ = read_png(tmp_path / "p.png")
+    assert picture.shape[0] == 3
+    assert picture.shape[2] > 1.3 * picture.shape[1]
+    assert picture.std() > 0.02
