@@ -1,10 +1,9 @@
-"""The grids: their ends, their spacing, what other libraries make of them, and what is refused."""
+"""The grids: their ends, their spacing, and what is refused (for diffusers: test_diffusers)."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from hypothesis import given
@@ -155,41 +154,6 @@ def test_discrete_ends_in_the_levels_of_the_first_and_last_timestep(rho: float) 
 
 def test_discrete_on_a_network_with_single_precision_levels_is_double() -> None:
     assert discrete(3, 0, 999, lambda t: latent_sigma(t).float()).dtype == torch.float64
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-@pytest.mark.parametrize("n", [2, 4, 7, 9, 11, 28, 51])
-def test_flowmatch_is_diffusers_to_the_last_bit(n: int, shift: float) -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(n)
-    assert torch.equal(flowmatch(n, shift=shift).float(), scheduler.sigmas[:-1])
-
-
-@pytest.mark.parametrize("mu", [0.5, 0.8, 1.15, 2.0])
-@pytest.mark.parametrize("n", [2, 5, 9, 28])
-def test_flowmatch_with_a_dynamic_shift_is_diffusers_to_the_last_bit(n: int, mu: float) -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    scheduler.set_timesteps(n, mu=mu)
-    assert torch.equal(flowmatch(n, mu=mu).float(), scheduler.sigmas[:-1])
-
-
-@given(n=SIZES, shift=st.floats(0.2, 20), train=st.sampled_from([100, 1000, 4000]))
-def test_flowmatch_is_diffusers_for_any_shift(n: int, shift: float, train: int) -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(train, shift)
-    scheduler.set_timesteps(n)
-    ours = flowmatch(n, shift=shift, num_train_timesteps=train)
-    assert torch.allclose(ours.float(), scheduler.sigmas[:-1], rtol=2e-7)
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("n", [5, 18, 40])
-def test_polynomial_of_rho_7_and_log_snr_are_diffusers_karras_and_exponential(n: int) -> None:
-    for ours, name in ((polynomial, "use_karras_sigmas"), (log_snr, "use_exponential_sigmas")):
-        scheduler = diffusers.EulerDiscreteScheduler(
-            sigma_min=0.002, sigma_max=80.0, **{name: True}
-        )
-        scheduler.set_timesteps(n)
-        assert torch.allclose(ours(n, 0.002, 80.0).float(), scheduler.sigmas[:-1], rtol=3e-7)
 
 
 def test_custom_takes_the_levels_as_they_are() -> None:

@@ -1,0 +1,380 @@
+"""diffusers' schedulers on the same equation and the same levels as ours.
+
+They agree to float precision wherever the formulas are the same. Its DPM-Solver++, UniPC and DEIS
+run in the VP variable x / sqrt(1 + sigma^2), which changes no number; its Euler, FlowMatchEuler
+and DPM-Solver++ round the state to float32 at every step, which shows at 1e-6. Where they differ,
+a test says how and why.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from solvers.classic import Euler, Heun
+from solvers.exponential import DEIS, DPMpp, UniPC, gauss_legendre, quadrature
+from solvers.field import Denoiser, Field
+from solvers.integrate import Point, Step, integrate
+from solvers.process import FLOW, VE
+from solvers.schedules import custom, flowmatch, log_snr, polynomial
+from tests.solvers.mixture import LATENTS, distance, flow, ve
+
+schedulers: Any = pytest.importorskip("diffusers.schedulers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array:DeprecationWarning", "ignore:.*dpmsolver:FutureWarning"
+)
+
+GRID = polynomial(9, 0.05, 40.0)
+LONG = polynomial(18, 0.05, 40.0)
+NEARLY_NOISE = custom([1 - 1e-6, *flowmatch(8, shift=3.0)[1:].tolist()])
+EXACT, SINGLE = 1e-10, 2e-6
+
+
+def with_0(grid: Tensor) -> Tensor:
+    return torch.cat([grid, grid.new_zeros(1)])
+
+
+def prepared(scheduler: Any, sigmas: Tensor) -> Any:
+    """The scheduler, set to step along these levels in float64."""
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas, scheduler.timesteps = sigmas, torch.arange(len(sigmas) - 1.0).flip(0)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def denoised(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+    return denoiser(x, sigma.expand(len(x)), None)
+
+
+def theirs_ve(scheduler: Any, sigmas: Tensor) -> Tensor:
+    """A VP scheduler (DPM-Solver++, UniPC, DEIS) that is told x0, in the VE variable."""
+    prepared(scheduler, sigmas)
+    scale = 1 / (1 + sigmas**2).sqrt()
+    x = scale[0] * LATENTS * sigmas[0]
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(denoised(ve, x / scale[i], sigmas[i]), t, x).prev_sample
+    return x / scale[-1]
+
+
+def theirs_flow(scheduler: Any, sigmas: Tensor) -> Tensor:
+    """A flow-matching scheduler, which is told the velocity."""
+    prepared(scheduler, sigmas)
+    x = LATENTS
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        x = scheduler.step((x - denoised(flow, x, sigma)) / sigma, t, x).prev_sample
+    return x
+
+
+def ours_ve(solver: Any, sigmas: Tensor, corrected: bool = False) -> Tensor:
+    correct = solver.correct if corrected else None
+    *_, end = integrate(solver, Field(ve), LATENTS * sigmas[0], sigmas, correct=correct)
+    return end
+
+
+def ours_flow(solver: Any, sigmas: Tensor, corrected: bool = False) -> Tensor:
+    correct = solver.correct if corrected else None
+    *_, end = integrate(solver, Field(flow), LATENTS, sigmas, correct=correct)
+    return end
+
+
+def dpm(order: int, predict_x0: bool = True, **options: Any) -> Any:
+    """diffusers' DPM-Solver++ (data) or DPM-Solver (noise), without its rules for the end."""
+    options = {"lower_order_final": False, "final_sigmas_type": "sigma_min"} | options
+    return schedulers.DPMSolverMultistepScheduler(
+        solver_order=order,
+        algorithm_type="dpmsolver++" if predict_x0 else "dpmsolver",
+        prediction_type="sample",
+        **options,
+    )
+
+
+def unipc(order: int, variant: str, predict_x0: bool = True, **options: Any) -> Any:
+    options = {"prediction_type": "sample", "final_sigmas_type": "sigma_min"} | options
+    return schedulers.UniPCMultistepScheduler(
+        solver_order=order, solver_type=variant, predict_x0=predict_x0, **options
+    )
+
+
+@pytest.mark.parametrize("grid", [GRID, with_0(GRID)], ids=["to_sigma_min", "to_0"])
+def test_euler_is_euler_discrete(grid: Tensor) -> None:
+    scheduler = prepared(schedulers.EulerDiscreteScheduler(), grid)
+    x = LATENTS * grid[0]
+    for sigma, t in zip(grid, scheduler.timesteps, strict=False):
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step((x - denoised(ve, x, sigma)) / sigma, t, x).prev_sample
+    assert distance(x, ours_ve(Euler(), grid)) < SINGLE
+
+
+@pytest.mark.parametrize("grid", [GRID, with_0(GRID)], ids=["to_sigma_min", "to_0"])
+def test_heun_is_heun_discrete(grid: Tensor) -> None:
+    """Its levels repeat, one for each of the two slopes of a step; the step to 0 is Euler's."""
+    repeated = torch.cat([grid[:1], grid[1:].repeat_interleave(2)])
+    scheduler = prepared(
+        schedulers.HeunDiscreteScheduler(), repeated[: -1 if grid[-1] == 0 else None]
+    )
+    scheduler.sigmas = repeated
+    x = LATENTS * grid[0]
+    asked = [grid[0], *grid[1:-1].repeat_interleave(2)] + [grid[-1]] * bool(grid[-1] > 0)
+    for sigma, t in zip(asked, scheduler.timesteps, strict=True):
+        x = scheduler.step((x - denoised(ve, x, sigma)) / sigma, t, x).prev_sample
+    assert distance(x, ours_ve(Heun(), grid)) < EXACT
+
+
+@pytest.mark.parametrize("predict_x0", [True, False], ids=["data", "noise"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpmpp_is_dpmsolver_multistep(order: int, predict_x0: bool) -> None:
+    ours = DPMpp(order, predict_x0, lower_order_final=False)  # pyright: ignore[reportArgumentType]
+    assert distance(theirs_ve(dpm(order, predict_x0), GRID), ours_ve(ours, GRID)) < SINGLE
+
+
+@pytest.mark.parametrize("predict_x0", [True, False], ids=["data", "noise"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_last_steps_of_dpmpp_are_those_of_diffusers_below_15_steps(
+    order: int, predict_x0: bool
+) -> None:
+    ours = DPMpp(order, predict_x0, lower_order_final=True)  # pyright: ignore[reportArgumentType]
+    scheduler = dpm(order, predict_x0, lower_order_final=True)
+    assert distance(theirs_ve(scheduler, GRID), ours_ve(ours, GRID)) < SINGLE
+
+
+def test_from_15_steps_on_diffusers_ignores_lower_order_final_and_ours_does_not() -> None:
+    """Ours is the rule of the published sampler; diffusers keeps it for short runs alone."""
+    scheduler = dpm(3, lower_order_final=True)
+    assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(3, True, False), LONG)) < SINGLE
+    assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(3, True, True), LONG)) > 1e-4
+
+
+def test_euler_at_final_is_lower_order_final_of_order_2() -> None:
+    scheduler = dpm(2, euler_at_final=True)
+    assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(2), LONG)) < SINGLE
+
+
+def test_a_step_to_0_is_diffusers_last_step_and_lowers_no_order_before_it() -> None:
+    """Ours counts the steps left on the levels above 0, diffusers counts the step to 0 as well.
+
+    So its default for order 2 is ours without `lower_order_final`: the last step of the two is the
+    one to 0, which is of order 1 by itself.
+    """
+    scheduler = dpm(2, lower_order_final=True, final_sigmas_type="zero")
+    theirs = theirs_ve(scheduler, with_0(GRID))
+    assert distance(theirs, ours_ve(DPMpp(2, True, False), with_0(GRID))) < SINGLE
+    assert distance(theirs, ours_ve(DPMpp(2, True, True), with_0(GRID))) > 1e-4
+
+
+def test_noise_prediction_cannot_step_to_0_in_diffusers_and_can_in_ours() -> None:
+    with pytest.raises(ValueError, match="`final_sigmas_type` zero is not supported"):
+        dpm(2, predict_x0=False, final_sigmas_type="zero")
+    assert ours_ve(DPMpp(2, predict_x0=False), with_0(GRID)).isfinite().all()
+
+
+def test_diffusers_also_has_a_heun_rule_for_order_2_which_ours_has_in_order_3_alone() -> None:
+    """`solver_type="heun"` weighs the first difference with phi_2, "midpoint" with phi_1 / 2.
+
+    Both are of order 2. Ours is the midpoint rule, diffusers' own default.
+    """
+    scheduler = dpm(2)
+    scheduler.register_to_config(solver_type="heun")
+    gap = distance(theirs_ve(scheduler, GRID), ours_ve(DPMpp(2, True, False), GRID))
+    assert 1e-3 < gap < 0.1
+
+
+@pytest.mark.parametrize("lower_order_final", [True, False])
+@pytest.mark.parametrize("predict_x0", [True, False], ids=["data", "noise"])
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_is_unipc_multistep(
+    order: int, variant: str, predict_x0: bool, lower_order_final: bool
+) -> None:
+    """At 15 steps and more too: its rule for the last steps does not look at their number."""
+    ours = UniPC(order, variant, predict_x0, lower_order_final)  # pyright: ignore[reportArgumentType]
+    for grid in (GRID, LONG):
+        scheduler = unipc(order, variant, predict_x0, lower_order_final=lower_order_final)
+        assert distance(theirs_ve(scheduler, grid), ours_ve(ours, grid, corrected=True)) < EXACT
+
+
+def test_unip_is_unipc_multistep_with_every_correction_disabled() -> None:
+    scheduler = unipc(3, "bh2", disable_corrector=list(range(20)))
+    assert distance(theirs_ve(scheduler, GRID), ours_ve(UniPC(3), GRID)) < EXACT
+
+
+def test_disabled_corrections_are_a_corrector_that_lets_those_points_be() -> None:
+    solver, off = UniPC(2), [0, 3]
+
+    def correct(step: Step, arrived: Point) -> Point:
+        return arrived if step.index in off else solver.correct(step, arrived)
+
+    *_, end = integrate(solver, Field(ve), LATENTS * GRID[0], GRID, correct=correct)
+    assert distance(theirs_ve(unipc(2, "bh2", disable_corrector=off), GRID), end) < EXACT
+
+
+def test_unipc_counts_the_step_to_0_among_the_last_ones_and_ours_does_not() -> None:
+    theirs = theirs_ve(unipc(2, "bh2", final_sigmas_type="zero"), with_0(GRID))
+    ours = UniPC(2, lower_order_final=False)
+    assert distance(theirs, ours_ve(ours, with_0(GRID), corrected=True)) < EXACT
+
+
+def log_rho(order: int) -> Callable[[Field, Step], Tensor]:
+    """DEIS with our quadrature in log sigma, the clock that diffusers' DEIS has."""
+
+    def solver(_field: Field, step: Step) -> Tensor:
+        points = [step.now, *step.past[: order - 1]]
+        knots = [math.log(p.sigma) for p in points]
+        nodes = gauss_legendre(32, knots[0], math.log(float(step.sigma_next)))
+        weights = quadrature(knots, [(u, w * math.exp(float(u))) for u, w in nodes])
+        return step.now.x + sum(w * p.d for w, p in zip(weights, points, strict=True))
+
+    return solver
+
+
+def deis(order: int) -> Any:
+    return schedulers.DEISMultistepScheduler(
+        solver_order=order,
+        solver_type="logrho",
+        prediction_type="sample",
+        lower_order_final=False,
+    )
+
+
+def test_deis_of_order_1_is_deis_multistep() -> None:
+    assert distance(theirs_ve(deis(1), GRID), ours_ve(DEIS(1), GRID)) < EXACT
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_deis_differs_from_deis_multistep_in_its_clock_alone(order: int) -> None:
+    """diffusers interpolates the slopes in log sigma; "tab" does in the VP time, "rhoab" in sigma.
+
+    Our quadrature in their clock gives their numbers.
+    """
+    theirs = theirs_ve(deis(order), GRID)
+    assert distance(theirs, ours_ve(log_rho(order), GRID)) < EXACT
+    for mode in ("tab", "rhoab"):
+        ours = DEIS(order, mode)  # pyright: ignore[reportArgumentType]
+        assert 1e-4 < distance(theirs, ours_ve(ours, GRID)) < 0.2
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_on_flow_matching_is_flow_match_euler_discrete(shift: float) -> None:
+    grid = with_0(flowmatch(8, shift=shift))
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    assert distance(theirs_flow(scheduler, grid), ours_flow(Euler(), grid)) < SINGLE
+
+
+FLOWS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpmpp_on_flow_matching_is_dpmsolver_multistep_with_flow_sigmas(order: int) -> None:
+    scheduler = dpm(order)
+    scheduler.register_to_config(**FLOWS)
+    ours = DPMpp(order, lower_order_final=False, process=FLOW)  # pyright: ignore[reportArgumentType]
+    assert distance(theirs_flow(scheduler, NEARLY_NOISE), ours_flow(ours, NEARLY_NOISE)) < SINGLE
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_on_flow_matching_is_unipc_multistep_with_flow_sigmas(
+    order: int, variant: str
+) -> None:
+    scheduler = unipc(order, variant, **FLOWS)
+    ours = UniPC(order, variant, process=FLOW)  # pyright: ignore[reportArgumentType]
+    theirs = theirs_flow(scheduler, NEARLY_NOISE)
+    assert distance(theirs, ours_flow(ours, NEARLY_NOISE, corrected=True)) < EXACT
+
+
+def test_a_start_at_pure_noise_is_where_diffusers_moves_it_to() -> None:
+    """At sigma = 1 there is no log(alpha): diffusers' UniPC starts at 1 - 1e-6 instead.
+
+    Ours stays at 1 and takes log(1e-6) there, so the clocks agree and x is not moved.
+    """
+    scheduler = schedulers.UniPCMultistepScheduler(flow_shift=3.0, **FLOWS)
+    scheduler.set_timesteps(7)
+    assert math.isclose(1 - scheduler.sigmas[0].item(), 1e-6, rel_tol=0.1)
+    grid = custom([1.0, *NEARLY_NOISE[1:].tolist()])
+    for solver in (UniPC(3, process=FLOW), DPMpp(3, process=FLOW)):
+        corrected = isinstance(solver, UniPC)
+        moved = ours_flow(solver, NEARLY_NOISE, corrected)
+        assert distance(ours_flow(solver, grid, corrected), moved) < 1e-6
+
+
+def test_dpmsolver_multistep_at_sigma_1_is_the_limit_that_ours_is_near_to() -> None:
+    """With log(0) = -inf its second step finds the first point infinitely far, so of no weight.
+
+    Ours finds it 14 units of log-SNR away. On this equation the two end 0.05 % apart, far
+    less than either is off.
+    """
+    grid = custom([1.0, *NEARLY_NOISE[1:].tolist()])
+    scheduler = dpm(2)
+    scheduler.register_to_config(**FLOWS)
+    theirs, ours = theirs_flow(scheduler, grid), ours_flow(DPMpp(2, True, False, FLOW), grid)
+    exact = ours_flow(Heun(), flowmatch(500, shift=3.0)[:-1])
+    assert theirs.isfinite().all()
+    assert distance(theirs, ours) < 1e-3
+    assert abs(distance(theirs, exact) - distance(ours, exact)) < 1e-3 < distance(ours, exact)
+
+
+def test_noise_prediction_on_flow_matching_is_refused_by_diffusers_and_by_our_unipc() -> None:
+    """UniPC's corrector has no limit at sigma = 1 there; DPM-Solver has one, which ours takes."""
+    scheduler = unipc(2, "bh2", predict_x0=False, **FLOWS)
+    with pytest.raises(ValueError, match="must be one of `epsilon`, `sample`"):
+        theirs_flow(scheduler, NEARLY_NOISE)
+    with pytest.raises(ValueError, match="UniPC on flow matching predicts data"):
+        UniPC(2, predict_x0=False, process=FLOW)
+    data, noise = (DPMpp(2, predict_x0, True, FLOW) for predict_x0 in (True, False))
+    grid = flowmatch(33, shift=3.0)
+    assert distance(ours_flow(noise, grid), ours_flow(data, grid)) < 0.02
+
+
+def test_dynamic_thresholding_is_that_of_diffusers() -> None:
+    """Up to its `sample_max_value`, which bounds the threshold too; ours leaves it free."""
+    options = {"thresholding": True, "sample_max_value": 1e6}
+    ours = DPMpp(2, lower_order_final=False, thresholding=True)
+    assert distance(theirs_ve(dpm(2, **options), GRID), ours_ve(ours, GRID)) < SINGLE
+    assert distance(ours_ve(ours, GRID), ours_ve(DPMpp(2, True, False), GRID)) > 1e-3
+
+
+def test_the_clock_is_that_of_diffusers_in_both_processes() -> None:
+    sigmas = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    for options, process in (({}, VE), (FLOWS, FLOW)):
+        scheduler = schedulers.UniPCMultistepScheduler(**options)
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas)
+        clock = torch.as_tensor(process.half_log_snr(sigmas))
+        assert torch.allclose(clock, alpha.log() - sigma.log(), atol=1e-14)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("n", [2, 4, 7, 9, 11, 28, 51])
+def test_flowmatch_is_diffusers_to_the_last_bit(n: int, shift: float) -> None:
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(n)
+    assert torch.equal(flowmatch(n, shift=shift).float(), scheduler.sigmas[:-1])
+
+
+@pytest.mark.parametrize("mu", [0.5, 0.8, 1.15, 2.0])
+@pytest.mark.parametrize("n", [2, 5, 9, 28])
+def test_flowmatch_with_a_dynamic_shift_is_diffusers_to_the_last_bit(n: int, mu: float) -> None:
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(n, mu=mu)
+    assert torch.equal(flowmatch(n, mu=mu).float(), scheduler.sigmas[:-1])
+
+
+@given(n=st.integers(2, 60), shift=st.floats(0.2, 20), train=st.sampled_from([100, 1000, 4000]))
+def test_flowmatch_is_diffusers_for_any_shift(n: int, shift: float, train: int) -> None:
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(train, shift)
+    scheduler.set_timesteps(n)
+    ours = flowmatch(n, shift=shift, num_train_timesteps=train)
+    assert torch.allclose(ours.float(), scheduler.sigmas[:-1], rtol=2e-7)
+
+
+@pytest.mark.parametrize("n", [5, 18, 40])
+def test_polynomial_of_rho_7_and_log_snr_are_diffusers_karras_and_exponential(n: int) -> None:
+    for ours, name in ((polynomial, "use_karras_sigmas"), (log_snr, "use_exponential_sigmas")):
+        scheduler = schedulers.EulerDiscreteScheduler(
+            sigma_min=0.002, sigma_max=80.0, **{name: True}
+        )
+        scheduler.set_timesteps(n)
+        assert torch.allclose(ours(n, 0.002, 80.0).float(), scheduler.sigmas[:-1], rtol=3e-7)
