@@ -23,15 +23,22 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Teacher:
-    """A solver on a grid of `every` times as many intervals as the student's."""
+    """A solver on a grid of `every` times as many intervals as the student's.
+
+    Where there is an `end`, a finer one, its last state takes the place of this one's.
+    """
 
     solver: Solver
     sigmas: tuple[float, ...]
     every: int
+    end: "Teacher | None" = None
 
     def targets(self, slope: Field, x: Tensor) -> tuple[Tensor, ...]:
         """The states [B, *] at the student's N later levels, from x at the first; no graph."""
-        return teacher_states(self.solver, slope, x, self.sigmas, every=self.every)
+        states = teacher_states(self.solver, slope, x, self.sigmas, every=self.every)
+        if self.end is None:
+            return states
+        return (*states[:-1], self.end.targets(slope, x)[-1])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""Settings of a run from options, presets and folders, and the folder of a run."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from src.files import nearest, read_text, write_text
+from src.runs import new_run
+from training.presets import preset
+from training.settings import Config
+
+CONFIG = "config.yaml"
+PUBLISHED_STUDENTS = {"ipndm": "epd-ipndm"}
+
+
+def configured(options: Mapping[str, Any], given: set[str], path: Path | None) -> Config:
+    """The settings of a run that goes on, or of the preset, under those that were given.
+
+    Raises ValueError where an explicit option is not that of the run.
+    """
+    names = {f.name for f in dataclasses.fields(Config)}
+    chosen = {n: v for n, v in options.items() if n in names}
+    chosen["solver"] = PUBLISHED_STUDENTS.get(chosen["solver"], chosen["solver"])
+    if path is None:
+        basis = preset(chosen["preset"]) if chosen["preset"] else {}
+        kept = {n: v for n, v in basis.items() if n not in given}
+        return Config(**(chosen | kept))
+    config = Config(**read_config(path / CONFIG))
+    for name in given & names:
+        if chosen[name] != getattr(config, name):
+            was = getattr(config, name)
+            raise ValueError(f"--{name} {chosen[name]}: the run in {path} has {was}, leave it out")
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a run; ValueError for a file that is missing or holds other names."""
+    found = OmegaConf.to_container(OmegaConf.create(read_text(path)))
+    names = [f.name for f in dataclasses.fields(Config)]
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings")
+    for name in found:
+        if name not in names:
+            near = nearest(str(name), names)
+            raise ValueError(f"{path}: unknown setting {name!r}, did you mean {near}?")
+    return {str(name): value for name, value in found.items()}
+
+
+def read_prompts(path: str | None) -> tuple[str, ...]:
+    """The lines of a file; ValueError for one without any."""
+    if path is None:
+        return ()
+    prompts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    if not prompts:
+        raise ValueError(f"{path} has no prompts: one a line")
+    return prompts
+
+
+def run_folder(resume: str) -> Path:
+    """The folder of the run to go on with; ValueError where there is none."""
+    if resume == "latest":
+        numbered = [p for p in Path("exps").glob("*/") if re.match(r"[0-9]{5,}-", p.name)]
+        runs = sorted(p for p in numbered if any(p.glob("checkpoint-*.pt")))
+        if not runs:
+            raise ValueError("no run with a checkpoint in exps/: start without --resume")
+        return runs[-1]
+    path = Path(resume)
+    if not path.exists():
+        raise ValueError(f"no run or checkpoint at {resume}")
+    return path if path.is_dir() else path.parent
+
+
+def new_folder(config: Config, outdir: Path | None) -> Path:
+    """A folder with its config.yaml; ValueError where a run is there already."""
+    what = f"{Path(config.model).stem}-{config.num_steps}-{config.solver}-k{config.num_points}"
+    if outdir and (outdir / CONFIG).exists():
+        raise ValueError(f"{outdir} has a run already: --resume {outdir}, or another --outdir")
+    folder = outdir or new_run(re.sub(r"[^A-Za-z0-9._-]", "-", what))
+    plain = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    write_text(folder / CONFIG, plain)
+    return folder

@@ -1,0 +1,179 @@
+"""From the options and a backend to what is learned, from what, and how it is judged.
+
+Shapes: B samples, N intervals, * one latent, x [B, *].
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.base import Backend, NoiseLevels, Prompt
+from solvers import schedules
+from solvers.catalog import SolverOptions, make_solver
+from solvers.classic import Heun
+from solvers.epd import EPD
+from solvers.field import Field, Guided
+from solvers.recipe import Recipe
+from src.seeds import randint, randn
+from training.distill import Plan
+from training.fit import HISTORY
+from training.refine import Student
+from training.settings import Config, recipe_of
+from training.table import Form, FreeForm, MultistepForm, PublishedForm
+from training.teacher import Batches, Cache, Source, Teacher, in_parts
+
+REFERENCE_RHO = 7.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A student, batches to learn from, and batches to judge by, on this rank."""
+
+    config: Config
+    student: Student
+    recipe: Recipe
+    source: Source
+    validation: Batches  # ends by the teacher
+    reference: Batches  # the same noise, ends by the fine solution
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a task is given besides its options."""
+
+    backend: Backend
+    fingerprint: str = ""  # of the model, for the cache
+    cache: Cache | None = None
+    prompts: tuple[str, ...] = ()  # to draw from by seed
+    rank: int = 0
+    ranks: int = 1
+    poll: Callable[[], object] = lambda: None  # called before each batch
+
+
+def make_task(config: Config, around: Surroundings) -> Task:
+    """The task of a resolved configuration.
+
+    Raises ValueError where schedule, guidance or prompts do not fit the model.
+    """
+    levels = around.backend.levels
+    sigmas = schedule(config, levels, config.num_steps)
+    fine = schedule(config, levels, config.every * (config.num_steps - 1) + 1)
+    reference = Teacher(Heun(), fine_grid(config, levels, sigmas), config.fine_steps - 1)
+    solver = make_solver(config.teacher, SolverOptions(process=levels.process))
+    teacher = Teacher(solver, fine, config.every, reference if config.fine_end else None)
+    check_guidance(config, around)
+    noise = f"distill/{config.seed}"
+    judged = f"validation/{config.seed}"
+    parts = in_parts(range(around.rank, config.validation, around.ranks), config.batch)
+    return Task(
+        config,
+        Student(make_plan(config, levels, sigmas), form_of(config), bool(config.learn_grid)),
+        recipe_on(config, around.backend),
+        source(config, around, teacher, noise),
+        Batches(source(config, around, dataclasses.replace(teacher, end=None), judged), parts),
+        Batches(source(config, around, reference, judged), parts),
+    )
+
+
+def schedule(config: Config, levels: NoiseLevels, num_steps: int) -> tuple[float, ...]:
+    """A grid of the configured type."""
+    assert config.schedule_type is not None
+    grid = levels.schedule(config.schedule_type, num_steps, rho=config.schedule_rho)
+    return tuple(grid.tolist())
+
+
+def fine_grid(config: Config, levels: NoiseLevels, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    """The grid of the fine solution between the same ends: polynomial 7, or the flow's own."""
+    if levels.process.name == "flow":
+        grid = levels.schedule("flowmatch", config.fine_steps)
+        return (sigmas[0], *grid.tolist()[1:-1], sigmas[-1])
+    grid = schedules.polynomial(config.fine_steps, sigmas[-1], sigmas[0], REFERENCE_RHO)
+    return tuple(grid.tolist())
+
+
+def make_plan(config: Config, levels: NoiseLevels, sigmas: tuple[float, ...]) -> Plan:
+    """The student but for its table; ValueError for a base that EPD cannot stand on."""
+    if config.multistep:
+        return Plan(sigmas, levels.process)
+    name, _ = config.base
+    order = config.max_order if name not in ("euler", "heun", "dpm2") else None
+    base = make_solver(name, SolverOptions(order=order, process=levels.process))
+    plan = Plan(sigmas, levels.process, base, bool(config.afs))
+    blank = torch.ones(1, 1)
+    EPD(PublishedForm(1, 1).decode(torch.cat([blank, blank]).flatten()), base)
+    return plan
+
+
+def form_of(config: Config) -> Form:
+    """How the table is written as free numbers."""
+    shape = config.num_steps - 1, config.num_points
+    if config.multistep:
+        return MultistepForm(*shape, HISTORY, time=config.scale_time != 0)
+    if config.scale_dir is None:
+        return FreeForm(*shape, time=config.scale_time != 0)
+    return PublishedForm(*shape, config.scale_dir, config.scale_time or 0.0, config.fcn)
+
+
+def recipe_on(config: Config, backend: Backend) -> Recipe:
+    """The recipe with what the model knows: levels, resolution, and how it was trained."""
+    levels = backend.levels
+    plain = {n: v for n, v in dataclasses.asdict(config).items() if v is not None}
+    flow = levels.process.name == "flow"
+    return dataclasses.replace(
+        recipe_of(config),
+        dataset_name=config.model.rstrip("/").rpartition("/")[2] or "unknown",
+        img_resolution=backend.latent_shape[-1] if len(backend.latent_shape) == 3 else None,
+        sigma_min=levels.sigma_min,
+        sigma_max=levels.sigma_max,
+        flowmatch_shift=levels.shift if flow else None,
+        flowmatch_mu=levels.mu if flow else None,
+        training=plain,
+        source="train_distill.py",
+    )
+
+
+def source(config: Config, around: Surroundings, teacher: Teacher, stream: str) -> Source:
+    """Batches by seed; classes and prompts are drawn by the seed as sample.py draws them."""
+    backend, first = around.backend, teacher.sigmas[0]
+    dtype = torch.promote_types(backend.dtype, torch.float32)
+
+    def start(seeds: Sequence[int]) -> tuple[Field, Tensor]:
+        around.poll()
+        cond = backend.encode([prompt_of(config, around, seed) for seed in seeds])
+        noise = randn(
+            seeds, backend.latent_shape, stream=stream, device=backend.device, dtype=dtype
+        )
+        return Field(Guided(backend, config.guidance_rate), cond), noise * first
+
+    return Source(start, teacher, key_of(config, around, teacher, stream), around.cache)
+
+
+def prompt_of(config: Config, around: Surroundings, seed: int) -> Prompt:
+    """What a trajectory is of."""
+    if around.prompts:
+        return around.prompts[int(randint([seed], len(around.prompts), stream="prompt"))]
+    return around.backend.usual_prompt(seed) if config.label is None else config.label
+
+
+def key_of(config: Config, around: Surroundings, teacher: Teacher, stream: str) -> dict[str, Any]:
+    """Everything that a trajectory depends on, but its seeds."""
+    return {
+        "model": around.fingerprint,
+        "dtype": str(around.backend.dtype),
+        "teacher": repr(teacher),
+        "stream": stream,
+        "class": config.label,
+        "prompts": list(around.prompts),
+        "guidance_rate": config.guidance_rate,
+    }
+
+
+def check_guidance(config: Config, around: Surroundings) -> None:
+    """ValueError for classes or prompts that the model does not take, or guidance without."""
+    cond = around.backend.encode([prompt_of(config, around, 0)])
+    if config.guidance_rate != 1 and (cond is None or cond.null is None):
+        raise ValueError(f"guidance_rate {config.guidance_rate} needs prompts or classes")
