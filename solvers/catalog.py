@@ -103,9 +103,10 @@ def make_solver(name: str, options: SolverOptions | None = None) -> Solver:
     options = options or SolverOptions()
     base, named = parse_name(name)
     entry = SOLVERS[base]
-    if named and options.order and named != options.order:
+    if named is not None and options.order not in (None, named):
         raise ValueError(f"solver {name!r} and order {options.order} disagree: give one of them")
-    order = named or options.order or entry.default_order
+    asked = options.order if named is None else named
+    order = entry.default_order if asked is None else asked
     if order not in entry.orders:
         raise ValueError(f"{base} has the orders {entry.orders}, not {order}")
     return entry.make(options, order)

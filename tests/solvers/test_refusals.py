@@ -151,3 +151,8 @@ def test_the_processes_by_hand() -> None:
     clock = FLOW.half_log_snr(level)
     assert isinstance(clock, Tensor)
     assert torch.allclose(clock, torch.tensor([math.log(3), math.log(1e-6)]).double())
+
+
+@pytest.mark.parametrize(("name", "order"), [("ipndm-0", None), ("ipndm", 0)])
+def test_order_0_by_name_is_refused(name: str, order: int | None) -> None:
+    refused(lambda: make_solver(name, SolverOptions(order=order)), "ipndm", "not 0")
