@@ -1,0 +1,181 @@
+"""Refinement of a whole table, end to end, by Gauss-Newton steps without back-propagation.
+
+The end of a trajectory is a function of some tens of numbers, so its Jacobian is that many more
+trajectories, by difference quotients; most of each is known already, and `Memo` asks the network
+only for what a number changes. The normal equations are small and sum over batches and ranks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from solvers.field import Condition, Denoiser
+from training.distill import Batch, Plan, Table, last_state, squared
+from training.grams import gram
+from training.table import Form, grid_to_raw, raw_to_grid
+
+DAMPING = tuple(10.0**e for e in range(-6, 4))
+NUDGE = 1e-3
+REACH = 0.1
+"""By how much of the distance to the target a nudge is to move the end."""
+
+
+@dataclass
+class Memo:
+    """A denoiser that remembers one trajectory and recomputes only rows that differ from it."""
+
+    denoiser: Denoiser
+    calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    at: int = 0
+    learning: bool = True
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        """x [B, *] at sigma [B] -> x0 [B, *]."""
+        if self.learning:
+            x0 = self.denoiser(x, sigma, cond)
+            self.calls.append((x, sigma, x0))
+            return x0
+        seen, told, known = self.calls[self.at]
+        self.at += 1
+        new = ((x != seen).flatten(1).any(1) | (sigma != told)).nonzero()[:, 0]
+        if not len(new):
+            return known
+        if len(new) == len(x):
+            return self.denoiser(x, sigma, cond)
+        return known.index_copy(0, new, self.denoiser(x[new], sigma[new], rows(cond, new)))
+
+    def again(self) -> None:
+        """From now on compare with what was learned, from its start."""
+        self.at, self.learning = 0, False
+
+
+def rows(cond: Condition | None, index: Tensor) -> Condition | None:
+    """Some rows of a condition."""
+    if cond is None:
+        return None
+    null = cond.null and {name: v[index] for name, v in cond.null.items()}
+    return Condition({name: v[index] for name, v in cond.given.items()}, null)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A plan, the form of its table, and whether its grid is learned too."""
+
+    plan: Plan
+    form: Form
+    grid: bool = False
+
+    def encode(self, table: Table) -> Tensor:
+        """All that is learned as one vector [P]."""
+        extra = [grid_to_raw(self.plan.sigmas)] if self.grid else []
+        return torch.cat([self.form.encode(table), *extra])
+
+    def decode(self, theta: Tensor) -> tuple[Plan, Table]:
+        """The plan and the table of a vector."""
+        if not self.grid:
+            return self.plan, self.form.decode(theta)
+        n, (first, *_, last) = self.plan.intervals, self.plan.sigmas
+        sigmas = raw_to_grid(theta[-n:], first, last)
+        return dataclasses.replace(self.plan, sigmas=sigmas), self.form.decode(theta[:-n])
+
+
+def squared_error(student: Student, theta: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """[summed squared error of the last states, how many numbers]."""
+    plan, table = student.decode(theta)
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        loss = squared(last_state(plan, table, batch), batch.targets[-1]).double().sum()
+        total += torch.stack([loss.cpu(), torch.tensor(float(batch.x.numel())).double()])
+    return total
+
+
+def normal_products(student: Student, theta: Tensor, batch: Batch, nudge: Tensor) -> Tensor:
+    """Products [P + 1, P + 1] of the Jacobian's columns and, last, what is left to the target."""
+    memo = Memo(batch.field.denoiser)
+    batch = dataclasses.replace(batch, field=dataclasses.replace(batch.field, denoiser=memo))
+    base = last_state(*student.decode(theta), batch)
+    columns = []
+    for i in range(len(theta)):
+        moved = theta.clone()
+        moved[i] += nudge[i]
+        memo.again()
+        columns.append((last_state(*student.decode(moved), batch) - base) / nudge[i])
+    return gram([column.unsqueeze(1) for column in (*columns, batch.targets[-1] - base)])
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """How long and how finely; the defaults serve."""
+
+    rounds: int = 6
+    nudge: float = NUDGE  # of every number in the first round; later by what it does
+    least_gain: float = 1e-3  # stop where a round gains less, as a share of the error
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+@torch.no_grad()
+def gauss_newton(
+    student: Student,
+    theta: Tensor,
+    batches: Sequence[Batch],
+    options: RefineOptions,
+    *,
+    judges: Sequence[Batch] | None = None,
+    report: Callable[[int, float], object] = lambda _round, _rmse: None,
+) -> Tensor:
+    """The vector after some rounds of damped Gauss-Newton (Levenberg 1944, Marquardt 1963).
+
+    Every round solves once and tries a range of dampings at the price of one trajectory each,
+    judged on `judges` (the batches themselves if None); held-out judges keep small sets from
+    being learned by heart. `report(round, rmse)` is told of each round. A first round that
+    finds nothing better is followed by one with nudges that are known to fit.
+    """
+    judges = judges or batches
+    best = error_of(student, theta, judges, options)
+    nudge = torch.full_like(theta, options.nudge)
+    report(0, best)
+    failed = False
+    for done in range(1, options.rounds + 1):
+        parts = (normal_products(student, theta, batch, nudge) for batch in batches)
+        products = options.reduce(sum(parts, torch.zeros(())))
+        nudge = fitting_nudges(products)
+        steps = steps_of(products)
+        errors = [error_of(student, theta + step, judges, options) for step in steps]
+        found = min(errors)
+        report(done, min(found, best))
+        if found < best:
+            gain, failed = 1 - found / best, False
+            theta, best = theta + steps[errors.index(found)], found
+            if gain < options.least_gain:
+                break
+        elif failed:
+            break
+        else:
+            failed = True
+    return theta
+
+
+def error_of(
+    student: Student, theta: Tensor, batches: Sequence[Batch], options: RefineOptions
+) -> float:
+    """The root mean squared error over all ranks; infinite where it is not a number."""
+    summed, count = options.reduce(squared_error(student, theta, batches)).tolist()
+    return (summed / count) ** 0.5 if math.isfinite(summed) else math.inf
+
+
+def fitting_nudges(products: Tensor) -> Tensor:
+    """Nudges [P] that each move the end by a part of its distance to the target."""
+    effect = (products.diagonal()[:-1] / products[-1, -1]).sqrt()
+    return (REACH / effect.clamp(min=1e-9)).clamp(1e-5, 1e-1)
+
+
+def steps_of(products: Tensor) -> list[Tensor]:
+    """The solutions of (A + damping diag A) step = g, one for each damping."""
+    a, g = products[:-1, :-1], products[:-1, -1]
+    diagonal = a.diagonal()
+    floor = diagonal.max() * 1e-12 + 1e-300
+    return [torch.linalg.solve(a + torch.diag(d * diagonal + floor), g) for d in DAMPING]
