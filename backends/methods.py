@@ -7,8 +7,9 @@ from torch import Tensor
 from backends.base import Backend, NoiseLevels
 from backends.generate import Method
 from solvers.catalog import SOLVERS, SolverOptions, make_solver, parse_name
+from solvers.multistep import MultistepTable
 from solvers.predictor import Predictor
-from solvers.recipe import FLOW_BACKENDS, Recipe
+from solvers.recipe import Recipe, for_flow
 from solvers.schedules import custom
 
 
@@ -36,8 +37,7 @@ def predictor_method(predictor: Predictor, levels: NoiseLevels) -> Method:
 
 def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
     """The recipe's grid [num_steps] on these levels; ValueError where it has none there."""
-    is_flow = recipe.schedule_type == "flowmatch" or recipe.backend in FLOW_BACKENDS
-    if is_flow != (levels.process.name == "flow"):
+    if for_flow(recipe) != (levels.process.name == "flow"):
         model = f"a {levels.process.name} model"
         raise ValueError(
             f"a predictor for {recipe.backend} ({recipe.schedule_type}) is not for {model}"
@@ -80,6 +80,8 @@ class HandMade:
 
 def sequential_calls(method: Method) -> int:
     """Network calls one after another for an image (guidance doubles rows, not calls)."""
+    if isinstance(method.table, MultistepTable):
+        return len(method.sigmas) - 1 + method.denoise_to_zero
     base = SOLVERS[parse_name(method.solver)[0]].calls
     calls = base + 1 if method.table else base
     return calls * (len(method.sigmas) - 1) - method.afs + method.denoise_to_zero

@@ -25,13 +25,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from solvers.catalog import SOLVERS, SolverOptions, make_solver
 from solvers.epd import EPD, Directions
+from solvers.integrate import MAX_SLOPES
+from solvers.multistep import MultistepTable, ParallelMultistep
 from solvers.persistence import Persistent, read_persistent
 from solvers.process import VE, Process
 from solvers.published import decode, encode, from_published, require
@@ -56,7 +58,8 @@ __all__ = [
 ]
 
 FORMAT = "epd-predictor"
-TABLES = {"epd": Directions}
+Table: TypeAlias = Directions | MultistepTable
+TABLES = {"epd": Directions, "epd-multistep": MultistepTable}
 """The class of table by the recipe's solver; its fields are the names in the file."""
 WEIGHT_TOLERANCE = 1e-4
 MAX_JSON = 64 << 20
@@ -65,26 +68,35 @@ EXPS = Path(__file__).resolve().parent.parent / "exps"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A table [num_steps - 1, K] and the settings that it was learned for."""
+    """A table of num_steps - 1 rows and the settings that it was learned for."""
 
-    table: Directions
+    table: Table
     recipe: Recipe
 
     @property
     def nfe(self) -> int:
-        """Network calls one after another for an image: 2 an interval, 1 less with AFS."""
+        """Network calls one after another for an image.
+
+        2 an interval, 1 less with AFS; parallel multistep makes 1 an interval.
+        """
+        if self.recipe.solver == "epd-multistep":
+            return self.recipe.num_steps - 1
         calls = 1 + SOLVERS[self.recipe.base].calls
         return calls * (self.recipe.num_steps - 1) - self.recipe.afs
 
     @property
     def evaluations(self) -> int:
         """Rows through the network for an image: every one of the K points counts."""
+        if self.recipe.solver == "epd-multistep":
+            return self.recipe.num_points * (self.recipe.num_steps - 1)
         rows = 1 + self.recipe.num_points * SOLVERS[self.recipe.base].calls
         return rows * (self.recipe.num_steps - 1) - self.recipe.afs
 
-    def solver(self, process: Process = VE) -> EPD:
+    def solver(self, process: Process = VE) -> EPD | ParallelMultistep:
         """The solver that takes these steps; bases of one order do not look at `max_order`."""
         recipe = self.recipe
+        if isinstance(self.table, MultistepTable):
+            return ParallelMultistep(self.table, process)
         ordered = len(SOLVERS[recipe.base].orders) > 1
         options = SolverOptions(
             order=recipe.max_order if ordered else None,
@@ -98,28 +110,48 @@ class Predictor:
 def validate(predictor: Predictor) -> Predictor:
     """The predictor itself, if its table and its recipe can be sampled with.
 
-    Raises ValueError in one line with the value: a shape that is not [num_steps - 1, num_points],
-    NaN, r outside [0, 1], a negative weight, weights that do not sum to 1 (within 1e-4), a
-    time_scale that is not positive, or a recipe that cannot be served.
+    Raises ValueError in one line with the value: a table of another kind than the recipe's
+    solver, a shape that is not [num_steps - 1, num_points], NaN, r outside [0, 1], a time_scale
+    that is not positive, or a recipe that cannot be served; and for EPD a negative weight, and
+    weights that do not sum to 1 (within 1e-4).
     """
     recipe, table = predictor.recipe, predictor.table
     check_recipe(recipe)
-    shape = (recipe.num_steps - 1, recipe.num_points)
+    if not isinstance(table, TABLES[recipe.solver]):
+        raise ValueError(f"{recipe.solver} cannot read a table of {type(table).__name__}")
     for name, values in named_tensors(table).items():
-        if tuple(values.shape) != shape:
-            wanted = f"num_steps {recipe.num_steps} and num_points {recipe.num_points} need"
-            raise ValueError(f"{name} has the shape {list(values.shape)}: {wanted} {list(shape)}")
+        check_shape(name, values, recipe)
         require(name, values, values.isfinite(), "must be a finite number")
     require("r", table.r, (table.r >= 0) & (table.r <= 1), "must lie in [0, 1]")
-    require("weight", table.weight, table.weight >= 0, "must not be negative")
     require("time_scale", table.time_scale, table.time_scale > 0, "must be above 0")
-    total = table.weight.double().sum(-1)
-    whole = (total - 1).abs() <= WEIGHT_TOLERANCE
-    require("sum of weight", total, whole, "must be 1, as weights are shares")
+    if isinstance(table, Directions):
+        check_shares(table)
+    elif table.a.shape != table.b.shape:
+        raise ValueError(f"a {list(table.a.shape)} and b {list(table.b.shape)} differ in shape")
     return predictor
 
 
-def named_tensors(table: Directions) -> dict[str, Tensor]:
+def check_shape(name: str, values: Tensor, recipe: Recipe) -> None:
+    """ValueError unless [num_steps - 1, num_points], or 1 to 5 known slopes for a and b."""
+    shape, found = [recipe.num_steps - 1, recipe.num_points], list(values.shape)
+    if name in ("a", "b"):
+        if len(found) != 2 or found[0] != shape[0] or not 1 <= found[1] <= 1 + MAX_SLOPES:
+            wanted = f"[{shape[0]}, 1 to {1 + MAX_SLOPES}]"
+            raise ValueError(f"{name} has the shape {found}: it must be {wanted}")
+    elif found != shape:
+        wanted = f"num_steps {recipe.num_steps} and num_points {recipe.num_points} need"
+        raise ValueError(f"{name} has the shape {found}: {wanted} {shape}")
+
+
+def check_shares(table: Directions) -> None:
+    """ValueError unless the weights are >= 0 and sum to 1."""
+    require("weight", table.weight, table.weight >= 0, "must not be negative")
+    total = table.weight.double().sum(-1)
+    whole = (total - 1).abs() <= WEIGHT_TOLERANCE
+    require("sum of weight", total, whole, "must be 1, as weights are shares")
+
+
+def named_tensors(table: Table) -> dict[str, Tensor]:
     """The tensors of a table by the names that files use."""
     return {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
 
@@ -231,7 +263,7 @@ def from_content(content: Any) -> Predictor:
     return Predictor(table_of(recipe.solver, table), recipe)
 
 
-def table_of(solver: str, tensors: Mapping[str, Any]) -> Directions:
+def table_of(solver: str, tensors: Mapping[str, Any]) -> Table:
     """The table of that solver from tensors, or rows of numbers, by name."""
     one_of("solver", solver, tuple(TABLES))
     wanted = [f.name for f in dataclasses.fields(TABLES[solver])]
@@ -294,11 +326,15 @@ def described(predictor: Predictor) -> str:
     lines = [f"{name:18} {json.dumps(v)}" for name, v in settings.items() if v not in (None, {})]
     lines.append(f"{'nfe':18} {predictor.nfe} sequential, {predictor.evaluations} evaluations")
     tensors = named_tensors(predictor.table)
-    lines.append(f"\n{'interval':>8} {'point':>6}" + "".join(f"{n:>13}" for n in tensors))
+    of_points = {n: t for n, t in tensors.items() if n not in ("a", "b")}
+    lines.append(f"\n{'interval':>8} {'point':>6}" + "".join(f"{n:>13}" for n in of_points))
     for n in range(predictor.recipe.num_steps - 1):
         for k in range(predictor.recipe.num_points):
-            row = "".join(f"{values[n, k].item():13.6f}" for values in tensors.values())
+            row = "".join(f"{values[n, k].item():13.6f}" for values in of_points.values())
             lines.append(f"{n:8} {k:6}{row}")
+    for name in sorted(tensors.keys() - of_points.keys()):
+        rows = ("".join(f"{v:13.6f}" for v in row) for row in tensors[name].tolist())
+        lines += [f"\n{name}, of the slopes known before each interval", *rows]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from solvers.catalog import SOLVERS
 
 FORMAT_VERSION = 1
-KINDS = ("epd",)
+KINDS = ("epd", "epd-multistep")
 BASES = tuple(name for name in SOLVERS if name not in ("edm", "unipc"))
 """The solvers that EPD can stand on."""
 SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch", "custom")
@@ -35,6 +35,7 @@ class Recipe:
     img_resolution: int | None = None
     backend: str = "edm"
     backend_config: dict[str, Any] = field(default_factory=dict)
+    process: str | None = None  # ve or flow; None: by the schedule and the backend
     solver: str = "epd"
     base: str = "euler"
     max_order: int = 3
@@ -59,6 +60,12 @@ class Recipe:
     format_version: int = FORMAT_VERSION
 
 
+def for_flow(recipe: Recipe) -> bool:
+    """Whether the predictor is for flow matching."""
+    by_kind = recipe.schedule_type == "flowmatch" or recipe.backend in FLOW_BACKENDS
+    return by_kind if recipe.process is None else recipe.process == "flow"
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Refuse settings that no sampling run can serve.
 
@@ -79,6 +86,7 @@ def check_names(recipe: Recipe) -> None:
         raise ValueError(f"format_version {recipe.format_version} is unknown: {known}")
     one_of("solver", recipe.solver, KINDS)
     one_of("base", recipe.base, BASES)
+    one_of("process", recipe.process or "ve", ("ve", "flow"))
     one_of("schedule_type", recipe.schedule_type, SCHEDULES)
     orders = SOLVERS[recipe.base].orders
     if recipe.max_order < 1 or (len(orders) > 1 and recipe.max_order not in orders):
@@ -108,8 +116,9 @@ def check_levels(recipe: Recipe) -> None:
             raise ValueError(f"{name} {level} is out of range: above 0")
     if low is not None and high is not None and low >= high:
         raise ValueError(f"sigma_min {low} is not below sigma_max {high}")
-    is_flow = recipe.schedule_type == "flowmatch" or recipe.backend in FLOW_BACKENDS
-    if recipe.afs and is_flow:
+    if recipe.afs and recipe.solver == "epd-multistep":
+        raise ValueError("afs is on for epd-multistep, whose first call places itself")
+    if recipe.afs and for_flow(recipe):
         reason = "flow matching has no analytic first step"
         raise ValueError(f"afs is on for {recipe.backend}, {recipe.schedule_type}: {reason}")
     if (recipe.schedule_type == "custom") != (recipe.sigmas is not None):
