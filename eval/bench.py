@@ -6,7 +6,7 @@ Only ratios within one run: what is compared takes turns, and the median of the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -21,11 +21,10 @@ from backends.load import load_backend
 from backends.methods import HandMade, predictor_method, sequential_calls
 from eval.machine import clock, provenance
 from eval.report import aligned
-from solvers.field import Condition, Field, Guided
+from solvers.field import Condition, Denoiser
 from solvers.predictor import find_predictor, load_predictor
 from src.files import write_json
 from src.options import Device, one_line_errors
-from src.seeds import randn
 
 SOLVERS = ("euler", "ipndm-3", "dpmpp-3", "unipc-3")
 NUM_STEPS = 6
@@ -46,70 +45,84 @@ class Timing:
     network: float  # seconds of the same network calls alone
     ratio: float  # sample / network, 1 being no overhead; a small difference of large times
     rest: float  # seconds of generate() on a network that answers at once: all but the network
-    one_by_one: float | None = None  # K points one call each / all in one call, of the loop
+    one_by_one: float | None = None  # sampling with a call a point / all K in one call
 
 
 @dataclass(frozen=True)
-class Instant:
-    """A backend in all but its network, which answers at once."""
+class StandIn:
+    """A backend in all but its network, for which `answer` speaks."""
 
     backend: Backend
-    levels: NoiseLevels
-    latent_shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
+    answer: Denoiser
+
+    @property
+    def levels(self) -> NoiseLevels:
+        """The backend's, as all that follows."""
+        return self.backend.levels
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.backend.latent_shape
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.backend.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backend.dtype
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x itself, for the clean sample."""
-        return x
+        return self.answer(x, sigma, cond)
+
+    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
+        return self.answer
 
     def usual_prompt(self, seed: int) -> Prompt:
-        """The backend's."""
         return self.backend.usual_prompt(seed)
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """The backend's."""
         return self.backend.encode(prompts)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The backend's."""
         return self.backend.decode(latents)
 
 
-def instant(b: Backend) -> Instant:
-    """The backend without its network."""
-    return Instant(b, b.levels, b.latent_shape, b.device, b.dtype)
+class AtOnce:
+    """A network that takes no time: x itself for the clean sample."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        return x
 
 
 def recorded_calls(backend: Backend, method: Method, jobs: Sequence[Job]) -> list[Call]:
     """What sampling asks of the network: the arguments of every call."""
     calls: list[Call] = []
+    network = backend.guided(method.guidance_rate, backend.encode([job.prompt for job in jobs]))
 
     def record(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         calls.append((x, sigma, cond))
-        return backend(x, sigma, cond)
+        return network(x, sigma, cond)
 
-    run_loop(backend, method, jobs, Field(Guided(record, method.guidance_rate)))
+    run(StandIn(backend, record), method, jobs)
     return calls
 
 
-@torch.no_grad()
-def run_loop(backend: Backend, method: Method, jobs: Sequence[Job], field: Field) -> None:
-    """Sample without decoding."""
-    seeds = [job.seed for job in jobs]
-    cond = backend.encode([job.prompt for job in jobs])
-    dtype = torch.promote_types(backend.dtype, torch.float32)
-    x = randn(seeds, backend.latent_shape, device=backend.device, dtype=dtype)
-    whole = Field(field.denoiser, cond, field.points_chunk)
-    for _ in method.states(whole, x * method.sigmas[0].item(), seeds):
+def run(backend: Backend, method: Method, jobs: Sequence[Job]) -> None:
+    """Sample the jobs as one batch."""
+    for _ in generate(backend, method, jobs, batch=len(jobs)):
         pass
 
 
 @torch.no_grad()
-def replay(backend: Backend, calls: Sequence[Call]) -> None:
+def replay(network: Denoiser, calls: Sequence[Call]) -> None:
     """The network calls alone."""
     for x, sigma, cond in calls:
-        backend(x, sigma, cond)
+        network(x, sigma, cond)
 
 
 def paired(
@@ -131,19 +144,12 @@ def time_method(name: str, backend: Backend, method: Method, batch: int, repeats
     """One method at one batch size."""
     jobs = [Job(seed, backend.usual_prompt(seed)) for seed in range(batch)]
     calls = recorded_calls(backend, method, jobs)
+    network = backend.guided(method.guidance_rate, backend.encode([job.prompt for job in jobs]))
+    device, quick = backend.device, StandIn(backend, AtOnce())
     pairs = paired(
-        lambda: list(generate(backend, method, jobs, batch=batch)),
-        lambda: replay(backend, calls),
-        repeats,
-        backend.device,
+        lambda: run(backend, method, jobs), lambda: replay(network, calls), repeats, device
     )
-    bare = instant(backend)
-    nothing = paired(
-        lambda: list(generate(bare, method, jobs, batch=batch)),
-        lambda: None,
-        repeats,
-        backend.device,
-    )
+    nothing = paired(lambda: run(quick, method, jobs), lambda: None, repeats, device)
     return Timing(
         name=name,
         batch=batch,
@@ -158,10 +164,10 @@ def time_method(name: str, backend: Backend, method: Method, batch: int, repeats
 
 def one_by_one(backend: Backend, method: Method, jobs: Sequence[Job], repeats: int) -> float:
     """The time of K points in a call each, over that of all in one call."""
-    network = Guided(backend, method.guidance_rate)
+    apart = replace(method, points_chunk=1)
     pairs = paired(
-        lambda: run_loop(backend, method, jobs, Field(network, points_chunk=1)),
-        lambda: run_loop(backend, method, jobs, Field(network)),
+        lambda: run(backend, apart, jobs),
+        lambda: run(backend, method, jobs),
         repeats,
         backend.device,
     )
@@ -193,9 +199,9 @@ def main(model: str, predictor: str, repeats: int, out: Path, device: torch.devi
     """Time sampling against its own network calls, replayed, at batch 1 and 16.
 
     "beyond" is sampling over the bare calls, the difference of two large times; "rest" is
-    sampling on a network that answers at once, in per cent of the calls: the same, with less
-    noise. "K one by one" is the loop with a call for every point over that with all K in one
-    call. Prints a table and writes JSON.
+    sampling with a network that answers at once, in per cent of the calls: the same, with less
+    noise. "K one by one" is sampling with a call for every point over that with all K in one.
+    Prints a table and writes JSON.
     """
     backend = load_backend(model, device=device)
     methods = {s: HandMade(s, NUM_STEPS).method(backend.levels) for s in SOLVERS}

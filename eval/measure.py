@@ -16,7 +16,6 @@ from backends.generate import Batch, Job, Method, generate
 from eval.candidates import Candidate
 from eval.frechet import Extractor, Moments, Reference, merged, moments
 from eval.machine import clock
-from solvers.field import Guided
 from src.images import to_bytes
 
 LEVEL_TOLERANCE = 1e-3
@@ -187,7 +186,7 @@ def timed(backend: Backend, method: Method, jobs: Sequence[Job]) -> tuple[Batch,
 def bare_call(backend: Backend, method: Method, jobs: Sequence[Job]) -> float:
     """The seconds of one network call for these jobs."""
     cond = backend.encode([job.prompt for job in jobs])
-    network = Guided(backend, method.guidance_rate)
+    network = backend.guided(method.guidance_rate, cond)
     dtype = torch.promote_types(backend.dtype, torch.float32)
     x = torch.zeros(len(jobs), *backend.latent_shape, device=backend.device, dtype=dtype)
     sigma = x.new_full((len(jobs),), method.sigmas[len(method.sigmas) // 2].item())

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from eval.measure import Score
 from src.files import write_atomically, write_text
 
-SIZE = (7.6, 5.2)  # inches a panel
-LABEL_GAP = 0.036  # of the panel's height, between the lines of labels
+SIZE = (7.6, 6.0)  # inches a panel
+LABEL_GAP = 0.034  # of the panel's height, between the lines of labels
+ROOM = 1.06 / 1.44
+LEADER = {"arrowstyle": "-", "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 1}
 MUTED = (
     *("#9bb8d3", "#f2b888", "#a7cfa0", "#e5a3a3", "#c5b0d5", "#c49c94"),
     *("#f0b6d8", "#a0a0a0", "#cfcf7a", "#8fd0d8", "#d8b365", "#7fa8a0"),
@@ -135,7 +138,7 @@ def panel(
         )
         ends.append((name, *line[-1]))
     for name, value in floor.items():
-        axes.axhline(value, color="0.35", lw=1, ls=":", zorder=1)
+        axes.axhline(value, 0, ROOM, color="0.35", lw=1, ls=":", zorder=1)
         axes.annotate(name, (0, value), (4, 2), xycoords=("axes fraction", "data"), fontsize=8,
                       textcoords="offset points", color="0.35")  # fmt: skip
     finish(axes, sorted({s.nfe for s, _ in points}))
@@ -155,9 +158,12 @@ def finish(axes: Axes, calls: Sequence[int]) -> None:
     axes.set_xticks(calls, [str(n) for n in calls])
     first, last = calls[0], calls[-1]
     span = max(last - first, 1)
-    axes.set_xlim(first - 0.06 * span, last + 0.38 * span)
+    axes.set_xlim(first - 0.06 * span, last + 0.38 * span)  # the lines take ROOM of it
     axes.grid(True, which="both", color="0.92", lw=0.6)
     axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -177,15 +183,17 @@ def label_ends(
         axes.annotate(
             name, (x, y), (at, place), fontsize=9, va="center", annotation_clip=False,
             color=colour if strong else "0.3", weight="bold" if strong else "normal",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 1},
+            arrowprops={**LEADER, "color": colour},
         )  # fmt: skip
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places moved as little as may be, until each is `gap` above the one before.
+    """Rising places in [0, 1], moved as little as may be until each is `gap` above the last.
 
-    Pools neighbours that overlap around their common middle (isotonic regression).
+    Pools neighbours that overlap around their common middle (isotonic regression), and closes
+    the gap where so many do not fit.
     """
+    gap = min(gap, 1 / max(len(places) - 1, 1))
     groups: list[tuple[float, int]] = []  # the sum of (place - index * gap), and how many
     for i, place in enumerate(places):
         total, count = place - i * gap, 1
@@ -193,5 +201,6 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
             before, more = groups.pop()
             total, count = total + before, count + more
         groups.append((total, count))
+    highest = 1 - (len(places) - 1) * gap
     bases = [total / count for total, count in groups for _ in range(count)]
-    return [base + i * gap for i, base in enumerate(bases)]
+    return [min(max(base, 0.0), highest) + i * gap for i, base in enumerate(bases)]
