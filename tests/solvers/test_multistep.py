@@ -101,7 +101,8 @@ def test_the_free_slope_is_the_analytic_one_and_x_of_flow_at_its_start() -> None
     def first(process: object, sigma: float) -> Tensor:
         found: list[Tensor] = []
 
-        def look(_field: Field, step: Step) -> Tensor:
+        def look(field: Field, step: Step) -> Tensor:
+            assert field.tally.calls == 0
             found.extend(known_slopes(step, process))  # pyright: ignore[reportArgumentType]
             return step.now.x
 
