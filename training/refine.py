@@ -83,18 +83,42 @@ class Student:
         return dataclasses.replace(self.plan, sigmas=sigmas), self.form.decode(theta[:-n])
 
 
-def squared_error(student: Student, theta: Tensor, batches: Sequence[Batch]) -> Tensor:
-    """[summed squared error of the last states, how many numbers]."""
+def squared_error(
+    student: Student, theta: Tensor, batches: Sequence[Batch], scale: float = math.inf
+) -> Tensor:
+    """[summed squared error of the last states, how many numbers].
+
+    Below infinity `scale` is the squared error of a sample from which on it counts less and
+    less, as scale * log(1 + error / scale) (Cauchy's loss).
+    """
     plan, table = student.decode(theta)
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        loss = squared(last_state(plan, table, batch), batch.targets[-1]).double().sum()
-        total += torch.stack([loss.cpu(), torch.tensor(float(batch.x.numel())).double()])
+        loss = squared(last_state(plan, table, batch), batch.targets[-1]).double()
+        if scale < math.inf:
+            loss = scale * torch.log1p(loss / scale)
+        total += torch.stack([loss.sum().cpu(), torch.tensor(float(batch.x.numel())).double()])
     return total
 
 
-def normal_products(student: Student, theta: Tensor, batch: Batch, nudge: Tensor) -> Tensor:
-    """Products [P + 1, P + 1] of the Jacobian's columns and, last, what is left to the target."""
+def squared_scale(student: Student, theta: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """[sum of log squared error of each sample, how many samples]: for a scale that fits them."""
+    plan, table = student.decode(theta)
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        loss = squared(last_state(plan, table, batch), batch.targets[-1]).double()
+        log = loss.clamp(min=1e-30).log().sum().cpu()
+        total += torch.stack([log, torch.tensor(float(len(loss))).double()])
+    return total
+
+
+def normal_products(
+    student: Student, theta: Tensor, batch: Batch, nudge: Tensor, scale: float = math.inf
+) -> Tensor:
+    """Products [P + 1, P + 1] of the Jacobian's columns and, last, what is left to the target.
+
+    Samples weigh as the `scale` of `squared_error` has it.
+    """
     memo = Memo(batch.field.denoiser)
     batch = dataclasses.replace(batch, field=dataclasses.replace(batch.field, denoiser=memo))
     base = last_state(*student.decode(theta), batch)
@@ -104,7 +128,10 @@ def normal_products(student: Student, theta: Tensor, batch: Batch, nudge: Tensor
         moved[i] += nudge[i]
         memo.again()
         columns.append((last_state(*student.decode(moved), batch) - base) / nudge[i])
-    return gram([column.unsqueeze(1) for column in (*columns, batch.targets[-1] - base)])
+    left = batch.targets[-1] - base
+    weight = (1 + left.square().flatten(1).sum(1) / scale).rsqrt()
+    weight = weight.reshape(-1, 1, *[1] * (left.ndim - 1))
+    return gram([weight * column.unsqueeze(1) for column in (*columns, left)])
 
 
 @dataclass(frozen=True)
@@ -115,6 +142,9 @@ class RefineOptions:
     nudge: float = NUDGE  # of every number in the first round; later by what it does
     least_gain: float = 1e-3  # stop where a round gains less, as a share of the error
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    robust: tuple[
+        float, ...
+    ] = ()  # phases before, by the scale of their loss: times a typical squared error
 
 
 @torch.no_grad()
@@ -133,38 +163,73 @@ def gauss_newton(
     judged on `judges` (the batches themselves if None); held-out judges keep small sets from
     being learned by heart. `report(round, rmse)` is told of each round. A first round that
     finds nothing better is followed by one with nudges that are known to fit.
+
+    A few samples near a fork of the flow can hide the way for all others; `robust` phases come
+    first in which they count little; all phases have equal shares of the rounds. The best at the end of any
+    phase is what is returned.
     """
     judges = judges or batches
-    best = error_of(student, theta, judges, options)
-    nudge = torch.full_like(theta, options.nudge)
-    report(0, best)
-    failed = False
-    for done in range(1, options.rounds + 1):
-        parts = (normal_products(student, theta, batch, nudge) for batch in batches)
-        products = options.reduce(sum(parts, torch.zeros(())))
-        nudge = fitting_nudges(products)
-        steps = steps_of(products)
-        errors = [error_of(student, theta + step, judges, options) for step in steps]
-        found = min(errors)
-        report(done, min(found, best))
-        if found < best:
-            gain, failed = 1 - found / best, False
-            theta, best = theta + steps[errors.index(found)], found
-            if gain < options.least_gain:
+    search = Search(student, batches, judges, options)
+    found = [(search.error(theta), theta)]
+    report(0, found[0][0])
+    phases = (*options.robust, 0.0)
+    for phase in phases:
+        theta = search.descend(theta, -(-options.rounds // len(phases)), phase, report)
+        found.append((search.error(theta), theta))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+@dataclass
+class Search:
+    """Rounds of Gauss-Newton under a loss."""
+
+    student: Student
+    batches: Sequence[Batch]
+    judges: Sequence[Batch]
+    options: RefineOptions
+    rounds: int = 0
+
+    def error(self, theta: Tensor, scale: float = math.inf) -> float:
+        """The root mean squared error over all ranks; infinite where it is not a number."""
+        parts = squared_error(self.student, theta, self.judges, scale)
+        summed, count = self.options.reduce(parts).tolist()
+        return (summed / count) ** 0.5 if math.isfinite(summed) else math.inf
+
+    def scale(self, theta: Tensor, phase: float) -> float:
+        """A phase's scale: times the geometric mean of the squared errors; 0 is the plain loss."""
+        if not phase:
+            return math.inf
+        logs, count = self.options.reduce(
+            squared_scale(self.student, theta, self.batches)
+        ).tolist()
+        return phase * math.exp(logs / count)
+
+    def descend(
+        self, theta: Tensor, rounds: int, phase: float, report: Callable[[int, float], object]
+    ) -> Tensor:
+        """Some rounds under one loss."""
+        scale = self.scale(theta, phase)
+        best = self.error(theta, scale)
+        nudge = torch.full_like(theta, self.options.nudge)
+        failed = False
+        for _ in range(rounds):
+            parts = (normal_products(self.student, theta, b, nudge, scale) for b in self.batches)
+            products = self.options.reduce(sum(parts, torch.zeros(())))
+            nudge = fitting_nudges(products)
+            steps = steps_of(products)
+            errors = [self.error(theta + step, scale) for step in steps]
+            found, self.rounds = min(errors), self.rounds + 1
+            report(self.rounds, min(found, best))
+            if found < best:
+                gain, failed = 1 - found / best, False
+                theta, best = theta + steps[errors.index(found)], found
+                if gain < self.options.least_gain:
+                    break
+            elif failed:
                 break
-        elif failed:
-            break
-        else:
-            failed = True
-    return theta
-
-
-def error_of(
-    student: Student, theta: Tensor, batches: Sequence[Batch], options: RefineOptions
-) -> float:
-    """The root mean squared error over all ranks; infinite where it is not a number."""
-    summed, count = options.reduce(squared_error(student, theta, batches)).tolist()
-    return (summed / count) ** 0.5 if math.isfinite(summed) else math.inf
+            else:
+                failed = True
+        return theta
 
 
 def fitting_nudges(products: Tensor) -> Tensor:
