@@ -165,8 +165,8 @@ def gauss_newton(
     finds nothing better is followed by one with nudges that are known to fit.
 
     A few samples near a fork of the flow can hide the way for all others; `robust` phases come
-    first in which they count little; all phases have equal shares of the rounds. The best at the end of any
-    phase is what is returned.
+    first in which they count little; all phases have equal shares of the rounds. The best at the
+    end of any phase is what is returned.
     """
     judges = judges or batches
     search = Search(student, batches, judges, options)

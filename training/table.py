@@ -18,6 +18,7 @@ T = TypeVar("T", Directions, MultistepTable)
 EDGE = 6.0
 """Positions are kept this near to 0 and 1 in log odds, so that they can come back."""
 LEAST_WEIGHT = 1e-4
+LEAST_STEP = 1e-2
 
 
 class Form(Protocol[T]):
@@ -143,11 +144,17 @@ def around_one_raw(scale: Tensor, reach: float) -> Tensor:
 
 def grid_to_raw(sigmas: tuple[float, ...]) -> Tensor:
     """The logarithms [N] of the steps in log sigma of a falling grid [N + 1]."""
-    return -torch.tensor(sigmas, dtype=torch.float64).log().diff().mul(-1).log().neg()
+    steps = -torch.tensor(sigmas, dtype=torch.float64).log().diff()
+    shares = (steps / steps.sum() - LEAST_STEP / len(steps)) / (1 - LEAST_STEP)
+    return shares.clamp(min=1e-6).log()
 
 
 def raw_to_grid(raw: Tensor, first: float, last: float) -> tuple[float, ...]:
-    """The grid from `first` down to `last` whose steps in log sigma share as exp(raw) does."""
-    way = raw.double().softmax(0).cumsum(0)[:-1]
+    """The grid from `first` down to `last` whose steps in log sigma share as exp(raw) does.
+
+    No step is smaller than LEAST_STEP of an even one, so every grid falls.
+    """
+    shares = raw.double().softmax(0) * (1 - LEAST_STEP) + LEAST_STEP / len(raw)
+    way = shares.cumsum(0)[:-1]
     inner = (math.log(first) + way * math.log(last / first)).exp()
     return (first, *inner.tolist(), last)
