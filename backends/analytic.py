@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.base import NoiseLevels, Prompt, pixels
-from solvers.field import Condition
+from backends.base import NoiseLevels, Prompt, classifier_free, pixels
+from solvers.field import Condition, Denoiser
 from solvers.process import FLOW, VE, process_named
 from src.files import read_json
 
@@ -51,6 +51,12 @@ class AnalyticBackend:
         """The shape of one sample."""
         return tuple(self.mixture.means.shape[1:])
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width, the last two of the shape."""
+        height, width = (1, 1, *self.latent_shape)[-2:]
+        return height, width
+
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, *] at sigma [B] -> the exact posterior mean [B, *]."""
         m = Mixture(
@@ -61,6 +67,10 @@ class AnalyticBackend:
             return m.posterior_mean(x, sigma, weight)
         alpha = (1 - sigma).clamp(min=torch.finfo(x.dtype).eps)
         return m.posterior_mean(x / alpha.reshape(-1, *[1] * (x.ndim - 1)), sigma / alpha, weight)
+
+    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
+        """Guidance away from the whole mixture."""
+        return classifier_free(self, rate, cond)
 
     def usual_prompt(self, seed: int) -> Prompt:
         """The whole mixture, for every seed."""

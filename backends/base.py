@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers import schedules
-from solvers.field import Condition
+from solvers.field import Condition, Denoiser, Guided
 from solvers.process import Process
 
 Prompt: TypeAlias = str | int | None
@@ -73,6 +73,23 @@ class NoiseLevels:
 SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a text-to-image model is opened; models on pixels take none of these.
+
+    `encode_first` are texts to embed at once, after which the text encoders are let go: memory
+    for the transformer.
+    """
+
+    size: tuple[int, int] | None = None  # height and width in pixels; None: the model's own
+    negative_prompt: str | None = None
+    config: str | None = None  # a diffusers folder with what a single file lacks
+    cpu_offload: bool = False  # each part on the GPU only while it works
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    encode_first: tuple[str, ...] = ()
+
+
 class Backend(Protocol):
     """A denoiser with the two ends of sampling: prompts in, images out."""
 
@@ -84,6 +101,11 @@ class Backend(Protocol):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape * of one latent."""
+        ...
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
         ...
 
     @property
@@ -100,8 +122,12 @@ class Backend(Protocol):
         """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""
         ...
 
+    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
+        """The denoiser under guidance, 1 being none; ValueError where there is no such thing."""
+        ...
+
     def usual_prompt(self, seed: int) -> Prompt:
-        """What an image is of when nobody says: a class drawn by its seed, or None."""
+        """What an image is of when nobody says: a class or text by its seed, or None."""
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
@@ -116,3 +142,10 @@ class Backend(Protocol):
 def pixels(x: Tensor) -> Tensor:
     """Pixels in [-1, 1] -> images in [0, 1], clipped, float32."""
     return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+def classifier_free(denoiser: Denoiser, rate: float, cond: Condition | None) -> Denoiser:
+    """Guidance away from "nothing"; ValueError where the condition knows no "nothing"."""
+    if rate != 1 and (cond is None or cond.null is None):
+        raise ValueError(f"guidance_rate {rate} needs prompts or classes")
+    return Guided(denoiser, rate)

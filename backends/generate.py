@@ -13,10 +13,12 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from solvers.catalog import SolverOptions, make_solver
-from solvers.epd import EPD, Directions
+from solvers.epd import EPD
 from solvers.exponential import UniPC
-from solvers.field import Field, Guided, Tally
+from solvers.field import Field, Tally
 from solvers.integrate import Solver, integrate
+from solvers.multistep import MultistepTable, ParallelMultistep
+from solvers.predictor import Table
 from src.seeds import randn
 
 
@@ -27,7 +29,7 @@ class Method:
     sigmas: Tensor  # [num_steps], falling, float64
     solver: str = "euler"
     options: SolverOptions = field(default_factory=SolverOptions)
-    table: Directions | None = None  # with a table the solver is EPD over `solver`
+    table: Table | None = None  # Directions: EPD over `solver`; else parallel multistep
     afs: bool = False
     denoise_to_zero: bool = False
     guidance_rate: float = 1.0
@@ -36,6 +38,8 @@ class Method:
     def build(self, seeds: Sequence[int], like: Tensor) -> Solver:
         """The solver for these samples, its table on their device."""
         base = make_solver(self.solver, replace(self.options, noise=partial(churn_noise, seeds)))
+        if isinstance(self.table, MultistepTable):
+            return ParallelMultistep(self.table.to(like), self.options.process)
         return EPD(self.table.to(like), base) if self.table else base
 
     def states(self, slope: Field, x: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
@@ -99,12 +103,11 @@ def sample(backend: Backend, method: Method, jobs: tuple[Job, ...], trajectory: 
     """One batch."""
     seeds = [job.seed for job in jobs]
     cond = backend.encode([job.prompt for job in jobs])
-    if method.guidance_rate != 1 and (cond is None or cond.null is None):
-        raise ValueError(f"guidance_rate {method.guidance_rate} needs prompts or classes")
+    guided = backend.guided(method.guidance_rate, cond)
     dtype = torch.promote_types(backend.dtype, torch.float32)
     noise = randn(seeds, backend.latent_shape, device=backend.device, dtype=dtype)
     x = noise * method.sigmas[0].item()
-    slope = Field(Guided(backend, method.guidance_rate), cond, method.points_chunk)
+    slope = Field(guided, cond, method.points_chunk)
     kept: list[Tensor] = []
     for state in method.states(slope, x, seeds):
         x = state

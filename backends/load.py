@@ -1,42 +1,72 @@
-"""The one way to load a backend: a path, or the name of a shipped model."""
+"""The one way to load a backend: a path, a shipped model, or a name on the hub."""
 
+import re
 from pathlib import Path
 
 import torch
 
 from backends.analytic import CPU, load_analytic
-from backends.base import Backend
+from backends.base import Backend, ModelOptions
 from backends.pixels import load_pixels
 from src.files import read_json
 
 SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+INDEX = "model_index.json"
 
 
 def shipped_models() -> list[str]:
     """The names of the models that the repo ships."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    found = [*SHIPPED.glob("*/config.json"), *SHIPPED.glob(f"*/{INDEX}")]
+    return sorted(path.parent.name for path in found)
 
 
 def find_model(name: str) -> Path:
-    """A path as it is, a shipped name as its folder; ValueError where there is neither."""
+    """A path as it is, a shipped name as its folder, a name on the hub (who/what) as it is.
+
+    Raises ValueError where it is none of them.
+    """
     for path in (Path(name), SHIPPED / name):
         if path.exists():
             return path
+    if HUB_NAME.fullmatch(name) and Path(name).suffix not in (".pkl", ".ckpt", ".safetensors"):
+        return Path(name)
     known = ", ".join(shipped_models())
-    raise ValueError(f"no model at {name!r}: give a folder, an EDM .pkl, or one of {known}")
+    raise ValueError(
+        f"no model at {name!r}: give a folder, an EDM .pkl, a .ckpt or .safetensors file, "
+        f"a name on the hub, or one of {known}"
+    )
 
 
 def load_backend(
-    name: str, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    options: ModelOptions | None = None,
 ) -> Backend:
-    """The backend of a model folder (by its config.json) or of an EDM network pickle.
+    """The backend of a model.
+
+    A folder is known by its model_index.json (a diffusers pipeline) or config.json (ours), a
+    .ckpt or .safetensors file by its tensors, an EDM network by its .pkl.
 
     Raises ValueError, in one line, for a path that is no model.
     """
     path = find_model(name)
+    if (path / INDEX).is_file() or not path.exists() or is_single_file(path):
+        from backends.pipelines import load_pipeline  # noqa: PLC0415 (diffusers, when asked for)
+
+        return load_pipeline(str(path), device, dtype, options or ModelOptions())
+    if options and options != ModelOptions():
+        raise ValueError(f"{name} is on pixels: it takes no prompts, sizes or parts of pipelines")
     if path.is_dir() and kind(path) == "analytic":
         return load_analytic(path, device)
     return load_pixels(path, device, dtype)
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether it is one file with all the weights of a pipeline."""
+    return path.is_file() and path.suffix in (".ckpt", ".safetensors")
 
 
 def kind(folder: Path) -> str:

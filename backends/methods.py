@@ -1,5 +1,6 @@
 """From a predictor's recipe, or a solver's name, to the `Method` that samples."""
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -9,8 +10,11 @@ from backends.generate import Method
 from solvers.catalog import SOLVERS, SolverOptions, make_solver, parse_name
 from solvers.multistep import MultistepTable
 from solvers.predictor import Predictor
-from solvers.recipe import Recipe, for_flow
+from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
 from solvers.schedules import custom
+
+SAME_SIZE = 0.1
+"""By how much the side of a square of the same area may differ, for pictures in other ratios."""
 
 
 def predictor_method(predictor: Predictor, levels: NoiseLevels) -> Method:
@@ -89,7 +93,13 @@ def sequential_calls(method: Method) -> int:
 
 def check_fit(recipe: Recipe, backend: Backend) -> None:
     """ValueError where a predictor was learned at another resolution than the model's."""
-    resolution = backend.latent_shape[-1]
-    if recipe.backend in ("edm", "analytic") and recipe.img_resolution not in (None, resolution):
-        learned = f"the predictor is for {recipe.img_resolution} pixels ({recipe.dataset_name})"
-        raise ValueError(f"{learned}, the model makes {resolution}: choose one of its size")
+    if recipe.backend == "ldm" or recipe.img_resolution is None:
+        return  # the published recipes of LDMs give latents, or a size that is not theirs
+    height, width = backend.image_size
+    if math.isclose(math.sqrt(height * width), recipe.img_resolution, rel_tol=SAME_SIZE):
+        return
+    learned = f"the predictor is for {recipe.img_resolution} pixels ({recipe.dataset_name})"
+    size = f"{width}" if height == width else f"{height}x{width}"
+    flow = recipe.backend in FLOW_BACKENDS
+    way = f"add --resolution {recipe.img_resolution}" if flow else "choose one of its size"
+    raise ValueError(f"{learned}, the model makes {size}: {way}")

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.base import NoiseLevels, Prompt, pixels
+from backends.base import NoiseLevels, Prompt, classifier_free, pixels
 from backends.edm import EDM, class_condition, load_edm
-from solvers.field import Condition
+from solvers.field import Condition, Denoiser
 from solvers.process import VE
 from src.seeds import randint
 
@@ -36,9 +36,18 @@ class PixelBackend:
         n = self.network
         return n.img_channels, n.img_resolution, n.img_resolution
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.network.img_resolution, self.network.img_resolution
+
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, C, H, W] at noise level sigma [B] -> E[x0 | x, sigma] [B, C, H, W]."""
         return self.network(x, sigma, cond)
+
+    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
+        """Guidance away from no class, where the network was trained without one too."""
+        return classifier_free(self, rate, cond)
 
     def usual_prompt(self, seed: int) -> Prompt:
         """A class drawn by the seed, None where the network knows no classes."""

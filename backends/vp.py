@@ -1,0 +1,107 @@
+"""Networks trained on a discrete VP process, as denoisers in sigma.
+
+sigma_t = sqrt((1 - a_t) / a_t), a_t the cumulative product of 1 - beta at timestep t = 0, ...,
+T - 1; x / sqrt(1 + sigma^2) is what the network sees (Karras et al. 2022, arXiv:2206.00364,
+Appendix C.3).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.base import NoiseLevels, Timesteps
+from solvers.process import VE
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The log levels [T] of a network's timesteps; between steps they are linear in t."""
+
+    log_sigmas: Tensor  # rising, float64, on the CPU
+
+    @property
+    def last(self) -> int:
+        """The highest timestep."""
+        return len(self.log_sigmas) - 1
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Timesteps [n] in [0, T - 1], whole or not -> levels [n]."""
+        table = self.log_sigmas.to(t.device)
+        t = t.double().clamp(0, self.last)
+        low = t.floor().long().clamp(max=self.last - 1)
+        return table[low].lerp(table[low + 1], t - low).exp()
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        """Levels [n] -> timesteps [n], the ends for levels beyond them; in float64."""
+        table = self.log_sigmas.to(sigma.device)
+        wanted = sigma.double().log().clamp(table[0], table[-1])
+        low = (torch.searchsorted(table, wanted, right=True) - 1).clamp(0, self.last - 1)
+        return low + (wanted - table[low]) / (table[low + 1] - table[low])
+
+    @cached_property
+    def levels(self) -> NoiseLevels:
+        """The range of the table, and its clock for the `discrete` schedule."""
+        ends = self.log_sigmas[[0, -1]].exp().tolist()
+        return NoiseLevels(VE, *ends, timesteps=Timesteps(0.0, float(self.last), self.sigma))
+
+
+def table_of(config: Mapping[str, Any]) -> Table:
+    """The table of a diffusers scheduler's config; ValueError where its betas are unknown."""
+    sigmas = (1 / alphas_cumprod(config) - 1).sqrt()
+    if not bool(sigmas.isfinite().all()) or not bool((sigmas.diff() > 0).all()):
+        raise ValueError("the scheduler's betas give levels that do not rise to a finite end")
+    return Table(sigmas.log())
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """The products of 1 - beta [T] in float64."""
+    count = config.get("num_train_timesteps", 1000)
+    low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr: a terminal level without signal is not served")
+    if (given := config.get("trained_betas")) is not None:
+        betas = torch.tensor(given, dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(low, high, count, dtype=torch.float64)
+    elif kind == "scaled_linear":
+        ends = math.sqrt(low), math.sqrt(high)
+        betas = torch.linspace(*ends, count, dtype=torch.float64) ** 2
+    else:
+        raise ValueError(f"beta_schedule {kind!r} is not served: linear or scaled_linear")
+    return (1 - betas).cumprod(0)
+
+
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """What the network estimates; ValueError for a kind that is unknown."""
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction_type {kind!r} is not served: {', '.join(PREDICTIONS)}")
+    return kind
+
+
+def scaled(x: Tensor, sigma: Tensor) -> Tensor:
+    """What the network sees of x [B, *] at sigma [B]."""
+    return x / (1 + wide(sigma, x) ** 2).sqrt()
+
+
+def clean(x: Tensor, sigma: Tensor, output: Tensor, prediction: str) -> Tensor:
+    """The network's output for x [B, *] at sigma [B] as x0 [B, *]."""
+    s, output = wide(sigma, x), output.to(x.dtype)
+    if prediction == "sample":
+        return output
+    if prediction == "v_prediction":
+        return x / (1 + s**2) - output * s / (1 + s**2).sqrt()
+    return x - s * output
+
+
+def wide(sigma: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1...] like x."""
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,63 @@
+"""Lists of prompts, and which image gets which."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+COLUMN = "text"
+
+
+@cache
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a .txt file, one a line, or of the column `text` of a .csv file.
+
+    Blank lines and cells are left out. ValueError, naming the file, where it cannot be read or
+    has no prompt.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".csv"):
+        raise ValueError(f"{path}: a file of prompts ends in .txt or .csv")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: it is not UTF-8 text") from None
+    lines = column(content, path) if path.suffix == ".csv" else content.splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{path}: it has no prompts")
+    return prompts
+
+
+def column(content: str, path: Path) -> list[str]:
+    """The cells of the column `text`."""
+    try:
+        reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+        if COLUMN not in (reader.fieldnames or ()):
+            raise ValueError(f"{path}: no column {COLUMN!r} in its first line")
+        return [row[COLUMN] or "" for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV that can be read: {error}") from None
+
+
+def meet(seeds: Sequence[int], prompts: Sequence[str]) -> list[tuple[int, str]]:
+    """Each seed with its prompt: the i-th prompt for the i-th seed, again from the first.
+
+    Four seeds and two prompts a, b make a, b, a, b; one prompt serves all seeds. ValueError
+    where there are more prompts than seeds, as some would make no image.
+    """
+    if len(prompts) > len(seeds):
+        raise ValueError(
+            f"{len(prompts)} prompts need as many seeds, not {len(seeds)}: "
+            f"give --seeds 0-{len(prompts) - 1}"
+        )
+    return [(seed, prompts[i % len(prompts)]) for i, seed in enumerate(seeds)]
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """A short name for these prompts in this order."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
