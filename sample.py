@@ -1,4 +1,4 @@
-"""Sample images: a predictor or any solver, a model, classes, seeds -> PNG files."""
+"""Sample images: a predictor or any solver, a model, classes or prompts, seeds -> PNG files."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
-from backends.base import SCHEDULES, Backend
+from backends.base import SCHEDULES, Backend, ModelOptions, Prompt
 from backends.generate import Batch, Job, Method, generate
 from backends.load import find_model, load_backend
 from backends.methods import HandMade, check_fit, predictor_method, sequential_calls
@@ -21,7 +21,16 @@ from solvers.predictor import Predictor, find_predictor, load_predictor
 from src import ranks
 from src.files import from_json, read_json, to_json, write_json
 from src.images import grid, read_png, save_png
-from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors
+from src.options import (
+    Device,
+    DType,
+    Number,
+    OneLineCommand,
+    SeedList,
+    one_line_errors,
+    text_options,
+)
+from src.text import digest, meet, read_prompts
 
 GRID_IMAGES = 100
 INDEX = "samples.json"
@@ -57,7 +66,7 @@ class Settings:
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--predictor", "--predictor_path", help="Path, or name in exps/ (cifar10-5nfe).")
-@click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
+@click.option("--model", default="fashion-mnist-32", help="Folder, file, hub or shipped name.")
 @click.option("--solver", help=f"Without a predictor: {', '.join(SOLVERS)}; dpmpp-3 is order 3.")
 @click.option("--num_steps", type=click.IntRange(2), help="Grid points, one more than intervals.")
 @click.option("--schedule_type", type=click.Choice(SCHEDULES), help="How the grid is spaced.")
@@ -74,6 +83,7 @@ class Settings:
 @click.option("--batch", type=click.IntRange(1), default=64, help="Images at once, a process.")
 @click.option("--points_chunk", type=click.IntRange(1), help="Points at once, to save memory.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")
+@text_options
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: samples/MODEL/METHOD.")
 @click.option("--subdirs", is_flag=True, help="A sub-folder for every 1000 seeds.")
 @click.option("--grid", "with_grid", is_flag=True, help="Also one picture of the first 100.")
@@ -91,6 +101,7 @@ def main(
     \b
     python sample.py --predictor cifar10-5nfe --model edm-cifar10.pkl --seeds 0-63
     python sample.py --solver dpmpp-3 --num_steps 8 --class 7 --grid
+    python sample.py --predictor sd15-best --model v1-5-pruned-emaonly.ckpt --prompt "a red fox"
     torchrun --nproc_per_node=2 sample.py --solver heun --num_steps 18 --seeds 0-999 --subdirs
     """
     given = {
@@ -121,15 +132,71 @@ def settings(options: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
         predictor = load_predictor(find_predictor(options["predictor"]))
         refuse_contradictions(predictor, given, options["predictor"])
     model = find_model(options["model"])
-    backend = load_backend(str(model), device=options["device"], dtype=options["dtype"])
+    texts = texts_of(options)
+    backend = load_backend(
+        str(model),
+        device=options["device"],
+        dtype=options["dtype"],
+        options=model_options(options, texts),
+    )
     method = predictor_or_solver(predictor, options, backend)
-    label = options["label"]
-    jobs = [Job(s, backend.usual_prompt(s) if label is None else label) for s in options["seeds"]]
-    backend.encode([job.prompt for job in jobs[:1]])
-    about = describe(method, options, predictor)
+    jobs = jobs_of(backend, texts, options)
+    backend.guided(method.guidance_rate, backend.encode([job.prompt for job in jobs[:1]]))
+    about = describe(method, options, predictor) | describe_text(backend, texts, options)
     name = Path(options["predictor"]).stem if predictor else options["solver"] or "euler"
     folder = Path("samples") / model.stem / f"{name}_nfe{about['nfe']}"
     return Settings(backend, method, jobs, options["outdir"] or folder, options["subdirs"], about)
+
+
+def texts_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The prompts of the options, none where there are none; ValueError for two sources."""
+    given = [n for n in ("prompt", "prompt_file", "label") if options[n] not in (None, ())]
+    if len(given) > 1:
+        names = " and ".join("--class" if n == "label" else f"--{n}" for n in given)
+        raise ValueError(f"{names} are given: choose one of them")
+    if options["prompt_file"]:
+        return read_prompts(options["prompt_file"])
+    return options["prompt"]
+
+
+def model_options(options: Mapping[str, Any], texts: tuple[str, ...]) -> ModelOptions:
+    """How a text-to-image model is opened."""
+    if options["release_encoders"] and not texts:
+        raise ValueError("--release_encoders needs --prompt or --prompt-file")
+    return ModelOptions(
+        size=options["resolution"],
+        negative_prompt=options["negative_prompt"],
+        config=options["model_config"],
+        cpu_offload=options["cpu_offload"],
+        vae_tiling=options["vae_tiling"],
+        vae_slicing=options["vae_slicing"],
+        encode_first=tuple(dict.fromkeys(texts)) if options["release_encoders"] else (),
+    )
+
+
+def jobs_of(backend: Backend, texts: tuple[str, ...], options: Mapping[str, Any]) -> list[Job]:
+    """A job a seed: of its prompt, of the class, or of what the seed itself says."""
+    seeds, label = options["seeds"], options["label"]
+    if texts:
+        return [Job(seed, text) for seed, text in meet(seeds, texts)]
+    return [Job(s, backend.usual_prompt(s) if label is None else label) for s in seeds]
+
+
+def describe_text(
+    backend: Backend, texts: tuple[str, ...], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a text-to-image model's pictures depend on besides; nothing for other models."""
+    if not isinstance(backend.usual_prompt(0), str):
+        return {}
+    height, width = backend.image_size
+    prompts = f"{len(texts)} prompts, {digest(texts)}" if texts else "by seed"
+    negative = options["negative_prompt"]
+    return {"resolution": f"{width}x{height}", "prompts": prompts, "negative_prompt": negative}
+
+
+def subject(prompt: Prompt) -> dict[str, Prompt]:
+    """What a picture is of, under its name."""
+    return {"prompt" if isinstance(prompt, str) else "class": prompt}
 
 
 def refuse_contradictions(predictor: Predictor, given: Mapping[str, Any], name: str) -> None:
@@ -221,7 +288,7 @@ def write_batch(run: Settings, made: Batch) -> None:
             strip = run.backend.decode(torch.stack([x[i] for x in made.states]))
             path = run.path(job.seed)
             save_png(path.parent / "trajectory" / path.name, grid(strip, len(strip)))
-        text = {"recipe": run.about | {"seed": job.seed, "class": job.prompt}}
+        text = {"recipe": run.about | {"seed": job.seed} | subject(job.prompt)}
         save_png(run.path(job.seed), made.images[i], text)
 
 
@@ -246,7 +313,7 @@ def write_index(run: Settings) -> None:
     for job in run.jobs:
         if (path := run.path(job.seed)).exists():
             file = path.relative_to(run.outdir).as_posix()
-            images[file] = {"file": file, "seed": job.seed, "class": job.prompt}
+            images[file] = {"file": file, "seed": job.seed} | subject(job.prompt)
     ordered = sorted(images.values(), key=lambda entry: entry["seed"])
     write_json(index, {"recipe": run.about, "images": ordered})
 

@@ -74,6 +74,22 @@ class DType(click.ParamType):
         return DTYPES[value]
 
 
+class Resolution(click.ParamType):
+    """`"512"`, or width by height `"768x512"` -> (height, width) in pixels."""
+
+    name = "pixels|WxH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(value))
+        if match is None or "0" in match.groups():
+            self.fail(f"'{value}' is no resolution: write 512, or 768x512", param, ctx)
+        return int(match[2] or match[1]), int(match[1])
+
+
 class Number(click.FloatRange):
     """A range of floats, as click.FloatRange, that takes neither NaN nor infinity."""
 
@@ -95,6 +111,26 @@ class OneLineCommand(click.Command):
         except click.UsageError as error:
             error.ctx = None
             raise
+
+
+TEXT_OPTIONS = (
+    click.option("--prompt", multiple=True, help="A text; again for the next seed's."),
+    click.option("--prompt-file", "--prompt_file", help=".txt, one a line, or .csv (text)."),
+    click.option("--negative-prompt", "--negative_prompt", help="What guidance leads away from."),
+    click.option("--resolution", type=Resolution(), help="Of text-to-image models: 512, 768x512."),
+    click.option("--model_config", help="Diffusers folder with what a single file lacks."),
+    click.option("--cpu_offload", is_flag=True, help="Each part on the GPU while it works."),
+    click.option("--vae_tiling", is_flag=True, help="Decode large images in tiles."),
+    click.option("--vae_slicing", is_flag=True, help="Decode one image at a time."),
+    click.option("--release_encoders", is_flag=True, help="Encode all texts, then free them."),
+)
+
+
+def text_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options of text-to-image models."""
+    for option in reversed(TEXT_OPTIONS):
+        command = option(command)
+    return command
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:

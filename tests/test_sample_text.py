@@ -1,0 +1,109 @@
+"""sample.py and sample_sd3.py on a text-to-image model, from options to files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import sample
+import sample_sd3
+from src.images import read_png
+from tests.backends import pipeline_twins as twins
+
+Run = Callable[..., Result]
+EULER = ("--solver", "euler", "--num_steps", "3")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return twins.saved(tmp_path_factory.mktemp("sd3") / "tiny", twins.sd3())
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Run:
+    """Run sample.py on the twin into tmp_path/out."""
+
+    def invoke(*options: str, out: str = "out") -> Result:
+        common = ["--model", str(model), "--device", "cpu", "--outdir", str(tmp_path / out)]
+        return CliRunner().invoke(sample.main, [*common, *options])
+
+    return invoke
+
+
+def subjects(folder: Path) -> list[tuple[int, str]]:
+    index = json.loads((folder / "samples.json").read_text())
+    return [(entry["seed"], entry["prompt"]) for entry in index["images"]]
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code != 0
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    return lines[0]
+
+
+def test_the_ith_prompt_is_for_the_ith_seed(run: Run, tmp_path: Path) -> None:
+    result = run(*EULER, "--seeds", "0-3", "--prompt", "a", "--prompt", "b", "--batch", "3")
+    assert result.exit_code == 0, result.output
+    assert subjects(tmp_path / "out") == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]
+    image, text = read_png(tmp_path / "out" / "000001.png")
+    assert image.shape == (3, 16, 16)
+    recipe = json.loads(text["recipe"])
+    assert (recipe["prompt"], recipe["seed"], recipe["resolution"]) == ("b", 1, "16x16")
+
+
+def test_an_image_hangs_on_its_seed_and_prompt_alone(run: Run, tmp_path: Path) -> None:
+    """To a step of the bytes: kernels differ between batch sizes."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    options = (*EULER, "--guidance_rate", "4", "--seeds", "0-1")
+    run(*options, "--prompt-file", str(tmp_path / "p.txt"), "--release_encoders", out="together")
+    run(*options[:-1], "1", "--prompt", "b", "--batch", "1", out="alone")
+    together, alone = (read_png(tmp_path / out / "000001.png")[0] for out in ("together", "alone"))
+    assert torch.allclose(together, alone, atol=1.01 / 255)
+
+
+def test_a_negative_prompt_changes_the_image(run: Run, tmp_path: Path) -> None:
+    options = (*EULER, "--seeds", "0", "--prompt", "a", "--guidance_rate", "5")
+    run(*options, out="plain")
+    run(*options, "--negative-prompt", "blur", out="negative")
+    plain, negative = (read_png(tmp_path / out / "000000.png")[0] for out in ("plain", "negative"))
+    assert not torch.equal(plain, negative)
+
+
+def test_other_prompts_want_another_folder(run: Run) -> None:
+    assert run(*EULER, "--seeds", "0", "--prompt", "a").exit_code == 0
+    assert "another --outdir" in refused(run(*EULER, "--seeds", "0", "--prompt", "b"))
+
+
+def test_sd3_takes_the_predictors_resolution_and_presets(model: Path, tmp_path: Path) -> None:
+    options = ["--predictor", "sd3-512-best", "--model", str(model), "--seeds", "0"]
+    common = ["--outdir", str(tmp_path / "out"), "--dtype", "float32", "--device", "cpu"]
+    wanted = ["--prompt", "a", "--dry-run"]
+    result = CliRunner().invoke(sample_sd3.main, [*options, *common, *wanted])
+    assert "goes up to 256" in refused(result)
+    result = CliRunner().invoke(
+        sample_sd3.main, ["--model", str(model), *common, "--resolution", "64", *wanted]
+    )
+    assert "predictor is for 512 pixels" in refused(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt", "a", "--class", "3"), "--prompt and --class are given"),
+        (("--prompt", "a", "--prompt", "b", "--seeds", "0"), "2 prompts need as many seeds"),
+        (("--class", "3"), "takes a text for every image"),
+        (("--resolution", "17"), "17 is no multiple of 4"),
+        (("--resolution", "big"), "no resolution: write 512"),
+        (("--release_encoders",), "needs --prompt"),
+        (("--prompt-file", "nowhere.txt"), r"nowhere.txt: No such file"),
+        (("--afs",), "afs is for VE models"),
+        (("--predictor", "sd15-best"), "is not for a flow model"),
+        (("--predictor", "sd3-512-best"), "add --resolution 512"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options: tuple[str, ...], words: str, run: Run) -> None:
+    assert words in refused(run(*options))
