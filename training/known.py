@@ -1,7 +1,6 @@
 """What `training.api` learns from: settings, students to try, and noises with their solutions."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -98,8 +97,8 @@ def grid_of(name: str, num_steps: int, low: float, high: float) -> tuple[float, 
         case "flowmatch":
             grid = torch.linspace(high, low, num_steps, dtype=torch.float64)
         case "logit":
-            odds = [math.log(s / (1 - s)) for s in (min(high, 1 - low), low)]
-            grid = torch.linspace(*odds, num_steps, dtype=torch.float64).sigmoid()
+            ends = torch.tensor([min(high, 1 - low), low], dtype=torch.float64).logit().tolist()
+            grid = torch.linspace(ends[0], ends[1], num_steps, dtype=torch.float64).sigmoid()
         case _:
             names = ", ".join((*VE_SCHEDULES, *FLOW_SCHEDULES))
             raise ValueError(f"unknown schedule {name!r}: choose from {names}")

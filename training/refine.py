@@ -191,6 +191,8 @@ class Search:
 
     def error(self, theta: Tensor, scale: float = math.inf) -> float:
         """The root mean squared error over all ranks; infinite where it is not a number."""
+        if not bool(theta.isfinite().all()):
+            return math.inf
         parts = squared_error(self.student, theta, self.judges, scale)
         summed, count = self.options.reduce(parts).tolist()
         return (summed / count) ** 0.5 if math.isfinite(summed) else math.inf

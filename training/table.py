@@ -126,7 +126,7 @@ class MultistepForm:
 
 def logit(r: Tensor) -> Tensor:
     """Log odds, held away from the infinite."""
-    return torch.logit(r).clamp(-EDGE, EDGE)
+    return torch.logit(r.clamp(0, 1)).clamp(-EDGE, EDGE)
 
 
 def around_one(raw: Tensor, reach: float) -> Tensor:

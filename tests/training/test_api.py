@@ -1,0 +1,157 @@
+"""distill() for someone else's network: any shape, both processes, conditions, and refusals."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from solvers.classic import DPM2, IPNDM, Euler
+from solvers.exponential import DPMpp
+from solvers.field import Condition, Field
+from solvers.integrate import integrate
+from solvers.predictor import load_predictor, save_predictor
+from solvers.process import FLOW, VE
+from training.api import Settings, distill, sample
+
+SMALL = Settings(samples=48, judges=24, positions=9, rounds=2, fine_steps=24)
+
+
+def clusters(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+    """The posterior mean of two points a = +1 and -1 with a little width, in every number."""
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    variance = 0.3**2 + sigma**2
+    side = torch.tanh(x / variance)
+    return (side * sigma**2 + x * 0.3**2) / variance
+
+
+def velocity(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+    """The same data under flow matching."""
+    alpha = (1 - sigma).clamp(min=1e-6)
+    return clusters(x / alpha.reshape(-1, *[1] * (x.ndim - 1)), sigma / alpha, cond)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(77))
+
+
+@pytest.mark.parametrize(
+    ("solver", "shape"),
+    [
+        ("epd-multistep", (12,)),
+        ("epd-multistep", (2, 9)),
+        ("epd", (1, 4, 4)),
+        ("epd-ipndm", (2, 3, 2, 2)),
+    ],
+)
+def test_it_beats_hand_made_solvers_at_equal_calls(solver: str, shape: tuple[int, ...]) -> None:
+    settings = replace(SMALL, nfe=5, solver=solver)
+    predictor = distill(clusters, "ve", shape=shape, settings=settings)
+    assert predictor.nfe == 5
+    field, start = Field(clusters), noise(48, *shape) * 80
+    levels = predictor.recipe.sigmas
+    assert levels is not None
+    log = torch.tensor([levels[0], levels[-1]], dtype=torch.float64).log()
+    grid = torch.linspace(log[0], log[1], 301, dtype=torch.float64).exp()
+    *_, fine = integrate(DPM2(), field, start, grid)
+    sevens = torch.linspace(levels[0] ** (1 / 7), levels[-1] ** (1 / 7), 6) ** 7
+    errors = []
+    for rival in (Euler(), IPNDM(3), DPMpp(2)):
+        *_, end = integrate(rival, field, start, sevens)
+        errors.append((end - fine).square().mean().sqrt().item())
+    ours = sample(predictor, clusters, noise(48, *shape))
+    assert (ours - fine).square().mean().sqrt().item() < 0.6 * min(errors)
+
+
+def test_flow_matching_is_a_process_like_the_other() -> None:
+    settings = replace(SMALL, nfe=4)
+    predictor = distill(velocity, FLOW, shape=(6,), settings=settings)
+    assert predictor.recipe.process == "flow"
+    grid = torch.linspace(1, 0.001, 401, dtype=torch.float64)
+    *_, fine = integrate(DPM2(), Field(velocity), noise(32, 6), grid)
+    *_, euler = integrate(Euler(), Field(velocity), noise(32, 6), torch.linspace(1, 0.001, 5))
+    ours = sample(predictor, velocity, noise(32, 6))
+    assert (ours - fine).square().sum() < (euler - fine).square().sum() / 4
+
+
+def test_a_predictor_samples_the_same_after_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.pkl"
+    predictor = distill(clusters, VE, shape=(3,), settings=replace(SMALL, nfe=3))
+    save_predictor(predictor, path)
+    again = sample(load_predictor(path), clusters, noise(4, 3))
+    assert torch.equal(again, sample(predictor, clusters, noise(4, 3)))
+
+
+def test_conditions_and_guidance_reach_the_network() -> None:
+    seen: set[float] = set()
+
+    def conditional(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        assert cond is not None
+        seen.update(cond.given["shift"].tolist())
+        shift = cond.given["shift"].reshape(-1, *[1] * (x.ndim - 1))
+        return clusters(x - shift, sigma, None) + shift
+
+    def conditions(numbers: Sequence[int]) -> Condition:
+        shift = torch.tensor([float(n % 2) for n in numbers])
+        return Condition({"shift": shift}, {"shift": torch.full_like(shift, 0.5)})
+
+    settings = replace(SMALL, nfe=3, guidance_rate=1.5)
+    predictor = distill(conditional, "ve", shape=(4,), settings=settings, conditions=conditions)
+    assert seen == {0.0, 0.5, 1.0}
+    assert predictor.recipe.guidance_rate == 1.5
+
+
+def test_the_same_seed_gives_the_same_predictor() -> None:
+    one, two = (
+        distill(clusters, "ve", shape=(3,), settings=replace(SMALL, nfe=3)) for _ in range(2)
+    )
+    for a, b in zip(one.table.tensors(), two.table.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_network_is_never_asked_for_a_gradient() -> None:
+    weight = torch.ones((), requires_grad=True)
+
+    def network(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        x0 = clusters(x, sigma, cond) * weight
+        assert not x0.requires_grad
+        return x0
+
+    distill(network, "ve", shape=(3,), settings=replace(SMALL, nfe=2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"nfe": 0}, "nfe 0 is out of range"),
+        ({"solver": "multistep"}, "unknown solver 'multistep'"),
+        ({"solver": "epd-unipc"}, "unknown base 'unipc'"),
+        ({"solver": "epd-heun", "nfe": 4}, "epd-heun cannot make 4 calls"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"guidance_rate": 2.0}, "guidance_rate 2.0 needs conditions"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_refused(
+    wrong: dict[str, object], message: str
+) -> None:
+    def run() -> None:
+        settings = replace(SMALL, **wrong)  # pyright: ignore[reportArgumentType]
+        distill(clusters, "ve", shape=(3,), settings=settings)
+
+    with pytest.raises(ValueError, match=message):
+        run()
+
+
+def test_levels_above_one_are_refused_for_flow() -> None:
+    with pytest.raises(ValueError, match=r"sigma_max 80.0 is out of range"):
+        distill(velocity, "flow", shape=(3,), settings=replace(SMALL, sigma_max=80.0))
+
+
+def test_a_network_that_gives_nan_is_refused() -> None:
+    def broken(x: Tensor, _sigma: Tensor, _cond: Condition | None) -> Tensor:
+        return x * torch.nan
+
+    with pytest.raises(ValueError, match="not finite"):
+        distill(broken, "ve", shape=(3,), settings=SMALL)

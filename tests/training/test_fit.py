@@ -1,0 +1,203 @@
+"""Forward-only fitting: closed forms, identities with what it must find, and what it may cost."""
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from solvers.classic import DPM2, IPNDM, Euler
+from solvers.epd import Directions
+from solvers.field import Condition, Field
+from solvers.integrate import integrate
+from solvers.multistep import MultistepTable
+from solvers.process import FLOW
+from training.distill import Batch, Plan, last_state, table_rmse, teacher_states
+from training.fit import FitOptions, fit
+from training.grams import Normal, best_free, best_shares, gram, subsets
+
+SIGMAS = (10.0, 3.0, 0.8, 0.1)
+
+
+def curved(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+    """A smooth denoiser that is not linear."""
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.tanh(x / (1 + sigma)) * 0.9 + 0.05 * x / (1 + sigma**2)
+
+
+def data(*shape: int, seed: int = 0, sigmas: tuple[float, ...] = SIGMAS) -> Batch:
+    """Noise, and where a fine Heun-like solution takes it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64) * sigmas[0]
+    logs = torch.tensor(sigmas, dtype=torch.float64).log()
+    parts = [torch.linspace(a, b, 17)[:-1] for a, b in pairwise(logs.tolist())]
+    fine = torch.cat([*parts, logs[-1:]]).exp()
+    fine[0] = sigmas[0]
+    return Batch(Field(curved), x, teacher_states(DPM2(), Field(curved), x, fine, every=16))
+
+
+EPD_PLAN = Plan(SIGMAS, base=Euler())
+MULTISTEP_PLAN = Plan(SIGMAS)
+
+
+def test_gram_is_the_matrix_of_inner_products() -> None:
+    columns = torch.randn(11, 3, 4, 5), torch.randn(11, 1, 4, 5)
+    flat = torch.cat(columns, 1).transpose(0, 1).flatten(1).double()
+    assert torch.allclose(gram(columns), flat @ flat.T, rtol=1e-12)
+
+
+def test_free_choice_is_the_best_of_all_subsets() -> None:
+    a = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    products = a.T @ a
+    normal = Normal.of(products)
+    mix = best_free(normal, subsets(6, 2), ridge=0)
+    errors = {}
+    for pair in combinations(range(6), 2):
+        left = a[:, -1:] - a[:, list(pair)] @ torch.linalg.lstsq(a[:, list(pair)], a[:, -1:])[0]
+        errors[pair] = left.square().sum().item()
+    assert mix.columns == min(errors, key=lambda pair: errors[pair])
+    assert mix.error == pytest.approx(min(errors.values()), rel=1e-9)
+
+
+def test_shares_are_on_the_simplex_and_beat_every_share_of_a_fine_grid() -> None:
+    a = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    normal = Normal.of(a.T @ a)
+    mix = best_shares(normal, subsets(4, 2), ridge=0)
+    assert mix.coefficients.sum().item() == pytest.approx(1)
+    assert bool((mix.coefficients >= 0).all())
+    for i, j in combinations(range(4), 2):
+        for w in torch.linspace(0, 1, 101, dtype=torch.float64):
+            left = a[:, 4] - w * a[:, i] - (1 - w) * a[:, j]
+            assert mix.error <= left.square().sum().item() + 1e-9
+
+
+def test_sums_of_shares_stay_within_their_reach() -> None:
+    a = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    a[:, 4] = 3 * a[:, 0]  # free weights would be 3
+    mix = best_shares(Normal.of(a.T @ a), subsets(4, 2), (0.95, 1.05), ridge=0)
+    assert mix.coefficients.sum().item() == pytest.approx(1.05)
+
+
+def test_held_columns_leave_what_least_squares_leaves() -> None:
+    a = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    normal = Normal.of(a.T @ a)
+    rest = normal.without(torch.tensor([3, 4]), torch.tensor([0, 1]), ridge=0)
+    best = rest.error(rest.solve(0))
+    both = normal.take(torch.tensor([0, 1, 3, 4]))
+    assert best.item() == pytest.approx(both.error(both.solve(0)).item(), rel=1e-9)
+
+
+def test_a_midpoint_student_is_found_from_its_own_states() -> None:
+    r = torch.full((3, 1), 0.5, dtype=torch.float64)
+    one = torch.ones_like(r)
+    batch = data(64, 6)
+    teacher = tuple(EPD_PLAN.states(Directions(r, one, one, one), batch))
+    found = fit(EPD_PLAN, [replace(batch, targets=teacher)], FitOptions(1, 33))
+    assert isinstance(found, Directions)
+    assert torch.equal(found.r, r)
+    assert torch.allclose(found.weight * found.dir_scale, one, atol=1e-3)
+
+
+def test_adams_bashforth_is_found_by_a_multistep_fit() -> None:
+    batch = data(64, 6)
+    states = tuple(integrate(IPNDM(3), batch.field, batch.x, SIGMAS))
+    found = fit(MULTISTEP_PLAN, [replace(batch, targets=states)], FitOptions(1, 9))
+    error = table_rmse(MULTISTEP_PLAN, found, [replace(batch, targets=states)])
+    assert error < 0.1 * (states[-1] - batch.targets[-1]).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN])
+def test_a_fit_beats_its_hand_made_base_on_fresh_noise(plan: Plan) -> None:
+    options = FitOptions(2, 17)
+    table = fit(plan, [data(96, 5)], options)
+    fresh = data(96, 5, seed=1)
+    sigmas = torch.tensor(SIGMAS)
+    *_, euler = integrate(Euler(), fresh.field, fresh.x, sigmas)
+    by_hand = (euler - fresh.targets[-1]).square().mean().sqrt().item()
+    assert table_rmse(plan, table, [fresh]) < by_hand / 3
+
+
+@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN])
+def test_batches_and_ranks_change_nothing(plan: Plan) -> None:
+    whole = data(48, 5)
+    parts = [
+        Batch(whole.field, whole.x[i : i + 12], tuple(t[i : i + 12] for t in whole.targets))
+        for i in range(0, 48, 12)
+    ]
+    one, many = (fit(plan, b, FitOptions(2, 9)) for b in ([whole], parts))
+    for a, b in zip(one.tensors(), many.tensors(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN])
+def test_no_graph_is_built_and_no_more_than_k_rows_are_asked_at_once(plan: Plan) -> None:
+    rows: list[int] = []
+    weight = torch.ones((), requires_grad=True)
+
+    def network(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        rows.append(len(x))
+        x0 = curved(x, sigma, cond) * weight
+        assert not x0.requires_grad
+        return x0
+
+    fit(plan, [replace(data(8, 3), field=Field(network))], FitOptions(3, 10))
+    assert max(rows) == 8 * 3
+
+
+def test_time_scales_are_chosen_among_those_given() -> None:
+    def told_wrong(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        return curved(x, sigma / 1.1, cond)
+
+    right = data(64, 6)
+    plan = Plan(SIGMAS, base=Euler())
+    batch = replace(right, field=Field(told_wrong))
+    plain = fit(plan, [batch], FitOptions(2, 17))
+    scaled = fit(plan, [batch], FitOptions(2, 17, time_scales=(0.9, 1.0, 1.1)))
+    assert set(scaled.time_scale.flatten().tolist()) <= {0.9, 1.0, 1.1}
+    assert table_rmse(plan, scaled, [batch]) < table_rmse(plan, plain, [batch])
+
+
+def test_bounded_scales_keep_weights_on_the_simplex() -> None:
+    table = fit(EPD_PLAN, [data(64, 6)], FitOptions(2, 17, scale_dir=0.05))
+    assert isinstance(table, Directions)
+    assert torch.allclose(table.weight.sum(1), torch.ones(3, dtype=torch.float64))
+    assert bool((table.weight >= 0).all())
+    assert bool(((table.dir_scale - 1).abs() <= 0.05 + 1e-9).all())
+
+
+@pytest.mark.parametrize("shape", [(16, 12), (16, 2, 7), (8, 1, 2, 3, 3)])
+@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN, replace(MULTISTEP_PLAN, process=FLOW)])
+def test_latents_may_have_any_shape(plan: Plan, shape: tuple[int, ...]) -> None:
+    sigmas = (1.0, 0.6, 0.3, 0.05)
+    batch = data(*shape, sigmas=sigmas)
+    plan = replace(plan, sigmas=sigmas)
+    table = fit(plan, [batch], FitOptions(2, 7))
+    assert last_state(plan, table, batch).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"points": 0}, "points 0 is out of range"),
+        ({"points": 3, "positions": 3}, "positions 3 must be above points"),
+        ({"scale_dir": 2.0}, "scale_dir 2.0 is out of range"),
+        ({"time_scales": (1.0, 0.0)}, "factors above 0"),
+        ({"history": 6}, "history 6 is out of range"),
+    ],
+)
+def test_options_that_cannot_be_served_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FitOptions(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_teacher_grid_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="5 intervals is no multiple of 2"):
+        teacher_states(Euler(), Field(curved), torch.ones(1, 2), (6, 5, 4, 3, 2, 1), every=2)
+
+
+def test_a_plan_refuses_the_other_kind_of_table() -> None:
+    table = fit(EPD_PLAN, [data(8, 3)], FitOptions(1, 5))
+    with pytest.raises(ValueError, match="parallel multistep cannot read"):
+        last_state(MULTISTEP_PLAN, table, data(8, 3))
+    assert not isinstance(table, MultistepTable)
