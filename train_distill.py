@@ -16,7 +16,6 @@ from tqdm import tqdm
 from backends.base import SCHEDULES, Backend
 from backends.load import find_model, kind, load_backend
 from eval.features import load_features, prepared
-from solvers.predictor import Predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
 from src.files import to_json
@@ -28,7 +27,15 @@ from training.folders import configured, new_folder, read_prompts, run_folder
 from training.gradient import OBJECTIVES
 from training.jobs import make_job
 from training.run import Folder, Stop, Stopped, agree, run, start_from
-from training.settings import BACKENDS, METHODS, TEACHERS, Config, check_batch, resolved
+from training.settings import (
+    BACKENDS,
+    METHODS,
+    TEACHERS,
+    Config,
+    calls_and_rows,
+    check_batch,
+    resolved,
+)
 from training.task import Surroundings, make_task
 from training.teacher import Cache, fingerprint
 
@@ -80,7 +87,8 @@ class Teacher(click.Choice):
 @click.option("--lbfgs", type=click.IntRange(0), default=0, help="Starts of L-BFGS, for Adam.")
 @click.option("--rounds", type=click.IntRange(0), default=6, help="Of a fit's refinement.")
 @click.option("--learn_grid/--no-learn_grid", default=None, help="The noise levels as well.")
-@click.option("--fine_end/--no-fine_end", default=None, help="Learn the end from a finer teacher.")
+@click.option("--try_schedules/--no-try_schedules", default=None, help="A fit takes the best.")
+@click.option("--robust", is_flag=True, help="Refine once more by a loss for stray samples.")
 @click.option("--checkpointing", is_flag=True, help="Gradients in less memory, more time.")
 @click.option("--validation", type=COUNT, default=32, help="Trajectories apart from training.")
 @click.option("--fine_steps", type=click.IntRange(3), default=33, help="Of the fine solution.")
@@ -111,7 +119,7 @@ def main(
     path = run_folder(resume) if resume else None
     config = configured(options, given, path)
     if dry_run and config.preset and "model" not in given:
-        echo(resolved(config, is_flow=is_flow(config)), {})
+        echo(resolved(config, is_flow=is_flow(config)), {"model": None})
         return
     check_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device("cpu") if dry_run else ranks.init(options["device"])
@@ -119,29 +127,32 @@ def main(
     stop = Stop()
     around = dataclasses.replace(around, poll=stop.poll if around.ranks == 1 else lambda: None)
     task = make_task(config, around)
-    bar = tqdm(desc=config.method, unit="it", disable=dry_run or not ranks.is_first())
+    network = network_of(config, around.backend)
+    silent = dry_run or not ranks.is_first()
+    bar = tqdm(desc=config.method, unit="it", disable=silent, delay=1)
     company = Company(
         ranks=around.ranks,
         rank=around.rank,
         reduce=ranks.all_reduce_sum,
         agree=partial(agree, stop),
         tell=partial(tell, bar),
-        network=network_of(config, around.backend),
+        network=network,
     )
     job = make_job(task, company)
     if dry_run:
-        echo(config, {"sigmas": task.student.plan.sigmas, "trajectories": config.trajectories})
+        echo(config, {"sigmas": task.student.plan.sigmas})
         return
     folder = open_folder(config, path, outdir, resume)
     try:
         with stop.listening():
-            predictor = run(job, task, company, folder, stop)
+            run(job, task, company, folder, stop)
     except Stopped:
         ranks.close()
         sys.exit(128 + (stop.signal or 15))
     finally:
         bar.close()
-    folder.log(f"{cost(predictor)}: {folder.path / 'predictor.pkl'}")
+    calls, rows = calls_and_rows(config)
+    folder.log(f"{calls} sequential calls, {rows} rows an image: {folder.path / 'predictor.pkl'}")
     ranks.close()
 
 
@@ -217,14 +228,11 @@ def open_folder(
     return Folder(place, partial(tqdm.write, file=sys.stderr), ranks.is_first())
 
 
-def cost(predictor: Predictor) -> str:
-    """Calls and rows of an image."""
-    return f"{predictor.nfe} sequential calls, {predictor.evaluations} rows an image"
-
-
 def echo(config: Config, more: Mapping[str, Any]) -> None:
     """The settings as JSON."""
-    click.echo(to_json(dataclasses.asdict(config) | dict(more), 2))
+    calls, rows = calls_and_rows(config)
+    counts = {"trajectories": config.trajectories, "nfe": calls, "evaluations": rows}
+    click.echo(to_json(dataclasses.asdict(config) | counts | dict(more), 2))
 
 
 if __name__ == "__main__":

@@ -56,9 +56,15 @@ class Job(Protocol):
         ...
 
 
-def my_parts(task: Task, company: Company, first: int, count: int) -> Batches:
-    """The share of this rank in `count` trajectories from `first` on, batch_gpu at a time."""
+def my_parts(
+    task: Task, company: Company, first: int, count: int, levels: tuple[float, ...] = ()
+) -> Batches:
+    """The share of this rank in `count` trajectories from `first` on, batch_gpu at a time.
+
+    `levels` are those where targets are wanted, for a teacher that knows more.
+    """
     mine = count // company.ranks
     begin = first + company.rank * mine
     size = check_batch(task.config, company.ranks)
-    return Batches(task.source, in_parts(range(begin, begin + mine), size))
+    batches = Batches(task.source, in_parts(range(begin, begin + mine), size))
+    return batches if task.config.every else batches.at(levels)

@@ -98,7 +98,10 @@ class GradientJob:
     def one_batch(self) -> None:
         """Learn from the next batch."""
         batch = self.task.config.batch
-        parts = list(my_parts(self.task, self.company, self.learner.seen, batch))
+        levels = self.learner.student.plan.sigmas[1:]
+        if self.task.config.objective == "final":
+            levels = levels[-1:]
+        parts = list(my_parts(self.task, self.company, self.learner.seen, batch, levels))
         if self.task.config.checkpointing:
             parts = [checkpointed(part) for part in parts]
         self.losses.append(self.learner.learn(parts, batch))
@@ -107,7 +110,8 @@ class GradientJob:
     def whole_set(self) -> dict[str, float]:
         """L-BFGS on all trajectories at once."""
         config, learner = self.task.config, self.learner
-        batches = my_parts(self.task, self.company, 0, config.trajectories)
+        end = learner.student.plan.sigmas[-1:]
+        batches = my_parts(self.task, self.company, 0, config.trajectories, end)
         options = LBFGSOptions(
             config.lbfgs, seed=config.seed, distance=learner.distance_at(True), reduce=self.summed
         )

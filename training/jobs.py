@@ -54,7 +54,7 @@ class FitThenGradient:
         """The gradient from where the fit is."""
         plan, table = self.fitted.result()
         student = dataclasses.replace(self.task.student, plan=plan, grid=False)
-        task = dataclasses.replace(self.task, student=student)
+        task = dataclasses.replace(self.task, students=(student,))
         return GradientJob(task, self.company, student.encode(table))
 
     def result(self) -> tuple[Plan, Table]:

@@ -195,7 +195,7 @@ def predictor_of(job: Job, task: Task) -> Predictor:
     recipe = task.recipe
     if plan.sigmas != task.student.plan.sigmas:
         recipe = dataclasses.replace(recipe, schedule_type="custom", sigmas=plan.sigmas)
-    return Predictor(table, recipe)  # pyright: ignore[reportArgumentType]
+    return Predictor(table, recipe)
 
 
 def finish(job: Job, task: Task, folder: Folder) -> Predictor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from solvers.catalog import SOLVERS, parse_name
-from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe
+from solvers.recipe import BASES, Recipe, check_recipe
 from training.distances import NAMES as DISTANCES
 from training.gradient import OBJECTIVES
 
@@ -16,17 +16,13 @@ DEFAULT_METHOD = "fit"
 """The one that measures best."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gradient": {"total_kimg": 10.0, "M": 3, "scale_dir": 0.05, "scale_time": 0.05},
-    "fit": {"total_kimg": 0.064, "M": 7, "learn_grid": True, "fine_end": True},
-    "fit+gradient": {
-        **{"total_kimg": 2.0, "M": 7, "learn_grid": True, "fine_end": True},
-        **{"lr": 0.01, "objective": "final"},
-    },
+    "fit": {"total_kimg": 0.064, "learn_grid": True},
+    "fit+gradient": {"total_kimg": 2.0, "learn_grid": True, "lr": 0.01, "objective": "final"},
 }
 """By method, of the options that were not given."""
-COMMON: dict[str, Any] = {
-    **{"learn_grid": False, "fine_end": False, "lr": 0.2, "objective": "per-step"},
-    "schedule_rho": None,
-}
+COMMON: dict[str, Any] = {"learn_grid": False, "lr": 0.2, "objective": "per-step"}
+VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
+"""The first is the usual one; a fit tries all of them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,8 @@ class Config:
     lbfgs: int = 0
     rounds: int = 6
     learn_grid: bool | None = None
-    fine_end: bool | None = None
+    try_schedules: bool | None = None
+    robust: bool = False
     checkpointing: bool = False
     validation: int = 32
     fine_steps: int = 33
@@ -99,9 +96,14 @@ class Config:
 
     @property
     def every(self) -> int:
-        """The teacher's intervals in each of the student's."""
-        assert self.M is not None
-        return (self.M + 1) * self.teacher_substeps
+        """The teacher's intervals in each of the student's, where M says so; else 0."""
+        return 0 if self.M is None else (self.M + 1) * self.teacher_substeps
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The names of those to be tried, the usual one first."""
+        assert self.schedule_type is not None
+        return VE_SCHEDULES if self.try_schedules else (self.schedule_type,)
 
     @property
     def trajectories(self) -> int:
@@ -122,8 +124,7 @@ def resolved(config: Config, *, is_flow: bool) -> Config:
     """
     one_of("method", config.method, METHODS)
     filled = {**COMMON, **DEFAULTS[config.method], **usual_grid(config, is_flow)}
-    if config.method == "gradient":
-        filled["last_distance"] = config.distance
+    filled["last_distance"] = config.distance
     given = {n: v for n, v in dataclasses.asdict(config).items() if v is not None}
     config = dataclasses.replace(config, **{n: v for n, v in filled.items() if n not in given})
     check_student(config, is_flow)
@@ -135,16 +136,16 @@ def resolved(config: Config, *, is_flow: bool) -> Config:
 def usual_grid(config: Config, is_flow: bool) -> dict[str, Any]:
     """Schedule, AFS and order where they were not given."""
     base, order = config.base
-    schedule = config.schedule_type or ("flowmatch" if is_flow else "time_uniform")
+    schedule = config.schedule_type or ("flowmatch" if is_flow else VE_SCHEDULES[0])
     orders = SOLVERS[base].orders
-    learnable = not is_flow or config.backend in FLOW_BACKENDS
+    free = config.method != "gradient" and config.schedule_type is None and config.M is None
     return {
         "schedule_type": schedule,
         "schedule_rho": {"polynomial": 7.0}.get(schedule, 1.0),
+        "try_schedules": free and not is_flow and config.schedule_rho is None,
         "afs": not is_flow and not config.multistep,
         "max_order": order or (SOLVERS[base].default_order if len(orders) > 1 else 3),
         "batch_gpu": config.batch,
-        **({} if learnable else {"learn_grid": False}),
     }
 
 
@@ -157,9 +158,13 @@ def check_student(config: Config, is_flow: bool) -> None:
         raise ValueError("afs is for VE models: flow matching has no analytic first step")
     if config.afs and config.multistep:
         raise ValueError("epd-multistep needs no afs: its first call places itself")
+    if config.schedule_type == "flowmatch" and not is_flow:
+        fitting = "take time_uniform, polynomial or logsnr"
+        raise ValueError(f"schedule_type flowmatch is not for a VE model: {fitting}")
     if config.multistep and (config.fcn or config.scale_dir):
         raise ValueError("epd-multistep has no direction scales: leave out fcn and scale_dir")
-    check_recipe(recipe_of(config))
+    process = "flow" if is_flow else "ve"
+    check_recipe(dataclasses.replace(recipe_of(config), process=process))
 
 
 def check_teacher(config: Config) -> None:
@@ -167,7 +172,7 @@ def check_teacher(config: Config) -> None:
     one_of("teacher", config.teacher, TEACHERS)
     calls = SOLVERS[config.teacher].calls * config.every
     student = 1 if config.multistep else 2
-    if calls <= student:
+    if config.every and calls <= student:
         said = f"{config.teacher} with M {config.M} makes {calls} calls an interval"
         raise ValueError(f"{said}, the student {student}: raise --M, the teacher must be finer")
 
@@ -179,7 +184,7 @@ def check_method(config: Config) -> None:
         one_of("distance", name, DISTANCES)
         if not config.uses_gradient and name != "l2":
             raise ValueError(f"fit minimises squares: --distance {name} needs a gradient method")
-    if config.learn_grid and config.method == "gradient":
+    if config.method == "gradient" and (config.learn_grid or config.try_schedules):
         raise ValueError("learn_grid needs a fit: a gradient does not reach the time grid")
     if config.learn_grid and config.objective != "final" and config.uses_gradient:
         raise ValueError(f"objective {config.objective} needs --no-learn_grid: its states move")
@@ -199,6 +204,16 @@ def check_batch(config: Config, ranks: int) -> int:
         said = f"batch {config.batch} over {ranks} ranks is {mine} each"
         raise ValueError(f"{said}, which batch_gpu {at_once} does not divide")
     return at_once
+
+
+def calls_and_rows(config: Config) -> tuple[int, int]:
+    """Network calls one after another, and rows, for an image of the student."""
+    n = config.num_steps - 1
+    if config.multistep:
+        return n, n * config.num_points
+    base = SOLVERS[config.base[0]].calls
+    afs = int(bool(config.afs))
+    return (1 + base) * n - afs, (1 + config.num_points * base) * n - afs
 
 
 def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from solvers.catalog import SolverOptions, make_solver
 from solvers.classic import Heun
 from solvers.epd import EPD
 from solvers.field import Field, Guided
+from solvers.integrate import Solver
 from solvers.recipe import Recipe
 from src.seeds import randint, randn
 from training.distill import Plan
@@ -34,11 +35,17 @@ class Task:
     """A student, batches to learn from, and batches to judge by, on this rank."""
 
     config: Config
-    student: Student
+    students: tuple[Student, ...]  # one for each schedule to be tried
     recipe: Recipe
     source: Source
     validation: Batches  # ends by the teacher
     reference: Batches  # the same noise, ends by the fine solution
+    judges: Batches  # other noise, to choose by; ends by the fine solution
+
+    @property
+    def student(self) -> Student:
+        """The usual one."""
+        return self.students[0]
 
 
 @dataclass(frozen=True)
@@ -60,30 +67,56 @@ def make_task(config: Config, around: Surroundings) -> Task:
     Raises ValueError where schedule, guidance or prompts do not fit the model.
     """
     levels = around.backend.levels
-    sigmas = schedule(config, levels, config.num_steps)
-    fine = schedule(config, levels, config.every * (config.num_steps - 1) + 1)
-    reference = Teacher(Heun(), fine_grid(config, levels, sigmas), config.fine_steps - 1)
+    plans = [make_plan(config, levels, name) for name in config.schedules]
+    sigmas = plans[0].sigmas
+    reference = Teacher(Heun(), fine_grid(config, levels, sigmas), sigmas[-1:])
     solver = make_solver(config.teacher, SolverOptions(process=levels.process))
-    teacher = Teacher(solver, fine, config.every, reference if config.fine_end else None)
+    teacher = make_teacher(config, levels, solver, plans)
+    last = dataclasses.replace(teacher, stops=teacher.stops[-1:])
     check_guidance(config, around)
-    noise = f"distill/{config.seed}"
-    judged = f"validation/{config.seed}"
+    learned, judged, chosen = (f"{n}/{config.seed}" for n in ("distill", "validation", "judge"))
+    form, grid = form_of(config), bool(config.learn_grid)
     parts = in_parts(range(around.rank, config.validation, around.ranks), config.batch)
+    judges = range(around.rank, max(config.batch, config.trajectories // 2), around.ranks)
     return Task(
         config,
-        Student(make_plan(config, levels, sigmas), form_of(config), bool(config.learn_grid)),
+        tuple(Student(plan, form, grid and plan.intervals > 1) for plan in plans),
         recipe_on(config, around.backend),
-        source(config, around, teacher, noise),
-        Batches(source(config, around, dataclasses.replace(teacher, end=None), judged), parts),
+        source(config, around, teacher, learned),
+        Batches(source(config, around, last, judged), parts),
         Batches(source(config, around, reference, judged), parts),
+        Batches(source(config, around, reference, chosen), in_parts(judges, config.batch)),
     )
 
 
-def schedule(config: Config, levels: NoiseLevels, num_steps: int) -> tuple[float, ...]:
-    """A grid of the configured type."""
-    assert config.schedule_type is not None
-    grid = levels.schedule(config.schedule_type, num_steps, rho=config.schedule_rho)
-    return tuple(grid.tolist())
+def make_teacher(
+    config: Config, levels: NoiseLevels, solver: Solver, plans: Sequence[Plan]
+) -> Teacher:
+    """The teacher of all plans at once.
+
+    With M its grid refines that of the student (EPD-Solver, arXiv:2507.14797, Sec. 3.3), else it
+    is that of the fine solution with the levels of all plans besides.
+    """
+    sigmas = plans[0].sigmas
+    if config.every:
+        assert config.schedule_type is not None
+        count = config.every * (len(sigmas) - 1) + 1
+        fine = schedule(config, levels, config.schedule_type, count)
+        return Teacher(solver, fine, fine[config.every :: config.every])
+    stops = {level for plan in plans for level in plan.sigmas[1:]}
+    union = {*fine_grid(config, levels, sigmas), *stops}
+    return Teacher(solver, falling(union), falling(stops))
+
+
+def falling(levels: set[float]) -> tuple[float, ...]:
+    """The levels in order."""
+    return tuple(sorted(levels, reverse=True))
+
+
+def schedule(config: Config, levels: NoiseLevels, name: str, num_steps: int) -> tuple[float, ...]:
+    """A grid by name; the configured exponent is that of the configured type."""
+    rho = config.schedule_rho if name == config.schedule_type else None
+    return tuple(levels.schedule(name, num_steps, rho=rho).tolist())
 
 
 def fine_grid(config: Config, levels: NoiseLevels, sigmas: tuple[float, ...]) -> tuple[float, ...]:
@@ -95,8 +128,9 @@ def fine_grid(config: Config, levels: NoiseLevels, sigmas: tuple[float, ...]) ->
     return tuple(grid.tolist())
 
 
-def make_plan(config: Config, levels: NoiseLevels, sigmas: tuple[float, ...]) -> Plan:
+def make_plan(config: Config, levels: NoiseLevels, schedule_name: str) -> Plan:
     """The student but for its table; ValueError for a base that EPD cannot stand on."""
+    sigmas = schedule(config, levels, schedule_name, config.num_steps)
     if config.multistep:
         return Plan(sigmas, levels.process)
     name, _ = config.base
@@ -127,6 +161,7 @@ def recipe_on(config: Config, backend: Backend) -> Recipe:
         recipe_of(config),
         dataset_name=config.model.rstrip("/").rpartition("/")[2] or "unknown",
         img_resolution=backend.latent_shape[-1] if len(backend.latent_shape) == 3 else None,
+        process=levels.process.name,
         sigma_min=levels.sigma_min,
         sigma_max=levels.sigma_max,
         flowmatch_shift=levels.shift if flow else None,

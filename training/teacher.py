@@ -23,22 +23,17 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Teacher:
-    """A solver on a grid of `every` times as many intervals as the student's.
-
-    Where there is an `end`, a finer one, its last state takes the place of this one's.
-    """
+    """A solver on a fine grid, and the levels of that grid whose states are targets."""
 
     solver: Solver
     sigmas: tuple[float, ...]
-    every: int
-    end: "Teacher | None" = None
+    stops: tuple[float, ...]
 
     def targets(self, slope: Field, x: Tensor) -> tuple[Tensor, ...]:
-        """The states [B, *] at the student's N later levels, from x at the first; no graph."""
-        states = teacher_states(self.solver, slope, x, self.sigmas, every=self.every)
-        if self.end is None:
-            return states
-        return (*states[:-1], self.end.targets(slope, x)[-1])
+        """The states [B, *] at the stops, from x at the first level; no graph."""
+        states = teacher_states(self.solver, slope, x, self.sigmas)
+        by_level = zip(self.sigmas[1:], states, strict=True)
+        return tuple(state for level, state in by_level if level in self.stops)
 
 
 @dataclass(frozen=True)
@@ -129,11 +124,13 @@ class Source:
 class Batches(Sequence[Batch]):
     """Batches that are made when first asked for, then kept in the CPU's memory.
 
-    With a cache they are read from the disk each time instead, and take no memory.
+    With a cache they are read from the disk each time instead, and take no memory. `levels`
+    are those of the teacher's stops that are wanted, if not all.
     """
 
     source: Source
     parts: tuple[tuple[int, ...], ...]
+    levels: tuple[float, ...] | None = None
     kept: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
@@ -150,11 +147,23 @@ class Batches(Sequence[Batch]):
     def one(self, i: int) -> Batch:
         """Batch i."""
         if self.source.cache is not None:
-            return self.source.batch(self.parts[i])
+            batch = self.source.batch(self.parts[i])
+            return Batch(batch.field, batch.x, self.wanted(batch.targets))
         slope, x = self.source.start(self.parts[i])
         if i not in self.kept:
             self.kept[i] = tuple(t.cpu() for t in self.source.teacher.targets(slope, x))
-        return Batch(slope, x, tuple(target.to(x.device) for target in self.kept[i]))
+        return Batch(slope, x, tuple(target.to(x.device) for target in self.wanted(self.kept[i])))
+
+    def wanted(self, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The targets at the wanted levels."""
+        if self.levels is None:
+            return targets
+        at = dict(zip(self.source.teacher.stops, targets, strict=True))
+        return tuple(at[level] for level in self.levels)
+
+    def at(self, levels: tuple[float, ...]) -> "Batches":
+        """The same batches, sharing what is kept, with targets at these levels."""
+        return Batches(self.source, self.parts, levels, self.kept)
 
 
 def in_parts(seeds: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:

@@ -45,7 +45,8 @@ def source(intervals: int = 3) -> Source:
     def begin(seeds: Sequence[int]) -> tuple[Field, Tensor]:
         return Field(backend), randn(seeds, SHAPE, stream="train") * fine[0].item()
 
-    return Source(begin, Teacher(Heun(), tuple(fine.tolist()), EVERY), {"teacher": "heun"})
+    grid = tuple(fine.tolist())
+    return Source(begin, Teacher(Heun(), grid, grid[EVERY::EVERY]), {"teacher": "heun"})
 
 
 def batch(first: int = 0, count: int = 8, intervals: int = 3) -> Batch:

@@ -1,0 +1,310 @@
+"""train_distill.py, from its options to the folder that it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from solvers.predictor import load_predictor
+from src.runs import Metrics
+from train_distill import main
+from training.checkpoint import checkpoints, read_sealed
+
+ROOT = Path(__file__).resolve().parent.parent
+ADAM = ["--method", "gradient", "--batch", "8", "--tick", "0.032", "--validation", "8"]
+ADAM += ["--fine_steps", "9", "--total_kimg", "0.128"]
+FIT = ["--total_kimg", "0.016", "--batch", "8", "--M", "3", "--rounds", "2", "--validation", "8"]
+Distill = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixture(tmp_path_factory.mktemp("gmm"), "ve")
+
+
+def mixture(folder: Path, process: str) -> Path:
+    means = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).tolist()
+    about = {"backend": "analytic", "process": process, "shape": [1, 3, 3], "means": means}
+    about |= {"std": [0.25] * 4, "weight": [0.25] * 4}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture
+def distill(model: Path, tmp_path: Path) -> Distill:
+    """Run train_distill.py on a small mixture into tmp_path/out."""
+
+    def run(*options: str, outdir: str = "out") -> Result:
+        common = ["--model", str(model), "--device", "cpu"]
+        place = [] if "--resume" in options else ["--outdir", str(tmp_path / outdir)]
+        return CliRunner().invoke(main, [*common, *place, *options])
+
+    return run
+
+
+def table(folder: Path) -> tuple[Tensor, ...]:
+    return load_predictor(folder / "predictor.pkl").table.tensors()
+
+
+def same(one: Path, two: Path) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(table(one), table(two), strict=True))
+
+
+def untimed(folder: Path) -> list[dict[str, float]]:
+    records = Metrics(folder / "metrics.jsonl").read()
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def refused(result: Result) -> str:
+    """The error, which must be one line."""
+    assert result.exit_code not in (0, None)
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_a_run_leaves_its_folder(distill: Distill, tmp_path: Path) -> None:
+    result = distill(*ADAM)
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "log.txt", "table.png", "loss.png", "predictor.pkl"),
+        *(f"predictor-{i:05d}.pkl" for i in range(1, 5)),
+        *("checkpoint-00000003.pt", "checkpoint-00000004.pt"),
+    }
+    first, *_, last = untimed(tmp_path / "out")
+    assert last["trajectories"] == 128
+    assert last["rmse_fine"] < first["rmse_fine"] * 1.01
+    recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
+    assert (recipe.teacher, recipe.M, recipe.backend, recipe.afs) == ("heun", 3, "analytic", True)
+    assert recipe.training["method"] == "gradient"
+
+
+def test_without_outdir_the_folder_is_numbered(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["--model", str(model), *FIT, "--rounds", "0"])
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "exps").iterdir()
+    assert folder.name == f"00001-{model.name}-4-epd-k2"
+    again = CliRunner().invoke(main, ["--model", str(model), "--resume", "latest"])
+    assert again.exit_code == 0, again.output
+
+
+def test_a_fit_beats_the_published_gradient(distill: Distill, tmp_path: Path) -> None:
+    distill(*FIT)
+    distill(*ADAM, outdir="adam")
+    fit, adam = untimed(tmp_path / "out")[-1], untimed(tmp_path / "adam")[-1]
+    assert fit["rmse_fine"] < adam["rmse_fine"]
+
+
+@pytest.mark.parametrize("solver", ["epd", "epd-ipndm", "epd-multistep"])
+def test_every_student_is_fitted_on_the_best_schedule(
+    distill: Distill, tmp_path: Path, solver: str
+) -> None:
+    options = ["--total_kimg", "0.016", "--batch", "8", "--rounds", "2", "--fine_steps", "17"]
+    result = distill(*options, "--solver", solver)
+    assert result.exit_code == 0, result.output
+    *fits, refined = untimed(tmp_path / "out")
+    assert len(fits) == 3
+    assert refined["rmse_judged"] <= min(record["rmse_judged"] for record in fits)
+    recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
+    assert (recipe.schedule_type, recipe.process) == ("custom", "ve")
+    assert recipe.solver == ("epd-multistep" if solver == "epd-multistep" else "epd")
+
+
+def test_fit_and_gradient_follow_each_other(distill: Distill, tmp_path: Path) -> None:
+    options = [*FIT, "--method", "fit+gradient", "--fine_steps", "9"]
+    assert distill(*options).exit_code == 0
+    names = [set(record) for record in untimed(tmp_path / "out")]
+    assert ["loss" in name for name in names] == [False, False, True]
+    assert load_predictor(tmp_path / "out" / "predictor.pkl").recipe.schedule_type == "custom"
+
+
+@pytest.mark.parametrize("options", [ADAM, FIT], ids=["adam", "fit"])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    distill: Distill, tmp_path: Path, options: list[str]
+) -> None:
+    """The newest checkpoint gone, as if the last tick had never ended."""
+    distill(*options, outdir="whole")
+    distill(*options)
+    checkpoints(tmp_path / "out")[0].unlink()
+    result = distill("--resume", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert same(tmp_path / "out", tmp_path / "whole")
+    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
+    distill: Distill, tmp_path: Path
+) -> None:
+    distill(*ADAM, outdir="whole")
+    distill(*ADAM)
+    newest = checkpoints(tmp_path / "out")[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert "damaged" in distill("--resume", str(tmp_path / "out")).output
+    assert same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_by_name_is_one_line(distill: Distill, tmp_path: Path) -> None:
+    distill(*ADAM)
+    newest = checkpoints(tmp_path / "out")[0]
+    newest.write_bytes(b"")
+    assert newest.name in refused(distill("--resume", str(newest)))
+
+
+def test_resume_refuses_other_settings_and_other_folders(distill: Distill, tmp_path: Path) -> None:
+    distill(*FIT)
+    out = str(tmp_path / "out")
+    assert "--num_steps 7" in refused(distill("--resume", out, "--num_steps", "7"))
+    assert "no run" in refused(distill("--resume", str(tmp_path / "none")))
+    assert "another --outdir" in refused(distill(*FIT))
+    (tmp_path / "out" / "config.yaml").write_text("num_stepz: 3\n")
+    assert "did you mean num_steps?" in refused(distill("--resume", out))
+
+
+def test_gradient_accumulation_changes_nothing(distill: Distill, tmp_path: Path) -> None:
+    distill(*ADAM, outdir="whole")
+    distill(*ADAM, "--batch_gpu", "2")
+    pairs = zip(table(tmp_path / "out"), table(tmp_path / "whole"), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-4
+
+
+def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
+    cache = ["--teacher-cache", str(tmp_path / "cache")]
+    distill(*ADAM, outdir="whole")
+    distill(*ADAM, *cache, outdir="first")
+    files = sorted((tmp_path / "cache").glob("*.pt"))
+    files[0].write_bytes(b"broken")
+    result = distill(*ADAM, *cache)
+    assert result.output.count("making it again") == 1
+    assert same(tmp_path / "out", tmp_path / "whole")
+    assert sorted((tmp_path / "cache").glob("*.pt")) == files
+    (tmp_path / "file").write_text("")
+    assert "give a folder" in refused(distill(*ADAM, "--teacher-cache", str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--preset", "cifar10-5nf"], "cifar10-5nfe"),
+        (["--preset", "cifar10-5nfe"], "num_steps"),
+        (["--teacher", "hein"], "heun"),
+        (["--solver", "epd-unipc"], "unipc"),
+        (["--schedule_type", "flowmatch"], "VE"),
+        (["--schedule_type", "discrete"], "discrete"),
+        (["--batch", "8", "--batch_gpu", "3"], "3"),
+        (["--guidance_rate", "2"], "needs prompts or classes"),
+        (["--class", "9"], "0 to 3"),
+        (["--method", "gradient", "--last_distance", "inception"], "--features"),
+        (["--method", "gradient", "--distance", "features", "--features", "no.pt"], "no.pt"),
+        (["--backend", "sd3"], "sd3"),
+        (["--lr", "nan"], "nan"),
+        (["--total_kimg", "0"], "0"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    distill: Distill, tmp_path: Path, options: list[str], names: str
+) -> None:
+    if options == ["--preset", "cifar10-5nfe"]:
+        options = [*options, "--backend", "ldm"]
+        names = "backend ldm"
+    assert names in refused(distill(*options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_afs_on_a_flow_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "flow").mkdir()
+    flow = mixture(tmp_path / "flow", "flow")
+    result = CliRunner().invoke(main, ["--model", str(flow), "--afs"])
+    assert "no analytic first step" in refused(result)
+    fitted = ["--model", str(flow), *FIT, "--outdir", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, fitted).exit_code == 0
+
+
+def test_dry_run_resolves_a_preset_without_its_weights() -> None:
+    for name, calls in (("cifar10-5nfe-ipndm", 5), ("sd3-1024-best", 20), ("sd15-best", 20)):
+        result = CliRunner().invoke(main, ["--preset", name, "--dry-run", "--lr", "0.1"])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.output)
+        assert (found["nfe"], found["lr"], found["method"]) == (calls, 0.1, "gradient")
+    error = refused(CliRunner().invoke(main, ["--preset", "cifar10-5nfe"]))
+    assert "give --model" in error
+
+
+def command(model: Path, folder: Path, *options: str) -> list[str]:
+    script = [str(ROOT / "train_distill.py"), "--model", str(model), "--device", "cpu"]
+    return [*script, "--outdir", str(folder), *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
+    ],
+)
+def test_a_signal_costs_at_most_a_tick(
+    distill: Distill, model: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    options = [*ADAM[:-1], "1.6", "--tick", "0.16"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, *command(model, out, *options)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoints(out) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    if number != signal.SIGKILL:
+        assert "go on with --resume" in said
+        assert "Traceback" not in said
+    assert read_sealed(checkpoints(out)[0])["job"]["seen"] > 0
+    assert distill("--resume", str(out)).exit_code == 0
+    distill(*options, outdir="whole")
+    assert same(out, tmp_path / "whole")
+    assert untimed(out) == untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ADAM, pytest.param(FIT, marks=pytest.mark.slow)],
+    ids=["adam", "fit"],
+)
+def test_two_ranks_learn_the_table_of_one(
+    distill: Distill, model: Path, tmp_path: Path, options: list[str]
+) -> None:
+    distill(*options, outdir="one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", *command(model, tmp_path / "two", *options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    pairs = zip(table(tmp_path / "one"), table(tmp_path / "two"), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-3
+    assert len(untimed(tmp_path / "two")) == len(untimed(tmp_path / "one"))
