@@ -26,10 +26,12 @@ from solvers.process import Process, process_named
 from solvers.recipe import Recipe
 from training.distill import Batch, Plan, Table, table_rmse
 from training.fit import HISTORY, FitOptions, fit
-from training.known import Conditions, Settings, Source, at, fine_grid, plans
+from training.known import Conditions, Settings, Source, at, counts, fine_grid, plans
 from training.refine import RefineOptions, Student, gauss_newton
 from training.table import Form, FreeForm, MultistepForm
 
+ROBUST = (16.0, 256.0)
+"""Scales of a loss that stray samples steer little, before the plain one; measured best."""
 __all__ = ["Settings", "distill", "sample"]
 
 Report = Callable[[str, float], object]
@@ -74,8 +76,9 @@ def distill(
     guided = Guided(denoiser, settings.guidance_rate)
     source = Source(guided, tuple(shape), conditions, settings, fine[0])
     grids = [plan.sigmas for plan in candidates.values()]
-    learned = source.batches("distill", settings.samples, fine, grids)
-    judges = source.batches("judge", settings.judges, fine, grids)
+    samples, judged = counts(settings, shape)
+    learned = source.batches("distill", samples, fine, grids)
+    judges = source.batches("judge", judged, fine, grids)
     found = []
     for i, (schedule, plan) in enumerate(candidates.items()):
         batches = [at(batch, i) for batch in learned]
@@ -98,7 +101,7 @@ def refined(
     """The best of two refinements, with and without a robust loss first, on the judges."""
     batches, judges = ends
     found = [start]
-    for robust in ((), (4.0, 16.0)) if settings.rounds else ():
+    for robust in ((), ROBUST) if settings.rounds else ():
         theta = gauss_newton(
             start.student,
             start.theta,

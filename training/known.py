@@ -1,6 +1,7 @@
 """What `training.api` learns from: settings, students to try, and noises with their solutions."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from training.distill import Batch, Plan, teacher_states
 
 Conditions = Callable[[Sequence[int]], Condition | None]
 """(numbers of samples) -> what the network is told of them, B rows."""
+ENOUGH_NUMBERS = 1 << 19
 FLOW_SCHEDULES = ("flowmatch", "logit")
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
 
@@ -37,11 +39,11 @@ class Settings:
     sigma_max: float | None = None  # None: 80 (ve), 1 (flow)
     schedule: str | None = None  # None: the best of several; the levels are learned from there
     guidance_rate: float = 1.0
-    samples: int = 512  # noises to learn from
-    judges: int = 256  # other noises, to choose by
-    batch: int = 64  # rows of noise at once
+    samples: int | None = None  # noises to learn from; None: 256 to 4096, by the latent's size
+    judges: int | None = None  # other noises, to choose by; None: half as many
+    batch: int | None = None  # noises at once; None: 16 to 1024, by the latent's size
     positions: int = 33  # G
-    rounds: int = 12  # of refinement
+    rounds: int = 15  # of each refinement
     fine_steps: int = 48  # intervals of the solution that is learned
     seed: int = 0
     device: str = "cpu"
@@ -49,8 +51,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("nfe", "points", "samples", "judges", "batch", "fine_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range: 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is out of range: 1 or more")
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} is out of range: 0 or more")
         self.intervals(afs=False)
@@ -73,6 +76,21 @@ class Settings:
         calls = 1 + SOLVERS[parse_name(self.base)[0]].calls
         count, odd = divmod(self.nfe + afs, calls)
         return 0 if odd else count
+
+
+def counts(settings: Settings, shape: Sequence[int]) -> tuple[int, int]:
+    """How many samples to learn from and to judge by.
+
+    Small latents need more: their error lies in the few samples that pass near a fork of the
+    flow, and those are what a table that generalises must have seen enough of.
+    """
+    samples = settings.samples or sized(shape, 256, 4096)
+    return samples, settings.judges or samples // 2 or 1
+
+
+def sized(shape: Sequence[int], least: int, most: int) -> int:
+    """How many latents make about half a million numbers, within bounds."""
+    return max(least, min(most, ENOUGH_NUMBERS // math.prod(shape)))
 
 
 def ends_of(settings: Settings, process: Process) -> tuple[float, float]:
@@ -161,8 +179,9 @@ class Source:
         """`count` noises of a purpose and their solutions, through the union of all levels."""
         every = sorted({*fine, *(level for grid in grids for level in grid)}, reverse=True)
         found = []
-        for first in range(0, count, self.settings.batch):
-            batch = self.start(purpose, range(first, min(first + self.settings.batch, count)))
+        size = self.settings.batch or sized(self.shape, 16, 1024)
+        for first in range(0, count, size):
+            batch = self.start(purpose, range(first, min(first + size, count)))
             states = teacher_states(Heun(), batch.field, batch.x, every)
             if not bool(states[-1].isfinite().all()):
                 raise ValueError("the denoiser gives numbers that are not finite")

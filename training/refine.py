@@ -129,9 +129,12 @@ def normal_products(
         memo.again()
         columns.append((last_state(*student.decode(moved), batch) - base) / nudge[i])
     left = batch.targets[-1] - base
-    weight = (1 + left.square().flatten(1).sum(1) / scale).rsqrt()
-    weight = weight.reshape(-1, 1, *[1] * (left.ndim - 1))
-    return gram([weight * column.unsqueeze(1) for column in (*columns, left)])
+    columns = [column.unsqueeze(1) for column in (*columns, left)]
+    if scale < math.inf:
+        weight = (1 + left.square().flatten(1).sum(1) / scale).rsqrt()
+        weight = weight.reshape(-1, *[1] * left.ndim)
+        columns = [column.mul_(weight) for column in columns]
+    return gram(columns)
 
 
 @dataclass(frozen=True)
