@@ -162,7 +162,7 @@ def gauss_newton(
 ) -> Tensor:
     """The vector after some rounds of damped Gauss-Newton (Levenberg 1944, Marquardt 1963).
 
-    Every round solves once and tries a range of dampings at the price of one trajectory each,
+    Every round solves once and tries dampings, all or those near the last, at the price of one trajectory each,
     judged on `judges` (the batches themselves if None); held-out judges keep small sets from
     being learned by heart. `report(round, rmse)` is told of each round. A first round that
     finds nothing better is followed by one with nudges that are known to fit.
@@ -216,24 +216,26 @@ class Search:
         scale = self.scale(theta, phase)
         best = self.error(theta, scale)
         nudge = torch.full_like(theta, self.options.nudge)
-        failed = False
+        failed, window = False, range(len(DAMPING))
         for _ in range(rounds):
             parts = (normal_products(self.student, theta, b, nudge, scale) for b in self.batches)
             products = self.options.reduce(sum(parts, torch.zeros(())))
             nudge = fitting_nudges(products)
             steps = steps_of(products)
-            errors = [self.error(theta + step, scale) for step in steps]
-            found, self.rounds = min(errors), self.rounds + 1
+            errors = {i: self.error(theta + steps[i], scale) for i in window}
+            at = min(errors, key=lambda i: errors[i])
+            found, self.rounds = errors[at], self.rounds + 1
             report(self.rounds, min(found, best))
             if found < best:
                 gain, failed = 1 - found / best, False
-                theta, best = theta + steps[errors.index(found)], found
+                theta, best = theta + steps[at], found
+                window = range(max(0, at - 2), min(len(DAMPING), at + 2))
                 if gain < self.options.least_gain:
                     break
             elif failed:
                 break
             else:
-                failed = True
+                failed, window = True, range(len(DAMPING))
         return theta
 
 
