@@ -162,8 +162,8 @@ def gauss_newton(
 ) -> Tensor:
     """The vector after some rounds of damped Gauss-Newton (Levenberg 1944, Marquardt 1963).
 
-    Every round solves once and tries dampings, all or those near the last, at the price of one trajectory each,
-    judged on `judges` (the batches themselves if None); held-out judges keep small sets from
+    Every round solves once and tries dampings, all or those near the last, at the price of one
+    trajectory each, judged on `judges` (the batches themselves if None); held-out judges keep small sets from
     being learned by heart. `report(round, rmse)` is told of each round. A first round that
     finds nothing better is followed by one with nudges that are known to fit.
 
