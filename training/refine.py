@@ -163,9 +163,9 @@ def gauss_newton(
     """The vector after some rounds of damped Gauss-Newton (Levenberg 1944, Marquardt 1963).
 
     Every round solves once and tries dampings, all or those near the last, at the price of one
-    trajectory each, judged on `judges` (the batches themselves if None); held-out judges keep small sets from
-    being learned by heart. `report(round, rmse)` is told of each round. A first round that
-    finds nothing better is followed by one with nudges that are known to fit.
+    trajectory each, judged on `judges` (the batches themselves if None); held-out judges keep
+    small sets from being learned by heart. `report(round, rmse)` is told of each round. A first
+    round that finds nothing better is followed by one with nudges that are known to fit.
 
     A few samples near a fork of the flow can hide the way for all others; `robust` phases come
     first in which they count little; all phases have equal shares of the rounds. The best at the
