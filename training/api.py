@@ -24,9 +24,9 @@ from solvers.integrate import integrate
 from solvers.predictor import Predictor, validate
 from solvers.process import Process, process_named
 from solvers.recipe import Recipe
-from training.distill import Batch, Plan, Table, table_rmse
+from training.distill import Plan, Table, table_rmse
 from training.fit import HISTORY, FitOptions, fit
-from training.known import Conditions, Settings, Source, at, counts, fine_grid, plans
+from training.known import Conditions, Settings, Source, Views, counts, fine_grid, plans
 from training.refine import RefineOptions, Student, gauss_newton
 from training.table import Form, FreeForm, MultistepForm
 
@@ -81,9 +81,9 @@ def distill(
     judges = source.batches("judge", judged, fine, grids)
     found = []
     for i, (schedule, plan) in enumerate(candidates.items()):
-        batches = [at(batch, i) for batch in learned]
-        table = fit(plan, batches, FitOptions(settings.points, settings.positions))
-        error = table_rmse(plan, table, [at(batch, i) for batch in judges])
+        options = FitOptions(settings.points, settings.positions)
+        table = fit(plan, Views(learned, i), options)
+        error = table_rmse(plan, table, Views(judges, i))
         report(f"fit {schedule}", error)
         student = Student(plan, form_of(plan, settings.points), grid=plan.intervals > 1)
         found.append(Found(student, student.encode(table), schedule, error))
@@ -91,13 +91,11 @@ def distill(
     if not finite:
         raise ValueError("no table was found: the network gives numbers that are not finite")
     best = min(finite, key=lambda each: each.error)
-    ends = [at(batch, 0) for batch in learned], [at(batch, 0) for batch in judges]
-    return predictor_of(refined(best, ends, settings, report), process, settings)
+    last = Views(learned, 0), Views(judges, 0)  # all plans end alike
+    return predictor_of(refined(best, last, settings, report), process, settings)
 
 
-def refined(
-    start: Found, ends: tuple[list[Batch], list[Batch]], settings: Settings, report: Report
-) -> Found:
+def refined(start: Found, ends: tuple[Views, Views], settings: Settings, report: Report) -> Found:
     """The best of two refinements, with and without a robust loss first, on the judges."""
     batches, judges = ends
     found = [start]
@@ -107,7 +105,7 @@ def refined(
             start.theta,
             batches,
             RefineOptions(rounds=settings.rounds, robust=robust),
-            judges=[*batches, *judges],
+            judges=Views([*batches.known, *judges.known], 0),
         )
         plan, table = start.student.decode(theta)
         error = table_rmse(plan, table, judges)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,6 +158,22 @@ def at(known: Known, plan: int) -> Batch:
     """The batch with the targets of one plan."""
     targets = tuple(state.to(known.batch.x) for state in known.states[plan])
     return dataclasses.replace(known.batch, targets=targets)
+
+
+@dataclass(frozen=True)
+class Views(Sequence[Batch]):
+    """The batches of one plan, their targets on the device only while they are looked at."""
+
+    known: Sequence[Known]
+    plan: int
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Views(self.known[index], self.plan)
+        return at(self.known[index], self.plan)
 
 
 @dataclass(frozen=True)

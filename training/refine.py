@@ -8,57 +8,20 @@ only for what a number changes. The normal equations are small and sum over batc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from solvers.field import Condition, Denoiser
 from training.distill import Batch, Plan, Table, last_state, squared
 from training.grams import gram
+from training.memo import Memo
 from training.table import Form, grid_to_raw, raw_to_grid
 
 DAMPING = tuple(10.0**e for e in range(-6, 4))
 NUDGE = 1e-3
 REACH = 0.1
 """By how much of the distance to the target a nudge is to move the end."""
-
-
-@dataclass
-class Memo:
-    """A denoiser that remembers one trajectory and recomputes only rows that differ from it."""
-
-    denoiser: Denoiser
-    calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    at: int = 0
-    learning: bool = True
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> x0 [B, *]."""
-        if self.learning:
-            x0 = self.denoiser(x, sigma, cond)
-            self.calls.append((x, sigma, x0))
-            return x0
-        seen, told, known = self.calls[self.at]
-        self.at += 1
-        new = ((x != seen).flatten(1).any(1) | (sigma != told)).nonzero()[:, 0]
-        if not len(new):
-            return known
-        if len(new) == len(x):
-            return self.denoiser(x, sigma, cond)
-        return known.index_copy(0, new, self.denoiser(x[new], sigma[new], rows(cond, new)))
-
-    def again(self) -> None:
-        """From now on compare with what was learned, from its start."""
-        self.at, self.learning = 0, False
-
-
-def rows(cond: Condition | None, index: Tensor) -> Condition | None:
-    """Some rows of a condition."""
-    if cond is None:
-        return None
-    null = cond.null and {name: v[index] for name, v in cond.null.items()}
-    return Condition({name: v[index] for name, v in cond.given.items()}, null)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from solvers.field import Condition, Field
 from training.distill import Batch, Plan, Table, last_state, table_rmse
 from training.fit import HISTORY, FitOptions, fit
 from training.grams import gram
-from training.refine import Memo, RefineOptions, Student, gauss_newton, normal_products, steps_of
+from training.memo import Memo
+from training.refine import RefineOptions, Student, gauss_newton, normal_products, steps_of
 from training.table import (
     Form,
     FreeForm,
