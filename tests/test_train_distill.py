@@ -175,9 +175,17 @@ def test_resume_refuses_other_settings_and_other_folders(distill: Distill, tmp_p
 
 def test_gradient_accumulation_changes_nothing(distill: Distill, tmp_path: Path) -> None:
     distill(*ADAM, outdir="whole")
-    distill(*ADAM, "--batch_gpu", "2")
+    distill(*ADAM, "--batch_gpu", "2", "--checkpointing")
     pairs = zip(table(tmp_path / "out"), table(tmp_path / "whole"), strict=True)
     assert max((a - b).abs().max().item() for a, b in pairs) < 1e-4
+
+
+def test_lbfgs_learns_from_all_trajectories_at_once(distill: Distill, tmp_path: Path) -> None:
+    result = distill(*ADAM, "--lbfgs", "2", "--total_kimg", "0.032")
+    assert result.exit_code == 0, result.output
+    (record,) = untimed(tmp_path / "out")
+    assert record["trajectories"] == 32
+    assert record["rmse_fine"] < 0.5
 
 
 def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
@@ -206,6 +214,8 @@ def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
         (["--batch", "8", "--batch_gpu", "3"], "3"),
         (["--guidance_rate", "2"], "needs prompts or classes"),
         (["--class", "9"], "0 to 3"),
+        (["--prompts", "no.txt"], "no.txt"),
+        (["--class", "1", "--prompts", "no.txt"], "not both"),
         (["--method", "gradient", "--last_distance", "inception"], "--features"),
         (["--method", "gradient", "--distance", "features", "--features", "no.pt"], "no.pt"),
         (["--backend", "sd3"], "sd3"),
@@ -256,7 +266,7 @@ def environment() -> dict[str, str]:
     [
         (signal.SIGTERM, 143),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_costs_at_most_a_tick(
