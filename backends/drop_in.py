@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from PIL import Image
 from torch import Tensor
 

@@ -5,28 +5,45 @@ This module and `drop_in` alone import diffusers; `load` imports it when a model
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import diffusers as library
 import torch
 import transformers
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from backends.base import Backend, ModelOptions
 from backends.flux import flux_backend
 from backends.ldm import sd_backend, uncond_backend
 from backends.sd3 import sd3_backend
 
+diffusers: Any = library  # its own annotations are not those of what it returns
 CONFIGS = Path(__file__).resolve().parent.parent / "src" / "configs"
-TEXT_PREFIX = "cond_stage_model.transformer."
 BROKEN = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
-ANYTHING = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "*.bin")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+PREFIXES = {
+    "StableDiffusionPipeline": {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.transformer.",
+    },
+    "StableDiffusion3Pipeline": {
+        "transformer": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+    "FluxPipeline": {"transformer": "", "vae": "first_stage_model."},
+}
+"""How a file's tensors begin, by part."""
 
 
 @dataclass(frozen=True)
@@ -111,48 +128,62 @@ def quiet() -> None:
 
 def opened(name: str, dtype: torch.dtype) -> Any:
     """The pipeline of a folder or a name; on the hub, diffusers fetches what is not cached."""
+    index = read_index(name)
+    kind = kind_of(index.get("_class_name", "a folder without _class_name"))
+    lost = lacking(Path(name), index)
+    if lost:
+        raise ValueError(
+            f"{Path(name) / lost[0]} has no weights (.safetensors): the whole is {kind.source} on "
+            f"the hub, {kind.gigabytes} GB; give the folder of a local copy with --model"
+        )
+    return from_folder(name, index, dtype, {})
+
+
+def read_index(name: str) -> Mapping[str, Any]:
+    """The model_index.json of a folder or a name; ValueError where there is none."""
     try:
-        index = diffusers.DiffusionPipeline.load_config(name)
+        return diffusers.DiffusionPipeline.load_config(name)
     except OSError as error:
+        if Path(name).is_dir():
+            raise ValueError(f"{name}: {first_line(error)}") from error
         known = [k for k in KINDS.values() if k.source.split(" ")[0] == name]
         size = f" ({known[0].gigabytes} GB)" if known else ""
         raise ValueError(
             f"no model {name!r}{size} here, and no hub has given one: "
             "copy its folder to this machine and give it with --model"
         ) from error
-    class_name = index["_class_name"]
-    kind_of(class_name)
-    check_parts(Path(name), index)
-    extra = {part: None for part, made_by in index.items() if made_by == [None, None]}
-    if class_name == "StableDiffusionPipeline":
-        extra["safety_checker"] = None
+
+
+def from_folder(
+    name: str, index: Mapping[str, Any], dtype: torch.dtype, parts: Mapping[str, Any]
+) -> Any:
+    """The pipeline of a folder or a name, but for the parts that are there already."""
+    absent = {part: None for part, made_by in index.items() if made_by == [None, None]}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        absent |= {"safety_checker": None, "feature_extractor": None}
+    made_by = getattr(diffusers, index["_class_name"])
     try:
-        return getattr(diffusers, class_name).from_pretrained(name, dtype=dtype, **extra)
+        return made_by.from_pretrained(name, dtype=dtype, **{**absent, **parts})
     except (OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{name}: {first_line(error)}") from error
 
 
-def check_parts(folder: Path, index: Mapping[str, Any]) -> None:
-    """ValueError for a part of a local pipeline folder that has a config and no weights."""
+def lacking(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """The parts of a local pipeline folder that are not there, or have a config and no weights."""
     if not folder.is_dir():
-        return
-    kind = KINDS[index["_class_name"]]
-    for part, made_by in index.items():
-        if not isinstance(made_by, list | tuple) or made_by[0] is None or part == "safety_checker":
-            continue
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder / part} is missing: {source_of(kind)}")
-        is_model = (folder / part / "config.json").is_file()
-        if is_model and not any(any((folder / part).glob(p)) for p in ANYTHING):
-            raise ValueError(f"{folder / part} has no weights (.safetensors): {source_of(kind)}")
+        return []
+    parts = [
+        part
+        for part, made_by in index.items()
+        if isinstance(made_by, list | tuple) and made_by[0] and part not in UNUSED
+    ]
+    return [part for part in parts if not whole(folder / part)]
 
 
-def source_of(kind: Kind) -> str:
-    """Where such a model comes from, and how to say where a copy is."""
-    return (
-        f"the whole is {kind.source} on the hub, {kind.gigabytes} GB; "
-        "give the folder of a local copy with --model"
-    )
+def whole(part: Path) -> bool:
+    """Whether a part is there, with weights if it is a network."""
+    is_network = (part / "config.json").is_file()
+    return part.is_dir() and (not is_network or any(any(part.glob(p)) for p in WEIGHTS))
 
 
 # --- single files -------------------------------------------------------------------------
@@ -176,10 +207,8 @@ def single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> Any:
             f"folder with --model_config ({KINDS[found[0]].source} on the hub)"
         )
     try:
-        if found[0] == "StableDiffusionPipeline":
-            return sd_from_tensors(tensors, folder, dtype)
-        return from_single_file(found[0], path, folder, dtype, tensors)
-    except (OSError, RuntimeError, KeyError, AttributeError) as error:
+        return from_tensors(found[0], tensors, folder, dtype)
+    except (*BROKEN, AttributeError, SingleFileComponentError) as error:
         raise ValueError(f"{path} with the config of {folder}: {first_line(error)}") from error
 
 
@@ -220,49 +249,57 @@ class StandIn:
         pass
 
 
-def sd_from_tensors(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) -> Any:
-    """A StableDiffusionPipeline from tensors in the layout of its makers."""
-    parts: dict[str, Any] = {
-        "text_encoder": clip_from_tensors(tensors, Path(folder) / "text_encoder").to(dtype)
-    }
-    for part, made_by in (
-        ("unet", diffusers.UNet2DConditionModel),
-        ("vae", diffusers.AutoencoderKL),
-    ):
-        parts[part] = made_by.from_single_file(
-            dict(tensors), config=folder, subfolder=part, dtype=dtype
-        )
-    return diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, **parts, safety_checker=None, feature_extractor=None, dtype=dtype
-    )
-
-
-def clip_from_tensors(tensors: Mapping[str, Tensor], config: Path) -> CLIPTextModel:
-    """The text encoder among a checkpoint's tensors, under any transformers' names for them."""
-    model = CLIPTextModel(CLIPTextConfig.from_pretrained(config))
-    own = model.state_dict()
-    prefix = "text_model." if any(n.startswith("text_model.") for n in own) else ""
-    renamed = {
-        prefix + n.removeprefix(TEXT_PREFIX).removeprefix("text_model."): t
-        for n, t in tensors.items()
-        if n.startswith(TEXT_PREFIX)
-    }
-    model.load_state_dict({n: t for n, t in renamed.items() if not n.endswith("position_ids")})
-    return model.eval()
-
-
-def from_single_file(
-    class_name: str, path: Path, folder: str, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+def from_tensors(
+    class_name: str, tensors: dict[str, Tensor], folder: str, dtype: torch.dtype
 ) -> Any:
-    """An SD3 or FLUX pipeline, from a file and a folder with what it lacks; T5 may be neither."""
-    extra: dict[str, Any] = {}
-    in_file = any(n.startswith("text_encoders.t5") for n in tensors)
-    in_folder = any(any((Path(folder) / "text_encoder_3").glob(p)) for p in ANYTHING)
-    if class_name == "StableDiffusion3Pipeline" and not (in_file or in_folder):
-        extra = {"text_encoder_3": None, "tokenizer_3": None}
-    return getattr(diffusers, class_name).from_single_file(
-        str(path), config=folder, dtype=dtype, local_files_only=True, **extra
-    )
+    """A pipeline of a file's networks, and of a folder's where the file lacks them.
+
+    Of SD3, T5 may be in neither. Raises ValueError for another network that is in neither.
+    """
+    index = read_index(folder)
+    parts: dict[str, Any] = {}
+    for part, prefix in PREFIXES[class_name].items():
+        if index[part][0] and any(name.startswith(prefix) for name in tensors):
+            parts[part] = network(index[part], tensors, prefix, Path(folder) / part, dtype)
+    for part in lacking(Path(folder), index):
+        if part == "text_encoder_3" and part not in parts:
+            parts |= {part: None, "tokenizer_3": None}
+        elif part not in parts:
+            raise ValueError(f"neither the file nor {folder} has the weights of {part}")
+    return from_folder(folder, index, dtype, parts)
+
+
+def network(
+    made_by: Sequence[str],
+    tensors: dict[str, Tensor],
+    prefix: str,
+    config: Path,
+    dtype: torch.dtype,
+) -> Any:
+    """One network of a file's tensors with this prefix, by a (library, class) of an index."""
+    library_name, class_name = made_by
+    if library_name == "diffusers":
+        return getattr(diffusers, class_name).from_single_file(
+            dict(tensors), config=str(config.parent), subfolder=config.name, dtype=dtype
+        )
+    kind = getattr(transformers, class_name)
+    model = kind(kind.config_class.from_pretrained(config))
+    there = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    model.load_state_dict({n: own_tensor(n, t, there) for n, t in model.state_dict().items()})
+    return model.to(dtype).eval()
+
+
+def own_tensor(name: str, like: Tensor, there: Mapping[str, Tensor]) -> Tensor:
+    """A text encoder's tensor, under any of transformers' names for it; KeyError without one."""
+    bare = name.removeprefix("text_model.")
+    for known in (name, bare, f"text_model.{bare}"):
+        if known in there:
+            return there[known]
+    if name == "text_projection.weight":
+        return torch.eye(len(like))  # CLIP-L of SD3's files has none
+    if name == "encoder.embed_tokens.weight":
+        return there["shared.weight"]
+    raise KeyError(f"the file lacks {name}")
 
 
 def first_line(error: BaseException) -> str:

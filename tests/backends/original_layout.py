@@ -1,8 +1,9 @@
-"""A diffusers Stable Diffusion pipeline's tensors under the names of its makers' checkpoints."""
+"""The tensors of diffusers' pipelines under the names of their makers' checkpoints."""
 
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 RESNET = {
@@ -86,11 +87,67 @@ def original(pipe: Any) -> dict[str, Tensor]:
     layers = pipe.unet.config.layers_per_block
     for name, t in pipe.unet.state_dict().items():
         tensors[f"model.diffusion_model.{unet_name(name, layers)}"] = t
-    levels = len(pipe.vae.config.block_out_channels)
-    for name, t in pipe.vae.state_dict().items():
-        wide = t[:, :, None, None] if "attentions" in name and t.ndim == 2 else t
-        tensors[f"first_stage_model.{vae_name(name, levels)}"] = wide
+    tensors |= original_vae(pipe.vae)
     for name, t in pipe.text_encoder.state_dict().items():
         bare = name.removeprefix("text_model.")
         tensors[f"cond_stage_model.transformer.text_model.{bare}"] = t
     return {name: t.detach().clone().contiguous() for name, t in tensors.items()}
+
+
+SD3_TOP = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+}
+SD3_BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_QKV = {
+    "x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def original_sd3(transformer: Any) -> dict[str, Tensor]:
+    """The tensors of an SD3 transformer as a checkpoint of its makers has them."""
+    state, blocks = transformer.state_dict(), transformer.config.num_layers
+    tensors = {"pos_embed": state.pop("pos_embed.pos_embed")}
+    last = f"transformer_blocks.{blocks - 1}.norm1_context.linear"
+    for name in [n for n in state if n.startswith(("norm_out", last))]:
+        state[name] = torch.cat(state[name].chunk(2)[::-1])  # theirs is shift, scale
+    for i in range(blocks):
+        for block, names in SD3_QKV.items():
+            for kind in ("weight", "bias"):
+                parts = [state.pop(f"transformer_blocks.{i}.{n}.{kind}") for n in names]
+                tensors[f"joint_blocks.{i}.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    for name, t in state.items():
+        if name.startswith("transformer_blocks."):
+            _, i, rest = name.split(".", 2)
+            tensors[f"joint_blocks.{i}.{replaced(rest, SD3_BLOCK)}"] = t
+        else:
+            own = name.replace("norm_out.linear", "final_layer.adaLN_modulation.1")
+            tensors[replaced(own, SD3_TOP)] = t
+    return {f"model.diffusion_model.{n}": t.detach().clone() for n, t in tensors.items()}
+
+
+def original_vae(vae: Any) -> dict[str, Tensor]:
+    """The tensors of a VAE as they are in a checkpoint with a transformer."""
+    levels = len(vae.config.block_out_channels)
+    return {
+        f"first_stage_model.{vae_name(n, levels)}": (
+            t[:, :, None, None] if "attentions" in n and t.ndim == 2 else t
+        )
+        .detach()
+        .clone()
+        for n, t in vae.state_dict().items()
+    }

@@ -4,17 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import pytest
 import torch
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+
+diffusers: Any = pytest.importorskip("diffusers")
+transformers: Any = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "src" / "configs" / "stable-diffusion-v1-5"
@@ -39,16 +33,16 @@ def seeded(module: Any, seed: int = 0, std: float = 0.1) -> Any:
     return module.eval()
 
 
-def tokenizer() -> CLIPTokenizer:
+def tokenizer() -> Any:
     """CLIP's, with the bytes alone: their letters, the same at the end of a word, two marks."""
     whole = json.loads((CONFIG / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     vocab = {token: i for token, i in whole.items() if i < MARKS}
     vocab |= {"<|startoftext|>": MARKS, "<|endoftext|>": MARKS + 1}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def clip_config(width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def clip_config(width: int) -> Any:
+    return transformers.CLIPTextConfig(
         vocab_size=MARKS + 2,
         hidden_size=width,
         intermediate_size=2 * width,
@@ -61,15 +55,15 @@ def clip_config(width: int) -> CLIPTextConfig:
     )
 
 
-def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+def t5() -> tuple[Any, Any]:
     letters = "etaoinshrdlucmfwypvbgkqjxz"
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
     vocab += [(letter, -2.0) for letter in letters]
-    words = T5Tokenizer(vocab=vocab, extra_ids=0)
-    config = T5Config(
+    words = transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
+    config = transformers.T5Config(
         vocab_size=len(vocab), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2
     )
-    return seeded(T5EncoderModel(config), 7, 0.3), words
+    return seeded(transformers.T5EncoderModel(config), 7, 0.3), words
 
 
 def vae(channels: int, sides: int = 2, **options: Any) -> Any:
@@ -103,12 +97,12 @@ def sd(prediction: str = "epsilon") -> Any:
     )
     return diffusers.StableDiffusionPipeline(
         vae=vae(4, scaling_factor=0.5),
-        text_encoder=seeded(CLIPTextModel(clip_config(16)), 1, 0.3),
+        text_encoder=seeded(transformers.CLIPTextModel(clip_config(16)), 1, 0.3),
         tokenizer=tokenizer(),
         unet=seeded(unet),
         scheduler=diffusers.DDIMScheduler(**SD_SCHEDULER, prediction_type=prediction),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
 
@@ -159,12 +153,12 @@ def sd3(with_t5: bool = False, shift: float = 3.0, sample_size: int = 8) -> Any:
         transformer=seeded(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae(4, scaling_factor=1.5, shift_factor=0.06),
-        text_encoder=seeded(CLIPTextModelWithProjection(clip_config(16)), 1, 0.3),
+        text_encoder=seeded(transformers.CLIPTextModelWithProjection(clip_config(16)), 1, 0.3),
         tokenizer=tokenizer(),
-        text_encoder_2=seeded(CLIPTextModelWithProjection(clip_config(16)), 2, 0.3),
+        text_encoder_2=seeded(transformers.CLIPTextModelWithProjection(clip_config(16)), 2, 0.3),
         tokenizer_2=tokenizer(),
-        text_encoder_3=encoder,  # pyright: ignore[reportArgumentType]
-        tokenizer_3=words,  # pyright: ignore[reportArgumentType]
+        text_encoder_3=encoder,
+        tokenizer_3=words,
     )
 
 
@@ -188,7 +182,7 @@ def flux(guidance: bool = True) -> Any:
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
         ),
         vae=vae(4, scaling_factor=0.36, shift_factor=0.11),
-        text_encoder=seeded(CLIPTextModel(clip_config(16)), 1, 0.3),
+        text_encoder=seeded(transformers.CLIPTextModel(clip_config(16)), 1, 0.3),
         tokenizer=tokenizer(),
         text_encoder_2=encoder,
         tokenizer_2=words,

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from backends.pipelines import wrap
 from solvers.predictor import find_predictor, load_predictor
 from tests.backends import pipeline_twins as twins
 
+diffusers = twins.diffusers
 CPU = torch.device("cpu")
 TEXT = "a red fox"
 SIZE = {"height": 16, "width": 16}
