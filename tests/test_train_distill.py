@@ -113,7 +113,7 @@ def test_every_student_is_fitted_on_the_best_schedule(
     distill: Distill, tmp_path: Path, solver: str
 ) -> None:
     options = ["--total_kimg", "0.016", "--batch", "8", "--rounds", "2", "--fine_steps", "17"]
-    result = distill(*options, "--solver", solver)
+    result = distill(*options, "--solver", solver, "--try_schedules")
     assert result.exit_code == 0, result.output
     *fits, refined = untimed(tmp_path / "out")
     assert len(fits) == 3

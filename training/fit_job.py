@@ -19,7 +19,7 @@ ENOUGH = 256
 """Trajectories for the fit that a gradient starts from."""
 
 
-ROBUST = (4.0, 16.0)
+ROBUST = (16.0, 256.0)
 """Scales of a loss that stray samples steer little, before the plain one."""
 
 
@@ -92,7 +92,7 @@ class FitJob:
             student,
             theta,
             ends,
-            RefineOptions(rounds=self.task.config.rounds, reduce=self.summed, robust=robust),
+            RefineOptions(rounds=self.task.config.rounds or 0, reduce=self.summed, robust=robust),
             judges=[*ends, *self.task.judges],
             report=lambda _round, error: self.company.tell("rmse_train", error),
         )

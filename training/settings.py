@@ -16,11 +16,14 @@ DEFAULT_METHOD = "fit"
 """The one that measures best."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gradient": {"total_kimg": 10.0, "M": 3, "scale_dir": 0.05, "scale_time": 0.05},
-    "fit": {"total_kimg": 0.064, "learn_grid": True},
+    "fit": {"total_kimg": 0.032, "learn_grid": True, "rounds": 2},
     "fit+gradient": {"total_kimg": 2.0, "learn_grid": True, "lr": 0.01, "objective": "final"},
 }
-"""By method, of the options that were not given."""
-COMMON: dict[str, Any] = {"learn_grid": False, "lr": 0.2, "objective": "per-step"}
+"""By method, of the options that were not given. A fit is sized for two minutes on a CPU."""
+COMMON: dict[str, Any] = {
+    **{"learn_grid": False, "lr": 0.2, "objective": "per-step", "rounds": 6},
+    "try_schedules": False,
+}
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
 """The first is the usual one; a fit tries all of them."""
 
@@ -61,7 +64,7 @@ class Config:
     lr: float | None = None
     coslr: bool = True
     lbfgs: int = 0
-    rounds: int = 6
+    rounds: int | None = None
     learn_grid: bool | None = None
     try_schedules: bool | None = None
     robust: bool = False
@@ -138,11 +141,9 @@ def usual_grid(config: Config, is_flow: bool) -> dict[str, Any]:
     base, order = config.base
     schedule = config.schedule_type or ("flowmatch" if is_flow else VE_SCHEDULES[0])
     orders = SOLVERS[base].orders
-    free = config.method != "gradient" and config.schedule_type is None and config.M is None
     return {
         "schedule_type": schedule,
         "schedule_rho": {"polynomial": 7.0}.get(schedule, 1.0),
-        "try_schedules": free and not is_flow and config.schedule_rho is None,
         "afs": not is_flow and not config.multistep,
         "max_order": order or (SOLVERS[base].default_order if len(orders) > 1 else 3),
         "batch_gpu": config.batch,
@@ -184,6 +185,8 @@ def check_method(config: Config) -> None:
         one_of("distance", name, DISTANCES)
         if not config.uses_gradient and name != "l2":
             raise ValueError(f"fit minimises squares: --distance {name} needs a gradient method")
+    if config.try_schedules and (config.M is not None or config.schedule_type == "flowmatch"):
+        raise ValueError("try_schedules is for VE models, and has a teacher without M")
     if config.method == "gradient" and (config.learn_grid or config.try_schedules):
         raise ValueError("learn_grid needs a fit: a gradient does not reach the time grid")
     if config.learn_grid and config.objective != "final" and config.uses_gradient:

@@ -107,7 +107,8 @@ def test_the_order_in_a_name_is_the_order() -> None:
     assert settings(solver="epd-ipndm").max_order == 3
 
 
-def test_a_fit_tries_schedules_unless_one_is_given() -> None:
-    assert settings().schedules == ("time_uniform", "polynomial", "logsnr")
-    assert settings(schedule_type="logsnr").schedules == ("logsnr",)
-    assert settings(method="gradient").schedules == ("time_uniform",)
+def test_a_fit_tries_schedules_where_it_is_told_to() -> None:
+    assert settings().schedules == ("time_uniform",)
+    assert settings(try_schedules=True).schedules == ("time_uniform", "polynomial", "logsnr")
+    with pytest.raises(ValueError, match="without M"):
+        settings(try_schedules=True, M=3)
