@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import sample
+from tests.backends import pipeline_twins as twins
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,12 @@ def test_sample_takes_the_options(options: str, tmp_path: Path) -> None:
         at = words.index("--model") + 1
         size = 64 if "64" in words[at] else 32
         classes = 1000 if "imagenet" in words[at] else 0
-        words[at] = str(tiny_model(tmp_path, label_dim=classes, img_resolution=size))
+        by_text = "--prompt" in words
+        words[at] = str(
+            twins.saved(tmp_path, twins.sd())
+            if by_text
+            else tiny_model(tmp_path, label_dim=classes, img_resolution=size)
+        )
     result = CliRunner().invoke(sample.main, [*words, "--dry-run", "--device", "cpu"])
     assert result.exit_code == 0, result.output
 
