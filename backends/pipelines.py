@@ -5,6 +5,7 @@ This module and `drop_in` alone import diffusers; `load` imports it when a model
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,9 @@ def opened(name: str, dtype: torch.dtype) -> Any:
 def read_index(name: str) -> Mapping[str, Any]:
     """The model_index.json of a folder or a name; ValueError where there is none."""
     try:
-        return diffusers.DiffusionPipeline.load_config(name)
+        with warnings.catch_warnings():  # diffusers asks the hub in a way that it warns of
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
+            return diffusers.DiffusionPipeline.load_config(name)
     except OSError as error:
         if Path(name).is_dir():
             raise ValueError(f"{name}: {first_line(error)}") from error

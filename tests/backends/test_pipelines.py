@@ -414,7 +414,6 @@ def test_missing_weights_are_named_with_source_size_and_option(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
 def test_a_name_that_no_hub_gives_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"FLUX.1-dev.*33.7 GB.*--model") as error:
         load_backend("black-forest-labs/FLUX.1-dev")
