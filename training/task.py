@@ -16,7 +16,7 @@ from solvers import schedules
 from solvers.catalog import SolverOptions, make_solver
 from solvers.classic import Heun
 from solvers.epd import EPD
-from solvers.field import Field, Guided
+from solvers.field import Condition, Denoiser, Field, Guided
 from solvers.integrate import Solver
 from solvers.recipe import Recipe
 from src.seeds import randint, randn
@@ -46,6 +46,20 @@ class Task:
     def student(self) -> Student:
         """The usual one."""
         return self.students[0]
+
+
+@dataclass(frozen=True)
+class Polled:
+    """A denoiser that polls before a call; not within an update of Adam, which is whole or not."""
+
+    denoiser: Denoiser
+    poll: Callable[[], object]
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        """x [B, *] at sigma [B] -> x0 [B, *]."""
+        if not torch.is_grad_enabled():
+            self.poll()
+        return self.denoiser(x, sigma, cond)
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,8 @@ def source(config: Config, around: Surroundings, teacher: Teacher, stream: str) 
         noise = randn(
             seeds, backend.latent_shape, stream=stream, device=backend.device, dtype=dtype
         )
-        return Field(Guided(backend, config.guidance_rate), cond), noise * first
+        polled = Polled(Guided(backend, config.guidance_rate), around.poll)
+        return Field(polled, cond), noise * first
 
     return Source(start, teacher, key_of(config, around, teacher, stream), around.cache)
 
