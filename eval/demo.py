@@ -114,6 +114,8 @@ def main(images: int, outdir: Path, model: str, batch: int, device: torch.device
     ]
     theirs = predictors(backend, EXPS / MODEL)
     judge = Judge(load_features(device), load_reference(SHIPPED))
+    ways = len(ours) + len(theirs)
+    click.echo(f"Sampling {images} images with {ways} solvers and finely: a few minutes on a CPU.")
     result = compare(study, [*ours, *theirs], judge=judge)
     real = real_distance(judge, images)
     settings = {"model": model, "seeds": f"0-{images - 1}", "real_images": real}
@@ -125,7 +127,8 @@ def main(images: int, outdir: Path, model: str, batch: int, device: torch.device
         click.echo(f"As many real images (of the training set) score {real:.4g}: the floor.")
     if not theirs:
         click.echo(f"No learned predictor is in exps/{MODEL} yet, so that the epd row is empty.")
-    click.echo("Hand-made solvers on polynomial-7, heun with AFS; learned ones as distilled.")
+    grids = ", ".join(sorted({c.schedule for c in theirs})) or "time_uniform-1"
+    click.echo(f"Hand-made solvers are on polynomial-7, heun with AFS; learned ones on {grids}.")
     for name in ("grid.png", "results.png", "results.csv", "results.json"):
         click.echo(f"  {outdir / name}")
 

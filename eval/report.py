@@ -17,6 +17,7 @@ from src.files import write_atomically, write_text
 SIZE = (7.6, 6.0)  # inches a panel
 LABEL_GAP = 0.034  # of the panel's height, between the lines of labels
 ROOM = 1.06 / 1.44
+NARROW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8)
 LEADER = {"arrowstyle": "-", "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 1}
 MUTED = (
     *("#9bb8d3", "#f2b888", "#a7cfa0", "#e5a3a3", "#c5b0d5", "#c49c94"),
@@ -161,7 +162,8 @@ def finish(axes: Axes, calls: Sequence[int]) -> None:
     axes.set_xlim(first - 0.06 * span, last + 0.38 * span)  # the lines take ROOM of it
     axes.grid(True, which="both", color="0.92", lw=0.6)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else NARROW_TICKS))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
