@@ -96,14 +96,14 @@ class Settings:
 def main(
     ctx: click.Context, trajectory: bool, with_grid: bool, dry_run: bool, **options: Any
 ) -> None:
-    r"""Sample images and write one PNG a seed; images that are there already are kept.
+    """Sample images and write one PNG a seed; images that are there already are kept.
 
     \b
     python sample.py --predictor cifar10-5nfe --model edm-cifar10.pkl --seeds 0-63
     python sample.py --solver dpmpp-3 --num_steps 8 --class 7 --grid
     python sample.py --predictor sd15-best --model v1-5-pruned-emaonly.ckpt --prompt "a red fox"
     torchrun --nproc_per_node=2 sample.py --solver heun --num_steps 18 --seeds 0-999 --subdirs
-    """
+    """  # noqa: D301
     given = {
         n: v for n, v in options.items() if ctx.get_parameter_source(n) != ParameterSource.DEFAULT
     }

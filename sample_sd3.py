@@ -26,13 +26,13 @@ COMMON = Path(__file__).resolve().with_name("sample.py")
 @click.argument("others", nargs=-1, type=click.UNPROCESSED)
 @one_line_errors
 def main(others: tuple[str, ...], **options: Any) -> None:
-    r"""Sample images by text; OTHERS are options of sample.py (--prompt, --prompt-file, ...).
+    """Sample images by text; OTHERS are options of sample.py (--prompt, --prompt-file, ...).
 
     Unless --resolution is there, the predictor's own is taken.
 
     \b
     python sample_sd3.py --predictor sd3-1024-best --seeds 0-3 --prompt "a red fox in the snow"
-    """
+    """  # noqa: D301
     recipe = load_predictor(find_predictor(options["predictor"])).recipe
     arguments = [
         *("--predictor", options["predictor"]),

@@ -108,13 +108,13 @@ class Teacher(click.Choice):
 def main(
     ctx: click.Context, dry_run: bool, resume: str | None, outdir: Path | None, **options: Any
 ) -> None:
-    r"""Learn the table of a predictor and write it into a numbered folder of exps/.
+    """Learn the table of a predictor and write it into a numbered folder of exps/.
 
     \b
     python train_distill.py --num_steps 4 --num_points 2
     python train_distill.py --preset cifar10-5nfe --model edm-cifar10.pkl --features inception.pt
     torchrun --nproc_per_node=2 train_distill.py --method gradient --total_kimg 2
-    """
+    """  # noqa: D301
     given = {n for n in options if ctx.get_parameter_source(n) != ParameterSource.DEFAULT}
     path = run_folder(resume) if resume else None
     config = configured(options, given, path)

@@ -92,7 +92,7 @@ def real_distance(judge: Judge, count: int) -> float | None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--images", type=click.IntRange(20), default=80, help="Of every solver.")
+@click.option("--images", type=click.IntRange(20), default=60, help="Of every solver.")
 @click.option("--outdir", type=click.Path(path_type=Path), default="samples/demo")
 @click.option("--model", default=MODEL, help="Another model folder with the same reference.")
 @click.option("--batch", type=click.IntRange(1), default=20)
