@@ -111,6 +111,8 @@ def read_persistent(path: str | Path, *, foreign: Literal["refuse", "inert"] = "
 def one_line(error: Exception) -> str:
     """What went wrong, for people."""
     text = quoted(str(error), 300)
+    if text.startswith("at position "):
+        return f"this is no pickle of a predictor or a network ({text})"
     return text if type(error) is ValueError else f"the file is broken ({text})"
 
 
