@@ -16,7 +16,7 @@ from backends.load import load_backend
 from backends.methods import HandMade, predictor_method
 from solvers.predictor import find_predictor, load_predictor
 from src.images import to_bytes
-from src.options import Device, one_line_errors
+from src.options import Device, OneLineCommand, one_line_errors
 
 WHOLE = 64
 
@@ -55,7 +55,7 @@ def differences(
     return found
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--device", type=Device(), default="auto")
 @one_line_errors

@@ -24,7 +24,7 @@ from eval.report import aligned
 from solvers.field import Condition, Denoiser
 from solvers.predictor import find_predictor, load_predictor
 from src.files import write_json
-from src.options import Device, one_line_errors
+from src.options import Device, OneLineCommand, one_line_errors
 
 SOLVERS = ("euler", "ipndm-3", "dpmpp-3", "unipc-3")
 NUM_STEPS = 6
@@ -188,7 +188,7 @@ HEAD = (
 )
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--predictor", default=PREDICTOR, help="Any table: its figures do not matter here.")
 @click.option("--repeats", type=click.IntRange(3), default=40, help="Turns of each.")

@@ -31,7 +31,7 @@ from eval.machine import provenance
 from eval.measure import Fine, Judge, Score, Study, best, measure, solve_finely
 from solvers.catalog import make_solver
 from src.files import write_json
-from src.options import Device, DType, Number, SeedList, one_line_errors
+from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors
 
 CHOOSE_ON = 64
 MEANING = {
@@ -111,7 +111,7 @@ class Names(click.ParamType):
         return [part.strip() for part in value.split(",") if part.strip()]
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.argument("more", nargs=-1, metavar="[PREDICTOR]...")
 @click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--solvers", type=Names(), default=",".join(SOLVERS), help="Hand-made; '' for none.")

@@ -22,7 +22,7 @@ from eval.frechet import SHIPPED, load_reference
 from eval.measure import Judge, Study
 from eval.reference import real_images
 from src.files import read_json, write_atomically
-from src.options import Device, one_line_errors
+from src.options import Device, OneLineCommand, one_line_errors
 
 MODEL = "fashion-mnist-32"
 SOLVERS = ("euler", "ipndm-3", "dpmpp-3", "unipc-3", "heun")
@@ -91,7 +91,7 @@ def real_distance(judge: Judge, count: int) -> float | None:
     return None if images is None else judge.reference.distance(judge.see(images))
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--images", type=click.IntRange(20), default=60, help="Of every solver.")
 @click.option("--outdir", type=click.Path(path_type=Path), default="samples/demo")
 @click.option("--model", default=MODEL, help="Another model folder with the same reference.")

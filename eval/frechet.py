@@ -27,7 +27,7 @@ from tqdm import tqdm
 from eval.features import load_features
 from src.files import read_json, to_json, write_atomically
 from src.images import read_png
-from src.options import Device, one_line_errors
+from src.options import Device, OneLineCommand, one_line_errors
 
 SHIPPED = Path(__file__).resolve().parent.parent / "src/models/fashion-mnist-32/test-features.npz"
 INDEX = "samples.json"
@@ -197,7 +197,7 @@ def folder_moments(paths: list[Path], extract: Extractor) -> Moments:
     return all_moments(features())
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.argument("place", type=click.Path(path_type=Path, exists=True))
 @click.option("--reference", type=click.Path(path_type=Path), default=SHIPPED, help="An .npz.")
 @click.option("--device", type=Device(), default="auto")

@@ -20,7 +20,7 @@ from eval.features import ABOUT, PACKAGES, Features, load_features
 from eval.frechet import SHIPPED, Moments, Reference, all_moments, load_reference, save_reference
 from eval.machine import provenance
 from src.images import grid, read_png, save_png
-from src.options import one_line_errors
+from src.options import OneLineCommand, one_line_errors
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 PAD = 2
@@ -70,7 +70,7 @@ def real_distances(real: Tensor, reference: Reference) -> dict[str, float]:
     return {str(n): reference.distance(all_moments([real[:n]])) for n in counts}
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(path_type=Path), default=DATA, help="The IDX files.")
 @click.option("--outdir", type=click.Path(path_type=Path), default=SHIPPED.parent)
 @one_line_errors
