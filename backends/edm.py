@@ -30,6 +30,8 @@ from src.files import write_atomically, write_json
 __all__ = ["EDM", "build_edm", "class_condition", "load_edm", "save_edm", "save_edm_pickle"]
 
 FORMAT = 1
+CPU_LAYOUT = torch.channels_last
+"""Convolutions in float32 are about 1.5 times as fast in it on a CPU."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FREQS = "model.map_noise.freqs"
 OUTER = ("img_resolution", "img_channels", "label_dim", "use_fp16", "model_type")
@@ -152,7 +154,8 @@ def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDM:
     if not isinstance(arguments.get("use_fp16", False), bool):
         raise ValueError(f"use_fp16 must be true or false, not {arguments['use_fp16']!r}")
     model = build_unet(arguments["model_type"], inner)
-    return EDM(model, PRECONDS[class_name](**scalars), class_name, arguments).eval()
+    network = EDM(model, PRECONDS[class_name](**scalars), class_name, arguments).eval()
+    return network.to(memory_format=CPU_LAYOUT)
 
 
 def load_edm(
@@ -175,7 +178,9 @@ def load_edm(
         _fill(network, read.state)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    return network.cast(dtype).to(device).requires_grad_(False)
+    on_cpu = torch.device(device).type == "cpu"
+    layout = CPU_LAYOUT if on_cpu else torch.contiguous_format
+    return network.cast(dtype).to(device).to(memory_format=layout).requires_grad_(False)
 
 
 def _read_folder(folder: Path) -> Network:
