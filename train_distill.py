@@ -70,6 +70,7 @@ class Teacher(click.Choice):
 @click.option("--scale_dir", type=Number(0, 1), help="Reach of direction scales; fit: free.")
 @click.option("--scale_time", type=Number(0, 1), help="Reach of time scales; fit: free.")
 @click.option("--fcn", is_flag=True, help="No direction scale in the last interval.")
+@click.option("--known", default=0, help="Slopes already evaluated that join EPD's mixture.")
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
 @click.option("--prompts", "--prompt_path", help="A text file, one prompt a line.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")

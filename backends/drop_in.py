@@ -78,6 +78,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.learned = from_content(dict(predictor))
         if not isinstance(self.learned.table, Directions):
             raise ValueError("a stock pipeline steps by EPD alone: use parallel_pipeline")
+        if self.learned.table.history:
+            raise ValueError("a stock pipeline keeps no known slopes: use parallel_pipeline")
         self.timesteps = torch.zeros(0)
         self.interleaved: Interleaved | None = None
 

@@ -69,10 +69,10 @@ def known_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
 
 
 def combined(coefficients: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
-    """Sum of coefficient * slope over as many as both have, [B, 1, *]."""
-    known = torch.cat(slopes[: len(coefficients)], 1)
-    shape = (1, known.shape[1], *[1] * (known.ndim - 2))
-    return (coefficients[: known.shape[1]].reshape(shape) * known).sum(1, keepdim=True)
+    """Sum of coefficient [H] or [B, H] * slope over as many as both have, [B, 1, *]."""
+    known = torch.cat(slopes[: coefficients.shape[-1]], 1)
+    shape = (-1, known.shape[1], *[1] * (known.ndim - 2))
+    return (coefficients[..., : known.shape[1]].reshape(shape) * known).sum(1, keepdim=True)
 
 
 def placed(step: Step, slope: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:

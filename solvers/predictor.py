@@ -4,11 +4,11 @@ One format in two dresses, `.pkl` (read by `torch.load(weights_only=True)`) and 
 with float64 tables, so that converting back and forth changes no bit:
 
     {"format": "epd-predictor", "format_version": 1,
-     "table": {"r": [N, K], "weight": ..., "time_scale": ..., "dir_scale": ...},
+     "table": {"r": [N, K], "weight": ..., "time_scale": ..., "dir_scale": ..., "known": [N, H]},
      "recipe": {...}}
 
-The kind of table is the recipe's `solver`. `load_predictor` reads published files too. On the
-command line:
+The kind of table is the recipe's `solver`; `known` is there only where H is above 0.
+`load_predictor` reads published files too. On the command line:
 
     python -m solvers.predictor show cifar10-5nfe
     python -m solvers.predictor convert published.pkl ours.json
@@ -61,6 +61,8 @@ FORMAT = "epd-predictor"
 Table: TypeAlias = Directions | MultistepTable
 TABLES = {"epd": Directions, "epd-multistep": MultistepTable}
 """The class of table by the recipe's solver; its fields are the names in the file."""
+OF_KNOWN = ("a", "b", "known")
+"""Of these names are [N, H]; all others are [N, K]."""
 WEIGHT_TOLERANCE = 1e-4
 MAX_JSON = 64 << 20
 EXPS = Path(__file__).resolve().parent.parent / "exps"
@@ -132,9 +134,9 @@ def validate(predictor: Predictor) -> Predictor:
 
 
 def check_shape(name: str, values: Tensor, recipe: Recipe) -> None:
-    """ValueError unless [num_steps - 1, num_points], or 1 to 5 known slopes for a and b."""
+    """ValueError unless [num_steps - 1, num_points], or 1 to 5 known slopes for OF_KNOWN."""
     shape, found = [recipe.num_steps - 1, recipe.num_points], list(values.shape)
-    if name in ("a", "b"):
+    if name in OF_KNOWN:
         if len(found) != 2 or found[0] != shape[0] or not 1 <= found[1] <= 1 + MAX_SLOPES:
             wanted = f"[{shape[0]}, 1 to {1 + MAX_SLOPES}]"
             raise ValueError(f"{name} has the shape {found}: it must be {wanted}")
@@ -153,7 +155,8 @@ def check_shares(table: Directions) -> None:
 
 def named_tensors(table: Table) -> dict[str, Tensor]:
     """The tensors of a table by the names that files use."""
-    return {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    names = (f.name for f in dataclasses.fields(table))
+    return dict(zip(names, table.tensors(), strict=False))  # EPD's `known` may not be there
 
 
 # --- files --------------------------------------------------------------------------------
@@ -266,12 +269,13 @@ def from_content(content: Any) -> Predictor:
 def table_of(solver: str, tensors: Mapping[str, Any]) -> Table:
     """The table of that solver from tensors, or rows of numbers, by name."""
     one_of("solver", solver, tuple(TABLES))
-    wanted = [f.name for f in dataclasses.fields(TABLES[solver])]
-    missing, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    fields = dataclasses.fields(TABLES[solver])
+    wanted = [f.name for f in fields if f.default is dataclasses.MISSING]
+    missing, unknown = set(wanted) - set(tensors), set(tensors) - {f.name for f in fields}
     if missing or unknown:
         found = f"lacks {sorted(missing)}" if missing else f"has the unknown {sorted(unknown)}"
         raise ValueError(f"the table {found}: it has {', '.join(wanted)}")
-    return TABLES[solver](**{name: numbers(name, tensors[name]) for name in wanted})
+    return TABLES[solver](**{name: numbers(name, values) for name, values in tensors.items()})
 
 
 def numbers(name: str, values: Any) -> Tensor:
@@ -326,7 +330,7 @@ def described(predictor: Predictor) -> str:
     lines = [f"{name:18} {json.dumps(v)}" for name, v in settings.items() if v not in (None, {})]
     lines.append(f"{'nfe':18} {predictor.nfe} sequential, {predictor.evaluations} evaluations")
     tensors = named_tensors(predictor.table)
-    of_points = {n: t for n, t in tensors.items() if n not in ("a", "b")}
+    of_points = {n: t for n, t in tensors.items() if n not in OF_KNOWN}
     lines.append(f"\n{'interval':>8} {'point':>6}" + "".join(f"{n:>13}" for n in of_points))
     for n in range(predictor.recipe.num_steps - 1):
         for k in range(predictor.recipe.num_points):

@@ -73,8 +73,10 @@ def encode(
 
     Raises ValueError for a value that no finite parameter reaches, by its place: r of 0 or 1, a
     weight of 0 or weights that do not sum to 1, a scale at or beyond 1 -/+ its reach, or other
-    than 1 where it is off.
+    than 1 where it is off; and for known slopes, which the published solver does not have.
     """
+    if table.history:
+        raise ValueError(f"known slopes: the table has {table.history}, a published one has none")
     r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
     require("r", r, (r > 0) & (r < 1), "must lie inside (0, 1)")
     require("weight", weight, weight > 0, "must be above 0")

@@ -81,11 +81,11 @@ def distill(
     judges = source.batches("judge", judged, fine, grids)
     found = []
     for i, (schedule, plan) in enumerate(candidates.items()):
-        options = FitOptions(settings.points, settings.positions)
+        options = FitOptions(settings.points, settings.positions, known=settings.known)
         table = fit(plan, Views(learned, i), options)
         error = table_rmse(plan, table, Views(judges, i))
         report(f"fit {schedule}", error)
-        student = Student(plan, form_of(plan, settings.points), grid=plan.intervals > 1)
+        student = Student(plan, form_of(plan, settings), grid=plan.intervals > 1)
         found.append(Found(student, student.encode(table), schedule, error))
     finite = [each for each in found if math.isfinite(each.error)]
     if not finite:
@@ -143,11 +143,13 @@ def named(process: Process | str) -> Process:
     return process_named(process) if isinstance(process, str) else process
 
 
-def form_of(plan: Plan, points: int) -> Form:
+def form_of(plan: Plan, settings: Settings) -> Form:
     """How the table is written as free numbers."""
-    if plan.base is None:
-        return MultistepForm(plan.intervals, points, HISTORY)
-    return FreeForm(plan.intervals, points)
+    shape = plan.intervals, settings.points
+    if settings.base is None:
+        return MultistepForm(*shape, HISTORY)
+    calls = SOLVERS[parse_name(settings.base)[0]].calls
+    return FreeForm(*shape, history=settings.known, calls=calls, afs=plan.afs)
 
 
 def predictor_of(found: Found, process: Process, settings: Settings) -> Predictor:

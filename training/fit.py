@@ -7,13 +7,13 @@ batches and, by `reduce`, over ranks.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from solvers.epd import Directions
+from solvers.epd import NONE_KNOWN, Directions, evaluated
 from solvers.field import Field
 from solvers.integrate import Step
 from solvers.multistep import MultistepTable, combined, known_slopes, placed
@@ -57,7 +57,8 @@ def blank(plan: Plan, options: FitOptions) -> Table:
     n, k, h = plan.intervals, options.points, options.history
     one, flat = torch.ones(n, k, dtype=torch.float64), torch.zeros(n, h, dtype=torch.float64)
     if plan.base is not None:
-        return Directions(one / 2, one / k, one, one)
+        known = torch.zeros(n, options.known, dtype=torch.float64) if options.known else NONE_KNOWN
+        return Directions(one / 2, one / k, one, one, known)
     return MultistepTable(flat, one / 2, one / k, flat, one)
 
 
@@ -69,33 +70,62 @@ def put(tensors: Sequence[Tensor], n: int, row: Sequence[Tensor]) -> list[Tensor
     return copies
 
 
+Search = Callable[[Places, Tensor], tuple[Mix, Tensor]]
+"""(places, choices [n, K] of them) -> the best choice, and the known slopes' coefficients."""
+
+
+def searched(plan: Plan, options: FitOptions, search: Search) -> tuple[Chosen, Tensor]:
+    """The K points of an interval with their scales, and the known slopes' coefficients."""
+    k, scales = options.points, options.time_scales
+    places = even(plan, options.positions)
+    mix, known = search(places, subsets(len(places.r), k))
+    found = filled(mix, places, k)
+    if len(scales) > 1:
+        places = found.places.times(scales)
+        mix, known = search(places, one_of_each(k, len(scales)))
+        found = rescaled(mix, places, found)
+    return found, known
+
+
+def best_beside(normal: Normal, choices: Tensor, known: int) -> tuple[Mix, Tensor]:
+    """The best choice of columns beside the last `known` ones, which are always there."""
+    if not known:
+        return best_free(normal, choices), NONE_KNOWN
+    rest, held = torch.arange(len(normal.q)).tensor_split([-known])
+    mix = best_free(normal.without(held, rest), choices)
+    both = normal.take(torch.cat([torch.tensor(mix.columns), held])).solve()
+    return dataclasses.replace(mix, coefficients=both[:-known]), both[-known:]
+
+
+def padded(coefficients: Tensor, count: int) -> Tensor:
+    """The coefficients of `count` slopes, 0 for those that are not known yet."""
+    return torch.nn.functional.pad(coefficients, (0, count - len(coefficients)))
+
+
 # --- EPD ----------------------------------------------------------------------------------
 
 
 def epd_row(plan: Plan, look: partial[Tensor], options: FitOptions) -> tuple[Tensor, ...]:
-    """r, weight, time_scale and dir_scale [K] of the interval that `look` looks at."""
+    """r, weight, time_scale and dir_scale [K] of the interval that `look` looks at, known [H]."""
 
-    def search(places: Places, choices: Tensor) -> Mix:
-        visit = partial(look_epd, plan, places, options.points)
+    def search(places: Places, choices: Tensor) -> tuple[Mix, Tensor]:
+        visit = partial(look_epd, plan, places, options)
         normal = Normal.of(options.reduce(look(visit)))
         if options.scale_dir is None:
-            return best_free(normal, choices)
-        return best_shares(normal, choices, (1 - options.scale_dir, 1 + options.scale_dir))
+            return best_beside(normal, choices, len(normal.q) - len(places.r))
+        reach = 1 - options.scale_dir, 1 + options.scale_dir
+        return best_shares(normal, choices, reach), NONE_KNOWN
 
-    k, scales = options.points, options.time_scales
-    places = even(plan, options.positions)
-    found = filled(search(places, subsets(len(places.r), k)), places, k)
-    if len(scales) > 1:
-        places = found.places.times(scales)
-        found = rescaled(search(places, one_of_each(k, len(scales))), places, found)
+    found, known = searched(plan, options, search)
     weight, scale = as_shares(found.coefficients)
-    return found.places.r, weight, found.places.told, scale
+    row = found.places.r, weight, found.places.told, scale
+    return (*row, padded(known, options.known)) if options.known else row
 
 
 def look_epd(
-    plan: Plan, places: Places, k: int, field: Field, step: Step, target: Tensor
+    plan: Plan, places: Places, options: FitOptions, field: Field, step: Step, target: Tensor
 ) -> Tensor:
-    """Products of the directions that the base reaches, with the way to the target."""
+    """Products of the directions that the base reaches, known ones, and the way to the target."""
     base, now = plan.base, step.now
     assert base is not None
 
@@ -104,8 +134,9 @@ def look_epd(
         sigma = sigma.reshape(1, -1, *[1] * (now.x.ndim - 2))
         return base(field, dataclasses.replace(step, sigma_next=sigma)), sigma
 
-    d = places.ask(field, placing, now.x, k)
-    return gram([step.h * d, target.unsqueeze(1) - now.x])
+    d = places.ask(field, placing, now.x, options.points)
+    known = evaluated(step)[: options.known]
+    return gram([step.h * d, *(step.h * each for each in known), target.unsqueeze(1) - now.x])
 
 
 def as_shares(coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,23 +158,10 @@ def multistep_row(plan: Plan, look: partial[Tensor], options: FitOptions) -> tup
 
     def search(places: Places, choices: Tensor) -> tuple[Mix, Tensor]:
         products = look(Ahead(plan, a, places, options.points))
-        normal = Normal.of(options.reduce(products))
-        count = len(places.r)
-        rest, held = torch.arange(count), torch.arange(count, count + known)
-        mix = best_free(normal.without(held, rest), choices)
-        both = normal.take(torch.cat([torch.tensor(mix.columns), held])).solve()
-        return dataclasses.replace(mix, coefficients=both[:-known]), both[-known:]
+        return best_beside(Normal.of(options.reduce(products)), choices, known)
 
-    k, scales = options.points, options.time_scales
-    places = even(plan, options.positions)
-    mix, b = search(places, subsets(len(places.r), k))
-    found: Chosen = filled(mix, places, k)
-    if len(scales) > 1:
-        places = found.places.times(scales)
-        mix, b = search(places, one_of_each(k, len(scales)))
-        found = rescaled(mix, places, found)
-    empty = torch.zeros(options.history - known, dtype=torch.float64)
-    a, b = torch.cat([a, empty]), torch.cat([b, empty])
+    found, b = searched(plan, options, search)
+    a, b = padded(a, options.history), padded(b, options.history)
     return a, found.places.r, found.coefficients, b, found.places.told
 
 

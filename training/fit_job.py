@@ -75,6 +75,7 @@ class FitJob:
             points=config.num_points,
             scale_dir=config.scale_dir,
             time_scales=tuple(1 + reach * part for part in PARTS) if reach else (1.0,),
+            known=config.known,
             reduce=self.summed,
         )
         batches = self.trajectories

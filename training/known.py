@@ -18,6 +18,7 @@ from solvers.process import FLOW, Process
 from solvers.recipe import BASES, one_of
 from src.seeds import randn
 from training.distill import Batch, Plan, teacher_states
+from training.search import HISTORY
 
 Conditions = Callable[[Sequence[int]], Condition | None]
 """(numbers of samples) -> what the network is told of them, B rows."""
@@ -36,6 +37,7 @@ class Settings:
     nfe: int = 5  # sequential calls
     points: int = 2  # K
     solver: str = "epd-multistep"  # or epd, or epd-<base>, as epd-ipndm
+    known: int = 0  # of EPD: slopes already evaluated that join the mixture
     sigma_min: float | None = None  # None: 0.002 (ve), 0.001 (flow)
     sigma_max: float | None = None  # None: 80 (ve), 1 (flow)
     schedule: str | None = None  # None: the best of several; the levels are learned from there
@@ -57,6 +59,9 @@ class Settings:
                 raise ValueError(f"{name} {value} is out of range: 1 or more")
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} is out of range: 0 or more")
+        most = HISTORY if self.base else 0  # parallel multistep has them anyway
+        if not 0 <= self.known <= most:
+            raise ValueError(f"known {self.known} is out of range: 0 to {most} for {self.solver}")
         self.intervals(afs=False)
 
     @property

@@ -33,6 +33,7 @@ class FitOptions:
     scale_dir: float | None = None  # reach of the sum of an EPD step's weights; None is free
     time_scales: tuple[float, ...] = (1.0,)  # choices for the level that the network is told
     history: int = HISTORY  # H, of parallel multistep
+    known: int = 0  # H, of EPD
     reduce: Reduce = alone
 
     def __post_init__(self) -> None:
@@ -47,6 +48,10 @@ class FitOptions:
             raise ValueError(f"time_scales {self.time_scales} must be one or more factors above 0")
         if not 1 <= self.history <= HISTORY:
             raise ValueError(f"history {self.history} is out of range: 1 to {HISTORY}")
+        if not 0 <= self.known <= HISTORY:
+            raise ValueError(f"known {self.known} is out of range: 0 to {HISTORY}")
+        if self.known and reach is not None:
+            raise ValueError(f"known {self.known} needs free weights: leave out scale_dir {reach}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from solvers.catalog import SOLVERS, parse_name
 from solvers.recipe import BASES, Recipe, check_recipe
 from training.distances import NAMES as DISTANCES
 from training.gradient import OBJECTIVES
+from training.search import HISTORY
 
 METHODS = ("gradient", "fit", "fit+gradient")
 TEACHERS = ("heun", "dpm2", "euler", "ipndm", "dpmpp", "edm")
@@ -48,6 +49,7 @@ class Config:
     scale_dir: float | None = None
     scale_time: float | None = None
     fcn: bool = False
+    known: int = 0
     guidance_rate: float = 1.0
     prompts: str | None = None
     label: int | None = None
@@ -132,6 +134,7 @@ def resolved(config: Config, *, is_flow: bool) -> Config:
     config = dataclasses.replace(config, **{n: v for n, v in filled.items() if n not in given})
     check_student(config, is_flow)
     check_teacher(config)
+    check_known(config)
     check_method(config)
     return config
 
@@ -176,6 +179,17 @@ def check_teacher(config: Config) -> None:
     if config.every and calls <= student:
         said = f"{config.teacher} with M {config.M} makes {calls} calls an interval"
         raise ValueError(f"{said}, the student {student}: raise --M, the teacher must be finer")
+
+
+def check_known(config: Config) -> None:
+    """ValueError where known slopes cannot join the mixture."""
+    most = 0 if config.multistep else HISTORY  # parallel multistep has them anyway
+    if not 0 <= config.known <= most:
+        raise ValueError(
+            f"known {config.known} is out of range: 0 to {most} slopes join {config.solver}"
+        )
+    if config.known and (config.fcn or config.scale_dir is not None):
+        raise ValueError(f"known {config.known} needs free weights: no gradient, scale_dir or fcn")
 
 
 def check_method(config: Config) -> None:

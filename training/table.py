@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from solvers.epd import Directions
+from solvers.epd import NONE_KNOWN, Directions
 from solvers.multistep import MultistepTable
 
 T = TypeVar("T", Directions, MultistepTable)
@@ -48,6 +48,8 @@ class PublishedForm:
     fcn: bool = False
 
     def encode(self, table: Directions) -> Tensor:
+        if table.history:
+            raise ValueError(f"known slopes need free weights, and the table has {table.history}")
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
         parts = [logit(r), weight.clamp(min=LEAST_WEIGHT).log()]
         parts += [around_one_raw(time_scale, self.scale_time)] if self.scale_time else []
@@ -67,23 +69,46 @@ class PublishedForm:
 
 @dataclass(frozen=True)
 class FreeForm:
-    """EPD with weight * dir_scale a number of any sign, and a free time scale if asked."""
+    """EPD with weight * dir_scale a number of any sign, and a free time scale if asked.
+
+    With a `history` also its known slopes, those left out that are not known yet.
+    """
 
     intervals: int
     points: int
     time: bool = True
+    history: int = 0
+    calls: int = 1  # of the base, an interval
+    afs: bool = False
+
+    @property
+    def known(self) -> Tensor:
+        """Which of `known` [N, H] are used: an interval leaves 1 + calls K, 1 less with AFS."""
+        n = torch.arange(self.intervals)
+        count = 1 + n * (1 + self.calls * self.points) - self.afs * (n > 0)
+        return torch.arange(self.history) < count[:, None]
 
     def encode(self, table: Directions) -> Tensor:
-        r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
+        r, weight, time_scale, dir_scale, *known = (
+            t.detach().double().cpu() for t in table.tensors()
+        )
         parts = [logit(r), weight * dir_scale, *([time_scale.log()] if self.time else [])]
+        if self.history:
+            empty = torch.zeros(self.intervals, self.history, dtype=torch.float64)
+            parts.append((known[0] if known else empty)[self.known])
         return torch.cat([part.flatten() for part in parts])
 
     def decode(self, theta: Tensor) -> Directions:
+        known = NONE_KNOWN
+        if self.history:
+            used = self.known.to(theta.device)
+            theta, coefficients = theta.tensor_split([-int(used.sum())])
+            known = theta.new_zeros(used.shape).masked_scatter(used, coefficients)
         r, mix, *rest = theta.reshape(-1, self.intervals, self.points)
         size = mix.abs().sum(-1, keepdim=True).clamp(min=1e-12)
         scale = torch.where(mix < 0, -size, size)
         time_scale = rest[0].exp() if rest else torch.ones_like(r)
-        return Directions(r.sigmoid(), mix.abs() / size, time_scale, scale)
+        return Directions(r.sigmoid(), mix.abs() / size, time_scale, scale, known)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backends.base import Backend, NoiseLevels, Prompt
 from solvers import schedules
-from solvers.catalog import SolverOptions, make_solver
+from solvers.catalog import SOLVERS, SolverOptions, make_solver
 from solvers.classic import Heun
 from solvers.epd import EPD
 from solvers.field import Condition, Denoiser, Field, Guided
@@ -162,7 +162,8 @@ def form_of(config: Config) -> Form:
     if config.multistep:
         return MultistepForm(*shape, HISTORY, time=config.scale_time != 0)
     if config.scale_dir is None:
-        return FreeForm(*shape, time=config.scale_time != 0)
+        calls, afs = SOLVERS[config.base[0]].calls, bool(config.afs)
+        return FreeForm(*shape, config.scale_time != 0, config.known, calls, afs)
     return PublishedForm(*shape, config.scale_dir, config.scale_time or 0.0, config.fcn)
 
 
