@@ -4,7 +4,7 @@ A candidate's `nfe` is its number of sequential network calls an image.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,13 +92,23 @@ def learned(paths: Sequence[Path], backend: Backend) -> list[Candidate]:
     Two of one kind, K and number of calls are told apart by their files.
     """
     found = sorted((learned_one(path, backend) for path in paths), key=lambda c: (c.nfe, c.name))
+    return told_apart(told_apart(found, short_name), str)
+
+
+def told_apart(found: Sequence[Candidate], tell: Callable[[Path], str]) -> list[Candidate]:
+    """Those of one name and number of calls with what `tell` says of their files."""
     seen = Counter((c.name, c.nfe) for c in found)
     return [
-        replace(c, name=f"{c.name} ({Path(c.source or '').stem})")
+        replace(c, name=f"{c.name} ({tell(Path(c.source or ''))})")
         if seen[c.name, c.nfe] > 1
         else c
         for c in found
     ]
+
+
+def short_name(path: Path) -> str:
+    """The name of a predictor's file, or of the run's folder where it is "predictor"."""
+    return path.parent.name if path.stem == "predictor" else path.stem
 
 
 def learned_one(path: Path, backend: Backend) -> Candidate:

@@ -171,7 +171,9 @@ def main(  # noqa: PLR0913 - one parameter an option
     settings |= {"dtype": str(dtype), "reference": str(reference) if reference else None}
     write_results(outdir, result, study, settings)
     click.echo(report.table(result.scores))
-    click.echo(f"\n{report.pivot(result.scores)}\n\n{summary(study, result.fine)}")
+    parts = (report.pivot(result.scores), report.ratios(result.scores))
+    click.echo("".join(f"\n{part}\n" for part in parts if part))
+    click.echo(summary(study, result.fine))
     click.echo(f"results.csv, results.json and results.png are in {outdir}")
 
 

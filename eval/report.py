@@ -74,6 +74,35 @@ def pivot(scores: Sequence[Score], absent: Sequence[str] = ()) -> str:
     return aligned(rows)
 
 
+def ratios(scores: Sequence[Score]) -> str:
+    """By NFE: the best learned solver, the best of one point, the best hand-made, by RMSE.
+
+    A ratio is of the best learned one over the best hand-made. Rows are evaluations of the
+    network for an image. "" where a table has not both kinds.
+    """
+    head = ("NFE", "best learned", "rows", "best of K=1", "rows", "best hand-made", "rows")
+    lines: list[tuple[str, ...]] = []
+    for n in sorted({s.nfe for s in scores}):
+        there = [s for s in scores if s.nfe == n]
+        learned = lowest([s for s in there if s.source])
+        single = lowest([s for s in there if s.source and s.points == 1])
+        rival = lowest([s for s in there if not s.source])
+        if learned and rival:
+            cells = (c for best in (learned, single, rival) for c in named_error(best))
+            lines.append((str(n), *cells, f"{learned.rmse / rival.rmse:.3f}"))
+    return aligned([(*head, "learned / hand-made"), *lines]) if lines else ""
+
+
+def lowest(scores: Sequence[Score]) -> Score | None:
+    """The one with the least error, if there is any; what is no number comes last."""
+    return min(scores, key=lambda s: math.inf if math.isnan(s.rmse) else s.rmse, default=None)
+
+
+def named_error(score: Score | None) -> tuple[str, str]:
+    """A score's name with its error, and its rows; dashes for none."""
+    return (f"{score.name} {number(score.rmse)}", f"{score.rows:g}") if score else ("-", "-")
+
+
 def least(scores: Sequence[Score]) -> tuple[float, float | None]:
     """The least RMSE and the least Frechet distance."""
     distances = [s.frechet for s in scores if s.frechet is not None]

@@ -50,6 +50,8 @@ def test_the_command_leaves_csv_json_and_a_plot(model: Path, tmp_path: Path) -> 
         ]
     assert (tmp_path / "out/results.png").stat().st_size > 5000
     assert "epd K=3" in done.output
+    assert "learned / hand-made" in done.output
+    assert "learned / hand-made" in done.output
     assert "4 images. Fine solution: heun in 4 steps on polynomial-7 (8 calls)" in done.output
 
 
