@@ -18,7 +18,7 @@ from solvers.field import Field
 from solvers.integrate import Step
 from solvers.multistep import MultistepTable, combined, known_slopes, placed
 from training.distill import Batch, Plan, Table
-from training.grams import Mix, Normal, best_free, best_shares, gram, subsets
+from training.grams import RIDGE, Mix, Normal, best_free, best_shares, gram, subsets
 from training.search import (
     HISTORY,
     Chosen,
@@ -32,6 +32,9 @@ from training.search import (
 )
 
 __all__ = ["HISTORY", "FitOptions", "fit"]
+
+KNOWN_RIDGE = 1e-8
+"""For EPD's known slopes: what they add to its points lies in small differences."""
 
 
 @torch.no_grad()
@@ -87,13 +90,15 @@ def searched(plan: Plan, options: FitOptions, search: Search) -> tuple[Chosen, T
     return found, known
 
 
-def best_beside(normal: Normal, choices: Tensor, known: int) -> tuple[Mix, Tensor]:
+def best_beside(
+    normal: Normal, choices: Tensor, known: int, ridge: float = RIDGE
+) -> tuple[Mix, Tensor]:
     """The best choice of columns beside the last `known` ones, which are always there."""
     if not known:
-        return best_free(normal, choices), NONE_KNOWN
+        return best_free(normal, choices, ridge), NONE_KNOWN
     rest, held = torch.arange(len(normal.q)).tensor_split([-known])
-    mix = best_free(normal.without(held, rest), choices)
-    both = normal.take(torch.cat([torch.tensor(mix.columns), held])).solve()
+    mix = best_free(normal.without(held, rest, ridge), choices, ridge)
+    both = normal.take(torch.cat([torch.tensor(mix.columns), held])).solve(ridge)
     return dataclasses.replace(mix, coefficients=both[:-known]), both[-known:]
 
 
@@ -112,7 +117,8 @@ def epd_row(plan: Plan, look: partial[Tensor], options: FitOptions) -> tuple[Ten
         visit = partial(look_epd, plan, places, options)
         normal = Normal.of(options.reduce(look(visit)))
         if options.scale_dir is None:
-            return best_beside(normal, choices, len(normal.q) - len(places.r))
+            known = len(normal.q) - len(places.r)
+            return best_beside(normal, choices, known, KNOWN_RIDGE if known else RIDGE)
         reach = 1 - options.scale_dir, 1 + options.scale_dir
         return best_shares(normal, choices, reach), NONE_KNOWN
 

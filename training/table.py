@@ -85,7 +85,7 @@ class FreeForm:
     def known(self) -> Tensor:
         """Which of `known` [N, H] are used: an interval leaves 1 + calls K, 1 less with AFS."""
         n = torch.arange(self.intervals)
-        count = 1 + n * (1 + self.calls * self.points) - self.afs * (n > 0)
+        count = 1 + n * (1 + self.calls * self.points) - n.clamp(max=int(self.afs))
         return torch.arange(self.history) < count[:, None]
 
     def encode(self, table: Directions) -> Tensor:

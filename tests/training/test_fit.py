@@ -145,6 +145,32 @@ def test_no_graph_is_built_and_no_more_than_k_rows_are_asked_at_once(plan: Plan)
     assert max(rows) == 8 * 3
 
 
+@pytest.mark.parametrize("plan", [EPD_PLAN, replace(EPD_PLAN, afs=True, base=IPNDM(2))])
+@pytest.mark.parametrize("scales", [(1.0,), (0.9, 1.0, 1.1)])
+def test_known_slopes_lower_the_error_of_a_fit(plan: Plan, scales: tuple[float, ...]) -> None:
+    batch = data(96, 5)
+    plain, known = (
+        fit(plan, [batch], FitOptions(1, 17, time_scales=scales, known=count)) for count in (0, 3)
+    )
+    assert isinstance(known, Directions)
+    assert known.known.shape == (3, 3)
+    assert table_rmse(plan, known, [batch]) <= table_rmse(plan, plain, [batch])
+
+
+def test_a_fit_finds_the_coefficients_of_known_slopes() -> None:
+    r = torch.full((3, 1), 0.5, dtype=torch.float64)
+    one = torch.ones_like(r)
+    given = torch.tensor([[0.2, 0, 0], [-0.3, 0.1, 0.2], [0.4, -0.2, 0.1]], dtype=torch.float64)
+    batch = data(96, 6)
+    teacher = tuple(EPD_PLAN.states(Directions(r, one, one, one, given), batch))
+    batch = replace(batch, targets=teacher)
+    found = fit(EPD_PLAN, [batch], FitOptions(1, 33, known=3))
+    start = (teacher[-1] - batch.x).square().mean().sqrt().item()
+    assert isinstance(found, Directions)
+    assert found.known[0, 1:].tolist() == [0, 0]
+    assert table_rmse(EPD_PLAN, found, [batch]) < 1e-3 * start
+
+
 def test_time_scales_are_chosen_among_those_given() -> None:
     def told_wrong(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         return curved(x, sigma / 1.1, cond)
@@ -184,6 +210,8 @@ def test_latents_may_have_any_shape(plan: Plan, shape: tuple[int, ...]) -> None:
         ({"scale_dir": 2.0}, "scale_dir 2.0 is out of range"),
         ({"time_scales": (1.0, 0.0)}, "factors above 0"),
         ({"history": 6}, "history 6 is out of range"),
+        ({"known": 6}, "known 6 is out of range"),
+        ({"known": 1, "scale_dir": 0.05}, "known 1 needs free weights"),
     ],
 )
 def test_options_that_cannot_be_served_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers.classic import IPNDM, Euler
-from solvers.epd import Directions
+from solvers.classic import IPNDM, Euler, Heun
+from solvers.epd import Directions, evaluated
 from solvers.field import Condition, Field
+from solvers.integrate import Solver, Step
 from training.distill import Batch, Plan, Table, last_state, table_rmse
 from training.fit import HISTORY, FitOptions, fit
 from training.grams import gram
@@ -44,14 +45,21 @@ def data(count: int = 24, seed: int = 0) -> Batch:
 
 FORMS: list[tuple[Plan, Form]] = [
     (Plan(SIGMAS, base=Euler(), afs=True), FreeForm(N, K)),
+    (Plan(SIGMAS, base=Euler(), afs=True), FreeForm(N, K, history=4, afs=True)),
     (Plan(SIGMAS, base=IPNDM(2)), PublishedForm(N, K, 0.05, 0.2)),
     (Plan(SIGMAS), MultistepForm(N, K, HISTORY)),
 ]
 
 
+def plain(points: int) -> Directions:
+    one = torch.ones(N, points, dtype=torch.float64)
+    return Directions(one / 2, one / points, one, one)
+
+
 def greedy(plan: Plan, form: Form, batch: Batch) -> Table:
     reach = form.scale_dir if isinstance(form, PublishedForm) else None
-    return fit(plan, [batch], FitOptions(K, 9, reach))
+    known = form.history if isinstance(form, FreeForm) else 0
+    return fit(plan, [batch], FitOptions(K, 9, reach, known=known))
 
 
 @pytest.mark.parametrize(("plan", "form"), FORMS)
@@ -77,6 +85,48 @@ def test_weights_of_any_sign_survive_the_free_form() -> None:
 def test_multistep_leaves_out_slopes_that_are_not_known_yet() -> None:
     known = MultistepForm(4, 1, HISTORY).known
     assert known.sum(1).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("form", "counts"),
+    [
+        (FreeForm(4, 1, history=HISTORY), [1, 3, 5, 5]),
+        (FreeForm(4, 1, history=HISTORY, afs=True), [1, 2, 4, 5]),
+        (FreeForm(3, 1, history=HISTORY, calls=2), [1, 4, 5]),
+        (FreeForm(3, 2, history=2), [1, 2, 2]),
+    ],
+)
+def test_epd_leaves_out_slopes_that_are_not_known_yet(form: FreeForm, counts: list[int]) -> None:
+    assert form.known.sum(1).tolist() == counts
+
+
+def test_a_table_without_known_slopes_has_zeros_for_them() -> None:
+    form = FreeForm(N, K, history=2)
+    assert torch.equal(form.decode(form.encode(plain(K))).known, torch.zeros(N, 2).double())
+
+
+def test_the_published_form_refuses_known_slopes() -> None:
+    table = replace(plain(K), known=torch.ones(N, 1))
+    with pytest.raises(ValueError, match="known slopes need free weights"):
+        PublishedForm(N, K).encode(table)
+
+
+@pytest.mark.parametrize("base", [Euler(), Heun()], ids=repr)
+@pytest.mark.parametrize("afs", [False, True])
+def test_the_slopes_that_a_form_counts_are_those_that_a_step_knows(
+    base: Solver, afs: bool
+) -> None:
+    plan, x = Plan(SIGMAS, base=base, afs=afs), data(2).x
+    found: list[int] = []
+    form = FreeForm(N, 1, history=HISTORY, calls=2 if base == Heun() else 1, afs=afs)
+    solver = plan.solver(form.decode(form.encode(plain(1))), x)
+
+    def watching(field: Field, step: Step) -> Tensor:
+        found.append(len(evaluated(step)))
+        return solver(field, step)
+
+    list(plan.run(watching, Field(curved), x))
+    assert found == form.known.sum(1).tolist()
 
 
 def test_grids_survive_and_always_fall() -> None:
@@ -154,7 +204,7 @@ def test_refinement_never_worsens_what_it_is_judged_by() -> None:
 
 
 def test_ranks_sum_to_one_run() -> None:
-    plan, form = FORMS[2]
+    plan, form = FORMS[3]
     student, whole = Student(plan, form), data(16)
     halves = [
         replace(whole, x=whole.x[s], targets=tuple(t[s] for t in whole.targets))
