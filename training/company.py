@@ -59,12 +59,14 @@ class Job(Protocol):
 def my_parts(
     task: Task, company: Company, first: int, count: int, levels: tuple[float, ...] = ()
 ) -> Batches:
-    """The share of this rank in `count` trajectories from `first` on, batch_gpu at a time.
+    """The share of this rank in each batch of `count` trajectories from `first` on.
 
-    `levels` are those where targets are wanted, for a teacher that knows more.
+    It is cut into what fits at once. `levels` are those where targets are wanted, for a teacher
+    that knows more.
     """
-    mine = count // company.ranks
-    begin = first + company.rank * mine
-    size = check_batch(task.config, company.ranks)
-    batches = Batches(task.source, in_parts(range(begin, begin + mine), size))
+    batch, size = task.config.batch, check_batch(task.config, company.ranks)
+    mine = batch // company.ranks
+    starts = range(first + company.rank * mine, first + count, batch)
+    parts = [part for start in starts for part in in_parts(range(start, start + mine), size)]
+    batches = Batches(task.source, tuple(parts))
     return batches if task.config.every else batches.at(levels)

@@ -18,7 +18,8 @@ PARTS = (-0.9, -0.45, 0.0, 0.45, 0.9)
 ENOUGH = 256
 """Trajectories for the fit that a gradient starts from."""
 
-
+JACOBIAN_NUMBERS = 1 << 15
+"""Numbers at the ends of trajectories from which a round learns how the end moves."""
 ROBUST = (16.0, 256.0)
 """Scales of a loss that stray samples steer little, before the plain one."""
 
@@ -49,6 +50,13 @@ class FitJob:
         """The phases of each refinement."""
         config = self.task.config
         return ((), ROBUST)[: 1 + config.robust] if config.rounds else ()
+
+    @property
+    def per_round(self) -> int:
+        """The parts of whole batches that are enough for a Jacobian."""
+        numbers = self.task.config.batch * math.prod(self.trajectories[0].x.shape[1:])
+        parts = len(self.trajectories) * self.task.config.batch // self.count
+        return -(-JACOBIAN_NUMBERS // numbers) * parts
 
     @property
     def ticks(self) -> int:
@@ -93,7 +101,12 @@ class FitJob:
             student,
             theta,
             ends,
-            RefineOptions(rounds=self.task.config.rounds or 0, reduce=self.summed, robust=robust),
+            RefineOptions(
+                rounds=self.task.config.rounds or 0,
+                reduce=self.summed,
+                robust=robust,
+                per_round=self.per_round,
+            ),
             judges=[*ends, *self.task.judges],
             report=lambda _round, error: self.company.tell("rmse_train", error),
         )

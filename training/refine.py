@@ -7,7 +7,7 @@ only for what a number changes. The normal equations are small and sum over batc
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from training.memo import Memo
 from training.table import Form, grid_to_raw, raw_to_grid
 
 DAMPING = tuple(10.0**e for e in range(-6, 4))
+COARSE = range(0, len(DAMPING), 2)
 NUDGE = 1e-3
 REACH = 0.1
 """By how much of the distance to the target a nudge is to move the end."""
@@ -107,6 +108,7 @@ class RefineOptions:
     rounds: int = 6
     nudge: float = NUDGE  # of every number in the first round; later by what it does
     least_gain: float = 1e-3  # stop where a round gains less, as a share of the error
+    per_round: int | None = None  # batches in a round's Jacobian, taken in turn; None: all
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     robust: tuple[
         float, ...
@@ -179,9 +181,9 @@ class Search:
         scale = self.scale(theta, phase)
         best = self.error(theta, scale)
         nudge = torch.full_like(theta, self.options.nudge)
-        failed, window = False, range(len(DAMPING))
+        failed, window = False, COARSE
         for _ in range(rounds):
-            parts = (normal_products(self.student, theta, b, nudge, scale) for b in self.batches)
+            parts = (normal_products(self.student, theta, b, nudge, scale) for b in self.turn())
             products = self.options.reduce(sum(parts, torch.zeros(())))
             nudge = fitting_nudges(products)
             steps = steps_of(products)
@@ -192,14 +194,20 @@ class Search:
             if found < best:
                 gain, failed = 1 - found / best, False
                 theta, best = theta + steps[at], found
-                window = range(max(0, at - 2), min(len(DAMPING), at + 2))
+                window = range(max(0, at - 1), min(len(DAMPING), at + 2))
                 if gain < self.options.least_gain:
                     break
             elif failed:
                 break
             else:
-                failed, window = True, range(len(DAMPING))
+                failed, window = True, COARSE
         return theta
+
+    def turn(self) -> Iterator[Batch]:
+        """The batches of this round's Jacobian."""
+        count = min(self.options.per_round or len(self.batches), len(self.batches))
+        first = self.rounds * count
+        return (self.batches[(first + i) % len(self.batches)] for i in range(count))
 
 
 def fitting_nudges(products: Tensor) -> Tensor:
