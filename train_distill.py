@@ -13,17 +13,18 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
-from backends.base import SCHEDULES, Backend
-from backends.load import find_model, kind, load_backend
+from backends.base import SCHEDULES, Backend, ModelOptions
+from backends.load import family, find_model, load_backend
 from eval.features import load_features, prepared
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
 from src.files import to_json
 from src.options import DTYPES, Device, Number, OneLineCommand, one_line_errors
+from src.text import read_prompts
 from training.company import Company
 from training.distances import NAMES as DISTANCES
 from training.distances import Network, compose, load_network
-from training.folders import configured, new_folder, read_prompts, run_folder
+from training.folders import configured, new_folder, run_folder
 from training.gradient import OBJECTIVES
 from training.jobs import make_job
 from training.run import Folder, Stop, Stopped, agree, run, start_from
@@ -73,6 +74,9 @@ class Teacher(click.Choice):
 @click.option("--known", default=0, help="Slopes already evaluated that join EPD's mixture.")
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
 @click.option("--prompts", "--prompt_path", help="A text file, one prompt a line.")
+@click.option("--negative_prompt", help="What guidance leads away from.")
+@click.option("--resolution", type=COUNT, help="Of text-to-image models, in pixels.")
+@click.option("--model_config", help="Diffusers folder with what a single file lacks.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")
 @click.option("--total_kimg", type=Positive, help="Thousands of trajectories.")
 @click.option("--batch", type=COUNT, default=32, help="Over all processes.")
@@ -169,22 +173,28 @@ def surroundings(
     if config.preset and "model" not in given and config.model == Config.model:
         raise ValueError(f"preset {config.preset} needs its network: give --model PATH")
     path = find_model(config.model)
-    found = kind(path) if path.is_dir() else "edm"
-    if config.backend not in ("auto", found):
-        raise ValueError(f"backend {config.backend} is not that of {path}: it is {found}")
-    resolved(dataclasses.replace(config, backend=found), is_flow=is_flow(config))
+    resolved(config, is_flow=is_flow(config))
+    prompts = read_prompts(config.prompts) if config.prompts else ()
     cache = options["teacher_cache"]
     if cache:
         cache = Cache(cache, int(options["cache_gb"] * 1e9), partial(click.echo, err=True))
         cache.check()
-    backend = load_backend(str(path), device=device, dtype=DTYPES[config.dtype])
+    about = ModelOptions(
+        size=config.resolution and (config.resolution, config.resolution),
+        negative_prompt=config.negative_prompt,
+        config=config.model_config,
+    )
+    backend = load_backend(str(path), device=device, dtype=DTYPES[config.dtype], options=about)
+    found = family(backend)
+    if config.backend not in ("auto", found):
+        raise ValueError(f"backend {config.backend} is not that of {path}: it is {found}")
     flow = backend.levels.process.name == "flow"
     config = resolved(dataclasses.replace(config, backend=found), is_flow=flow)
     return config, Surroundings(
         backend,
         fingerprint=fingerprint(path) if cache else "",
         cache=cache,
-        prompts=read_prompts(config.prompts),
+        prompts=prompts,
         rank=ranks.rank(),
         ranks=ranks.world_size(),
     )

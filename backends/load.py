@@ -13,6 +13,11 @@ from src.files import read_json
 SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model_index.json"
+FAMILIES = {
+    **{"PixelBackend": "edm", "AnalyticBackend": "analytic", "LDMBackend": "ldm"},
+    **{"SD3Backend": "sd3", "FluxBackend": "flux"},
+}
+"""What predictors' recipes call each backend."""
 
 
 def shipped_models() -> list[str]:
@@ -62,6 +67,11 @@ def load_backend(
     if path.is_dir() and kind(path) == "analytic":
         return load_analytic(path, device)
     return load_pixels(path, device, dtype)
+
+
+def family(backend: Backend) -> str:
+    """What recipes call a backend: edm, analytic, ldm, sd3 or flux."""
+    return FAMILIES[type(backend).__name__]
 
 
 def is_single_file(path: Path) -> bool:

@@ -50,16 +50,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def read_prompts(path: str | None) -> tuple[str, ...]:
-    """The lines of a file; ValueError for one without any."""
-    if path is None:
-        return ()
-    prompts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
-    if not prompts:
-        raise ValueError(f"{path} has no prompts: one a line")
-    return prompts
-
-
 def run_folder(resume: str) -> Path:
     """The folder of the run to go on with; ValueError where there is none."""
     if resume == "latest":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from solvers.predictor import find_predictor, load_predictor
-from solvers.recipe import Recipe
+from solvers.recipe import FLOW_BACKENDS, Recipe
 from src.files import nearest
 
 EXPS = Path(__file__).resolve().parent.parent / "exps"
@@ -73,6 +73,7 @@ def options(recipe: Recipe) -> dict[str, Any]:
         "scale_time": recipe.scale_time,
         "fcn": recipe.fcn,
         "guidance_rate": recipe.guidance_rate,
+        "resolution": recipe.img_resolution if recipe.backend in FLOW_BACKENDS else None,
         "alpha": recipe.alpha,
         "distance": "l2",
         "last_distance": "inception" if pixels else "l2",

@@ -53,6 +53,9 @@ class Config:
     guidance_rate: float = 1.0
     prompts: str | None = None
     label: int | None = None
+    negative_prompt: str | None = None
+    resolution: int | None = None
+    model_config: str | None = None
     method: str = DEFAULT_METHOD
     objective: str | None = None
     distance: str = "l2"
@@ -130,6 +133,8 @@ def resolved(config: Config, *, is_flow: bool) -> Config:
     one_of("method", config.method, METHODS)
     filled = {**COMMON, **DEFAULTS[config.method], **usual_grid(config, is_flow)}
     filled["last_distance"] = config.distance
+    if config.multistep:
+        filled.pop("scale_dir", None)
     given = {n: v for n, v in dataclasses.asdict(config).items() if v is not None}
     config = dataclasses.replace(config, **{n: v for n, v in filled.items() if n not in given})
     check_student(config, is_flow)

@@ -4,6 +4,7 @@ Shapes: B samples, N intervals, * one latent, x [B, *].
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from solvers import schedules
 from solvers.catalog import SOLVERS, SolverOptions, make_solver
 from solvers.classic import Heun
 from solvers.epd import EPD
-from solvers.field import Condition, Denoiser, Field, Guided
+from solvers.field import Condition, Denoiser, Field
 from solvers.integrate import Solver
 from solvers.recipe import Recipe
 from src.seeds import randint, randn
@@ -91,14 +92,18 @@ def make_task(config: Config, around: Surroundings) -> Task:
     learned, judged, chosen = (f"{n}/{config.seed}" for n in ("distill", "validation", "judge"))
     form, grid = form_of(config), bool(config.learn_grid)
     parts = in_parts(range(around.rank, config.validation, around.ranks), config.batch)
+    validation = Batches(source(config, around, last, judged), parts)
+    fine = validation
+    if config.every or config.teacher != "heun":
+        fine = Batches(source(config, around, reference, judged), parts)
     judges = range(around.rank, max(config.batch, config.trajectories // 2), around.ranks)
     return Task(
         config,
         tuple(Student(plan, form, grid and plan.intervals > 1) for plan in plans),
         recipe_on(config, around.backend),
         source(config, around, teacher, learned),
-        Batches(source(config, around, last, judged), parts),
-        Batches(source(config, around, reference, judged), parts),
+        validation,
+        fine,
         Batches(source(config, around, reference, chosen), in_parts(judges, config.batch)),
     )
 
@@ -175,7 +180,7 @@ def recipe_on(config: Config, backend: Backend) -> Recipe:
     return dataclasses.replace(
         recipe_of(config),
         dataset_name=config.model.rstrip("/").rpartition("/")[2] or "unknown",
-        img_resolution=backend.latent_shape[-1] if len(backend.latent_shape) == 3 else None,
+        img_resolution=round(math.sqrt(math.prod(backend.image_size))),
         process=levels.process.name,
         sigma_min=levels.sigma_min,
         sigma_max=levels.sigma_max,
@@ -197,7 +202,7 @@ def source(config: Config, around: Surroundings, teacher: Teacher, stream: str) 
         noise = randn(
             seeds, backend.latent_shape, stream=stream, device=backend.device, dtype=dtype
         )
-        polled = Polled(Guided(backend, config.guidance_rate), around.poll)
+        polled = Polled(backend.guided(config.guidance_rate, cond), around.poll)
         return Field(polled, cond), noise * first
 
     return Source(start, teacher, key_of(config, around, teacher, stream), around.cache)
@@ -220,11 +225,12 @@ def key_of(config: Config, around: Surroundings, teacher: Teacher, stream: str) 
         "class": config.label,
         "prompts": list(around.prompts),
         "guidance_rate": config.guidance_rate,
+        "negative_prompt": config.negative_prompt,
+        "shape": list(around.backend.latent_shape),
     }
 
 
 def check_guidance(config: Config, around: Surroundings) -> None:
     """ValueError for classes or prompts that the model does not take, or guidance without."""
     cond = around.backend.encode([prompt_of(config, around, 0)])
-    if config.guidance_rate != 1 and (cond is None or cond.null is None):
-        raise ValueError(f"guidance_rate {config.guidance_rate} needs prompts or classes")
+    around.backend.guided(config.guidance_rate, cond)

@@ -111,6 +111,16 @@ def test_the_order_in_a_name_is_the_order() -> None:
     assert settings(solver="epd-ipndm").max_order == 3
 
 
+def test_a_gradient_serves_parallel_multistep_as_well() -> None:
+    config = settings(solver="epd-multistep", method="gradient")
+    assert config.scale_dir is None
+
+
+def test_a_preset_knows_the_size_of_a_text_to_image_model() -> None:
+    assert preset("sd3-512-best")["resolution"] == 512
+    assert preset("cifar10-5nfe")["resolution"] is None
+
+
 def test_a_fit_tries_schedules_where_it_is_told_to() -> None:
     assert settings().schedules == ("time_uniform",)
     assert settings(try_schedules=True).schedules == ("time_uniform", "polynomial", "logsnr")
