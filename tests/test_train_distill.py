@@ -123,6 +123,19 @@ def test_every_student_is_fitted_on_the_best_schedule(
     assert recipe.solver == ("epd-multistep" if solver == "epd-multistep" else "epd")
 
 
+@pytest.mark.parametrize("method", ["fit", "fit+gradient"])
+def test_known_slopes_join_the_mixture_where_they_are_asked_for(
+    distill: Distill, tmp_path: Path, method: str
+) -> None:
+    options = [*FIT, "--fine_steps", "9", "--method", method]
+    result = distill(*options, "--known", "3")
+    assert result.exit_code == 0, result.output
+    *_, known = table(tmp_path / "out")
+    assert known.shape == (3, 3)
+    assert (known != 0).sum(1).tolist() == [1, 3, 3]
+    assert load_predictor(tmp_path / "out" / "predictor.pkl").nfe == 5
+
+
 def test_fit_and_gradient_follow_each_other(distill: Distill, tmp_path: Path) -> None:
     options = [*FIT, "--method", "fit+gradient", "--fine_steps", "9"]
     assert distill(*options).exit_code == 0
@@ -208,6 +221,8 @@ def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
         (["--preset", "cifar10-5nf"], "cifar10-5nfe"),
         (["--preset", "cifar10-5nfe"], "num_steps"),
         (["--teacher", "hein"], "heun"),
+        (["--known", "6"], "0 to 5"),
+        (["--known", "1", "--method", "gradient"], "free weights"),
         (["--solver", "epd-unipc"], "unipc"),
         (["--schedule_type", "flowmatch"], "VE"),
         (["--schedule_type", "discrete"], "discrete"),

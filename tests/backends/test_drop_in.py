@@ -1,5 +1,6 @@
 """EPD in stock pipelines gives the pictures of our own sampler."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from backends.drop_in import EPDScheduler, parallel_pipeline
 from backends.generate import Job, generate
 from backends.methods import predictor_method
 from backends.pipelines import wrap
+from solvers.epd import Directions
 from solvers.predictor import find_predictor, load_predictor
 from tests.backends import pipeline_twins as twins
 
@@ -135,6 +137,14 @@ def test_a_parallel_pipeline_checks_the_resolution() -> None:
 def test_a_predictor_of_no_published_model_needs_a_scheduler() -> None:
     with pytest.raises(ValueError, match="needs like="):
         EPDScheduler.from_predictor("cifar10-5nfe")
+
+
+def test_a_stock_pipeline_refuses_known_slopes() -> None:
+    learned = load_predictor(find_predictor("sd15-best"))
+    assert isinstance(learned.table, Directions)
+    table = replace(learned.table, known=torch.ones(len(learned.table.r), 1))
+    with pytest.raises(ValueError, match="keeps no known slopes"):
+        EPDScheduler.from_predictor(replace(learned, table=table))
 
 
 def test_a_call_before_the_timesteps_is_refused() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.classic import DPM2, IPNDM, Euler
+from solvers.epd import Directions
 from solvers.exponential import DPMpp
 from solvers.field import Condition, Field
 from solvers.integrate import integrate
@@ -63,6 +64,13 @@ def test_it_beats_hand_made_solvers_at_equal_calls(solver: str, shape: tuple[int
         errors.append((end - fine).square().mean().sqrt().item())
     ours = sample(predictor, clusters, noise(48, *shape))
     assert (ours - fine).square().mean().sqrt().item() < 0.6 * min(errors)
+
+
+def test_epd_takes_the_slopes_that_it_has_where_it_is_told_to() -> None:
+    settings = replace(SMALL, nfe=3, solver="epd", known=2)
+    table = distill(clusters, "ve", shape=(6,), settings=settings).table
+    assert isinstance(table, Directions)
+    assert (table.known != 0).tolist() == [[True, False], [True, True]]
 
 
 def test_flow_matching_is_a_process_like_the_other() -> None:
@@ -129,6 +137,8 @@ def test_a_network_is_never_asked_for_a_gradient() -> None:
         ({"solver": "multistep"}, "unknown solver 'multistep'"),
         ({"solver": "epd-unipc"}, "unknown base 'unipc'"),
         ({"solver": "epd-heun", "nfe": 4}, "epd-heun cannot make 4 calls"),
+        ({"known": 1}, "known 1 is out of range: 0 to 0 for epd-multistep"),
+        ({"known": 6, "solver": "epd"}, "known 6 is out of range: 0 to 5"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"guidance_rate": 2.0}, "guidance_rate 2.0 needs conditions"),
     ],
