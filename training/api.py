@@ -27,7 +27,7 @@ from solvers.recipe import Recipe
 from training.distill import Plan, Table, table_rmse
 from training.fit import HISTORY, FitOptions, fit
 from training.known import Conditions, Settings, Source, Views, counts, fine_grid, plans
-from training.refine import RefineOptions, Student, gauss_newton
+from training.refine import RefineOptions, Student, enough, gauss_newton
 from training.table import Form, FreeForm, MultistepForm
 
 ROBUST = (16.0, 256.0)
@@ -104,7 +104,7 @@ def refined(start: Found, ends: tuple[Views, Views], settings: Settings, report:
             start.student,
             start.theta,
             batches,
-            RefineOptions(rounds=settings.rounds, robust=robust),
+            RefineOptions(rounds=settings.rounds, robust=robust, per_round=enough(batches)),
             judges=Views([*batches.known, *judges.known], 0),
         )
         plan, table = start.student.decode(theta)

@@ -9,7 +9,7 @@ from torch import Tensor
 from training.company import Company, my_parts
 from training.distill import Plan, Table
 from training.fit import FitOptions, fit
-from training.refine import RefineOptions, gauss_newton, squared_error
+from training.refine import RefineOptions, enough, gauss_newton, squared_error
 from training.task import Task
 from training.teacher import Batches
 
@@ -18,8 +18,6 @@ PARTS = (-0.9, -0.45, 0.0, 0.45, 0.9)
 ENOUGH = 256
 """Trajectories for the fit that a gradient starts from."""
 
-JACOBIAN_NUMBERS = 1 << 15
-"""Numbers at the ends of trajectories from which a round learns how the end moves."""
 ROBUST = (16.0, 256.0)
 """Scales of a loss that stray samples steer little, before the plain one."""
 
@@ -53,10 +51,10 @@ class FitJob:
 
     @property
     def per_round(self) -> int:
-        """The parts of whole batches that are enough for a Jacobian."""
-        numbers = self.task.config.batch * math.prod(self.trajectories[0].x.shape[1:])
+        """Parts of whole batches, alike on any number of ranks, that a Jacobian needs."""
         parts = len(self.trajectories) * self.task.config.batch // self.count
-        return -(-JACOBIAN_NUMBERS // numbers) * parts
+        needed = -(-enough(self.trajectories) // self.company.ranks)
+        return -(-needed // parts) * parts
 
     @property
     def ticks(self) -> int:

@@ -21,6 +21,8 @@ from training.table import Form, grid_to_raw, raw_to_grid
 DAMPING = tuple(10.0**e for e in range(-6, 4))
 COARSE = range(0, len(DAMPING), 2)
 NUDGE = 1e-3
+JACOBIAN_NUMBERS = 1 << 15
+"""Numbers at the ends of trajectories from which a round learns how the end moves."""
 REACH = 0.1
 """By how much of the distance to the target a nudge is to move the end."""
 
@@ -208,6 +210,11 @@ class Search:
         count = min(self.options.per_round or len(self.batches), len(self.batches))
         first = self.rounds * count
         return (self.batches[(first + i) % len(self.batches)] for i in range(count))
+
+
+def enough(batches: Sequence[Batch]) -> int:
+    """How many batches a round's Jacobian needs."""
+    return -(-JACOBIAN_NUMBERS // batches[0].x.numel())
 
 
 def fitting_nudges(products: Tensor) -> Tensor:
