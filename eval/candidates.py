@@ -12,6 +12,7 @@ from backends.base import Backend, NoiseLevels
 from backends.generate import Method
 from backends.methods import HandMade, check_fit, predictor_method, sequential_calls
 from solvers.catalog import num_steps_for
+from solvers.epd import Directions
 from solvers.predictor import find_predictor, load_predictor
 
 SOLVERS = (
@@ -112,13 +113,17 @@ def short_name(path: Path) -> str:
 
 
 def learned_one(path: Path, backend: Backend) -> Candidate:
-    """One predictor, named by its kind, base and K: "epd K=2", "epd-ipndm K=2"."""
+    """One predictor, named by its kind, base and K: "epd K=2", "epd-ipndm K=2".
+
+    "+known" where slopes that are known anyway join the mixture.
+    """
     predictor = load_predictor(path)
-    recipe = predictor.recipe
+    recipe, table = predictor.recipe, predictor.table
     check_fit(recipe, backend)
     kind = recipe.solver if recipe.base == "euler" else f"{recipe.solver}-{recipe.base}"
+    known = "+known" if isinstance(table, Directions) and table.history else ""
     return Candidate(
-        f"{kind} K={recipe.num_points}",
+        f"{kind}{known} K={recipe.num_points}",
         predictor_method(predictor, backend.levels),
         schedule_label(recipe.schedule_type, recipe.schedule_rho),
         recipe.num_points,

@@ -177,11 +177,11 @@ def main(  # noqa: PLR0913 - one parameter an option
     click.echo(f"results.csv, results.json and results.png are in {outdir}")
 
 
-def counts(texts: Sequence[str]) -> list[int]:
-    """Numbers of calls; ValueError for what is none."""
+def counts(texts: Sequence[str], option: str = "nfe") -> list[int]:
+    """Numbers above 0 of an option; ValueError for what is none."""
     for text in texts:
         if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"--nfe {text!r} is no number of calls: write, say, 3,5,7,9")
+            raise ValueError(f"--{option} {text!r} is no number from 1 on: write, say, 1,3,5")
     return [int(text) for text in texts]
 
 

@@ -1,8 +1,11 @@
 """An exact backend, a study on it, and a cheap stand-in for the feature network."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from backends.analytic import AnalyticBackend, Mixture
@@ -11,7 +14,11 @@ from backends.generate import Job
 from eval.candidates import fine_solution
 from eval.frechet import Reference
 from eval.measure import Judge, Study
+from eval.scripts import last_line
+from sample import main as sample
 from solvers.process import FLOW, VE
+from src.files import write_json
+from train_distill import main as distil
 
 FEATURES = 5
 
@@ -61,3 +68,20 @@ def reference() -> Reference:
 def judge() -> Judge:
     """Distances by the cheap features."""
     return Judge(cheap_features, reference())
+
+
+def save_mixture(folder: Path) -> Path:
+    """The mixture as a model's folder."""
+    m = mixture()
+    about = {"backend": "analytic", "process": "ve", "shape": list(m.means.shape[1:])}
+    about |= {"means": m.means.flatten(1).tolist(), "std": m.std.tolist()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {**about, "weight": m.weight.tolist()})
+    return folder
+
+
+def here(script: str, options: Sequence[str]) -> None:
+    """A command of the root in this process; ValueError with its last line where it fails."""
+    done = CliRunner().invoke({"train_distill.py": distil, "sample.py": sample}[script], options)
+    if done.exit_code:
+        raise ValueError(last_line(done.output))

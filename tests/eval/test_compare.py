@@ -92,7 +92,7 @@ def test_each_solver_takes_its_best_schedule() -> None:
     [
         (("--schedules", "polynominal"), "unknown schedule"),
         (("--solvers", "eulr"), "did you mean euler"),
-        (("--nfe", "3,x"), "'x' is no number of calls"),
+        (("--nfe", "3,x"), "'x' is no number from 1 on"),
         (("--solvers", "", "--nfe", "3"), "nothing to compare"),
         (("--predictor", "none/*.pkl"), "no predictor is named"),
         (("--predictor", "cifar10-3nfe"), "32 pixels"),

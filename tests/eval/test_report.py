@@ -77,33 +77,6 @@ def test_an_error_that_is_no_number_is_never_the_best() -> None:
     assert line.split()[-1] == "0.200"
 
 
-def test_the_ratios_name_the_best_of_each_kind_and_what_it_evaluates() -> None:
-    single = replace(score("epd K=1", 3, 0.25), source="y.pkl", rows=2.0)
-    worse = replace(score("epd K=3", 3, 0.3), source="z.pkl", points=3, rows=9.0)
-    double = replace(SCORES[2], points=2, rows=5.0)
-    rival = score("ipndm", 3, 0.4)
-    head, _, line = ratios([*SCORES[:2], rival, single, double, worse]).splitlines()
-    assert head.split()[-3:] == ["learned", "/", "hand-made"]
-    assert line.split() == [
-        *("3", "epd", "K=2", "0.1000", "5", "epd", "K=1", "0.2500", "2", "ipndm", "0.4000", "3"),
-        "0.250",
-    ]
-
-
-def test_there_is_no_ratio_of_one_kind_alone() -> None:
-    assert ratios(SCORES[:2]) == ratios(SCORES[2:]) == ratios([]) == ""
-
-
-def test_without_a_learned_solver_of_one_point_its_place_has_a_dash() -> None:
-    (*_, line) = ratios([SCORES[0], replace(SCORES[2], points=2)]).splitlines()
-    assert line.split()[5:7] == ["-", "-"]
-
-
-def test_an_error_that_is_no_number_is_never_the_best() -> None:
-    (*_, line) = ratios([score("euler", 3, float("nan")), *SCORES]).splitlines()[:3]
-    assert line.split()[-1] == "0.200"
-
-
 def test_what_was_not_measured_is_a_dash() -> None:
     assert number(None) == "-"
     assert pivot([score("euler", 3, 0.5)]).splitlines()[-1].split() == ["euler", "0.5000*", "-"]
