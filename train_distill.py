@@ -27,7 +27,7 @@ from training.distances import Network, compose, load_network
 from training.folders import configured, new_folder, run_folder
 from training.gradient import OBJECTIVES
 from training.jobs import make_job
-from training.run import Folder, Stop, Stopped, agree, run, start_from
+from training.run import Folder, run, start_from
 from training.settings import (
     BACKENDS,
     METHODS,
@@ -37,6 +37,7 @@ from training.settings import (
     check_batch,
     resolved,
 )
+from training.stop import Stop, Stopped
 from training.task import Surroundings, make_task
 from training.teacher import Cache, fingerprint
 
@@ -130,7 +131,7 @@ def main(
     device = torch.device("cpu") if dry_run else ranks.init(options["device"])
     config, around = surroundings(config, given, options, device)
     stop = Stop()
-    around = dataclasses.replace(around, poll=stop.poll if around.ranks == 1 else lambda: None)
+    around = dataclasses.replace(around, poll=stop.poll)
     task = make_task(config, around)
     network = network_of(config, around.backend)
     silent = dry_run or not ranks.is_first()
@@ -139,7 +140,7 @@ def main(
         ranks=around.ranks,
         rank=around.rank,
         reduce=ranks.all_reduce_sum,
-        agree=partial(agree, stop),
+        agree=stop.agree,
         tell=partial(tell, bar),
         network=network,
     )

@@ -71,6 +71,8 @@ def distill(
     Raises ValueError for settings that cannot be served, and for a network that gives NaN.
     """
     settings, process = settings or Settings(), named(process)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape {tuple(shape)} is of no latent: give its sizes, as (4, 64, 64)")
     fine = fine_grid(settings, process)
     candidates = plans(settings, process)
     guided = Guided(denoiser, settings.guidance_rate)

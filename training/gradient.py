@@ -5,6 +5,7 @@ parts (gradient accumulation) and be shared by ranks: gradients are summed over 
 changes what is learned.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -190,9 +191,11 @@ class Learner:
     def judge(self, batches: Sequence[Batch]) -> float:
         """The error of what is learned so far on other batches; the best ever is kept.
 
-        Both the numbers and their moving average stand for election.
+        The numbers and their moving average stand for election, and first of all the start.
         """
         now = self.theta.detach()
+        if self.error == math.inf:
+            self.error = self.error_of(self.best, batches)
         errors = [self.error_of(now, batches), self.error_of(self.ema, batches)]
         for candidate, error in zip((now, self.ema), errors, strict=True):
             if error < self.error:
@@ -211,7 +214,7 @@ class Learner:
             "theta": self.theta.detach().clone(),
             "ema": self.ema.clone(),
             "best": self.best.clone(),
-            "adam": self.adam.state_dict(),
+            "adam": copy.deepcopy(self.adam.state_dict()),
             **{name: getattr(self, name) for name in ("seen", "updates", "skipped", "error")},
         }
 

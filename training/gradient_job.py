@@ -15,6 +15,7 @@ from training.distill import Distance, Plan, Table
 from training.fit import HISTORY
 from training.gradient import GradientOptions, Learner, checkpointed
 from training.lbfgs import LBFGSOptions, lbfgs
+from training.stop import Stopped
 from training.table import PublishedForm
 from training.task import Task
 
@@ -55,7 +56,7 @@ class GradientJob:
             objective=config.objective,  # pyright: ignore[reportArgumentType]
             distance=self.named(config.distance),
             last=self.named(config.last_distance or config.distance),
-            reduce=self.company.reduce,
+            reduce=self.summed,
         )
         student = dataclasses.replace(self.task.student, grid=False)
         self.learner = Learner(student, options, config.trajectories, self.theta)
@@ -86,7 +87,6 @@ class GradientJob:
             return self.whole_set()
         until = min((index + 1) * self.size, self.task.config.trajectories)
         while self.learner.seen < until:
-            self.company.agree()
             self.one_batch()
         self.learner.judge(self.task.reference)
         good = [loss for loss in self.losses if math.isfinite(loss)]
@@ -96,7 +96,7 @@ class GradientJob:
         return found | {"trajectories": learner.seen, "skipped": learner.skipped, "lr": learner.lr}
 
     def one_batch(self) -> None:
-        """Learn from the next batch."""
+        """Learn from the next batch, all of it or nothing."""
         batch = self.task.config.batch
         levels = self.learner.student.plan.sigmas[1:]
         if self.task.config.objective == "final":
@@ -104,7 +104,12 @@ class GradientJob:
         parts = list(my_parts(self.task, self.company, self.learner.seen, batch, levels))
         if self.task.config.checkpointing:
             parts = [checkpointed(part) for part in parts]
-        self.losses.append(self.learner.learn(parts, batch))
+        before = self.learner.state()
+        try:
+            self.losses.append(self.learner.learn(parts, batch))
+        except Stopped:
+            self.learner.load(before)
+            raise
         self.company.tell("loss", self.losses[-1])
 
     def whole_set(self) -> dict[str, float]:

@@ -17,11 +17,16 @@ ROWS = 8
 
 
 def gram(columns: Sequence[Tensor]) -> Tensor:
-    """The products [M, M], in float64 on the CPU, of M columns [B, k, *] counted by their k."""
+    """The products [M, M], in float64 on the CPU, of M columns [B, k, *] counted by their k.
+
+    A sample with a number that is not finite is left out.
+    """
     total = torch.zeros(())
     for part in zip(*(c.split(ROWS) for c in columns), strict=True):
         flat = torch.cat([p.flatten(2) for p in part], 1).double()
-        total = total + (flat @ flat.mT).sum(0).cpu()
+        products = flat @ flat.mT
+        good = products.isfinite().all(2).all(1)
+        total = total + products[good].sum(0).cpu()
     return total
 
 

@@ -181,6 +181,16 @@ class Views(Sequence[Batch]):
         return at(self.known[index], self.plan)
 
 
+@torch.no_grad()
+def check_answer(batch: Batch) -> None:
+    """ValueError for a network that does not answer with a tensor of x's shape."""
+    x = batch.x
+    answer = batch.field.denoiser(x, x.new_ones(len(x)), batch.field.cond)
+    shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if shape != tuple(x.shape):
+        raise ValueError(f"the denoiser gives {shape} for x {tuple(x.shape)}: give one like x")
+
+
 @dataclass(frozen=True)
 class Source:
     """Noises by their numbers, and where they go."""
@@ -204,6 +214,8 @@ class Source:
         size = self.settings.batch or sized(self.shape, 16, 1024)
         for first in range(0, count, size):
             batch = self.start(purpose, range(first, min(first + size, count)))
+            if not found:
+                check_answer(batch)
             states = teacher_states(Heun(), batch.field, batch.x, every)
             if not bool(states[-1].isfinite().all()):
                 raise ValueError("the denoiser gives numbers that are not finite")

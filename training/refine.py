@@ -219,7 +219,7 @@ def enough(batches: Sequence[Batch]) -> int:
 
 def fitting_nudges(products: Tensor) -> Tensor:
     """Nudges [P] that each move the end by a part of its distance to the target."""
-    effect = (products.diagonal()[:-1] / products[-1, -1]).sqrt()
+    effect = (products.diagonal()[:-1] / products[-1, -1]).sqrt().nan_to_num(nan=0.0)
     return (REACH / effect.clamp(min=1e-9)).clamp(1e-5, 1e-1)
 
 

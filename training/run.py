@@ -7,65 +7,24 @@ was told after it is dropped when the run is taken up.
 
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from solvers.predictor import Predictor, save_predictor
 from src.files import to_json, write_text
-from src.ranks import all_reduce_sum
 from src.runs import Metrics
-from training.checkpoint import latest_checkpoint, read_sealed, save_checkpoint
+from training.checkpoint import checkpoints, latest_checkpoint, read_sealed, save_checkpoint
 from training.company import Company, Job
 from training.distill import Plan, Table, last_state, squared
 from training.pictures import draw_losses, draw_table
+from training.stop import Stop, Stopped
 from training.task import Task
 from training.teacher import Batches
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and may: its state can be written down."""
-
-
-@dataclass
-class Stop:
-    """Whether a signal came; `held` while a tick's results are written."""
-
-    signal: int | None = None
-    held: bool = False
-
-    def poll(self) -> None:
-        """Raise Stopped where it is time."""
-        if self.signal is not None and not self.held:
-            raise Stopped
-
-    def hear(self, number: int, _frame: FrameType | None) -> None:
-        """A signal handler."""
-        self.signal = number
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop the run in good order meanwhile."""
-        before = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def agree(stop: Stop) -> None:
-    """Stop on all ranks where one is asked to."""
-    asked = 0.0 if stop.signal is None or stop.held else 1.0
-    if all_reduce_sum(torch.tensor([asked])).item():
-        raise Stopped
 
 
 @dataclass(frozen=True)
@@ -151,7 +110,9 @@ def keep(job: Job, folder: Folder, ticks: int) -> None:
 
 def resume(job: Job, folder: Folder) -> int:
     """Take a job up where its folder's newest checkpoint is -> ticks done; 0 without any."""
-    if not any(folder.path.glob("checkpoint-*.pt")):
+    if not checkpoints(folder.path):
+        if folder.writes:
+            forget_after(folder.path, 0)
         return 0
     path, content = latest_checkpoint(folder.path, folder.log)
     take_up(job, content, path)
@@ -172,6 +133,8 @@ def take_up(job: Job, content: dict[str, Any], path: Path) -> None:
 def forget_after(path: Path, ticks: int) -> None:
     """Drop what was told of ticks that are done again."""
     metrics = Metrics(path / "metrics.jsonl")
+    if not metrics.path.exists():
+        return
     kept = [record for record in metrics.read() if record["step"] <= ticks]
     write_text(metrics.path, "".join(to_json(record) + "\n" for record in kept))
 

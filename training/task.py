@@ -51,15 +51,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Polled:
-    """A denoiser that polls before a call; not within an update of Adam, which is whole or not."""
+    """A denoiser that polls before a call."""
 
     denoiser: Denoiser
     poll: Callable[[], object]
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, *] at sigma [B] -> x0 [B, *]."""
-        if not torch.is_grad_enabled():
-            self.poll()
+        self.poll()
         return self.denoiser(x, sigma, cond)
 
 

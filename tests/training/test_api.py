@@ -1,5 +1,7 @@
 """distill() for someone else's network: any shape, both processes, conditions, and refusals."""
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,9 @@ from torch import Tensor
 from solvers.classic import DPM2, IPNDM, Euler
 from solvers.epd import Directions
 from solvers.exponential import DPMpp
-from solvers.field import Condition, Field
+from solvers.field import Condition, Denoiser, Field
 from solvers.integrate import integrate
-from solvers.predictor import load_predictor, save_predictor
+from solvers.predictor import Predictor, load_predictor, save_predictor
 from solvers.process import FLOW, VE
 from training.api import Settings, distill, sample
 
@@ -165,3 +167,39 @@ def test_a_network_that_gives_nan_is_refused() -> None:
 
     with pytest.raises(ValueError, match="not finite"):
         distill(broken, "ve", shape=(3,), settings=SMALL)
+
+
+def quick(denoiser: Denoiser, shape: tuple[int, ...] = (3,)) -> Predictor:
+    few = Settings(nfe=3, samples=8, judges=8, fine_steps=8, rounds=3)
+    return distill(denoiser, "ve", shape=shape, settings=few)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [(lambda x, *_: x[:1], r"\(1, 3\) for x \(8, 3\)"), (lambda *_: None, "NoneType")],
+)
+def test_a_network_that_answers_with_something_else_is_one_line(
+    answer: Denoiser, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        quick(answer)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, -1)])
+def test_a_shape_that_is_none_is_one_line(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="of no latent"):
+        quick(lambda x, *_: x / 2, shape)
+
+
+@pytest.mark.parametrize("calls", [60, 100, 200, 300])
+def test_a_network_that_breaks_on_the_way_crashes_nothing(calls: int) -> None:
+    """One sample is not a number after so many calls: in a fit, its judging, a refinement."""
+    asked = []
+
+    def breaking(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+        asked.append(1)
+        x0 = x / (1 + sigma[:, None] ** 2)
+        return x0.index_fill(0, torch.tensor([0]), math.nan) if len(asked) > calls else x0
+
+    with contextlib.suppress(ValueError):
+        assert all(bool(t.isfinite().all()) for t in quick(breaking).table.tensors())

@@ -155,6 +155,26 @@ def test_the_best_on_validation_is_kept() -> None:
     assert adam.error_of(adam.best, judges) == adam.error
 
 
+def test_what_was_given_stands_for_election_too() -> None:
+    """As after a fit: a first tick that only does harm changes nothing."""
+    adam, judges = learner(), [batch(5000, 32)]
+    for numbers in (adam.theta.data, adam.ema):
+        numbers.fill_(5.0)
+    adam.judge(judges)
+    assert torch.equal(adam.best, start())
+
+
+def test_a_state_stays_as_it_was_when_learning_goes_on() -> None:
+    adam = learner()
+    adam.learn([batch()], 8)
+    before, copy = adam.state(), adam.state()
+    adam.learn([batch(8)], 8)
+    moments = [state["adam"]["state"][0]["exp_avg"] for state in (before, copy)]
+    assert not torch.equal(adam.state()["adam"]["state"][0]["exp_avg"], moments[0])
+    adam.load(before)
+    assert torch.equal(adam.state()["adam"]["state"][0]["exp_avg"], moments[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"lr": 0.0}, "lr 0.0"), ({"objective": "last"}, "per-step"), ({"ema": 1.0}, "ema 1.0")],
