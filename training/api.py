@@ -26,7 +26,16 @@ from solvers.process import Process, process_named
 from solvers.recipe import Recipe
 from training.distill import Plan, Table, table_rmse
 from training.fit import HISTORY, FitOptions, fit
-from training.known import Conditions, Settings, Source, Views, counts, fine_grid, plans
+from training.known import (
+    Conditions,
+    Settings,
+    Source,
+    Views,
+    counts,
+    fine_grid,
+    is_robust,
+    plans,
+)
 from training.refine import RefineOptions, Student, enough, gauss_newton
 from training.table import Form, FreeForm, MultistepForm
 
@@ -80,7 +89,8 @@ def distill(
     grids = [plan.sigmas for plan in candidates.values()]
     samples, judged = counts(settings, shape)
     learned = source.batches("distill", samples, fine, grids)
-    judges = source.batches("judge", judged, fine, grids)
+    ends = [(grid[0], grid[-1]) for grid in grids]
+    judges = source.batches("judge", judged, fine, ends)
     found = []
     for i, (schedule, plan) in enumerate(candidates.items()):
         options = FitOptions(settings.points, settings.positions, known=settings.known)
@@ -94,24 +104,32 @@ def distill(
         raise ValueError("no table was found: the network gives numbers that are not finite")
     best = min(finite, key=lambda each: each.error)
     last = Views(learned, 0), Views(judges, 0)  # all plans end alike
-    return predictor_of(refined(best, last, settings, report), process, settings)
+    phases = ((), ROBUST) if is_robust(settings, shape) else ((),)
+    best = refined(best, last, settings, phases if settings.rounds else (), report)
+    return predictor_of(best, process, settings)
 
 
-def refined(start: Found, ends: tuple[Views, Views], settings: Settings, report: Report) -> Found:
-    """The best of two refinements, with and without a robust loss first, on the judges."""
+def refined(
+    start: Found,
+    ends: tuple[Views, Views],
+    settings: Settings,
+    robust: Sequence[tuple[float, ...]],
+    report: Report,
+) -> Found:
+    """The best of refinements from the same start, by what loss they begin with, on the judges."""
     batches, judges = ends
     found = [start]
-    for robust in ((), ROBUST) if settings.rounds else ():
+    for phases in robust:
         theta = gauss_newton(
             start.student,
             start.theta,
             batches,
-            RefineOptions(rounds=settings.rounds, robust=robust, per_round=enough(batches)),
+            RefineOptions(rounds=settings.rounds, robust=phases, per_round=enough(batches)),
             judges=Views([*batches.known, *judges.known], 0),
         )
         plan, table = start.student.decode(theta)
         error = table_rmse(plan, table, judges)
-        report("refine, robust first" if robust else "refine", error)
+        report("refine, robust first" if phases else "refine", error)
         found.append(dataclasses.replace(start, theta=theta, error=error))
     return min((f for f in found if math.isfinite(f.error)), key=lambda each: each.error)
 

@@ -23,6 +23,9 @@ from training.search import HISTORY
 Conditions = Callable[[Sequence[int]], Condition | None]
 """(numbers of samples) -> what the network is told of them, B rows."""
 ENOUGH_NUMBERS = 1 << 19
+AT_ONCE_NUMBERS = 1 << 17
+SMALL = 1 << 10
+"""Latents of fewer numbers have errors that lie in few samples."""
 FLOW_SCHEDULES = ("flowmatch", "logit")
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
 
@@ -42,10 +45,11 @@ class Settings:
     sigma_max: float | None = None  # None: 80 (ve), 1 (flow)
     schedule: str | None = None  # None: the best of several; the levels are learned from there
     guidance_rate: float = 1.0
-    samples: int | None = None  # noises to learn from; None: 256 to 4096, by the latent's size
+    samples: int | None = None  # noises to learn from; None: 128 to 4096, by the latent's size
     judges: int | None = None  # other noises, to choose by; None: half as many
     batch: int | None = None  # noises at once; None: 16 to 1024, by the latent's size
-    positions: int = 33  # G
+    positions: int = 17  # G
+    robust: bool | None = None  # refine also by a loss for stray samples; None: small latents
     rounds: int = 15  # of each refinement
     fine_steps: int = 48  # intervals of the solution that is learned
     seed: int = 0
@@ -90,13 +94,18 @@ def counts(settings: Settings, shape: Sequence[int]) -> tuple[int, int]:
     Small latents need more: their error lies in the few samples that pass near a fork of the
     flow, and those are what a table that generalises must have seen enough of.
     """
-    samples = settings.samples or sized(shape, 256, 4096)
+    samples = settings.samples or sized(shape, 128, 4096, ENOUGH_NUMBERS)
     return samples, settings.judges or samples // 2 or 1
 
 
-def sized(shape: Sequence[int], least: int, most: int) -> int:
-    """How many latents make about half a million numbers, within bounds."""
-    return max(least, min(most, ENOUGH_NUMBERS // math.prod(shape)))
+def sized(shape: Sequence[int], least: int, most: int, numbers: int) -> int:
+    """How many latents make about so many numbers, within bounds."""
+    return max(least, min(most, numbers // math.prod(shape)))
+
+
+def is_robust(settings: Settings, shape: Sequence[int]) -> bool:
+    """Whether a second refinement starts with a loss that stray samples steer little."""
+    return math.prod(shape) < SMALL if settings.robust is None else settings.robust
 
 
 def ends_of(settings: Settings, process: Process) -> tuple[float, float]:
@@ -211,7 +220,7 @@ class Source:
         """`count` noises of a purpose and their solutions, through the union of all levels."""
         every = sorted({*fine, *(level for grid in grids for level in grid)}, reverse=True)
         found = []
-        size = self.settings.batch or sized(self.shape, 16, 1024)
+        size = self.settings.batch or sized(self.shape, 16, 1024, AT_ONCE_NUMBERS)
         for first in range(0, count, size):
             batch = self.start(purpose, range(first, min(first + size, count)))
             if not found:
