@@ -124,12 +124,13 @@ def main(
     given = {n for n in options if ctx.get_parameter_source(n) != ParameterSource.DEFAULT}
     path = run_folder(resume) if resume else None
     config = configured(options, given, path)
+    check_ranges(ctx, config)
     if dry_run and config.preset and "model" not in given:
         echo(resolved(config, is_flow=is_flow(config)), {"model": None})
         return
     check_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device("cpu") if dry_run else ranks.init(options["device"])
-    config, around = surroundings(config, given, options, device)
+    config, around = surroundings(config, given, options | {"dry_run": dry_run}, device)
     stop = Stop()
     around = dataclasses.replace(around, poll=stop.poll)
     task = make_task(config, around)
@@ -162,6 +163,16 @@ def main(
     ranks.close()
 
 
+def check_ranges(ctx: click.Context, config: Config) -> None:
+    """ValueError where a setting, of a file say, is not what its option takes."""
+    for option in ctx.command.params:
+        value = getattr(config, option.name or "", None)
+        try:
+            option.type_cast_value(ctx, value)
+        except click.UsageError as error:
+            raise ValueError(f"{option.name} {value!r}: {error.message}") from error
+
+
 def is_flow(config: Config) -> bool:
     """Whether settings are those of flow matching, where no model is at hand."""
     return config.backend in FLOW_BACKENDS or config.schedule_type == "flowmatch"
@@ -176,7 +187,7 @@ def surroundings(
     path = find_model(config.model)
     resolved(config, is_flow=is_flow(config))
     prompts = read_prompts(config.prompts) if config.prompts else ()
-    cache = options["teacher_cache"]
+    cache = None if options["dry_run"] else options["teacher_cache"]
     if cache:
         cache = Cache(cache, int(options["cache_gb"] * 1e9), partial(click.echo, err=True))
         cache.check()

@@ -182,8 +182,41 @@ def test_resume_refuses_other_settings_and_other_folders(distill: Distill, tmp_p
     assert "--num_steps 7" in refused(distill("--resume", out, "--num_steps", "7"))
     assert "no run" in refused(distill("--resume", str(tmp_path / "none")))
     assert "another --outdir" in refused(distill(*FIT))
-    (tmp_path / "out" / "config.yaml").write_text("num_stepz: 3\n")
-    assert "did you mean num_steps?" in refused(distill("--resume", out))
+    config = tmp_path / "out" / "config.yaml"
+    whole = config.read_text()
+    for wrong, says in (
+        ("num_stepz: 3", "did you mean num_steps?"),
+        ("a: [1", "not YAML"),
+        (whole.replace("num_steps: 4", "num_steps: abc"), "num_steps 'abc'"),
+        (whole.replace("num_steps: 4", "num_steps: null"), "num_steps is empty"),
+        (whole.replace("num_steps: 4", "num_steps: 5"), "with num_steps 4, not 5"),
+        (whole.replace("batch: 8", "batch: -8"), "batch -8"),
+    ):
+        config.write_text(wrong)
+        assert says in refused(distill("--resume", out)), wrong
+
+
+def test_what_was_told_before_the_first_checkpoint_is_not_told_twice(
+    distill: Distill, tmp_path: Path
+) -> None:
+    """Killed between the metrics and the checkpoint of the first tick."""
+    distill(*FIT, "--rounds", "0", outdir="whole")
+    distill(*FIT, "--rounds", "0")
+    checkpoints(tmp_path / "out")[0].unlink()
+    assert distill("--resume", str(tmp_path / "out")).exit_code == 0
+    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")
+
+
+def test_latest_is_the_newest_run_even_without_a_checkpoint(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        CliRunner().invoke(main, ["--model", str(model), *FIT, "--rounds", "0"])
+    second = sorted((tmp_path / "exps").iterdir())[1]
+    checkpoints(second)[0].unlink()
+    assert CliRunner().invoke(main, ["--resume", "latest"]).exit_code == 0
+    assert len(checkpoints(second)) == 1
 
 
 def test_gradient_accumulation_changes_nothing(distill: Distill, tmp_path: Path) -> None:
@@ -255,6 +288,11 @@ def test_afs_on_a_flow_model_is_refused(tmp_path: Path) -> None:
     assert "no analytic first step" in refused(result)
     fitted = ["--model", str(flow), *FIT, "--outdir", str(tmp_path / "out")]
     assert CliRunner().invoke(main, fitted).exit_code == 0
+
+
+def test_a_dry_run_touches_no_files(distill: Distill, tmp_path: Path) -> None:
+    assert distill("--dry-run", "--teacher-cache", str(tmp_path / "cache")).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_resolves_a_preset_without_its_weights() -> None:

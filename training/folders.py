@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from src.files import nearest, read_text, write_text
-from src.runs import new_run
+from src.runs import NUMBERED, new_run
 from training.presets import preset
 from training.settings import Config
 
@@ -39,7 +41,10 @@ def configured(options: Mapping[str, Any], given: set[str], path: Path | None) -
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of a run; ValueError for a file that is missing or holds other names."""
-    found = OmegaConf.to_container(OmegaConf.create(read_text(path)))
+    try:
+        found = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
     names = [f.name for f in dataclasses.fields(Config)]
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no settings")
@@ -47,17 +52,22 @@ def read_config(path: Path) -> dict[str, Any]:
         if name not in names:
             near = nearest(str(name), names)
             raise ValueError(f"{path}: unknown setting {name!r}, did you mean {near}?")
+    for field in dataclasses.fields(Config):
+        if field.default is not None and found.get(field.name, field.default) is None:
+            raise ValueError(f"{path}: {field.name} is empty, it was {field.default} by default")
     return {str(name): value for name, value in found.items()}
 
 
 def run_folder(resume: str) -> Path:
     """The folder of the run to go on with; ValueError where there is none."""
     if resume == "latest":
-        numbered = [p for p in Path("exps").glob("*/") if re.match(r"[0-9]{5,}-", p.name)]
-        runs = sorted(p for p in numbered if any(p.glob("checkpoint-*.pt")))
+        found = [
+            (NUMBERED.match(p.parent.name), p.parent) for p in Path("exps").glob(f"*/{CONFIG}")
+        ]
+        runs = [(int(match[1]), path) for match, path in found if match]
         if not runs:
-            raise ValueError("no run with a checkpoint in exps/: start without --resume")
-        return runs[-1]
+            raise ValueError("no numbered run in exps/: start without --resume")
+        return max(runs)[1]
     path = Path(resume)
     if not path.exists():
         raise ValueError(f"no run or checkpoint at {resume}")

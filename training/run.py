@@ -26,6 +26,8 @@ from training.stop import Stop, Stopped
 from training.task import Task
 from training.teacher import Batches
 
+PLACES = ("model", "prompts", "features", "model_config")
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -49,14 +51,14 @@ def run(job: Job, task: Task, company: Company, folder: Folder, stop: Stop) -> P
 
     Raises Stopped after a checkpoint where a signal asks for it.
     """
-    first = resume(job, folder)
+    first = resume(job, task, folder)
     started = time.monotonic()
     for tick in range(first, job.ticks):
         try:
             stop.poll()
             told = job.tick(tick)
         except Stopped:
-            keep(job, folder, tick)
+            keep(job, task, folder, tick)
             folder.log(f"stopped in tick {tick + 1} of {job.ticks}: go on with --resume")
             raise
         stop.held = True
@@ -99,27 +101,38 @@ def finish_tick(
     predictor = predictor_of(job, task)
     save_predictor(predictor, folder.path / f"predictor-{tick + 1:05d}.pkl")
     save_predictor(predictor, folder.path / "predictor.pkl")
-    keep(job, folder, tick + 1)
+    keep(job, task, folder, tick + 1)
 
 
-def keep(job: Job, folder: Folder, ticks: int) -> None:
+def keep(job: Job, task: Task, folder: Folder, ticks: int) -> None:
     """Write a checkpoint after so many ticks, or within the next."""
     if folder.writes:
-        save_checkpoint(folder.path, ticks, {"ticks": ticks, "job": job.state()})
+        about = dataclasses.asdict(task.config)
+        content = {"ticks": ticks, "config": about, "job": job.state()}
+        save_checkpoint(folder.path, ticks, content)
 
 
-def resume(job: Job, folder: Folder) -> int:
+def resume(job: Job, task: Task, folder: Folder) -> int:
     """Take a job up where its folder's newest checkpoint is -> ticks done; 0 without any."""
     if not checkpoints(folder.path):
         if folder.writes:
             forget_after(folder.path, 0)
         return 0
     path, content = latest_checkpoint(folder.path, folder.log)
+    check_settings(task, content, path)
     take_up(job, content, path)
     folder.log(f"going on from {path.name}")
     if folder.writes:
         forget_after(folder.path, content["ticks"])
     return content["ticks"]
+
+
+def check_settings(task: Task, content: dict[str, Any], path: Path) -> None:
+    """ValueError where a checkpoint was made under other settings; files may have moved."""
+    for name, was in content.get("config", {}).items():
+        now = getattr(task.config, name, was)
+        if name not in PLACES and now != was:
+            raise ValueError(f"{path} was made with {name} {was}, not {now}: mend config.yaml")
 
 
 def take_up(job: Job, content: dict[str, Any], path: Path) -> None:

@@ -4,8 +4,11 @@ Shapes: B samples, N intervals of the student, * one sample, x [B, *]. The state
 least, whatever the network's own dtype.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ from training.checkpoint import read_sealed, write_sealed
 from training.distill import Batch, teacher_states
 
 CHUNK = 1 << 20
+ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Cache:
 
     def check(self) -> None:
         """ValueError, before any work, where the folder cannot be used."""
-        probe = self.folder / "writable.pt"
+        probe = self.folder / ".writable.pt"
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"the teacher cache {self.folder} is a file: give a folder")
         write_sealed(probe, {})
@@ -81,13 +85,16 @@ class Cache:
         if content.get("key") != key or not isinstance(content.get("states"), list):
             self.say(f"{path} is of another run: making it again")
             return None
-        path.touch()
+        with contextlib.suppress(FileNotFoundError):  # it may just have been dropped
+            os.utime(path)
         return tuple(content["states"])
 
     def evict(self) -> None:
         """Drop what was not used for longest until the rest fits."""
         found = []
         for path in self.folder.glob("*.pt"):
+            if not ENTRY.fullmatch(path.name):  # half written by another rank, or not ours
+                continue
             try:
                 stat = path.stat()
             except FileNotFoundError:  # another rank's work

@@ -81,6 +81,24 @@ def test_the_oldest_go_when_the_cache_is_full(tmp_path: Path) -> None:
     assert cached(tmp_path).batch([3]).field.tally.calls == 0
 
 
+def test_what_is_not_its_own_is_left_alone_by_a_full_cache(tmp_path: Path) -> None:
+    """A model that lies there, and what another rank is about to write."""
+    others = [tmp_path / "model.pt", tmp_path / f".{'0' * 40}.0123.tmp.pt"]
+    for other in others:
+        other.write_bytes(b"0" * 1000)
+    cached(tmp_path, max_bytes=1).batch([0])
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_foreign_pickle_in_the_cache_is_not_opened(tmp_path: Path) -> None:
+    said: list[str] = []
+    wanted = cached(tmp_path).batch(range(2))
+    (path,) = tmp_path.glob("*.pt")
+    path.write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
+    assert torch.equal(cached(tmp_path, said).batch(range(2)).targets[-1], wanted.targets[-1])
+    assert "making it again" in said[0]
+
+
 def test_a_cache_that_is_a_file_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: give a folder"):
