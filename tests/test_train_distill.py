@@ -301,6 +301,8 @@ def test_dry_run_resolves_a_preset_without_its_weights() -> None:
         assert result.exit_code == 0, result.output
         found = json.loads(result.output)
         assert (found["nfe"], found["lr"], found["method"]) == (calls, 0.1, "gradient")
+    fitted = CliRunner().invoke(main, ["--preset", "cifar10-5nfe", "--dry-run", "--method", "fit"])
+    assert json.loads(fitted.output)["scale_dir"] == 0.05
     error = refused(CliRunner().invoke(main, ["--preset", "cifar10-5nfe"]))
     assert "give --model" in error
 

@@ -13,7 +13,7 @@ from yaml import YAMLError
 from src.files import nearest, read_text, write_text
 from src.runs import NUMBERED, new_run
 from training.presets import preset
-from training.settings import Config
+from training.settings import IDLE, Config
 
 CONFIG = "config.yaml"
 PUBLISHED_STUDENTS = {"ipndm": "epd-ipndm"}
@@ -29,7 +29,8 @@ def configured(options: Mapping[str, Any], given: set[str], path: Path | None) -
     chosen["solver"] = PUBLISHED_STUDENTS.get(chosen["solver"], chosen["solver"])
     if path is None:
         basis = preset(chosen["preset"]) if chosen["preset"] else {}
-        kept = {n: v for n, v in basis.items() if n not in given}
+        idle = {*IDLE["fit"], "last_distance"} if given_fit(chosen, given) else set()
+        kept = {n: v for n, v in basis.items() if n not in given | idle}
         return Config(**(chosen | kept))
     config = Config(**read_config(path / CONFIG))
     for name in given & names:
@@ -37,6 +38,11 @@ def configured(options: Mapping[str, Any], given: set[str], path: Path | None) -
             was = getattr(config, name)
             raise ValueError(f"--{name} {chosen[name]}: the run in {path} has {was}, leave it out")
     return config
+
+
+def given_fit(chosen: Mapping[str, Any], given: set[str]) -> bool:
+    """Whether a fit is asked for in so many words, as instead of a preset's gradient."""
+    return "method" in given and chosen["method"] == "fit"
 
 
 def read_config(path: Path) -> dict[str, Any]:

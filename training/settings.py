@@ -25,6 +25,11 @@ COMMON: dict[str, Any] = {
     **{"learn_grid": False, "lr": 0.2, "objective": "per-step", "rounds": 6},
     "try_schedules": False,
 }
+IDLE = {
+    "fit": ("objective", "lr", "lbfgs", "checkpointing", "features", "published_loss"),
+    "gradient": ("rounds", "robust"),
+}
+"""By method, the options that it has no use for."""
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
 """The first is the usual one; a fit tries all of them."""
 
@@ -141,6 +146,7 @@ def resolved(config: Config, *, is_flow: bool) -> Config:
     check_teacher(config)
     check_known(config)
     check_method(config)
+    check_idle(config)
     return config
 
 
@@ -195,6 +201,16 @@ def check_known(config: Config) -> None:
         )
     if config.known and (config.fcn or config.scale_dir is not None):
         raise ValueError(f"known {config.known} needs free weights: no gradient, scale_dir or fcn")
+
+
+def check_idle(config: Config) -> None:
+    """ValueError for an option that the method has no use for."""
+    usual = {f.name: f.default for f in dataclasses.fields(Config)}
+    usual |= COMMON | DEFAULTS[config.method]
+    for name in IDLE.get(config.method, ()):
+        value = getattr(config, name)
+        if value != usual[name]:
+            raise ValueError(f"{name} {value} does nothing in --method {config.method}: leave it")
 
 
 def check_method(config: Config) -> None:
