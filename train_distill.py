@@ -192,7 +192,7 @@ def surroundings(
         cache = Cache(cache, int(options["cache_gb"] * 1e9), partial(click.echo, err=True))
         cache.check()
     about = ModelOptions(
-        size=config.resolution and (config.resolution, config.resolution),
+        size=(config.resolution, config.resolution) if config.resolution else None,
         negative_prompt=config.negative_prompt,
         config=config.model_config,
     )
