@@ -57,6 +57,7 @@ def draw(axes: Axes, records: Sequence[Mapping[str, Any]], names: Sequence[str])
             axes.plot(*zip(*points, strict=True), marker=".", label=name)
             axes.set_yscale("log")
             axes.legend()
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("tick")
 
 
