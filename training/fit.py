@@ -25,6 +25,7 @@ from training.search import (
     FitOptions,
     Places,
     even,
+    few,
     filled,
     one_of_each,
     rescaled,
@@ -132,6 +133,19 @@ def look_epd(
     plan: Plan, places: Places, options: FitOptions, field: Field, step: Step, target: Tensor
 ) -> Tensor:
     """Products of the directions that the base reaches, known ones, and the way to the target."""
+    parts = few(field, step, target, share(places, options.points, target))
+    return sum((products_epd(plan, places, options, *part) for part in parts), torch.zeros(()))
+
+
+def share(places: Places, k: int, target: Tensor) -> int:
+    """How many samples at all places are as many rows as the batch at K points."""
+    return max(1, len(target) * k // len(places.r))
+
+
+def products_epd(
+    plan: Plan, places: Places, options: FitOptions, field: Field, step: Step, target: Tensor
+) -> Tensor:
+    """Those of some samples."""
     base, now = plan.base, step.now
     assert base is not None
 
@@ -140,9 +154,9 @@ def look_epd(
         sigma = sigma.reshape(1, -1, *[1] * (now.x.ndim - 2))
         return base(field, dataclasses.replace(step, sigma_next=sigma)), sigma
 
-    d = places.ask(field, placing, now.x, options.points)
+    d = places.ask(field, placing, now.x).mul_(step.h)
     known = evaluated(step)[: options.known]
-    return gram([step.h * d, *(step.h * each for each in known), target.unsqueeze(1) - now.x])
+    return gram([d, *(step.h * each for each in known), target.unsqueeze(1) - now.x])
 
 
 def as_shares(coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,8 +201,13 @@ class Ahead:
     k: int
 
     def __call__(self, field: Field, step: Step, target: Tensor) -> Tensor:
+        parts = few(field, step, target, share(self.places, self.k, target))
+        return sum((self.products(*part) for part in parts), torch.zeros(()))
+
+    def products(self, field: Field, step: Step, target: Tensor) -> Tensor:
+        """Those of some samples."""
         x = step.now.x
         known = known_slopes(step, self.plan.process)[: len(self.a)]
         e = combined(self.a.to(x), known)
-        d = self.places.ask(field, partial(placed, step, e), x, self.k)
+        d = self.places.ask(field, partial(placed, step, e), x)
         return gram([d, *known, (target.unsqueeze(1) - x) / step.h])

@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-RIDGE = 1e-4
+RIDGE = 1e-6
 ROWS = 8
 """Samples that are multiplied at a time, in float64."""
 

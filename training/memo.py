@@ -36,7 +36,7 @@ class Memo:
         self.at, self.learning = 0, False
 
 
-def rows(cond: Condition | None, index: Tensor) -> Condition | None:
+def rows(cond: Condition | None, index: Tensor | slice) -> Condition | None:
     """Some rows of a condition."""
     if cond is None:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.distill import Batch, Plan, Table, last_state, squared
 from training.grams import gram
-from training.memo import Memo
+from training.memo import Memo, rows
 from training.table import Form, grid_to_raw, raw_to_grid
 
 DAMPING = tuple(10.0**e for e in range(-6, 4))
@@ -23,6 +23,8 @@ COARSE = range(0, len(DAMPING), 2)
 NUDGE = 1e-3
 JACOBIAN_NUMBERS = 1 << 15
 """Numbers at the ends of trajectories from which a round learns how the end moves."""
+COLUMN_NUMBERS = 1 << 24
+"""How many numbers all columns of a Jacobian may hold at once."""
 REACH = 0.1
 """By how much of the distance to the target a nudge is to move the end."""
 
@@ -83,8 +85,27 @@ def normal_products(
 ) -> Tensor:
     """Products [P + 1, P + 1] of the Jacobian's columns and, last, what is left to the target.
 
-    Samples weigh as the `scale` of `squared_error` has it.
+    Samples weigh as the `scale` of `squared_error` has it. They are taken a few at a time where
+    the columns of all would fill the memory.
     """
+    count = max(1, COLUMN_NUMBERS // (len(theta) * batch.x[0].numel()))
+    total = torch.zeros(())
+    for first in range(0, len(batch.x), count):
+        part = part_of(batch, slice(first, first + count))
+        total = total + part_products(student, theta, part, nudge, scale)
+    return total
+
+
+def part_of(batch: Batch, part: slice) -> Batch:
+    """Some samples of a batch."""
+    field = dataclasses.replace(batch.field, cond=rows(batch.field.cond, part))
+    return Batch(field, batch.x[part], tuple(target[part] for target in batch.targets))
+
+
+def part_products(
+    student: Student, theta: Tensor, batch: Batch, nudge: Tensor, scale: float
+) -> Tensor:
+    """The products of samples whose columns the memory holds."""
     memo = Memo(batch.field.denoiser)
     batch = dataclasses.replace(batch, field=dataclasses.replace(batch.field, denoiser=memo))
     base = last_state(*student.decode(theta), batch)

@@ -1,15 +1,17 @@
 """Where a fit looks: the student's own path up to an interval, and places to try in there."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from solvers.field import Field
-from solvers.integrate import MAX_SLOPES, Step
+from solvers.integrate import MAX_SLOPES, Point, Step
 from training.distill import Batch, Plan, Table
 from training.grams import Mix
+from training.memo import rows
 
 Reduce = Callable[[Tensor], Tensor]
 Visit = Callable[[Field, Step, Tensor], Tensor]
@@ -61,14 +63,10 @@ class Places:
     r: Tensor
     told: Tensor
 
-    def ask(self, field: Field, placing: Placing, like: Tensor, k: int) -> Tensor:
-        """The slopes [B, G, *], k places to a call."""
-        parts = []
-        pairs = zip(self.r.to(like).split(k), self.told.to(like).split(k), strict=True)
-        for r, told in pairs:
-            x, sigma = placing(r)
-            parts.append(field(x, sigma, told.reshape(sigma.shape) * sigma))
-        return torch.cat(parts, 1)
+    def ask(self, field: Field, placing: Placing, like: Tensor) -> Tensor:
+        """The slopes [B, G, *], in one call."""
+        x, sigma = placing(self.r.to(like))
+        return field(x, sigma, self.told.to(like).reshape(sigma.shape) * sigma)
 
     def times(self, scales: Sequence[float]) -> "Places":
         """Every place with each of the scales, [G * S]."""
@@ -104,6 +102,29 @@ def arrive(plan: Plan, table: Table, batch: Batch, n: int, visit: Visit) -> Tens
     for _ in range(n + 1):
         next(states)
     return found[0]
+
+
+def few(
+    field: Field, step: Step, target: Tensor, count: int
+) -> Iterator[tuple[Field, Step, Tensor]]:
+    """The same for at most `count` samples at a time, what they ask unheard by the loop.
+
+    So the slopes at all places are never there for a whole batch.
+    """
+    for first in range(0, len(target), count):
+        part = slice(first, first + count)
+        alone = dataclasses.replace(field, cond=rows(field.cond, part), heard=None)
+        yield alone, step_of(step, part), target[part]
+
+
+def step_of(step: Step, part: slice) -> Step:
+    """The step of some samples."""
+
+    def cut(point: Point) -> Point:
+        return Point(point.sigma, point.x[part], lambda: point.d[part])
+
+    past, slopes = map(cut, step.past), (d[part] for d in step.slopes)
+    return dataclasses.replace(step, now=cut(step.now), past=tuple(past), slopes=tuple(slopes))
 
 
 @dataclass(frozen=True)
