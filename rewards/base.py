@@ -1,0 +1,107 @@
+"""What a reward is, the one way to call it, and the weighted mean of several.
+
+B images, each with its prompt. Images are floats in [0, 1], [B, 3, H, W].
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.images import to_bytes
+
+
+class Reward(Protocol):
+    """Scores images under prompts. Any function of this shape is one."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B prompts -> [B], in own units, higher is better."""
+        ...
+
+
+@torch.no_grad()
+def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "reward") -> Tensor:
+    """-> [B] float32: the scores of images [B, 3, H, W] in [0, 1], each under its prompt.
+
+    Images are rounded to bytes first, so that an image in memory scores as its PNG does.
+
+    Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats or
+    hold NaN, for another number of prompts, and for a result that is not B finite numbers.
+    """
+    check_images(images, prompts)
+    if not len(images):
+        return images.new_zeros(0, dtype=torch.float32)
+    scores = reward(to_bytes(images).to(torch.float32) / 255, prompts)
+    if not isinstance(scores, Tensor) or scores.shape != (len(images),):
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"{name} must return a tensor [{len(images)}], not {got}")
+    wrong = (~scores.isfinite()).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"{name} gave {scores[wrong[0]].item()} for image {wrong[0]} of {len(images)} "
+            f"(and {len(wrong) - 1} more): try it without --amp, and check its weights"
+        )
+    return scores.to(torch.float32)
+
+
+def check_images(images: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError unless these are RGB images with one prompt each."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"rewards take floats [B, 3, H, W], not {images.dtype} {list(images.shape)}: "
+            "make grey images RGB with images.expand(-1, 3, -1, -1)"
+        )
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Brings a score near [0, 1]: score * scale + shift. scale > 0, so it keeps the order."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+RANGES = {
+    "hps": Range(),
+    "pickscore": Range(1 / 26),
+    "imagereward": Range(1 / 10),  # signed: a bad image counts against, below zero
+    "clip": Range(),
+    "aesthetic": Range(1 / 10),
+    "mps": Range(1 / 26),  # not in the published sum; scaled as pickscore, whose units it has
+}
+"""Of `multi` (arXiv:2512.22796), without its clamp to [0, 1], which makes all bad images equal."""
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """The weighted mean of rewards, each brought to a common range.
+
+    sum_i weight_i (scale_i score_i + shift_i) / sum_i weight_i. Weights are positive; rewards
+    that `ranges` does not name count as they are.
+    """
+
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+    ranges: Mapping[str, Range]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As Reward."""
+        return self.mean(self.parts(images, prompts))
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each reward's scores [B], in its own units."""
+        return {name: score(r, images, prompts, name) for name, r in self.rewards.items()}
+
+    def mean(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weighted mean [B] of scores that are at hand, in their own units."""
+        total = sum(self.weights[name] for name in self.rewards)
+        ranged = [self._ranged(name, parts[name]) for name in self.rewards]
+        return torch.stack(ranged).sum(0) / total
+
+    def _ranged(self, name: str, scores: Tensor) -> Tensor:
+        to = self.ranges.get(name, Range())
+        return self.weights[name] * (scores * to.scale + to.shift)

@@ -1,0 +1,143 @@
+"""Rewards by name: `hps`, `multi`, `multi:hps=1,imagereward=0.5`, or your own `module:function`.
+
+A reward's model is imported when it is asked for, and loaded once: rewards that are asked for
+together share what they have in common.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+from rewards.base import RANGES, Reward, WeightedSum
+from src.files import nearest
+
+T = TypeVar("T")
+MULTI = "multi"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How rewards are loaded.
+
+    paths: where the weights are, by the names of `rewards.weights`; they go before the
+    environment's variables and the default places. amp: half precision where it is safe.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    amp: bool = False
+    paths: Mapping[str, str | Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A setup, and the models that were loaded for it."""
+
+    setup: Setup
+    models: dict[Any, Any] = field(default_factory=dict)
+
+    def get(self, key: object, load: Callable[[], T]) -> T:
+        """The model of that key, loaded on the first call."""
+        if key not in self.models:
+            self.models[key] = load()
+        return self.models[key]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A reward's module, which has `load(shelf) -> Reward`, and the weights that it reads."""
+
+    module: str
+    weights: tuple[str, ...]
+
+
+ADAPTERS: dict[str, Adapter] = {}
+
+
+def load_reward(name: str, setup: Setup | None = None) -> Reward:
+    """-> the reward of that name; see load_rewards."""
+    return load_rewards([name], setup)[name]
+
+
+def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, Reward]:
+    """-> the rewards by name. All weights are checked before the first is loaded.
+
+    Raises ValueError, in one line, for an unknown name, a missing or wrong file of weights, and
+    a library that is not installed.
+    """
+    names = list(dict.fromkeys(names))
+    wanted = {name: parse(name) for name in names}
+    singles = {single for weights in wanted.values() for single in weights}
+    shelf = Shelf(setup or Setup())
+    loaded = {single: _load(single, shelf) for single in sorted(singles)}
+    return {name: _reward(name, wanted[name], loaded) for name in names}
+
+
+def parse(name: str) -> dict[str, float]:
+    """-> the single rewards of a name, with their weights; those of weight zero are left out.
+
+    ValueError for an unknown name, or weights that are negative, all zero or no numbers.
+    """
+    if name == MULTI:
+        return dict.fromkeys(RANGES, 1.0)
+    if not name.startswith(MULTI + ":"):
+        return {_known(name): 1.0}
+    parts = [part.rpartition("=") for part in name.removeprefix(MULTI + ":").split(",")]
+    weights = {_known(single): _weight(value, name) for single, _, value in parts}
+    if len(weights) < len(parts) or not any(weights.values()):
+        raise ValueError(f"{name!r} must name each reward once, with a weight above zero")
+    return {single: weight for single, weight in weights.items() if weight}
+
+
+def _weight(value: str, name: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{name!r} has the weight {value!r}: write multi:hps=1,clip=0.5")
+    return weight
+
+
+def _known(name: str) -> str:
+    if name in ADAPTERS or ":" in name:
+        return name
+    known = [*ADAPTERS, MULTI]
+    raise ValueError(
+        f"no reward {name!r}: did you mean {nearest(name, known)}? "
+        f"There are {', '.join(known)}, and your own as module:function"
+    )
+
+
+def _reward(name: str, weights: dict[str, float], loaded: dict[str, Reward]) -> Reward:
+    if name in loaded:
+        return loaded[name]
+    return WeightedSum({single: loaded[single] for single in weights}, weights, RANGES)
+
+
+def _load(name: str, shelf: Shelf) -> Reward:
+    if name not in ADAPTERS:
+        return _own(name)
+    module = ADAPTERS[name].module
+    try:
+        adapter = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name} needs the package {error.name}: pip install -r requirements.txt"
+        ) from error
+    return cast(Callable[[Shelf], Reward], adapter.load)(shelf)
+
+
+def _own(name: str) -> Reward:
+    """`module:function`, importable from the current folder or the environment."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name!r} is no function, but of type {type(found).__name__}")
+    return cast(Reward, found)
