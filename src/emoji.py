@@ -1,0 +1,153 @@
+"""The Noto emoji as captioned pictures: what the small text-to-image models are trained on.
+
+Pictures (64x64, Apache-2.0) and names from the npm package emoji-datasource-google 16.0.0,
+keywords from emojilib 4.0.3; neither is needed to run a trained model.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
+
+from src.files import read_json
+
+PACKAGES = ("emoji-datasource-google@16.0.0", "emojilib@4.0.3")
+TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
+ALWAYS_TRAINED = ("red apple", "smiling face", "rocket", "dog face")
+"""Concepts that are never held out: the prompts that the model is judged by at first sight."""
+TEMPLATES = ("{}", "{}", "{}", "{} emoji", "an emoji of {}", "a picture of {}")
+WEIGHTS = {
+    "Smileys & Emotion": 1.6,
+    "Animals & Nature": 1.6,
+    "Food & Drink": 1.6,
+    "People & Body": 0.7,
+    "Flags": 0.2,
+    "Symbols": 0.6,
+}
+"""How often a category is drawn, for an average of about 1."""
+TONE_WEIGHT = 0.08
+"""How often one of the five tones of a concept is drawn, as a part of the concept's own share."""
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """A picture's file name and what may be said of it; names[0] is the usual name."""
+
+    file: str
+    names: tuple[str, ...]
+    keywords: tuple[str, ...]
+    category: str
+    tone: str = ""
+    held_out: bool = False
+
+    @property
+    def name(self) -> str:
+        """The usual name, with the skin tone where there is one."""
+        return ", ".join(filter(None, (self.names[0], self.tone)))
+
+
+def load_emoji(folder: Path, seed: int = 0) -> list[Emoji]:
+    """All base concepts, and their variants of one skin tone; a tenth of the concepts held out.
+
+    folder holds the two unpacked packages as google/ and emojilib/. Which are held out depends
+    on the names and the seed alone. ValueError where a file is missing.
+    """
+    records = read_json(folder / "google" / "emoji.json")
+    keywords = read_json(folder / "emojilib" / "dist" / "emoji-en-US.json")
+    shown = [r for r in records if r["category"] != "Component" and r["has_img_google"]]
+    found = [(_described(r, keywords), r) for r in shown]
+    held_out = _held_out([emoji.names[0] for emoji, _ in found], seed)
+    every: list[Emoji] = []
+    for emoji, record in found:
+        base = replace(emoji, held_out=emoji.names[0] in held_out)
+        every.append(base)
+        variants = record.get("skin_variations", {})
+        every += [
+            replace(base, file=variants[code]["image"], tone=tone)
+            for code, tone in TONES.items()
+            if code in variants
+        ]
+    return every
+
+
+def load_pictures(folder: Path, emoji: Sequence[Emoji]) -> Tensor:
+    """-> uint8 [N, 3, 64, 64]: the pictures on white."""
+    return torch.stack([_picture(folder / "google/img/google/64" / e.file) for e in emoji])
+
+
+def drawing_weights(emoji: Sequence[Emoji]) -> Tensor:
+    """-> float [N]: how often each is drawn; flags and tones seldom, everyday things often."""
+    shares = [WEIGHTS.get(e.category, 1.0) * (TONE_WEIGHT if e.tone else 1.0) for e in emoji]
+    return torch.tensor(shares)
+
+
+def captions(emoji: Emoji, count: int, seed: int) -> list[str]:
+    """-> `count` ways to say it: first the name, then names, templates and keywords by chance."""
+    chance = random.Random(f"{seed} {emoji.file}")
+    return [emoji.name, *(_caption(emoji, chance) for _ in range(count - 1))]
+
+
+def _caption(emoji: Emoji, chance: random.Random) -> str:
+    name = emoji.names[0] if chance.random() < 0.75 else chance.choice(emoji.names)
+    told = [chance.choice(TEMPLATES).format(name)]
+    few = chance.sample(emoji.keywords, min(len(emoji.keywords), chance.randint(2, 3)))
+    if few and (kind := chance.random()) < 0.35:
+        told = few if kind < 0.1 else [name, *few]
+    return ", ".join(filter(None, (*told, emoji.tone)))
+
+
+def _described(record: Mapping[str, Any], keywords: Mapping[str, Sequence[str]]) -> Emoji:
+    points = [int(code, 16) for code in record["unified"].split("-")]
+    character = "".join(map(chr, points))
+    words = keywords.get(character) or keywords.get(character.replace("\ufe0f", "")) or ()
+    plain = [_plain(word) for word in words if word != "keycap"]
+    short = _plain(record["short_name"].replace("-", " "))
+    names = (*plain[:1], _plain(record["name"] or ""), short)
+    told = dict.fromkeys(name for name in names if len(name) > 1)
+    others = dict.fromkeys(w for w in plain[1:] if len(w) > 2 and w not in told)
+    return Emoji(record["image"], tuple(told), tuple(others), record["category"])
+
+
+def _plain(text: str) -> str:
+    """Lower case, words apart; what is no word (":D") becomes empty."""
+    text = text.lower().replace("_", " ").replace("\u201c", "").replace("\u201d", "")
+    return re.sub(r"\s+", " ", text).strip() if re.search(r"[a-z0-9]{2}", text) else ""
+
+
+def _held_out(names: Sequence[str], seed: int) -> set[str]:
+    free = sorted(set(names) - set(ALWAYS_TRAINED))
+    return set(random.Random(seed).sample(free, len(names) // 10))
+
+
+def _picture(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            drawn = image.convert("RGBA")
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file: {path}; unpack the npm package {PACKAGES[0]}") from error
+    white = Image.new("RGBA", drawn.size, "white")
+    pixels = np.array(Image.alpha_composite(white, drawn).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def shifted(pictures: Tensor, most: int, g: Generator) -> Tensor:
+    """uint8 [B, 3, H, W] -> each moved by up to `most` pixels; white comes in at the edges."""
+    wide = F.pad(pictures, (most, most, most, most), value=255)
+    size = pictures.shape[-1]
+    corners = torch.randint(0, 2 * most + 1, (len(pictures), 2), generator=g).tolist()
+    cut = [p[:, y : y + size, x : x + size] for p, (y, x) in zip(wide, corners, strict=True)]
+    return torch.stack(cut)
