@@ -201,7 +201,8 @@ def surroundings(
     if config.backend not in ("auto", found):
         raise ValueError(f"backend {config.backend} is not that of {path}: it is {found}")
     flow = backend.levels.process.name == "flow"
-    config = resolved(dataclasses.replace(config, backend=found), is_flow=flow)
+    config = dataclasses.replace(config, backend=found)
+    config = resolved(config, is_flow=flow, shape=backend.latent_shape)
     return config, Surroundings(
         backend,
         fingerprint=fingerprint(path) if cache else "",

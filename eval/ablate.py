@@ -126,7 +126,8 @@ class Laboratory:
         with tempfile.TemporaryDirectory() as temp:
             folder = Path(temp) / "run"
             self.distil([*told, "--outdir", str(folder)])
-            seconds = sum(tick["seconds"] for tick in read_jsonl(folder / "metrics.jsonl"))
+            *_, last_tick = read_jsonl(folder / "metrics.jsonl")
+            seconds = last_tick["seconds"]
             kept = self.keep / f"{cell.solver}-k{cell.points}-{cell.variant}-{cell.nfe}nfe.pkl"
             kept.parent.mkdir(parents=True, exist_ok=True)
             (folder / "predictor.pkl").replace(kept)

@@ -59,8 +59,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of the ticks that were run."""
-        return sum(tick["seconds"] for tick in self.ticks)
+        """Of the ticks that were run, from the start of the run to the end of the last."""
+        return self.ticks[-1]["seconds"]
 
     @property
     def whole(self) -> float:

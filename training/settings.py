@@ -1,6 +1,8 @@
 """What a distillation is told, and what it may be told: plain values, checked before any work."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,12 @@ DEFAULT_METHOD = "fit"
 """The one that measures best."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gradient": {"total_kimg": 10.0, "M": 3, "scale_dir": 0.05, "scale_time": 0.05},
-    "fit": {"total_kimg": 0.032, "learn_grid": True, "rounds": 2},
+    "fit": {"learn_grid": True, "rounds": 2},
     "fit+gradient": {"total_kimg": 2.0, "learn_grid": True, "lr": 0.01, "objective": "final"},
 }
-"""By method, of the options that were not given. A fit is sized for two minutes on a CPU."""
+"""By method, of the options that were not given."""
+FIT_NUMBERS, FIT_LEAST, FIT_MOST = 1 << 15, 32, 4096
+"""A fit learns from trajectories of so many numbers, within bounds: two minutes on a CPU."""
 COMMON: dict[str, Any] = {
     **{"learn_grid": False, "lr": 0.2, "objective": "per-step", "rounds": 6},
     "try_schedules": False,
@@ -130,13 +134,17 @@ class Config:
         return "gradient" in self.method
 
 
-def resolved(config: Config, *, is_flow: bool) -> Config:
+def resolved(config: Config, *, is_flow: bool, shape: Sequence[int] = ()) -> Config:
     """The options with the usual ones filled in, for a VE or a flow model, and checked.
+
+    A fit learns from the more trajectories the fewer numbers a latent of `shape` has.
 
     Raises ValueError in one line where they contradict each other or the model.
     """
     one_of("method", config.method, METHODS)
-    filled = {**COMMON, **DEFAULTS[config.method], **usual_grid(config, is_flow)}
+    enough = FIT_NUMBERS // math.prod(shape or (FIT_NUMBERS,))
+    filled: dict[str, Any] = {"total_kimg": max(FIT_LEAST, min(FIT_MOST, enough)) / 1000}
+    filled |= {**COMMON, **DEFAULTS[config.method], **usual_grid(config, is_flow)}
     filled["last_distance"] = config.distance
     if config.multistep:
         filled.pop("scale_dir", None)
