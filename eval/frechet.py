@@ -11,10 +11,9 @@ Shapes: N features of D numbers each.
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.features import load_features
-from src.files import read_json, to_json, write_atomically
-from src.images import read_png
+from eval.pictures import Pictures, find_pictures, read_batches
+from src.files import to_json, write_atomically
 from src.options import Device, OneLineCommand, one_line_errors
 
 SHIPPED = Path(__file__).resolve().parent.parent / "src/models/fashion-mnist-32/test-features.npz"
-INDEX = "samples.json"
 READ_AT_ONCE = 64
 
 BROKEN = (
@@ -115,7 +113,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 class Reference:
     """The Gaussian that images are measured against, and what it was made from."""
 
-    count: int
+    count: int | None  # None where the file does not say
     mean: Tensor  # [D] float64
     covariance: Tensor  # [D, D] float64
     about: dict[str, Any]
@@ -140,59 +138,58 @@ def save_reference(path: Path, images: Moments, about: dict[str, Any]) -> None:
 
 
 def load_reference(path: Path) -> Reference:
-    """Read such a file; ValueError, in one line, where it is missing or broken."""
+    """Read such a file, or EDM's (mu, sigma); ValueError, in one line, for a broken one."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            count, about = int(file["count"]), json.loads(str(file["about"]))
-            mean = torch.from_numpy(file["mean"]).double()
-            upper = torch.from_numpy(file["upper"]).double()
+            if not isinstance(file, Mapping):
+                raise ValueError("a single array")
+            count = int(file["count"]) if "count" in file else None
+            about = json.loads(str(file["about"])) if "about" in file else {}
+            if "sigma" in file:
+                mean, covariance = (torch.from_numpy(file[n]).double() for n in ("mu", "sigma"))
+            else:
+                mean = torch.from_numpy(file["mean"]).double()
+                covariance = full(torch.from_numpy(file["upper"]).double(), len(mean))
     except FileNotFoundError as error:
         raise ValueError(
             f"no reference statistics at {path}: see python -m eval.reference"
         ) from error
     except BROKEN as error:
         raise ValueError(f"{path} holds no reference statistics ({error})") from error
-    d = len(mean)
-    if mean.ndim != 1 or upper.shape != (d * (d + 1) // 2,) or count < 2:
-        sizes = f"{list(mean.shape)} and {list(upper.shape)}"
-        raise ValueError(f"{path}: a mean and an upper triangle of the sizes {sizes} do not fit")
-    covariance = torch.zeros(d, d, dtype=torch.float64)
-    rows, columns = torch.triu_indices(d, d).unbind()
-    covariance[rows, columns] = upper
-    covariance[columns, rows] = upper
+    check_reference(mean, covariance, count, path)
     return Reference(count, mean, covariance, about)
 
 
-def image_files(place: Path) -> list[Path]:
-    """The PNGs of a folder, or those that its samples.json (or that file itself) lists.
-
-    Raises ValueError where there are none.
-    """
-    index = place if place.is_file() else place / INDEX
-    found = listed(index) if index.is_file() else sorted(place.rglob("*.png"))
-    if not found:
-        raise ValueError(f"no PNG images in {place}")
-    return found
-
-
-def listed(index: Path) -> list[Path]:
-    """The images of a samples.json; ValueError where it is not one."""
-    content = read_json(index)
-    entries = content.get("images") if isinstance(content, dict) else None
-    files = [e.get("file") for e in entries or [] if isinstance(e, dict)]
-    if not isinstance(entries, list) or not all(isinstance(f, str) for f in files):
-        raise ValueError(f"{index} lists no images: it should be written by sample.py")
-    return [index.parent / str(f) for f in files]
+def check_reference(mean: Tensor, covariance: Tensor, count: int | None, path: Path) -> None:
+    """ValueError where the parts of a file do not fit, or are not finite."""
+    sizes = f"{list(mean.shape)} and {list(covariance.shape)}"
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{path}: a mean and a covariance of the sizes {sizes} do not fit")
+    if count is not None and count < 2:
+        raise ValueError(f"{path}: statistics of {count} images have no covariance")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{path}: the statistics hold NaN or infinity")
 
 
-def folder_moments(paths: list[Path], extract: Extractor) -> Moments:
-    """The statistics of PNG files, which may differ in size; with a progress bar."""
+def full(upper: Tensor, d: int) -> Tensor:
+    """The symmetric matrix [D, D] of an upper triangle; ValueError for another size."""
+    if upper.shape != (d * (d + 1) // 2,):
+        raise ValueError(f"an upper triangle of {list(upper.shape)} numbers for {d} features")
+    matrix = torch.zeros(d, d, dtype=torch.float64)
+    rows, columns = torch.triu_indices(d, d).unbind()
+    matrix[rows, columns] = upper
+    matrix[columns, rows] = upper
+    return matrix
+
+
+def folder_moments(pictures: Pictures, extract: Extractor) -> Moments:
+    """The statistics of pictures, which may differ in size; with a progress bar."""
 
     def features() -> Iterator[Tensor]:
-        images = (read_png(path)[0] for path in tqdm(paths, unit="image", disable=None))
-        for _, alike in groupby(images, lambda image: image.shape):
-            while part := list(islice(alike, READ_AT_ONCE)):
-                yield extract(torch.stack(part))
+        with tqdm(total=len(pictures.items), unit="image", disable=None) as bar:
+            for alike in read_batches(pictures, range(len(pictures.items)), batch=READ_AT_ONCE):
+                yield extract(alike.images / 255)
+                bar.update(len(alike.which))
 
     return all_moments(features())
 
@@ -203,14 +200,14 @@ def folder_moments(paths: list[Path], extract: Extractor) -> Moments:
 @click.option("--device", type=Device(), default="auto")
 @one_line_errors
 def main(place: Path, reference: Path, device: torch.device) -> None:
-    """Print the Frechet distance of a folder of PNGs, or of what its samples.json lists.
+    """Print the Frechet distance of a folder of images, or of what its samples.json lists.
 
     \b
     python -m eval.frechet samples/fashion-mnist-32/heun_nfe127
     python -m eval.frechet my-images --reference my-statistics.npz
     """  # noqa: D301 - click's mark for lines to keep
     known = load_reference(reference)
-    found = folder_moments(image_files(place), load_features(device))
+    found = folder_moments(find_pictures(place), load_features(device))
     distance = known.distance(found)
     click.echo(
         f"Frechet distance {distance:.4f} of {found.count} images to the {known.count} of "

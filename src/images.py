@@ -4,9 +4,9 @@ Images are floats in [0, 1]: B images, C channels (1 grey, 3 colour), height H, 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from src.files import to_json, write_atomically
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -54,17 +56,30 @@ def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
     What is transparent shows white. ValueError for a file that is missing or no whole PNG.
     """
+    pixels, text = read_image(path, str(path), ["PNG"])
+    return pixels / 255, text
+
+
+def read_image(
+    file: str | Path | IO[bytes], name: str, formats: Sequence[str] = FORMATS
+) -> tuple[Tensor, dict[str, str]]:
+    """-> the image [C, H, W] in uint8 (C = 1 for grey, else 3) and its text chunks.
+
+    What is transparent shows white. ValueError, with `name`, for a file that is missing or no
+    whole image of one of these formats.
+    """
     try:
-        with Image.open(path, formats=["PNG"]) as png:
-            png.load()
-            text = {k: str(v) for k, v in png.info.items() if isinstance(v, str)}
-            flat = png.copy() if png.mode in ("L", "RGB") else _on_white(png)
+        with Image.open(file, formats=formats) as image:
+            image.load()
+            text = {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
+            flat = image.copy() if image.mode in ("L", "RGB") else _on_white(image)
     except FileNotFoundError as error:
-        raise ValueError(f"no such file: {path}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable PNG: {error}") from error
+        raise ValueError(f"no such file: {name}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        kinds = " or ".join(formats)
+        raise ValueError(f"{name} is not a readable {kinds}: {error}") from error
     pixels = torch.from_numpy(np.array(flat))
-    return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)) / 255, text
+    return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)), text
 
 
 def _on_white(image: Image.Image) -> Image.Image:

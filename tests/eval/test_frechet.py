@@ -17,13 +17,13 @@ from eval.frechet import (
     Moments,
     all_moments,
     frechet_distance,
-    image_files,
     load_reference,
     main,
     merged,
     moments,
     save_reference,
 )
+from eval.pictures import find_pictures
 from src.images import save_png
 from tests.eval.small import FEATURES, cheap_features
 
@@ -204,21 +204,22 @@ def folder(path: Path) -> Path:
 
 def test_samples_json_says_which_images_count(tmp_path: Path) -> None:
     place = folder(tmp_path)
-    assert [p.name for p in image_files(place)] == ["000000.png", "000001.png", "000002.png"]
-    assert image_files(place / "samples.json") == image_files(place)
+    found = find_pictures(place)
+    assert [p.name for p in found.items] == ["000000.png", "000001.png", "000002.png"]
+    assert find_pictures(place / "samples.json") == found
 
 
 def test_a_folder_without_it_counts_all_its_pngs(tmp_path: Path) -> None:
     place = folder(tmp_path)
     (place / "samples.json").unlink()
-    assert len(image_files(place)) == 5
+    assert len(find_pictures(place).items) == 5
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"images": [1]}', '{"images": [{"file": 3}]}', "{"])
 def test_a_samples_json_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "samples.json").write_text(text)
-    with pytest.raises(ValueError, match=r"samples\.json|no PNG"):
-        image_files(tmp_path)
+    with pytest.raises(ValueError, match=r"samples\.json|no images"):
+        find_pictures(tmp_path)
 
 
 def test_the_command_prints_the_distance_and_the_number_of_images(
@@ -236,4 +237,4 @@ def test_the_command_prints_the_distance_and_the_number_of_images(
 def test_an_empty_folder_is_an_error_of_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [str(tmp_path)])
     assert done.exit_code == 1
-    assert "no PNG images in" in done.output.splitlines()[-1]
+    assert "no images in" in done.output.splitlines()[-1]
