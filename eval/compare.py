@@ -30,7 +30,7 @@ from eval.frechet import SHIPPED, load_reference
 from eval.machine import provenance
 from eval.measure import Fine, Judge, Score, Study, best, measure, solve_finely
 from solvers.catalog import make_solver
-from src.files import write_json
+from src.files import write_json, write_text
 from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors
 
 CHOOSE_ON = 64
@@ -145,7 +145,7 @@ def main(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Compare solvers and predictors: error to the fine solution, Frechet distance, cost.
 
-    Writes results.csv, results.json and results.png to OUTDIR. Hand-made solvers take the best
+    Writes results.txt, .csv, .json and .png to OUTDIR. Hand-made solvers take the best
     of their schedules, each with and without AFS, by RMSE on the first 64 seeds. The shipped
     model has its Frechet reference; other models need --reference for that column. All solvers
     on the shipped model take about a quarter of an hour on 2 cores.
@@ -170,11 +170,10 @@ def main(  # noqa: PLR0913 - one parameter an option
     settings = {"model": model, "seeds": runs_of(seeds), "schedules": schedules}
     settings |= {"dtype": str(dtype), "reference": str(reference) if reference else None}
     write_results(outdir, result, study, settings)
-    click.echo(report.table(result.scores))
-    parts = (report.pivot(result.scores), report.ratios(result.scores))
-    click.echo("".join(f"\n{part}\n" for part in parts if part))
-    click.echo(summary(study, result.fine))
-    click.echo(f"results.csv, results.json and results.png are in {outdir}")
+    parts = [f(result.scores) for f in (report.table, report.pivot, report.ratios)]
+    text = "\n\n".join(part for part in (*parts, summary(study, result.fine)) if part)
+    write_text(outdir / "results.txt", text + "\n")
+    click.echo(f"{text}\nresults.txt, .csv, .json and .png are in {outdir}")
 
 
 def counts(texts: Sequence[str], option: str = "nfe") -> list[int]:

@@ -61,16 +61,18 @@ def table(scores: Sequence[Score]) -> str:
 def pivot(scores: Sequence[Score], absent: Sequence[str] = ()) -> str:
     """A line for every solver, RMSE and Frechet distance by NFE; the best of each has a star.
 
-    `absent` names get a line of dashes.
+    `absent` names get a line of dashes. Rows are the network's evaluations for an image.
     """
     calls = sorted({s.nfe for s in scores})
-    rows = [["solver", *(f"RMSE @{n} " for n in calls), *(f"FD @{n} " for n in calls)]]
+    heads = (f"{what} @{n} " for what in ("RMSE", "FD") for n in calls)
+    rows = [["solver", *heads, f"rows @{'/'.join(map(str, calls))}"]]
     best = {n: least([s for s in scores if s.nfe == n]) for n in calls}
     for name in [*dict.fromkeys(s.name for s in scores), *absent]:
         found = {s.nfe: s for s in scores if s.name == name}
         errors = [cell(found.get(n) and found[n].rmse, best[n][0]) for n in calls]
         distances = [cell(found.get(n) and found[n].frechet, best[n][1]) for n in calls]
-        rows.append([name, *errors, *distances])
+        evaluations = (f"{found[n].rows:g}" if n in found else "-" for n in calls)
+        rows.append([name, *errors, *distances, "/".join(evaluations)])
     return aligned(rows)
 
 

@@ -38,7 +38,7 @@ def test_without_predictors_the_demo_leaves_their_place(tmp_path: Path) -> None:
     output = run(tmp_path)
     assert "No learned predictor is in exps/fashion-mnist-32 yet" in output
     row = next(line for line in output.splitlines() if line.startswith("epd K=2"))
-    assert row.split()[2:] == ["-"] * 8
+    assert row.split()[2:] == ["-"] * 8 + ["-/-/-/-"]
     for name in ("grid.png", "results.png", "results.csv", "results.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
         assert str(tmp_path / "out" / name) in output

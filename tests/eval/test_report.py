@@ -41,13 +41,13 @@ def test_the_table_has_a_line_for_every_score() -> None:
 
 def test_the_pivot_stars_the_best_of_each_column() -> None:
     lines = pivot(SCORES).splitlines()
-    assert lines[2].split() == ["euler", "0.5000", "0.2000", "30.00*", "20.00"]
-    assert lines[3].split() == ["epd", "K=2", "0.1000*", "0.05000*", "31.50", "12.25*"]
+    assert lines[2].split() == ["euler", "0.5000", "0.2000", "30.00*", "20.00", "3/5"]
+    assert lines[3].split() == ["epd", "K=2", "0.1000*", "0.05000*", "31.50", "12.25*", "3/5"]
 
 
 def test_what_is_absent_has_a_line_of_dashes() -> None:
     lines = pivot(SCORES[:2], absent=("epd",)).splitlines()
-    assert lines[-1].split() == ["epd", "-", "-", "-", "-"]
+    assert lines[-1].split() == ["epd", "-", "-", "-", "-", "-/-"]
 
 
 def test_the_ratios_name_the_best_of_each_kind_and_what_it_evaluates() -> None:
