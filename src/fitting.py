@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -55,6 +56,10 @@ class Run:
     step: int = 0
     seconds: float = 0.0
 
+    def averaged(self) -> Any:
+        """A copy of the average on the CPU, for what is exported."""
+        return deepcopy(self.ema).cpu()
+
     def save(self, outdir: Path) -> None:
         """Write the checkpoint, whole or not at all."""
         state = {
@@ -71,7 +76,7 @@ class Run:
         """Go on from the checkpoint in outdir, if there is one."""
         if not (outdir / CHECKPOINT).exists():
             return
-        state = torch.load(outdir / CHECKPOINT, weights_only=True)
+        state = torch.load(outdir / CHECKPOINT, weights_only=True, map_location="cpu")
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -89,7 +94,7 @@ def fit(
     """Train, or go on; checkpoint.pt and metrics.jsonl go to outdir, `export` sees every save.
 
     draw(step, generator) gives a step's tensors, all of one length; loss(network, *rows) is the
-    mean over rows. The network is changed in place.
+    mean over rows, which lie where the network is. The network is changed in place.
     """
     outdir.mkdir(parents=True, exist_ok=True)
     optimiser = torch.optim.AdamW(
@@ -126,10 +131,11 @@ def gradients(
     work does not hold up the rest; summed in order, so that the result does not depend on them.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
+    device = parameters[0].device
 
     def work(rows: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         torch.set_num_threads(1)
-        value = loss(network, *rows) * (len(rows[0]) / len(drawn[0]))
+        value = loss(network, *(row.to(device) for row in rows)) * (len(rows[0]) / len(drawn[0]))
         grads = torch.autograd.grad(value, parameters, materialize_grads=True)
         return value.detach(), grads
 
@@ -152,6 +158,11 @@ def advance(run: Run, progress: float, plan: Plan) -> None:
     with torch.no_grad():
         for averaged, p in zip(run.ema.parameters(), run.network.parameters(), strict=True):
             averaged.lerp_(p, pull)
+
+
+def part_of(batch: int, device: str) -> int:
+    """How many rows a worker takes: half of them, but all on anything but the CPU."""
+    return max(1, batch // 2) if device == "cpu" else batch
 
 
 def initialise(network: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> None:

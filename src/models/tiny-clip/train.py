@@ -26,6 +26,7 @@ TEXT = {"context_length": LENGTH, "width": 128, "heads": 4, "layers": 3}
 EMBEDDING = 128
 MEAN, STD = (0.75, 0.71, 0.66), (0.32, 0.33, 0.37)
 CAPTIONS = 16
+LR = 1e-3
 
 
 def model_config(vocabulary: int) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def normal(images: Tensor) -> Tensor:
 
 def clip_loss(clip: Any, images: Tensor, tokens: Tensor) -> Tensor:
     """The contrastive loss of pairs, both ways; a caption that is there twice is right twice."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         seen = clip.encode_image(images)
         read = clip.encode_text(tokens)
     seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
@@ -87,19 +88,20 @@ def mean(true: Tensor) -> float:
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--outdir", type=click.Path(path_type=Path), required=True)
+@click.option("--runs", type=click.Path(path_type=Path), required=True)
 @click.option("--steps", type=click.IntRange(1), default=2500, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0.1), default=15.0, show_default=True)
 @click.option("--batch", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--lr", type=click.FloatRange(0), default=1e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 def main(
-    data: Path, outdir: Path, steps: int, minutes: float, batch: int, lr: float, seed: int
+    data: Path, runs: Path, steps: int, minutes: float, batch: int, seed: int, device: str
 ) -> None:
-    """Train, then write OUTDIR/clip and OUTDIR/scores.json.
+    """Train, then write RUNS/clip/clip and RUNS/clip/scores.json.
 
-    Example: python src/models/tiny-clip/train.py --data runs/emoji --outdir runs/tiny-clip
+    Example: python src/models/tiny-clip/train.py --data runs/emoji --runs runs/tiny
     """
+    outdir = runs / "clip"
     torch.set_num_threads(1)
     emoji = load_emoji(data)
     pictures = load_pictures(data, emoji)
@@ -119,18 +121,18 @@ def main(
         return vary(pictures[rows], g), tokens[rows, said]
 
     def save(run: Run) -> None:
-        scores = {}
+        clip, scores = run.averaged(), {}
         for name, held_out in (("train", False), ("held_out", True)):
             some = [i for i, e in enumerate(emoji) if e.held_out == held_out and not e.tone]
             some = some[:: max(1, len(some) // 190)]
-            scores[name] = recall(run.ema, pictures[some], tokens[some, 0])
-        save_clip(outdir / "clip", run.ema, tokenizer, model_config(len(tokenizer)))
+            scores[name] = recall(clip, pictures[some], tokens[some, 0])
+        save_clip(outdir / "clip", clip, tokenizer, model_config(len(tokenizer)))
         write_json(
             outdir / "scores.json", {"steps": run.step, "minutes": run.seconds / 60, **scores}
         )
 
-    plan = Plan(steps, minutes, lr, seed, part=batch, weight_decay=0.05)
-    fit(clip, draw, clip_loss, plan, outdir, save)
+    plan = Plan(steps, minutes, LR, seed, part=batch, weight_decay=0.05)
+    fit(clip.to(device), draw, clip_loss, plan, outdir, save)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ what train_vae.py and tiny-clip's train.py wrote. Run it again to go on.
 """
 
 import sys
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -28,38 +30,37 @@ from backends.tiny import (
 )
 from src.emoji import Emoji, captions, drawing_weights, load_emoji
 from src.files import write_json
-from src.fitting import Plan, Run, fit, initialise
+from src.fitting import Plan, Run, fit, initialise, part_of
 from src.images import grid, save_png
 
 WIDTH, LAYERS = 192, 6
-BATCH, LR = 32, 1e-3
+LR = 1e-3
 ZERO = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 ZEROS = 256  # rows, in the pipeline's default
 CAPTIONS = 16  # of each picture
 NO_TEXT = 0.1
-FEWER_ZEROS = (
-    0.3  # the share trained with fewer rows of zeros, so that their number matters little
-)
+FEWER_ZEROS = 0.3  # the share with fewer rows of zeros, so that their number matters little
 SHOWN = (
     *("red apple", "smiling face", "rocket", "dog face", "pizza", "red heart", "cat face", "sun"),
     *("banana", "tree", "fire", "automobile", "soccer ball", "house", "thumbs up", "octopus"),
 )
 
 
-def flow_loss(
-    transformer: Any,
-    x0: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    tokens: Tensor,
-    pooled: Tensor,
-    log_zeros: Tensor,
-) -> Tensor:
-    """The squared error of the velocity."""
-    x = x0 + sigma[:, None, None, None] * (noise - x0)
-    with torch.autocast("cpu", torch.bfloat16):
-        told = velocity(transformer, x, sigma, (tokens, pooled), log_zeros)
-    return (told.float() - (noise - x0)).square().mean()
+@dataclass(frozen=True)
+class FlowLoss:
+    """The squared error of the velocity; the texts are read here, where the network is."""
+
+    parts: Parts
+
+    def __call__(
+        self, transformer: Any, x0: Tensor, noise: Tensor, sigma: Tensor, *text: Tensor
+    ) -> Tensor:
+        """x0, noise [B, 16, 8, 8]; sigma [B]; tokens [B, L] and the log of how many zeros [B]."""
+        tokens, log_zeros = text
+        x, read = x0 + sigma[:, None, None, None] * (noise - x0), self.parts.read(tokens)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            told = velocity(transformer, x, sigma, read, log_zeros)
+        return (told.float() - (noise - x0)).square().mean()
 
 
 @torch.no_grad()
@@ -82,41 +83,43 @@ def sample(transformer: Any, parts: Parts, prompts: list[str], seed: int) -> Ten
 
 def export(run: Run, parts: Parts, outdir: Path) -> None:
     """The pipeline's folder, a picture of the usual prompts, and how far it has come."""
-    write_pipeline(run.ema, parts, outdir / "tiny-sd3")
-    images = sample(run.ema, parts, list(SHOWN), 0)
+    transformer = run.averaged()
+    write_pipeline(transformer, parts, outdir / "tiny-sd3")
+    images = sample(transformer, parts, list(SHOWN), 0)
     save_png(outdir / "samples.png", grid(images, columns=8))
     write_json(outdir / "state.json", {"steps": run.step, "minutes": run.seconds / 60})
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--vae", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--clip", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--outdir", type=click.Path(path_type=Path), required=True)
+@click.option("--runs", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--steps", type=click.IntRange(1), default=12_000, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0.1), default=120.0, show_default=True)
+@click.option("--batch", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 def main(
-    data: Path, vae: Path, clip: Path, outdir: Path, steps: int, minutes: float, seed: int
+    data: Path, runs: Path, steps: int, minutes: float, batch: int, seed: int, device: str
 ) -> None:
-    """Train, or go on; OUTDIR/tiny-sd3 is the pipeline at any time.
+    """Train, or go on; RUNS/sd3/tiny-sd3 is the pipeline at any time.
 
-    --vae is the folder that train_vae.py wrote to, --clip the one that tiny-clip's did.
-
-    Example: python src/models/tiny-sd3/train_transformer.py --data runs/emoji
-    --vae runs/tiny-vae --clip runs/tiny-clip --outdir runs/tiny-sd3
+    Example: python src/models/tiny-sd3/train_transformer.py --data runs/emoji --runs runs/tiny
     """
     torch.set_num_threads(1)
     emoji = load_emoji(data)
-    latents = torch.load(vae / "latents.pt", weights_only=True)
-    parts = load_parts(vae / "vae", clip / "clip")
+    latents = torch.load(runs / "vae" / "latents.pt", weights_only=True)
+    parts = load_parts(runs / "vae" / "vae", runs / "clip" / "clip")
     said = tokenise(parts.tokenizer, [t for e in emoji for t in captions(e, CAPTIONS, seed)])
+    silence = tokenise(parts.tokenizer, [""])
     transformer = build_transformer(WIDTH, LAYERS, parts.tower.config.hidden_size, (16, 8))
     initialise(transformer, seed, ZERO)
     transformer.set_attn_processor(OneForAllZeros())
-    plan = Plan(steps, minutes, LR, seed, part=BATCH // 2)
-    draw = Drawing(latents, said.reshape(len(emoji), CAPTIONS, -1), trained_weights(emoji), parts)
-    fit(transformer, draw, flow_loss, plan, outdir, lambda run: export(run, parts, outdir))
+    plan = Plan(steps, minutes, LR, seed, part_of(batch, device))
+    said = said.reshape(len(emoji), CAPTIONS, -1)
+    draw = Drawing(latents, said, silence, trained_weights(emoji), batch)
+    loss = FlowLoss(replace(parts, tower=deepcopy(parts.tower).to(device)))
+    show = partial(export, parts=parts, outdir=runs / "sd3")
+    fit(transformer.to(device), draw, loss, plan, runs / "sd3", show)
 
 
 def trained_weights(emoji: list[Emoji]) -> Tensor:
@@ -130,20 +133,23 @@ class Drawing:
 
     latents: Tensor
     said: Tensor
+    silence: Tensor
     weights: Tensor
-    parts: Parts
+    batch: int
 
     def __call__(self, _: int, g: Generator) -> tuple[Tensor, ...]:
-        """-> x0, noise, sigma, tokens, pooled, log of the count of zeros; some without text."""
-        rows = torch.multinomial(self.weights, BATCH, replacement=True, generator=g)
-        which = torch.randint(CAPTIONS, (BATCH,), generator=g)
-        silent = torch.rand(BATCH, 1, generator=g) < NO_TEXT
-        tokens = torch.where(silent, tokenise(self.parts.tokenizer, [""]), self.said[rows, which])
-        noise = torch.randn(BATCH, 16, 8, 8, generator=g)
-        sigma = torch.randn(BATCH, generator=g).sigmoid()
-        fewer, share = torch.rand(2, BATCH, generator=g)
+        """-> x0, noise, sigma, tokens, the log of the count of zeros; some without text."""
+        many = self.batch
+        rows = torch.multinomial(self.weights, many, replacement=True, generator=g)
+        which = torch.randint(CAPTIONS, (many,), generator=g)
+        silent = torch.rand(many, 1, generator=g) < NO_TEXT
+        tokens = torch.where(silent, self.silence, self.said[rows, which])
+        x0 = self.latents[rows]
+        noise = torch.randn(x0.shape, generator=g)
+        sigma = torch.randn(many, generator=g).sigmoid()
+        fewer, share = torch.rand(2, many, generator=g)
         log_zeros = log(ZEROS) * torch.where(fewer < FEWER_ZEROS, share, 1.0)
-        return self.latents[rows], noise, sigma, *self.parts.read(tokens), log_zeros
+        return x0, noise, sigma, tokens, log_zeros
 
 
 if __name__ == "__main__":

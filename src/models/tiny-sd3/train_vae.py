@@ -5,6 +5,7 @@ small Kullback-Leibler term (Kingma and Welling 2013, arXiv:1312.6114). Run it a
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from backends.tiny import build_vae
 from src.emoji import Emoji, drawing_weights, load_emoji, load_pictures, shifted
 from src.files import write_atomically, write_json
-from src.fitting import Plan, Run, fit, initialise
+from src.fitting import Plan, Run, fit, initialise, part_of
 from src.images import grid, save_png
 
 CHANNELS, LATENT = (32, 64, 96, 128), 16
 KL_WEIGHT = 3e-4
 EDGE_WEIGHT = 1.0
+LR = 1.5e-3
 
 
 def as_input(pictures: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 def vae_loss(vae: Any, pictures: Tensor, noise: Tensor) -> Tensor:
     """Reconstruction from a drawn latent, and the mean KL of a latent's number."""
     target = as_input(pictures)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(target.device.type, torch.bfloat16):
         told = vae.encode(target).latent_dist
         latents = told.mean + told.std * noise
         drawn = vae.decode(latents).sample
@@ -71,20 +73,21 @@ def decode_some(vae: Any, latents: Tensor) -> Tensor:
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--outdir", type=click.Path(path_type=Path), required=True)
+@click.option("--runs", type=click.Path(path_type=Path), required=True)
 @click.option("--steps", type=click.IntRange(1), default=8000, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0.1), default=25.0, show_default=True)
 @click.option("--batch", type=click.IntRange(2), default=16, show_default=True)
-@click.option("--lr", type=click.FloatRange(0), default=1.5e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 def main(
-    data: Path, outdir: Path, steps: int, minutes: float, batch: int, lr: float, seed: int
+    data: Path, runs: Path, steps: int, minutes: float, batch: int, seed: int, device: str
 ) -> None:
-    """Train, then write OUTDIR/vae (fp16) and OUTDIR/latents.pt.
+    """Train, then write RUNS/vae/vae (fp16) and RUNS/vae/latents.pt.
 
-    Example: python src/models/tiny-sd3/train_vae.py --data runs/emoji --outdir runs/tiny-vae
+    Example: python src/models/tiny-sd3/train_vae.py --data runs/emoji --runs runs/tiny
     """
     torch.set_num_threads(1)
+    outdir = runs / "vae"
     emoji = load_emoji(data)
     pictures = load_pictures(data, emoji)
     weights = drawing_weights(emoji) * torch.tensor([not e.held_out for e in emoji])
@@ -93,10 +96,11 @@ def main(
 
     def draw(_: int, g: Generator) -> tuple[Tensor, ...]:
         rows = torch.multinomial(weights, batch, replacement=True, generator=g)
-        return vary(pictures[rows], g), torch.randn(batch, 16, 8, 8, generator=g)
+        return vary(pictures[rows], g), torch.randn(batch, LATENT, 8, 8, generator=g)
 
-    plan = Plan(steps, minutes, lr, seed, part=max(1, batch // 2))
-    run = fit(vae, draw, vae_loss, plan, outdir, lambda run: export(run, outdir, pictures, emoji))
+    plan = Plan(steps, minutes, LR, seed, part_of(batch, device))
+    show = partial(export, outdir=outdir, pictures=pictures, emoji=emoji)
+    run = fit(vae.to(device), draw, vae_loss, plan, outdir, show)
     finish(run, outdir, pictures, emoji)
 
 
@@ -105,7 +109,8 @@ def export(run: Run, outdir: Path, pictures: Tensor, emoji: list[Emoji]) -> None
     bases = [i for i, e in enumerate(emoji) if not e.tone]
     some = bases[:: -(-len(bases) // 32)]
     seen = pictures[some]
-    copies = decode_some(run.ema, encode_all(run.ema, seen))
+    vae = run.averaged()
+    copies = decode_some(vae, encode_all(vae, seen))
     rows = torch.stack([seen.float() / 255, copies], 1)
     pairs = torch.cat([torch.cat([r[:, 0], r[:, 1]]) for r in rows.split(16)])
     save_png(outdir / "reconstructions.png", grid(pairs, columns=16))
@@ -113,7 +118,7 @@ def export(run: Run, outdir: Path, pictures: Tensor, emoji: list[Emoji]) -> None
 
 def finish(run: Run, outdir: Path, pictures: Tensor, emoji: list[Emoji]) -> None:
     """Write the folder with the latents' shift and scale, and every picture's latent."""
-    vae: Any = run.ema
+    vae = run.averaged()
     latents = encode_all(vae, pictures)
     seen = torch.tensor([not e.held_out for e in emoji])
     shift, scale = float(latents[seen].mean()), 1 / float(latents[seen].std())
