@@ -28,12 +28,12 @@ from training.distill import Plan, Table, table_rmse
 from training.fit import HISTORY, FitOptions, fit
 from training.known import (
     Conditions,
+    Effort,
     Settings,
     Source,
     Views,
-    counts,
+    effort,
     fine_grid,
-    is_robust,
     plans,
 )
 from training.refine import RefineOptions, Student, enough, gauss_newton
@@ -85,12 +85,12 @@ def distill(
     fine = fine_grid(settings, process)
     candidates = plans(settings, process)
     guided = Guided(denoiser, settings.guidance_rate)
-    source = Source(guided, tuple(shape), conditions, settings, fine[0])
+    work = effort(settings, shape)
+    source = Source(guided, tuple(shape), conditions, settings, work.batch, fine[0])
     grids = [plan.sigmas for plan in candidates.values()]
-    samples, judged = counts(settings, shape)
-    learned = source.batches("distill", samples, fine, grids)
+    learned = source.batches("distill", work.samples, fine, grids)
     ends = [(grid[0], grid[-1]) for grid in grids]
-    judges = source.batches("judge", judged, fine, ends)
+    judges = source.batches("judge", work.judges, fine, ends)
     found = []
     for i, (schedule, plan) in enumerate(candidates.items()):
         options = FitOptions(settings.points, settings.positions, known=settings.known)
@@ -104,27 +104,20 @@ def distill(
         raise ValueError("no table was found: the network gives numbers that are not finite")
     best = min(finite, key=lambda each: each.error)
     last = Views(learned, 0), Views(judges, 0)  # all plans end alike
-    phases = ((), ROBUST) if is_robust(settings, shape) else ((),)
-    best = refined(best, last, settings, phases if settings.rounds else (), report)
+    best = refined(best, last, work, report)
     return predictor_of(best, process, settings)
 
 
-def refined(
-    start: Found,
-    ends: tuple[Views, Views],
-    settings: Settings,
-    robust: Sequence[tuple[float, ...]],
-    report: Report,
-) -> Found:
+def refined(start: Found, ends: tuple[Views, Views], work: Effort, report: Report) -> Found:
     """The best of refinements from the same start, by what loss they begin with, on the judges."""
     batches, judges = ends
     found = [start]
-    for phases in robust:
+    for phases in ((), ROBUST)[: 1 + work.robust] if work.rounds else ():
         theta = gauss_newton(
             start.student,
             start.theta,
             batches,
-            RefineOptions(rounds=settings.rounds, robust=phases, per_round=enough(batches)),
+            RefineOptions(rounds=work.rounds, robust=phases, per_round=enough(batches)),
             judges=Views([*batches.known, *judges.known], 0),
         )
         plan, table = start.student.decode(theta)

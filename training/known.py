@@ -22,10 +22,7 @@ from training.search import HISTORY
 
 Conditions = Callable[[Sequence[int]], Condition | None]
 """(numbers of samples) -> what the network is told of them, B rows."""
-ENOUGH_NUMBERS = 1 << 19
-AT_ONCE_NUMBERS = 1 << 17
-SMALL = 1 << 10
-"""Latents of fewer numbers have errors that lie in few samples."""
+MANY, AT_ONCE, SMALL = 1 << 27, 1 << 17, 1 << 10
 FLOW_SCHEDULES = ("flowmatch", "logit")
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
 
@@ -45,12 +42,12 @@ class Settings:
     sigma_max: float | None = None  # None: 80 (ve), 1 (flow)
     schedule: str | None = None  # None: the best of several; the levels are learned from there
     guidance_rate: float = 1.0
-    samples: int | None = None  # noises to learn from; None: 128 to 4096, by the latent's size
+    samples: int | None = None  # noises to learn from; None: 64 to 4096, by the latent's size
     judges: int | None = None  # other noises, to choose by; None: half as many
     batch: int | None = None  # noises at once; None: 16 to 1024, by the latent's size
     positions: int = 17  # G
     robust: bool | None = None  # refine also by a loss for stray samples; None: small latents
-    rounds: int = 15  # of each refinement
+    rounds: int | None = None  # of each refinement; None: 15 for small latents, else 4
     fine_steps: int = 48  # intervals of the solution that is learned
     seed: int = 0
     device: str = "cpu"
@@ -61,7 +58,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is out of range: 1 or more")
-        if self.rounds < 0:
+        if self.rounds is not None and self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} is out of range: 0 or more")
         most = HISTORY if self.base else 0  # parallel multistep has them anyway
         if not 0 <= self.known <= most:
@@ -88,24 +85,39 @@ class Settings:
         return 0 if odd else count
 
 
-def counts(settings: Settings, shape: Sequence[int]) -> tuple[int, int]:
-    """How many samples to learn from and to judge by.
+@dataclass(frozen=True)
+class Effort:
+    """How much work a fit is given."""
 
-    Small latents need more: their error lies in the few samples that pass near a fork of the
-    flow, and those are what a table that generalises must have seen enough of.
+    samples: int
+    judges: int
+    batch: int
+    rounds: int
+    robust: bool
+
+
+def effort(settings: Settings, shape: Sequence[int]) -> Effort:
+    """What the settings leave open, by the latent's size.
+
+    Small latents need many noises and rounds: their error lies in the few samples that pass
+    near a fork of the flow, and those are what a table that generalises must have seen enough
+    of. Large ones need few, whose numbers are many and whose evaluations are dear.
     """
-    samples = settings.samples or sized(shape, 128, 4096, ENOUGH_NUMBERS)
-    return samples, settings.judges or samples // 2 or 1
+    numbers = math.prod(shape)
+    small = numbers < SMALL
+    samples = settings.samples or within(64, MANY // numbers**2, 4096)
+    return Effort(
+        samples,
+        settings.judges or samples // 2 or 1,
+        settings.batch or within(16, AT_ONCE // numbers, 1024),
+        (15 if small else 4) if settings.rounds is None else settings.rounds,
+        small if settings.robust is None else settings.robust,
+    )
 
 
-def sized(shape: Sequence[int], least: int, most: int, numbers: int) -> int:
-    """How many latents make about so many numbers, within bounds."""
-    return max(least, min(most, numbers // math.prod(shape)))
-
-
-def is_robust(settings: Settings, shape: Sequence[int]) -> bool:
-    """Whether a second refinement starts with a loss that stray samples steer little."""
-    return math.prod(shape) < SMALL if settings.robust is None else settings.robust
+def within(least: int, value: int, most: int) -> int:
+    """The value, held within bounds."""
+    return max(least, min(value, most))
 
 
 def ends_of(settings: Settings, process: Process) -> tuple[float, float]:
@@ -208,6 +220,7 @@ class Source:
     shape: tuple[int, ...]
     conditions: Conditions | None
     settings: Settings
+    size: int  # of a batch
     first: float  # the level where noise starts
 
     def batches(
@@ -220,9 +233,8 @@ class Source:
         """`count` noises of a purpose and their solutions, through the union of all levels."""
         every = sorted({*fine, *(level for grid in grids for level in grid)}, reverse=True)
         found = []
-        size = self.settings.batch or sized(self.shape, 16, 1024, AT_ONCE_NUMBERS)
-        for first in range(0, count, size):
-            batch = self.start(purpose, range(first, min(first + size, count)))
+        for first in range(0, count, self.size):
+            batch = self.start(purpose, range(first, min(first + self.size, count)))
             if not found:
                 check_answer(batch)
             states = teacher_states(Heun(), batch.field, batch.x, every)
