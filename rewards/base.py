@@ -16,7 +16,7 @@ from src.images import to_bytes
 class Reward(Protocol):
     """Scores images under prompts. Any function of this shape is one."""
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B prompts -> [B], in own units, higher is better."""
         ...
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from rewards.base import RANGES, Reward, WeightedSum
+from rewards.weights import require
 from src.files import nearest
 
 T = TypeVar("T")
@@ -45,6 +46,10 @@ class Shelf:
             self.models[key] = load()
         return self.models[key]
 
+    def path(self, name: str) -> Path:
+        """Where the weights of that name are; ValueError where they are not."""
+        return require([name], self.setup.paths)[name]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -54,7 +59,12 @@ class Adapter:
     weights: tuple[str, ...]
 
 
-ADAPTERS: dict[str, Adapter] = {}
+ADAPTERS = {
+    "hps": Adapter("rewards.hps", ("hps",)),
+    "pickscore": Adapter("rewards.pickscore", ("pickscore",)),
+    "clip": Adapter("rewards.clip", ("clip",)),
+    "aesthetic": Adapter("rewards.aesthetic", ("clip", "aesthetic")),
+}
 
 
 def load_reward(name: str, setup: Setup | None = None) -> Reward:
@@ -72,6 +82,8 @@ def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, 
     wanted = {name: parse(name) for name in names}
     singles = {single for weights in wanted.values() for single in weights}
     shelf = Shelf(setup or Setup())
+    needed = [w for s in sorted(singles) if s in ADAPTERS for w in ADAPTERS[s].weights]
+    require(needed, shelf.setup.paths)
     loaded = {single: _load(single, shelf) for single in sorted(singles)}
     return {name: _reward(name, wanted[name], loaded) for name in names}
 
