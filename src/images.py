@@ -4,7 +4,7 @@ Images are floats in [0, 1]: B images, C channels (1 grey, 3 colour), height H, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,12 +56,12 @@ def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
     What is transparent shows white. ValueError for a file that is missing or no whole PNG.
     """
-    pixels, text = read_image(path, str(path), ["PNG"])
+    pixels, text = read_image(path, str(path), ("PNG",))
     return pixels / 255, text
 
 
 def read_image(
-    file: str | Path | IO[bytes], name: str, formats: Sequence[str] = FORMATS
+    file: str | Path | IO[bytes], name: str, formats: tuple[str, ...] = FORMATS
 ) -> tuple[Tensor, dict[str, str]]:
     """-> the image [C, H, W] in uint8 (C = 1 for grey, else 3) and its text chunks.
 

@@ -113,6 +113,19 @@ class OneLineCommand(click.Command):
             raise
 
 
+class OneLineGroup(click.Group):
+    """Sub-commands; that there is none of a name is said in one line."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            error.ctx = None
+            raise
+
+
 TEXT_OPTIONS = (
     click.option("--prompt", multiple=True, help="A text; again for the next seed's."),
     click.option("--prompt-file", "--prompt_file", help=".txt, one a line, or .csv (text)."),
