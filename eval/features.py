@@ -6,7 +6,6 @@ Shapes: N images, C channels (1 grey, 3 colour).
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval import inception
+from rewards.weights import require
 from src.files import nearest
 
 SIDE = 224
@@ -92,26 +92,19 @@ class Space:
 
 
 SPACES = ("inception", "efficientnet", "clip")
-INCEPTION = "EPD_INCEPTION"
 CLIP_ABOUT = "CLIP image embeddings of length 1"
 
 
 def load_space(name: str, device: torch.device, weights: Path | None = None) -> Space:
     """The space of a name in SPACES, or of a callable `module:function`.
 
-    weights: the file of `inception` (else in the variable EPD_INCEPTION) or the file or folder
-    of `clip`. Raises ValueError for an unknown name, and for weights that are missing, wrong or
-    of no use.
+    weights: the file of `inception`, the file or folder of `clip`, where they are not where
+    `rewards.weights` looks. Raises ValueError for an unknown name, and for weights that are
+    missing, wrong or of no use.
     """
-    if name == "inception":
-        file = weights or Path(os.environ.get(INCEPTION) or "pt_inception-2015-12-05-6726825d.pth")
-        if not file.is_file():
-            hint = f"give --weights FILE or set {INCEPTION}, or take --features efficientnet"
-            raise ValueError(f"no Inception weights at {file}: {hint} ({inception.GET})")
-        network = inception.load_inception(file, device)
-        return Space(name, inception.ABOUT, network, stamped(file))
-    if name == "clip":
-        return clip_space(weights, device)
+    if name in ("inception", "clip"):
+        path = require([name], {name: weights} if weights else {})[name]
+        return inception_space(path, device) if name == "inception" else clip_space(path, device)
     if weights:
         raise ValueError(f"--weights {weights} is of no use to the features {name}")
     if name == "efficientnet":
@@ -119,22 +112,26 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
     return Space(name, name, imported(name))
 
 
-def clip_space(weights: Path | None, device: torch.device) -> Space:
+def inception_space(path: Path, device: torch.device) -> Space:
+    """FID's."""
+    return Space(
+        "inception", inception.ABOUT, inception.load_inception(path, device), stamped(path)
+    )
+
+
+def clip_space(path: Path, device: torch.device) -> Space:
     """The image tower of a CLIP, from an open_clip or transformers folder or file."""
-    if weights is None or not weights.exists():
-        where = f"at {weights}" if weights else "given"
-        raise ValueError(f"no CLIP {where}: give --weights FOLDER, of open_clip or transformers")
     try:
-        from rewards.clip import load_towers  # noqa: PLC0415 - open_clip is met only here
+        from rewards.clip import load_towers  # noqa: PLC0415 - its libraries are met only here
     except ModuleNotFoundError as error:
         raise ValueError(f"no {error.name}: pip install open_clip_torch transformers") from error
-    towers = load_towers(weights, device, False)
+    towers = load_towers(path, device, False)
     about = f"{CLIP_ABOUT} [{towers.width}], input {towers.look.size}x{towers.look.size}"
-    return Space("clip", about, torch.no_grad()(towers.images), stamped(weights))
+    return Space("clip", about, torch.no_grad()(towers.images), stamped(path))
 
 
 def stamped(path: Path) -> str:
-    """What changes when a file of weights does."""
+    """What changes when a file of weights does, or a folder's list of files."""
     found = path.stat()
     return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
 

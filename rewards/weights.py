@@ -146,7 +146,16 @@ BACKBONES = {
         PIPELINE,
     ),
 }
-WEIGHTS = {**REWARDS, **BACKBONES}
+METRICS = {
+    "inception": Weight(
+        "the Inception network of FID",
+        "95 MB",
+        "Apache-2.0",
+        "pt_inception-2015-12-05-6726825d.pth",
+        by_hand="the release fid_weights of github mseitzer/pytorch-fid",
+    ),
+}
+WEIGHTS = {**REWARDS, **BACKBONES, **METRICS}
 
 
 def variable(name: str) -> str:

@@ -136,9 +136,20 @@ def test_each_mistake_is_one_line(tmp_path: Path) -> None:
     refused(cheap("calc", "--images", tmp_path / "none", "--ref", a), "no such folder")
     refused(run("calk"), "No such command 'calk'")
     refused(run(*images, a, "--features", "inceptoin"), "did you mean inception?")
-    refused(run(*images, a, "--weights", none), "no Inception weights at")
-    refused(run(*images, a, "--features", "clip"), "no CLIP given: give --weights")
+    refused(run(*images, a, "--weights", none), "inception: no such file or folder")
+    refused(run(*images, a, "--weights", text), "text.npz is no file of weights")
     refused(cheap("ref", "--data", a, "--dest", tmp_path / "ref.txt"), "must end in .npz")
+
+
+def test_missing_weights_are_told_with_the_way_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EPD_INCEPTION", "EPD_CLIP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
+    a = fill(tmp_path / "a", 3)
+    refused(run("calc", "--images", a, "--ref", a), "missing weights: inception")
+    refused(run("calc", "--images", a, "--ref", a, "--features", "clip"), "missing weights: clip")
 
 
 def test_a_reference_of_other_features_is_refused(tmp_path: Path) -> None:
