@@ -7,23 +7,15 @@ Shapes: x [M, D] and y [N, D], M and N images, D features.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eval.intervals import Estimate
+
 ROWS = 1024  # of a block; memory is ROWS times the larger set
 NEIGHBOURS = 3
 NORMAL_95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def kernel_distance(x: Tensor, y: Tensor, *, rows: int = ROWS) -> Estimate:

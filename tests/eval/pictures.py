@@ -1,10 +1,12 @@
 """Pictures on disk, and cheap features of them by a dotted name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from src.files import write_json
 from src.images import save_png
 from tests.eval.small import cheap_features
 
@@ -33,4 +35,31 @@ def fill(folder: Path, count: int, first: int = 0) -> Path:
     """A folder of drawn pictures, every fifth of another size."""
     for i in range(first, first + count):
         save_png(folder / f"{i:06d}.png", image(i, width=9 if i % 5 == 4 else 8))
+    return folder
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward: the mean, and as much more as the prompt has letters."""
+    return images.mean((1, 2, 3)) + torch.tensor([float(len(p)) for p in prompts])
+
+
+def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward for which the prompt is of no use."""
+    return images[:, 0].mean((1, 2)) + 0 * len(prompts)
+
+
+def shapeless(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """No reward: a number for all."""
+    return images.mean() + len(prompts)
+
+
+def sampled(folder: Path, count: int, *, prompt: str = "a", seed: int = 0) -> Path:
+    """A folder as sample.py writes it: prompts of different lengths, one a seed."""
+    entries = []
+    for i in range(count):
+        text = prompt * (1 + i % 3)
+        recipe = {"recipe": {"seed": i, "prompt": text}}
+        save_png(folder / f"{i:06d}.png", image(seed + i, width=9 if i % 5 == 4 else 8), recipe)
+        entries.append({"file": f"{i:06d}.png", "seed": i, "prompt": text})
+    write_json(folder / "samples.json", {"recipe": {}, "images": entries})
     return folder

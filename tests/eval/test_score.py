@@ -1,0 +1,238 @@
+"""A folder scored under its prompts, stopped and gone on with; two folders pair by pair."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from eval.pictures import find_pictures
+from eval.score import main, pairs, versus
+from eval.scores import Scored, Task, score_pictures
+from rewards.base import Reward
+from src.images import read_png, save_png
+from tests.eval.pictures import brightness, image, redness, sampled
+
+ROOT = Path(__file__).parents[2]
+BRIGHT, RED = "tests.eval.pictures:brightness", "tests.eval.pictures:redness"
+CPU = torch.device("cpu")
+
+
+def run(*options: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, options), "--device", "cpu"])
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with (folder / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def expected(folder: Path, reward: Reward) -> list[float]:
+    entries = json.loads((folder / "samples.json").read_text())["images"]
+    images = [read_png(folder / e["file"])[0][None] for e in entries]
+    scores = [reward(x, [e["prompt"]]) for x, e in zip(images, entries, strict=True)]
+    return torch.cat(scores).tolist()
+
+
+def refused(done: Result, said: str) -> None:
+    assert done.exit_code != 0
+    lines = done.output.strip().splitlines()
+    assert said in lines[-1], done.output
+    assert len(lines) == 1, done.output
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_every_image_is_scored_under_the_prompt_that_sample_py_wrote(
+    tmp_path: Path, batch: int
+) -> None:
+    folder = sampled(tmp_path / "a", 11)
+    done = run(folder, "--reward", BRIGHT, "--reward", RED, "--batch", batch)
+    assert done.exit_code == 0, done.output
+    rows = read_csv(folder / "scores")
+    assert [row["file"] for row in rows] == [f"{i:06d}.png" for i in range(11)]
+    assert [row["seed"] for row in rows] == [str(i) for i in range(11)]
+    assert [row["prompt"] for row in rows] == ["a" * (1 + i % 3) for i in range(11)]
+    for name, reward in ((BRIGHT, brightness), (RED, redness)):
+        found = [float(row[name]) for row in rows]
+        assert found == pytest.approx(expected(folder, reward), rel=1e-5)
+
+
+def test_the_prompts_are_in_the_pictures_too(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 5)
+    before = expected(folder, brightness)
+    (folder / "samples.json").unlink()
+    assert run(folder, "--reward", BRIGHT).exit_code == 0
+    rows = read_csv(folder / "scores")
+    assert [float(row[BRIGHT]) for row in rows] == pytest.approx(before, rel=1e-5)
+
+
+def test_the_summary_has_means_and_intervals(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 11)
+    done = run(folder, "--reward", BRIGHT, "--outdir", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out/summary.json").read_text())
+    values = torch.tensor(expected(folder, brightness)).double()
+    numbers = found["rewards"][BRIGHT]
+    assert found["count"] == 11
+    assert numbers["mean"] == pytest.approx(values.mean().item(), rel=1e-6)
+    assert numbers["std"] == pytest.approx(values.std().item(), rel=1e-5)
+    assert numbers["low"] < numbers["mean"] < numbers["high"]
+    assert f"{numbers['mean']:.4f} [{numbers['low']:.4f}, {numbers['high']:.4f}]" in done.output
+
+
+def task(folder: Path, reward: Reward, **more: Any) -> Task:
+    return Task(find_pictures(folder), None, {"it": reward}, CPU, **more)
+
+
+def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None:
+    folder, out = sampled(tmp_path / "a", 11), tmp_path / "out"
+    seen: list[int] = []
+
+    def counting(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(len(images))
+        return brightness(images, prompts)
+
+    def stopped(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if sum(seen) > 5:
+            raise KeyboardInterrupt
+        return counting(images, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        score_pictures(task(folder, stopped, batch=3), out)
+    before = sum(seen)
+    with (out / "records-0.jsonl").open("a") as file:
+        file.write('{"file": "half a li')
+    scored, bad = score_pictures(task(folder, counting, batch=3), out)
+    assert 5 < before < sum(seen) == 11
+    assert bad == {}
+    assert [one.scores["it"] for one in scored] == pytest.approx(
+        expected(folder, brightness), rel=1e-5
+    )
+
+
+def test_another_reward_joins_what_is_there_and_a_new_picture_too(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 4)
+    assert run(folder, "--reward", BRIGHT).exit_code == 0
+    sampled(folder, 6)
+    assert run(folder, "--reward", RED).exit_code == 0
+    assert run(folder, "--reward", BRIGHT, "--reward", RED).exit_code == 0
+    rows = read_csv(folder / "scores")
+    assert [float(row[BRIGHT]) for row in rows] == pytest.approx(expected(folder, brightness))
+    assert [float(row[RED]) for row in rows] == pytest.approx(expected(folder, redness))
+
+
+def test_a_changed_picture_and_a_changed_prompt_are_scored_anew(tmp_path: Path) -> None:
+    folder, out = sampled(tmp_path / "a", 4), tmp_path / "out"
+    first, _ = score_pictures(task(folder, brightness), out)
+    save_png(folder / "000001.png", image(77, height=12))
+    second, _ = score_pictures(task(folder, brightness), out)
+    assert [a.scores == b.scores for a, b in zip(first, second, strict=True)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    given = Task(find_pictures(folder), ("long prompt",) * 4, {"it": brightness}, CPU)
+    third, _ = score_pictures(given, out)
+    assert all(one.prompt == "long prompt" and one.scores["it"] > 11 for one in third)
+
+
+def test_bad_pictures_are_one_line_or_counted_and_listed(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 6)
+    broken = folder / "000002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    refused(run(folder, "--reward", BRIGHT), "000002.png is not a readable")
+    done = run(folder, "--reward", BRIGHT, "--skip-bad")
+    assert done.exit_code == 0, done.output
+    assert "1 images left out" in done.stderr
+    found = json.loads((folder / "scores/summary.json").read_text())
+    assert found["count"] == 5
+    assert list(found["left_out"]) == ["000002.png"]
+    assert "000002.png" not in [row["file"] for row in read_csv(folder / "scores")]
+
+
+def test_grey_and_transparent_pictures_are_scored(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", image(0, channels=1))
+    done = run(tmp_path, "--reward", RED, "--prompt", "x")
+    assert done.exit_code == 0, done.output
+
+
+def test_each_mistake_is_one_line(tmp_path: Path) -> None:
+    a, bare = sampled(tmp_path / "a", 4), tmp_path / "bare"
+    save_png(bare / "1.png", image(0))
+    save_png(bare / "2.png", image(1))
+    texts = ["--prompt", "x", "--prompt", "y", "--prompt", "z"]
+    refused(run(bare, "--reward", BRIGHT), "does not say its prompt: give --prompt")
+    refused(run(bare, "--reward", BRIGHT, *texts), "need as many prompts, or one, not 3")
+    refused(run(a, "--reward", "clap"), "did you mean clip?")
+    refused(run(a, "--reward", "tests.eval.pictures:none"), "cannot be imported")
+    refused(run(a, "--reward", "tests.eval.pictures:shapeless"), "must return a tensor [4]")
+    refused(run(tmp_path / "none", "--reward", BRIGHT), "no such folder")
+    refused(run(a, a, a, "--reward", BRIGHT), "give one, or two to compare")
+    refused(run(a, "--reward", BRIGHT, "--weights", "clip"), "should be such as clip=")
+    refused(run(a, "--reward", "clip", "--weights", f"clip={bare}/no"), "clip: no such file")
+
+
+def test_scores_of_other_settings_do_not_mix(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 3)
+    assert run(folder, "--reward", BRIGHT).exit_code == 0
+    refused(run(folder, "--reward", BRIGHT, "--amp"), "scores with other amp")
+
+
+def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    a, b = sampled(tmp_path / "a", 8), sampled(tmp_path / "b", 10, seed=50)
+    done = run(a, b, "--reward", RED, "--outdir", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out/versus.json").read_text())
+    assert (found["pairs"], found["unpaired"]) == (8, [0, 2])
+    leads = torch.tensor(expected(b, redness)[:8]) - torch.tensor(expected(a, redness))
+    numbers = found["rewards"][RED]
+    assert numbers["difference"]["mean"] == pytest.approx(leads.mean().item(), abs=1e-6)
+    assert numbers["win_rate"]["mean"] == (leads > 0).float().mean().item()
+    assert "8 pairs of one seed and prompt, 2 images without" in done.output
+
+
+def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> None:
+    first = [Scored("000001.png", 1, "fox", {"it": 1.0}), Scored("000002.png", 2, "owl", {})]
+    second = [Scored("000000/000001.png", 1, "fox", {"it": 4.0}), Scored("2.png", 2, "cat", {})]
+    both = pairs(first, second)
+    assert both == [(first[0], second[0])]
+    assert versus(both, ["it"])["it"]["difference"] == {"mean": 3.0, "low": 3.0, "high": 3.0}
+    with pytest.raises(ValueError, match="nothing to compare"):
+        pairs(first[1:], second)
+
+
+def test_two_ranks_score_what_one_does_and_go_on_with_it(tmp_path: Path) -> None:
+    one, two = sampled(tmp_path / "one", 9), sampled(tmp_path / "two", 9)
+    assert run(one, "--reward", BRIGHT).exit_code == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "eval.score", str(two), "--reward", BRIGHT]
+    processes = [
+        subprocess.Popen(
+            [*command, "--device", "cpu", "--batch", "2"],
+            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    said = [p.communicate(timeout=120)[0] for p in processes]
+    assert "9 images of" in said[0]
+    assert said[1] == ""
+    assert read_csv(two / "scores") == read_csv(one / "scores")
+    assert len(list((two / "scores").glob("records-*.jsonl"))) == 2
+    assert run(two, "--reward", BRIGHT).exit_code == 0
+    assert read_csv(two / "scores") == read_csv(one / "scores")
