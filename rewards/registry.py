@@ -62,8 +62,10 @@ class Adapter:
 ADAPTERS = {
     "hps": Adapter("rewards.hps", ("hps",)),
     "pickscore": Adapter("rewards.pickscore", ("pickscore",)),
+    "imagereward": Adapter("rewards.imagereward", ("imagereward", "bert")),
     "clip": Adapter("rewards.clip", ("clip",)),
     "aesthetic": Adapter("rewards.aesthetic", ("clip", "aesthetic")),
+    "mps": Adapter("rewards.mps", ("mps",)),
 }
 
 

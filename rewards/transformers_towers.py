@@ -1,6 +1,6 @@
 """CLIP models of transformers, from their folders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from rewards.open_clip_towers import tokenizer
+from rewards.open_clip_towers import Tokenise, tokenizer
 from rewards.pixels import MEAN, STD
 from rewards.states import State, fill, read_state, renamed
 from rewards.towers import Look, Towers
@@ -59,9 +59,7 @@ def load_state(state: State, config: Any, source: str, device: torch.device) -> 
     return fill(lambda: transformers.CLIPModel(config), kept, source, device)
 
 
-def folder_tokenizer(
-    folder: Path, length: int, vocabulary: int
-) -> Callable[[Sequence[str]], Tensor]:
+def folder_tokenizer(folder: Path, length: int, vocabulary: int) -> Tokenise:
     """-> the folder's tokenizer, else CLIP's own: P prompts -> [P, length]."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return padded_tokenizer(length, vocabulary, folder)
@@ -80,9 +78,7 @@ def folder_tokenizer(
     return tokenise
 
 
-def padded_tokenizer(
-    length: int, vocabulary: int, source: object
-) -> Callable[[Sequence[str]], Tensor]:
+def padded_tokenizer(length: int, vocabulary: int, source: object) -> Tokenise:
     """-> CLIP's own tokenizer as transformers has it: filled up with the end of text."""
     own: Any = tokenizer({"text_cfg": {"context_length": length}})
     if vocabulary < own.vocab_size:
@@ -99,9 +95,7 @@ def padded_tokenizer(
     return tokenise
 
 
-def towers(
-    network: Any, tokenise: Callable[[Sequence[str]], Tensor], seen: Look, amp: bool
-) -> Towers:
+def towers(network: Any, tokenise: Tokenise, seen: Look, amp: bool) -> Towers:
     """-> the towers of a loaded CLIPModel."""
     scale = network.logit_scale
 
