@@ -12,8 +12,12 @@ from click.testing import CliRunner, Result
 from eval.fid import main
 from eval.frechet import frechet_distance, moments
 from eval.kid import kernel_distance, precision_recall
+from rewards.clip import load_towers
 from src.images import read_png, save_png
 from tests.eval.pictures import CHEAP, features, fill
+from tests.rewards.twins import write_open_clip_folder
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 def run(*options: object) -> Result:
@@ -44,6 +48,33 @@ def test_the_distance_is_that_of_scipys_matrix_root() -> None:
     x, y = moments(torch.from_numpy(a)), moments(torch.from_numpy(b))
     found = frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
     assert found == pytest.approx(scipys(a, b), rel=1e-9)
+
+
+def test_the_distances_are_those_of_torch_fidelity() -> None:
+    """Recorded from its own functions on the same features."""
+    known = json.loads((DATA / "torch_fidelity.json").read_text())
+    generator = np.random.default_rng(0)
+    a = torch.from_numpy(generator.normal(size=(200, 24)) @ generator.normal(size=(24, 24)))
+    b = torch.from_numpy(generator.normal(size=(200, 24)) @ generator.normal(size=(24, 24)) + 0.2)
+    x, y = moments(a), moments(b)
+    found = frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
+    assert found == pytest.approx(known["fid"], rel=1e-9)
+    assert kernel_distance(a, b).value == pytest.approx(known["kid"], rel=1e-9)
+
+
+def test_clip_features_are_its_image_embeddings(tmp_path: Path) -> None:
+    """Of the model that the reward clip loads."""
+    towers = write_open_clip_folder(tmp_path / "clip")
+    folder, out = fill(tmp_path / "a", 6), tmp_path / "a.npz"
+    options = ["--features", "clip", "--weights", towers, "--device", "cpu"]
+    done = run("ref", "--data", folder, "--dest", out, "--keep_features", *options)
+    assert done.exit_code == 0, done.output
+    reward = load_towers(towers, torch.device("cpu"), False)
+    image, _ = read_png(folder / "000003.png")
+    with np.load(out) as file:
+        expected = reward.images(image[None])[0].detach().numpy()
+        assert np.allclose(file["features"][3], expected, atol=1e-5)
+        assert "of length 1 [16], input 32x32" in str(file["about"])
 
 
 def test_a_reference_is_edms_file(tmp_path: Path) -> None:
