@@ -168,6 +168,10 @@ class Alike:
     images: Tensor  # [n, 3, H, W] uint8
     texts: list[dict[str, str]]
 
+    def only(self, at: int) -> "Alike":
+        """One of them."""
+        return Alike([self.which[at]], self.images[at : at + 1], [self.texts[at]])
+
 
 def read_batches(
     pictures: Pictures, which: Sequence[int], *, batch: int, bad: dict[str, str] | None = None

@@ -57,14 +57,15 @@ def column(scored: Sequence[Scored], name: str) -> Tensor:
 def pairs(first: Sequence[Scored], second: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
     """The pictures of one seed (else of one name) and prompt in both.
 
-    ValueError where there are none, and where a seed has two prompts.
+    ValueError where there are none, and where one place has two of them.
     """
 
     def by_key(scored: Sequence[Scored]) -> dict[tuple[str, str], Scored]:
-        found = {}
+        found: dict[tuple[str, str], Scored] = {}
         for one in scored:
-            name = Path(one.name).stem if one.seed is None else f"seed {one.seed}"
-            found[name, one.prompt] = one
+            name = one.name if one.seed is None else f"seed {one.seed}"
+            if (other := found.setdefault((name, one.prompt), one)) is not one:
+                raise ValueError(f"{other.name} and {one.name} have one seed and prompt")
         return found
 
     mine, theirs = by_key(first), by_key(second)

@@ -23,7 +23,7 @@ from src.files import append_jsonl, read_json, read_jsonl, write_json, write_tex
 
 ABOUT = "about.json"
 RECORDS = "records-{}.jsonl"
-READ_AT_ONCE = 256
+KEYS = {"file", "stamp", "seed", "prompt", "scores"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def score_pictures(task: Task, folder: Path) -> tuple[list[Scored], dict[str, st
     everything = {i: found for one, _ in told for i, found in one.items()}
     left_out = {name: why for _, reasons in told for name, why in reasons.items()}
     if not everything:
-        raise ValueError(f"no image in {task.pictures.place} could be scored")
+        why = next(iter(left_out.values()), "")
+        raise ValueError(f"no image in {task.pictures.place} could be scored: {why}")
     return [everything[i] for i in sorted(everything)], left_out
 
 
@@ -103,12 +104,17 @@ def score_missing(
     skipped = bad if task.skip_bad else None
     with tqdm(total=len(missing), unit="image", disable=None) as bar:
         for alike in read_batches(task.pictures, missing, batch=task.batch, bad=skipped):
-            yield from score_alike(task, alike)
+            yield from score_alike(task, alike, skipped)
             bar.update(len(alike.which))
 
 
-def score_alike(task: Task, alike: Alike) -> Iterator[tuple[int, Scored]]:
-    """The scores of pictures of one size; ValueError, naming the first, where that fails."""
+def score_alike(
+    task: Task, alike: Alike, bad: dict[str, str] | None
+) -> Iterator[tuple[int, Scored]]:
+    """The scores of pictures of one size; those that have none go into `bad`, one by one.
+
+    Without `bad`, that is a ValueError, with the first and the last picture.
+    """
     names = [task.pictures.items[i].name for i in alike.which]
     prompts = [
         known_prompt(task.prompt(i), text, name)
@@ -118,7 +124,14 @@ def score_alike(task: Task, alike: Alike) -> Iterator[tuple[int, Scored]]:
     try:
         scores = score_all(task.rewards, images, prompts, batch=task.batch)
     except ValueError as error:
-        raise ValueError(f"{error} (images {names[0]} to {names[-1]})") from error
+        if bad is None:
+            raise ValueError(f"{error} (images {names[0]} to {names[-1]})") from error
+        if len(names) == 1:
+            bad[names[0]] = str(error)
+        else:
+            for at in range(len(names)):
+                yield from score_alike(task, alike.only(at), bad)
+        return
     columns = {name: values.tolist() for name, values in scores.items()}
     for at, i in enumerate(alike.which):
         row = {name: values[at] for name, values in columns.items()}
@@ -140,8 +153,14 @@ def seed_of(item: Picture) -> int | None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """What earlier runs wrote, the oldest first of each rank."""
-    return [line for path in sorted(folder.glob(RECORDS.format("*"))) for line in read_jsonl(path)]
+    """What earlier runs wrote, the oldest first of each rank; ValueError for another file."""
+    found = []
+    for path in sorted(folder.glob(RECORDS.format("*"))):
+        for line in read_jsonl(path):
+            if not isinstance(line, dict) or not line.keys() >= KEYS:
+                raise ValueError(f"{path} holds a line that is no record: delete the file")
+            found.append(line)
+    return found
 
 
 def have(task: Task, known: Sequence[Mapping[str, Any]]) -> dict[int, Scored]:

@@ -83,6 +83,11 @@ def read_image(
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut instead of scale
+        pixels = (np.asarray(image).astype(np.int64) + 128) // 257
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 

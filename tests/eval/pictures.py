@@ -53,6 +53,11 @@ def shapeless(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean() + len(prompts)
 
 
+def undefined(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that is NaN for a black image."""
+    return redness(images, prompts) / images.amax((1, 2, 3))
+
+
 def sampled(folder: Path, count: int, *, prompt: str = "a", seed: int = 0) -> Path:
     """A folder as sample.py writes it: prompts of different lengths, one a seed."""
     entries = []

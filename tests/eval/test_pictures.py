@@ -66,6 +66,16 @@ def test_grey_palette_and_transparent_images_become_three_channels(tmp_path: Pat
     assert found[2].max() == 0
 
 
+def test_sixteen_bits_are_scaled_to_eight_and_floats_are_refused(tmp_path: Path) -> None:
+    shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    (pixels,) = read(find_pictures(tmp_path)).values()
+    assert np.array_equal(pixels[1].numpy(), np.round(shades / 257).astype(np.uint8))
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match="its pixels are floats"):
+        read(find_pictures(tmp_path))
+
+
 def test_a_truncated_picture_is_one_line_that_names_it(tmp_path: Path) -> None:
     fill(tmp_path, 3)
     broken = tmp_path / "000001.png"

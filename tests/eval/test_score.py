@@ -160,6 +160,27 @@ def test_bad_pictures_are_one_line_or_counted_and_listed(tmp_path: Path) -> None
     assert "000002.png" not in [row["file"] for row in read_csv(folder / "scores")]
 
 
+def test_a_picture_without_a_finite_score_is_one_line_or_listed(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 6)
+    save_png(folder / "000003.png", torch.zeros(3, 8, 8))
+    options = [folder, "--reward", "tests.eval.pictures:undefined"]
+    refused(run(*options), "gave nan for image 3 of 5 (and 0 more)")
+    done = run(*options, "--skip-bad")
+    assert done.exit_code == 0, done.output
+    found = json.loads((folder / "scores/summary.json").read_text())
+    assert found["count"] == 5
+    assert list(found["left_out"]) == ["000003.png"]
+    done = run(folder, "--reward", "tests.eval.pictures:shapeless", "--skip-bad")
+    assert "could be scored: tests.eval.pictures:shapeless must return" in done.output
+
+
+def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 2)
+    (folder / "scores").mkdir()
+    (folder / "scores/records-0.jsonl").write_text('{"file": "000000.png"}\n')
+    refused(run(folder, "--reward", RED), "records-0.jsonl holds a line that is no record")
+
+
 def test_grey_and_transparent_pictures_are_scored(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", image(0, channels=1))
     done = run(tmp_path, "--reward", RED, "--prompt", "x")
@@ -209,6 +230,8 @@ def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> No
     assert versus(both, ["it"])["it"]["difference"] == {"mean": 3.0, "low": 3.0, "high": 3.0}
     with pytest.raises(ValueError, match="nothing to compare"):
         pairs(first[1:], second)
+    with pytest.raises(ValueError, match="have one seed and prompt"):
+        pairs([first[0], Scored("other/1.png", 1, "fox", {})], second)
 
 
 def test_two_ranks_score_what_one_does_and_go_on_with_it(tmp_path: Path) -> None:
