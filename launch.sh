@@ -10,13 +10,15 @@ VENV_PYTHON=$VENV/bin/python
 
 commands() {
   cat <<'END'
-setup  make the virtual environment and install the pinned packages
-demo   sample the shipped model with every solver; a table, a grid and a plot (no download, no GPU)
-test   run the tests; arguments go to pytest, for instance: test tests/solvers -x
-bench  time the solvers beyond their network calls
-check  what CI runs: lint, then test
-lint   ruff, pyright and the import contracts; with --fix, format and mend what can be
-help   this list
+setup    make the virtual environment and install the pinned packages
+demo     sample the shipped model with every solver; a table, a grid and a plot (no download, no GPU)
+test     run the tests; arguments go to pytest, for instance: test tests/solvers -x
+bench    time the solvers beyond their network calls
+doctor   which weights of models and rewards are found, missing or wrong
+weights  fetch public weights by name, for instance: weights clip aesthetic
+check    what CI runs: lint, then test
+lint     ruff, pyright and the import contracts; with --fix, format and mend what can be
+help     this list
 END
 }
 
@@ -121,6 +123,8 @@ case $command in
     ;;
   demo) run -m eval.demo "$@" ;;
   bench) run -m eval.bench "$@" ;;
+  doctor) run -m rewards.doctor "$@" ;;
+  weights) run -m rewards.fetch "$@" ;;
   test) tests "$@" ;;
   lint) lint "$@" ;;
   check)

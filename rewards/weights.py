@@ -7,10 +7,10 @@ says, under the folder of weights (`weights`, or what EPD_WEIGHTS says), in the 
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
+from rewards.intact import fault
 from src.files import nearest
 
 ROOT = "EPD_WEIGHTS"
@@ -195,8 +195,10 @@ def find(name: str, paths: Mapping[str, str | Path] | None = None) -> Path | Non
 
 def cached(weight: Weight) -> Path | None:
     """-> where the hub's own cache has them."""
-    if not weight.repo:
+    if not weight.repo or not find_spec("huggingface_hub"):
         return None
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (comes with the models)
+
     found = [try_to_load_from_cache(weight.repo, n) for n in weight.files if "*" not in n]
     if not all(isinstance(path, str) for path in found):
         return None
@@ -233,19 +235,3 @@ def hint(name: str) -> str:
     weight = known(name)
     get = f"bash launch.sh weights {name}" if weight.repo else f"see {weight.by_hand}"
     return f"{get}, or set {variable(name)} (default {place(name)})"
-
-
-def fault(path: Path) -> str:
-    """-> what is plainly wrong with what is there, "" for nothing."""
-    if path.is_dir():
-        whole = any(path.iterdir())
-        return "" if whole else "the folder is empty"
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        return "the file is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file: git lfs pull"
-    if head.lstrip()[:9].lower() in (b"<!doctype", b"<html><he", b"<html>\n<h"):
-        return "it is a web page that was saved instead of the file"
-    return ""

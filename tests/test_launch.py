@@ -28,7 +28,7 @@ def test_it_lists_its_sub_commands_from_any_folder(
     result = launch(*arguments, cwd=tmp_path)
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert {"setup", "demo", "test", "bench", "check"} <= set(listed)
+    assert {"setup", "demo", "test", "bench", "doctor", "weights", "check"} <= set(listed)
 
 
 def test_every_listed_sub_command_is_known(tmp_path: Path) -> None:
