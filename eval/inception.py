@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.inception_network import Inception, published_name
+from eval.inception_network import Inception
+from rewards.states import fill
 from src.images import to_bytes
 
 SIDE = 299
 SIZE = 2048
+CLASSES = 1008
 CHUNK = {"cpu": 8}  # images at once; a GPU takes more
 GPU_CHUNK = 128
 ABOUT = "Inception-v3 of 2015-12-05, pooled features [2048]: the features of FID"
@@ -80,7 +81,8 @@ def load_inception(path: Path, device: torch.device | str = "cpu") -> InceptionF
         raise ValueError(f"no Inception weights at {path}: get {GET}")
     if is_script(path):
         return InceptionFeatures(scripted(path, device), device)
-    network = filled(read_state(path), path).to(device)
+    state = features_alone(read_tensors(path), path)
+    network = fill(Inception, state, str(path), device).to(memory_format=torch.channels_last)
 
     def features(images: Tensor) -> Tensor:
         return network((resized(images.float()) - 128) / 128)
@@ -115,33 +117,30 @@ def scripted(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def read_state(path: Path) -> Mapping[str, Any]:
-    """The tensors of a file; ValueError for one that holds none."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, of either format of torch; ValueError for one that holds others."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         reason = str(error).strip().splitlines() or ["it is empty"]
         raise ValueError(f"{path} is no file of weights: {reason[0]}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, not tensors by name: get {GET}"
-        )
-    return content
+    if not isinstance(content, Mapping) or not all(
+        isinstance(t, Tensor) for t in content.values()
+    ):
+        kind = type(content).__name__
+        raise ValueError(f"{path} holds a {kind}, not tensors by name: get {GET}")
+    return dict(content)
 
 
-def filled(state: Mapping[str, Any], path: Path) -> Inception:
-    """The network with these tensors, without its classifier, ready to use."""
-    with torch.device("meta"):
-        network = Inception()
-    own = {n: published_name(n) for n in network.state_dict() if "num_batches" not in n}
-    missing = [theirs for theirs in own.values() if theirs not in state]
-    if missing:
-        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: get {GET}")
-    tensors = {n: torch.as_tensor(state[theirs]).float() for n, theirs in own.items()}
-    for n, shape in ((n, t.shape) for n, t in network.state_dict().items() if n in tensors):
-        if tensors[n].shape != shape:
-            got = list(tensors[n].shape)
-            raise ValueError(f"{path}: {own[n]} is {got}, not {list(shape)}: get {GET}")
-    counters = {n: torch.tensor(0) for n in network.state_dict() if "num_batches" in n}
-    network.load_state_dict(tensors | counters, assign=True)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+def features_alone(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Without the classifier, and with the counters of training that some files lack.
+
+    ValueError for the classifier of another network, such as torchvision's.
+    """
+    classes = state.get("fc.weight")
+    if classes is not None and len(classes) != CLASSES:
+        raise ValueError(f"{path} knows {len(classes)} classes, not {CLASSES}: get {GET}")
+    unused = ("fc.weight", "fc.bias", "num_batches_tracked")
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(unused)}
+    norms = (name.removesuffix("weight") for name in kept if name.endswith("bn.weight"))
+    return kept | {norm + "num_batches_tracked": torch.tensor(0) for norm in norms}

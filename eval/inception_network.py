@@ -76,16 +76,16 @@ class Mixed(nn.Module):
     ) -> None:
         super().__init__()
         self.branches, self.pool = branches, pool
-        self.units = nn.ModuleDict()
+        self.pooled = pooled > 0
         for branch in branches:
             width = channels
             for spec in branch.chain:
-                self.units[spec.name] = Unit(width, spec)
+                self.add_module(spec.name, Unit(width, spec))
                 width = spec.width
             for spec in branch.ends:
-                self.units[spec.name] = Unit(width, spec)
+                self.add_module(spec.name, Unit(width, spec))
         if pooled:
-            self.units["branch_pool"] = Unit(channels, Conv("branch_pool", pooled))
+            self.add_module("branch_pool", Unit(channels, Conv("branch_pool", pooled)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H', W']."""
@@ -93,10 +93,10 @@ class Mixed(nn.Module):
         for branch in self.branches:
             y = x
             for spec in branch.chain:
-                y = self.units[spec.name](y)
-            found += [self.units[spec.name](y) for spec in branch.ends] or [y]
+                y = self.get_submodule(spec.name)(y)
+            found += [self.get_submodule(spec.name)(y) for spec in branch.ends] or [y]
         pooled = self.pool(x)
-        found.append(self.units["branch_pool"](pooled) if "branch_pool" in self.units else pooled)
+        found.append(self.get_submodule("branch_pool")(pooled) if self.pooled else pooled)
         return torch.cat(found, 1)
 
 
@@ -166,27 +166,21 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, width = nn.ModuleDict(), 3
+        width = 3
         for spec in STEM:
-            self.stem[spec.name] = Unit(width, spec, padded=spec.name == PADDED)
+            self.add_module(spec.name, Unit(width, spec, padded=spec.name == PADDED))
             width = spec.width
         blocks = {"5b": block_a(192, 32), "5c": block_a(256, 64), "5d": block_a(288, 64)}
         blocks |= {"6a": block_b(288), "6b": block_c(128), "6c": block_c(160)}
         blocks |= {"6d": block_c(160), "6e": block_c(192), "7a": block_d()}
         blocks |= {"7b": block_e(1280, mean_pool), "7c": block_e(2048, top_pool)}
-        self.mixed = nn.ModuleDict({"Mixed_" + name: block for name, block in blocks.items()})
+        for name, block in blocks.items():
+            self.add_module("Mixed_" + name, block)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
-        for name, unit in self.stem.items():
-            x = unit(x)
+        for name, layer in self.named_children():
+            x = layer(x)
             if name in POOLED_AFTER:
                 x = down_pool(x)
-        for block in self.mixed.values():
-            x = block(x)
         return x.mean((2, 3))
-
-
-def published_name(own: str) -> str:
-    """The name in the published file of one of our tensors."""
-    return own.removeprefix("stem.").removeprefix("mixed.").replace(".units.", ".")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import inception as theirs
 
 from eval.inception import SIZE, load_inception, resized
-from eval.inception_network import Inception, published_name
+from eval.inception_network import Inception
 from src.images import to_bytes
 
 DATA = Path(__file__).parents[1] / "data"
@@ -26,13 +26,12 @@ def drawn() -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = {n: t.shape for n, t in Inception().state_dict().items()}
     for name, shape in shapes.items():
-        own = published_name(name)
         if name.endswith("conv.weight"):
             scale = (2 / shape[1:].numel()) ** 0.5
-            found[own] = torch.randn(shape, generator=generator) * scale
+            found[name] = torch.randn(shape, generator=generator) * scale
         elif "num_batches" not in name:
             middle = 1.0 if name.endswith(("weight", "var")) else 0.0
-            found[own] = middle + 0.1 * torch.rand(shape, generator=generator)
+            found[name] = middle + 0.1 * torch.rand(shape, generator=generator)
     return found | {"fc.weight": torch.zeros(1008, SIZE), "fc.bias": torch.zeros(1008)}
 
 
@@ -166,9 +165,14 @@ def damaged(change: Callable[[dict[str, Tensor]], object]) -> dict[str, Tensor]:
     [
         (
             lambda s: s.pop("Mixed_7c.branch1x1.conv.weight"),
-            "lacks Mixed_7c.branch1x1.conv.weight",
+            r"1 missing \(Mixed_7c.branch1x1.conv.weight",
         ),
-        (lambda s: s.update({"Conv2d_1a_3x3.bn.bias": torch.zeros(3)}), "1a_3x3.bn.bias is"),
+        (
+            lambda s: s.update({"Conv2d_1a_3x3.bn.bias": torch.zeros(3)}),
+            r"\(Conv2d_1a_3x3.bn.bias \[3\], not",
+        ),
+        (lambda s: s.update({"fc.weight": torch.zeros(1000, SIZE)}), "knows 1000 classes"),
+        (lambda s: s.update({"AuxLogits.fc.bias2": torch.zeros(3)}), r"1 not known \(AuxLogits"),
     ],
 )
 def test_wrong_tensors_are_named(
@@ -177,6 +181,13 @@ def test_wrong_tensors_are_named(
     torch.save(damaged(change), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=said):
         load_inception(tmp_path / "w.pth")
+
+
+def test_files_of_the_old_format_and_with_counters_serve(weights: Path, tmp_path: Path) -> None:
+    counted = drawn() | {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(7)}
+    torch.save(counted, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    given = images(1)
+    assert torch.equal(load_inception(tmp_path / "w.pth")(given), load_inception(weights)(given))
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 broken"])
