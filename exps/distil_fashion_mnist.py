@@ -1,6 +1,7 @@
 """Distil the predictors of the shipped Fashion-MNIST network, all with the same settings.
 
-EPD, EPD on iPNDM and parallel multistep, K = 1, 2, 3 points, at 3, 5, 7 and 9 sequential calls.
+EPD, EPD on iPNDM and parallel multistep, K = 1, 2, 3 points, at 3, 5, 7 and 9 sequential calls;
+EPD on DPM-Solver++ of two points at 3 and 5.
 A stopped run goes on where it was. From the repository's root:
 
     python -m exps.distil_fashion_mnist --jobs 2
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "exps" / "fashion-mnist-32"
 WORK = ROOT / "runs" / "fashion-mnist-32"
 SOLVERS = ("epd", "epd-ipndm", "epd-multistep")
+PLUG_IN, PLUG_IN_CALLS = "epd-dpmpp", (3, 5)
+"""One more base, beside Euler and iPNDM, of two points."""
 POINTS = (1, 2, 3)
 CALLS = (3, 5, 7, 9)
 SETTINGS = ("--total_kimg", "0.064", "--batch", "32", "--rounds", "2")
@@ -39,6 +42,9 @@ def names() -> dict[str, tuple[str, ...]]:
                 steps = calls + 1 if solver == "epd-multistep" else (calls + 3) // 2
                 options = ("--solver", solver, "--num_points", points, "--num_steps", steps)
                 found[f"{solver}-k{points}-{calls}nfe"] = tuple(map(str, options))
+    for calls in PLUG_IN_CALLS:
+        steps = str((calls + 3) // 2)
+        found[f"{PLUG_IN}-k2-{calls}nfe"] = ("--solver", PLUG_IN, "--num_steps", steps)
     return found
 
 
