@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +17,16 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 Tokenise = Callable[[Sequence[str]], Tensor]
 
 
+def library() -> Any:
+    """-> open_clip, imported when it is asked for."""
+    import open_clip  # noqa: PLC0415
+
+    return open_clip
+
+
 def known_config(name: str) -> dict[str, Any]:
     """-> the sections of a model that open_clip knows by name."""
-    found = open_clip.get_model_config(name)
+    found = library().get_model_config(name)
     assert found is not None, name
     return found
 
@@ -34,7 +40,7 @@ def load_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
     if weights is None:
         raise ValueError(f"{folder}: it has neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
     own = config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name")
-    tokens: Any = open_clip.get_tokenizer(f"local-dir:{folder}") if own else None
+    tokens: Any = library().get_tokenizer(f"local-dir:{folder}") if own else None
     state = read_state(weights)
     return towers(
         fill(lambda: build(config["model_cfg"]), state, str(weights), device),
@@ -57,7 +63,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     sections = {name: value for name, value in config.items() if name != "custom_text"}
     text = config.get("text_cfg", {})
     custom = config.get("custom_text") or "hf_model_name" in text
-    kind: Any = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    kind = library().CustomTextCLIP if custom else library().CLIP
     try:
         return kind(**sections)
     except TypeError as error:
@@ -67,8 +73,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 def tokenizer(config: Mapping[str, Any]) -> Tokenise:
     """-> CLIP's own tokenizer: P prompts -> [P, L], cut to L, zeros after the end."""
     length = config.get("text_cfg", {}).get("context_length", 77)
-    tokens: Any = open_clip.SimpleTokenizer(context_length=length)
-    return tokens
+    return library().SimpleTokenizer(context_length=length)
 
 
 def look(config: Mapping[str, Any], preprocess: Mapping[str, Any], folder: Path) -> Look:

@@ -135,14 +135,13 @@ def _reward(name: str, weights: dict[str, float], loaded: dict[str, Reward]) -> 
 def _load(name: str, shelf: Shelf) -> Reward:
     if name not in ADAPTERS:
         return _own(name)
-    module = ADAPTERS[name].module
     try:
-        adapter = importlib.import_module(module)
+        adapter = importlib.import_module(ADAPTERS[name].module)
+        return cast(Callable[[Shelf], Reward], adapter.load)(shelf)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name} needs the package {error.name}: pip install -r requirements.txt"
         ) from error
-    return cast(Callable[[Shelf], Reward], adapter.load)(shelf)
 
 
 def _own(name: str) -> Reward:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from rewards.open_clip_towers import Tokenise, tokenizer
@@ -17,6 +16,13 @@ from src.files import read_json
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 UNUSED = (".position_ids",)  # in old files
+
+
+def library() -> Any:
+    """-> transformers, imported when it is asked for."""
+    import transformers  # noqa: PLC0415
+
+    return transformers
 
 
 def load_clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
@@ -40,7 +46,7 @@ def read_config(folder: Path) -> Any:
     if not isinstance(content, dict) or content.get("model_type") != "clip":
         raise ValueError(f"{folder / 'config.json'}: its model_type is not clip")
     try:
-        return transformers.CLIPConfig.from_dict(content)
+        return library().CLIPConfig.from_dict(content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
 
@@ -56,14 +62,14 @@ def read_look(folder: Path, config: Any) -> Look:
 def load_state(state: State, config: Any, source: str, device: torch.device) -> Any:
     """-> the CLIPModel of a config with the tensors of a state dict."""
     kept = renamed(state, {}, UNUSED)
-    return fill(lambda: transformers.CLIPModel(config), kept, source, device)
+    return fill(lambda: library().CLIPModel(config), kept, source, device)
 
 
 def folder_tokenizer(folder: Path, length: int, vocabulary: int) -> Tokenise:
     """-> the folder's tokenizer, else CLIP's own: P prompts -> [P, length]."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return padded_tokenizer(length, vocabulary, folder)
-    own: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    own = library().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
     def tokenise(prompts: Sequence[str]) -> Tensor:
         told = own(

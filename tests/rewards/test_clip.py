@@ -1,6 +1,7 @@
 """`clip`, `aesthetic` and `hps` on twins in open_clip's layouts, and at full size."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.rewards.twins import (
     PROMPTS,
     head_state,
     images,
+    letters_tokenizer,
     open_clip_state,
     write_open_clip_folder,
 )
@@ -54,6 +56,20 @@ def test_the_score_of_a_folder_is_the_cosine_of_open_clip_on_pillows_pixels(
     )
     ours = score(clip.load(shelf(clip=folder)), images(), PROMPTS)
     torch.testing.assert_close(ours, (seen * read).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_in_an_open_clip_folder_is_used(tmp_path: Path) -> None:
+    own = letters_tokenizer()
+    own.save_pretrained(tmp_path)
+    text = {**OPEN_CLIP["text_cfg"], "vocab_size": len(own), "context_length": 20}
+    config = {**OPEN_CLIP, "text_cfg": {**text, "hf_tokenizer_name": "."}}
+    write_open_clip_folder(tmp_path, config)
+    network = open_clip.CLIP(**config).eval()
+    network.load_state_dict(open_clip_state(config))
+    tokens = own(PROMPTS, padding="max_length", max_length=20, return_tensors="pt").input_ids
+    expected = network.encode_text(tokens, normalize=True)
+    ours = clip.load(shelf(clip=tmp_path)).towers.texts(PROMPTS)
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_hps_reads_the_state_dict_of_the_published_layout(tmp_path: Path) -> None:
@@ -170,7 +186,16 @@ def test_other_weights_are_refused_in_a_line(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     with pytest.raises(ValueError, match=r"neither open_clip_model\.safetensors nor"):
-        clip.load(shelf(clip=tmp_path))
+        clip.load_towers(tmp_path, torch.device("cpu"), False)
+
+
+def test_a_library_that_is_not_installed_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(open_clip_state(), tmp_path / "hps.pt")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match="hps needs the package open_clip: pip install"):
+        load_rewards(["hps"], Setup(paths={"hps": tmp_path / "hps.pt"}))
 
 
 def test_the_weights_of_all_rewards_are_checked_before_one_is_loaded(

@@ -230,10 +230,8 @@ def test_a_parameter_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
-    setup = written(tmp_path, published_state())
-    (tmp_path / "vocab.txt").unlink()
     with pytest.raises(ValueError, match=r"neither vocab\.txt nor tokenizer\.json"):
-        imagereward.load(Shelf(setup), TINY)
+        imagereward.tokenizer(tmp_path, TINY)
 
 
 def test_a_vocabulary_that_is_too_large_is_refused(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import tokenizers
 import torch
+import transformers as library
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+transformers: Any = library
 PROMPTS = ["a red fox", "two cats on a mat", "a red fox", "rain"]
 OPEN_CLIP: dict[str, Any] = {
     "embed_dim": 16,
@@ -62,6 +65,13 @@ def write_open_clip_folder(folder: Path, config: dict[str, Any] = OPEN_CLIP) -> 
     told = {"model_cfg": config, "preprocess_cfg": normal}
     (folder / "open_clip_config.json").write_text(json.dumps(told))
     return folder
+
+
+def letters_tokenizer() -> Any:
+    """CLIP's tokenizer with no words, only bytes."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
 
 def head_state(width: int) -> dict[str, Tensor]:
