@@ -202,6 +202,13 @@ def test_a_batch_scores_as_its_images_one_by_one(tmp_path: Path) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_half_precision_stays_near(tmp_path: Path) -> None:
+    whole = score(twin(tmp_path), images(), PROMPTS)
+    setup = replace(written(tmp_path, published_state()), amp=True)
+    near = score(imagereward.load(Shelf(setup), TINY), images(), PROMPTS)
+    assert 0 < (near - whole).abs().max() < 0.1
+
+
 def test_prompts_are_filled_and_cut_to_a_length(tmp_path: Path) -> None:
     tokens = twin(tmp_path).tokens(["A red fox", "cats " * 30])
     assert tokens[0].tolist() == [[2, 5, 6, 7, 3, 0, 0, 0, 0], [1] * 5 + [0] * 4]

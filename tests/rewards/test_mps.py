@@ -149,6 +149,13 @@ def test_a_batch_scores_as_its_images_one_by_one(tmp_path: Path) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_half_precision_stays_near(tmp_path: Path) -> None:
+    whole = score(twin(tmp_path), images(), PROMPTS)
+    setup = Setup(amp=True, paths={"mps": tmp_path / "MPS.pth"})
+    near = score(mps.load(Shelf(setup), TINY), images(), PROMPTS)
+    assert 0 < (near - whole).abs().max() < 1  # of exp(2), about 7
+
+
 def test_the_published_size_loads_strictly() -> None:
     meta = torch.device("meta")
     with meta:
