@@ -102,7 +102,7 @@ def test_without_outdir_the_folder_is_numbered(
 
 
 def test_a_fit_beats_the_published_gradient(distill: Distill, tmp_path: Path) -> None:
-    distill(*FIT)
+    distill(*FIT, "--rounds", "6")
     distill(*ADAM, outdir="adam")
     fit, adam = untimed(tmp_path / "out")[-1], untimed(tmp_path / "adam")[-1]
     assert fit["rmse_fine"] < adam["rmse_fine"]
