@@ -33,6 +33,7 @@ class Task:
     reward: str  # the name, of those that `score` gives, that is trained on
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]  # evaluated on, never trained on
+    judge: Scorer | None = None  # more rewards, at evaluations alone; names other than `score`'s
     seed: int = 0
     batch: int = 16  # images denoised at once on a rank
     decode_batch: int = 8  # latents decoded at once
