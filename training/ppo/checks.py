@@ -2,25 +2,28 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from solvers.recipe import SCHEDULES, Recipe
 from src.files import nearest
+from src.seeds import MAX_SEED
 from training.ppo.sections import MULTI, Config, Ppo, RewardSettings
 
 BACKENDS = ("edm", "analytic", "ldm", "sd3", "flux")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 GROUPINGS = ("crn", "prompt", "mixed")
 GUIDANCE = ("cfg",)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Bound:
     """Which numbers a key takes."""
 
-    low: float = 0.0
+    low: float = 0
     high: float = math.inf
     above: bool = False  # low itself is out
 
@@ -32,8 +35,8 @@ class Bound:
     @property
     def said(self) -> str:
         """For an error."""
-        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        return low if self.high == math.inf else f"{low}, {self.high:g} at most"
+        low = f"above {self.low}" if self.above else f"{self.low} or more"
+        return low if self.high == math.inf else f"{low}, {self.high} at most"
 
 
 POSITIVE, COUNT = Bound(0, above=True), Bound(1)
@@ -66,7 +69,7 @@ BOUNDS = {
     "logging.log_interval": COUNT,
     "logging.save_interval": COUNT,
     "logging.keep_last": COUNT,
-    "run.seed": Bound(0, 2**31 - 1),
+    "run.seed": Bound(0, MAX_SEED),
 }
 CHOICES = {
     "model.backend": BACKENDS,
@@ -110,6 +113,8 @@ def check_value(name: str, value: Any) -> None:
         raise ValueError(f"unknown {name} {value!r}: {said}")
     if value == "" and name != "model.backend_options.negative_prompt":
         raise ValueError(f"{name} is empty: give it, or leave the key out")
+    if name == "run.run_name" and not NAME.fullmatch(value):
+        raise ValueError(f"{name} {value!r} cannot name a folder: letters, digits, '.', '_', '-'")
 
 
 def check_reward(reward: RewardSettings) -> None:
@@ -138,7 +143,7 @@ def check_ppo(ppo: Ppo) -> None:
         size = getattr(ppo, name)
         if batch % size:
             said = f"ppo.{name} {size} does not divide ppo.rollout_batch_size {batch}"
-            raise ValueError(f"{said}: make it {size * max(1, round(batch / size))}, say")
+            raise ValueError(f"{said}: set ppo.rollout_batch_size={-(-batch // size) * size}")
     if not ppo.decode_rgb:
         raise ValueError("ppo.decode_rgb false cannot be: every reward looks at decoded images")
     if ppo.early_stop and not ppo.eval_interval:
@@ -151,7 +156,8 @@ def check_ranks(ppo: Ppo, ranks: int) -> None:
         size = getattr(ppo, name)
         if size % ranks:
             said = f"ppo.{name} {size} does not divide by {ranks} ranks"
-            raise ValueError(f"{said}: make it {-(-size // ranks) * ranks}, or change the ranks")
+            more = -(-size // ranks) * ranks
+            raise ValueError(f"{said}: set ppo.{name}={more}, or take other ranks")
 
 
 def check_against(config: Config, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from solvers.recipe import typed
 from src.files import nearest, read_text
 from training.ppo.checks import check_against, check_ranks, checked, leaves
 from training.ppo.sections import (
@@ -48,11 +49,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     that cannot be read, a key that is unknown, missing or of another type, a number out of range
     or NaN, and settings that contradict each other.
     """
-    told = (parsed(read_text(path), str(path)), *(override(text) for text in overrides))
+    layers = (parsed(read_text(path), str(path)), *(override(text) for text in overrides))
     try:
-        for layer in told:
-            check_keys(OmegaConf.to_container(layer, resolve=False))
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *told))
+        merged = OmegaConf.merge(*layers)
+        check_keys(OmegaConf.to_container(merged, resolve=True))
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing: give it in {path}") from error
     except OmegaConfBaseException as error:
@@ -87,7 +88,7 @@ def override(text: str) -> Any:
 
 
 def check_keys(tree: Any, kind: type = Config, above: str = "") -> None:
-    """ValueError for a key that is not there, naming the nearest of all that are."""
+    """ValueError for a key that is not there, naming the nearest, and a value of another type."""
     hints = typing.get_type_hints(kind)
     for key, value in tree.items():
         name = f"{above}{key}"
@@ -95,8 +96,23 @@ def check_keys(tree: Any, kind: type = Config, above: str = "") -> None:
             near = nearest(name, [above + known for known in hints])
             raise ValueError(f"unknown key {name!r}: did you mean {near}?")
         if not dataclasses.is_dataclass(hints[key]):
-            continue
-        if not isinstance(value, Mapping):
+            check_type(name, value, hints[key])
+        elif isinstance(value, Mapping):
+            check_keys(value, typing.cast(type, hints[key]), f"{name}.")
+        else:
             keys = ", ".join(f.name for f in dataclasses.fields(hints[key]))
             raise ValueError(f"{name} {value!r} is no section: it has the keys {keys}")
-        check_keys(value, typing.cast(type, hints[key]), f"{name}.")
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """ValueError where a value, or one inside of it, is of another type."""
+    if hint is Any:
+        return
+    typed(name, value, hint)
+    inside = typing.get_args(hint)
+    if isinstance(value, list):
+        for part in value:
+            typed(name, part, inside[0])
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            typed(f"{name}.{key}", part, inside[1])
