@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from eval.intervals import Estimate
+from src.intervals import Estimate
 
 ROWS = 1024  # of a block; memory is ROWS times the larger set
 NEIGHBOURS = 3

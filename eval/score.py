@@ -17,7 +17,6 @@ from torch import Tensor
 
 from eval.features import stamped
 from eval.gather import on_first
-from eval.intervals import Estimate, mean_of, win_rate
 from eval.machine import provenance
 from eval.pictures import Pictures, find_pictures
 from eval.scores import Scored, Task, open_scores, prompts_for, score_pictures, write_csv
@@ -26,6 +25,7 @@ from rewards.scorer import names_of
 from rewards.weights import require
 from src import ranks
 from src.files import write_json
+from src.intervals import Estimate, mean_of, win_rate
 from src.options import Device, OneLineCommand, one_line_errors
 from src.text import read_prompts
 

@@ -20,7 +20,7 @@ from src.files import write_atomically
 
 MARK = b"epd-sealed-1 "
 KEPT = 2
-"""Checkpoints that a run keeps: the newest, and one more should it be broken."""
+"""Checkpoints that a run keeps at least: the newest, and one more should it be broken."""
 NAME = re.compile(r"checkpoint-([0-9]{8})\.pt")
 
 
@@ -68,11 +68,11 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> Path:
-    """Write folder/checkpoint-<step>.pt and drop all but the newest two."""
+def save_checkpoint(folder: Path, step: int, content: dict[str, Any], *, kept: int = KEPT) -> Path:
+    """Write folder/checkpoint-<step>.pt and drop all but the newest `kept`."""
     path = folder / f"checkpoint-{step:08d}.pt"
     write_sealed(path, content)
-    for old in checkpoints(folder)[KEPT:]:
+    for old in checkpoints(folder)[kept:]:
         old.unlink(missing_ok=True)
     return path
 
