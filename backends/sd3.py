@@ -5,6 +5,7 @@ Esser et al. 2024, arXiv:2403.03206. Latents [B, C, h, w]; L tokens of text.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from backends.base import ModelOptions, NoiseLevels, Prompt, classifier_free
 from backends.flow import CLOCK, clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
 from backends.text import Embedding, Texts, usual_text
+from backends.zeros import fold_zeros
 from solvers.field import Condition, Denoiser
 
 TEXT_TOKENS = 256
@@ -22,7 +24,10 @@ TEXT_TOKENS = 256
 
 @dataclass(frozen=True)
 class SD3Backend:
-    """The transformer's velocity as a denoiser; a prompt is a text."""
+    """The transformer's velocity as a denoiser; a prompt is a text.
+
+    `zeros` is how many rows of zeros the last row of a text stands for, if it is no text itself.
+    """
 
     transformer: Any
     vae: Any
@@ -32,6 +37,7 @@ class SD3Backend:
     image_size: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
+    zeros: int | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         """x [B, C, h, w] at sigma [B] -> E[x0 | x, sigma] [B, C, h, w]."""
@@ -41,9 +47,14 @@ class SD3Backend:
             timestep=sigma * CLOCK,
             encoder_hidden_states=told["text"],
             pooled_projections=told["pooled"],
+            joint_attention_kwargs=self.attention(sigma),
             return_dict=False,
         )[0]
         return clean(x, sigma, velocity)
+
+    def attention(self, sigma: Tensor) -> dict[str, Tensor] | None:
+        """What attention is told for a batch at sigma [B]."""
+        return {"log_zeros": torch.full_like(sigma, log(self.zeros))} if self.zeros else None
 
     def guided(self, rate: float, cond: Condition | None) -> Denoiser:
         """Guidance away from the negative prompt, in one call of twice the rows."""
@@ -75,6 +86,8 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> SD3Ba
     prepare_vae(pipe.vae, options)
     height, width = (side // factor for side in size)
     tokens = (height // config.patch_size) * (width // config.patch_size)
+    others = tokens + pipe.tokenizer_max_length
+    folded = pipe.text_encoder_3 is None and fold_zeros(pipe.transformer, TEXT_TOKENS, others)
 
     def encode(text: str) -> Embedding:
         embeds, _, pooled, _ = pipe.encode_prompt(
@@ -83,7 +96,7 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> SD3Ba
             prompt_3=None,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=TEXT_TOKENS,
+            max_sequence_length=1 if folded else TEXT_TOKENS,
         )
         dtype = pipe.transformer.dtype
         return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
@@ -97,4 +110,5 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> SD3Ba
         image_size=size,
         device=device,
         dtype=pipe.transformer.dtype,
+        zeros=TEXT_TOKENS if folded else None,
     )

@@ -2,10 +2,6 @@
 
 The parts are those of any StableDiffusion3Pipeline (Esser et al. 2024, arXiv:2403.03206), so that
 the real code runs on them. B images, T image tokens, L text tokens, D channels.
-
-Without a T5 encoder the pipeline hands the transformer 256 rows of zeros after the CLIP tokens.
-They stay alike in every layer, so that one of them whose attention weight is 256 times as large
-stands for all: training sees one row, and ln(256) is added to its score.
 """
 
 import json
@@ -140,42 +136,10 @@ def build_transformer(width: int, layers: int, text: int, latent: tuple[int, int
     )
 
 
-class OneForAllZeros:
-    """Joint attention in which the last key counts exp(log_zeros) times, [B]."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-        *,
-        log_zeros: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens of the image [B, T, D] and the text [B, L, D] after attention over both."""
-        image = [attn.to_q, attn.to_k, attn.to_v]
-        text = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-        q, k, v = (_heads(project(hidden_states), attn.heads) for project in image)
-        tq, tk, tv = (_heads(project(encoder_hidden_states), attn.heads) for project in text)
-        q = torch.cat([attn.norm_q(q), attn.norm_added_q(tq)], 2)
-        k = torch.cat([attn.norm_k(k), attn.norm_added_k(tk)], 2)
-        v = torch.cat([v, tv], 2)
-        scores = F.pad(log_zeros[:, None], (k.shape[2] - 1, 0))[:, None, None]
-        mask = scores.to(q.dtype).expand(-1, 1, q.shape[2], -1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        mixed = mixed.transpose(1, 2).flatten(2)
-        seen, read = mixed.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
-        return attn.to_out[0](seen), read if attn.context_pre_only else attn.to_add_out(read)
-
-
-def _heads(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
-
-
 def velocity(
     transformer: Any, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], log_zeros: Tensor
 ) -> Tensor:
-    """The estimate of eps - x0 for x [B, *] at sigma [B]; the attention is OneForAllZeros.
+    """The estimate of eps - x0 for x [B, *] at sigma [B]; its rows of zeros are folded.
 
     text: tokens [B, L, D] without rows of zeros, and pooled [B, D].
     """

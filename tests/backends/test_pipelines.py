@@ -248,7 +248,7 @@ def test_a_distinct_prompt_is_encoded_once(folders: Folders) -> None:
     backend.encode(["a", "b", "a"])
     cond = backend.encode(["b"])
     assert sorted(asked) == ["", "a", "b"]
-    assert cond.given["text"].shape == (1, 77 + 256, 32)
+    assert cond.given["text"].shape == (1, 77 + 1, 32)  # one row of zeros for 256
     assert cond.given["pooled"].shape == (1, 32)
 
 

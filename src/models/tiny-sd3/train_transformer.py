@@ -20,7 +20,6 @@ from torch import Generator, Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from backends.tiny import (
-    OneForAllZeros,
     Parts,
     build_transformer,
     load_parts,
@@ -28,6 +27,7 @@ from backends.tiny import (
     velocity,
     write_pipeline,
 )
+from backends.zeros import fold_zeros
 from src.emoji import Emoji, captions, drawing_weights, load_emoji
 from src.files import write_json
 from src.fitting import Plan, Run, fit, initialise, part_of
@@ -113,7 +113,7 @@ def main(
     silence = tokenise(parts.tokenizer, [""])
     transformer = build_transformer(WIDTH, LAYERS, parts.tower.config.hidden_size, (16, 8))
     initialise(transformer, seed, ZERO)
-    transformer.set_attn_processor(OneForAllZeros())
+    fold_zeros(transformer, ZEROS, 0)
     plan = Plan(steps, minutes, LR, seed, part_of(batch, device))
     said = said.reshape(len(emoji), CAPTIONS, -1)
     draw = Drawing(latents, said, silence, trained_weights(emoji), batch)
