@@ -25,9 +25,10 @@ LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Start:
-    """The table that a policy starts from, its points in their order on the interval."""
+    """The table that a policy starts from."""
 
     segments: Tensor  # [N, K + 1] on the simplex
+    rank: Tensor  # [N, K], which of the places, from the first to the last, each point takes
     weight: Tensor  # [N, K] on the simplex
     dir_scale: Tensor  # [N, K], with the signs of what were free weights
     time_scale: Tensor  # [N, K]
@@ -177,11 +178,12 @@ class Policy(nn.Module):
     def table(self, draws: Draws) -> Directions:
         """The tables [B, N, K], or [N, K] of one."""
         start, points = self.start, self.start.weight.shape[-1]
-        r = draws.segments.cumsum(-1)[..., :-1].clamp(max=1)
-        one = torch.zeros_like(r)
+        places = draws.segments.cumsum(-1)[..., :-1].clamp(max=1)
+        r = places.gather(-1, start.rank.expand(places.shape))
+        still = torch.zeros_like(r)
         parts = list(draws.factors.split(points, -1)) if self.options.scales else []
-        direction = parts.pop(0) if self.options.dir_scale else one
-        time = parts.pop(0) if self.options.time_scale else one
+        direction = parts.pop(0) if self.options.dir_scale else still
+        time = parts.pop(0) if self.options.time_scale else still
         scaled = (start.time_scale * time.exp(), start.dir_scale * direction.exp())
         return Directions(r, draws.weight, *scaled, start.known)
 
@@ -194,24 +196,24 @@ class Policy(nn.Module):
 def start_of(table: Table | None, say: Callable[[str], object]) -> Start:
     """A table as what a policy can start from; the solver stays the same.
 
-    Points go in their order on the interval; what weights have beyond the simplex (a sum, a
-    sign) goes into dir_scale. Rows with a segment or a share below LEAST become uniform, which
-    `say` hears, as that does change the solver.
+    What weights have beyond the simplex (a sum, a sign) goes into dir_scale. Rows with a segment
+    or a share below LEAST become uniform, which `say` hears, as that does change the solver.
 
     Raises ValueError for a table that is not EPD's [N, K].
     """
     if not isinstance(table, Directions) or table.r.ndim != 2:
         kind = type(table).__name__ if table else "no table"
         raise ValueError(f"the policy is over EPD's tables, not {kind}: distil with --solver epd")
-    order = table.r.detach().cpu().argsort(dim=-1, stable=True)
     four = (table.r, table.weight, table.time_scale, table.dir_scale)
-    r, weight, time_scale, dir_scale = (t.detach().double().cpu().gather(-1, order) for t in four)
+    r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in four)
+    order = r.argsort(dim=-1, stable=True)
     zero, one = torch.zeros_like(r[:, :1]), torch.ones_like(r[:, :1])
-    segments = torch.cat([zero, r, one], -1).diff(dim=-1)
+    segments = torch.cat([zero, r.gather(-1, order), one], -1).diff(dim=-1)
     total = weight.abs().sum(-1, keepdim=True)
     sign = torch.where(weight < 0, -1.0, 1.0)
     return Start(
         inner(segments, "positions", say),
+        order.argsort(dim=-1),
         inner(weight.abs() / total.clamp(min=torch.finfo(total.dtype).tiny), "weights", say),
         dir_scale * sign * total,
         time_scale,

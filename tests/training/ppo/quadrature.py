@@ -1,0 +1,100 @@
+"""A model whose slope is known, so that the best table is, and what a short run of it takes.
+
+dx/dsigma = 2 HEIGHT sigma from 1 down to 0.1: the midpoint rule is exact, so that with K = 1 the
+best position is where sigma is 0.55. All pixels of an image are 1/2 plus the error of the solver
+(noise is negligible), and the reward is less their square.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backends.base import NoiseLevels, Prompt
+from backends.generate import Method
+from solvers.epd import Directions
+from solvers.field import Condition, Denoiser
+from solvers.process import VE
+from solvers.recipe import Recipe
+from training.ppo.sections import Logging, Ppo
+from training.ppo.task import Task
+from training.ppo.trainer import Outcome, train
+
+HEIGHT = 1e4
+SIGMAS = (1.0, 0.1)
+BEST = math.log(0.55) / math.log(0.1)
+START = 0.5
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """The backend; a prompt is a text that changes nothing but the reward."""
+
+    levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(VE, 0.1, 1.0))
+    latent_shape: tuple[int, ...] = (3, 2, 2)
+    image_size: tuple[int, int] = (2, 2)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float64
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        return x - 2 * HEIGHT * (sigma**2).reshape(-1, 1, 1, 1)
+
+    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
+        return self
+
+    def usual_prompt(self, seed: int) -> Prompt:
+        return None
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
+        return None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        exact = HEIGHT * (SIGMAS[-1] ** 2 - SIGMAS[0] ** 2)
+        return (0.5 + (latents - exact) / HEIGHT / 2).float()
+
+
+def reward(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """-(2 x - 1)^2, more for longer prompts, and the mean as another head."""
+    size = torch.tensor([float(len(p)) for p in prompts])
+    return {"near": size - (2 * images.mean((1, 2, 3)) - 1) ** 2, "mean": images.mean((1, 2, 3))}
+
+
+def table(r: float = START, intervals: int = 1) -> Directions:
+    one = torch.ones(intervals, 1).double()
+    return Directions(r * one, one, one, one)
+
+
+def task(start: Directions | None = None) -> Task:
+    start = start or table()
+    intervals = len(start.r)
+    sigmas = torch.linspace(SIGMAS[0], SIGMAS[-1], intervals + 1).double()
+    recipe = Recipe(
+        num_steps=intervals + 1,
+        num_points=start.r.shape[1],
+        schedule_type="custom",
+        sigmas=tuple(sigmas.tolist()),
+        backend="analytic",
+    )
+    return Task(
+        Quadrature(),
+        Method(sigmas=sigmas, table=start),
+        recipe,
+        reward,
+        "near",
+        tuple("p" * n for n in range(1, 8)),
+        tuple("h" * n for n in range(1, 6)),
+        seed=3,
+        batch=5,
+        decode_batch=2,
+    )
+
+
+SHORT = Ppo(steps=4, rollout_batch_size=8, learning_rate=0.01, eval_interval=2, eval_prompts=6)
+EVERY = Logging(save_interval=1, keep_last=9, tensorboard=False)
+
+
+def short_run(folder: Path, ppo: Ppo = SHORT, resume: Path | None = None) -> Outcome:
+    return train(task(), ppo, EVERY, folder, resume=resume)
