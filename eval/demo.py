@@ -17,6 +17,8 @@ from backends.load import find_model, load_backend
 from eval import report
 from eval.candidates import Candidate, fine_solution, learned, predictor_files, variants
 from eval.compare import compare, summary, write_results
+from eval.demo_text import MODEL as TEXT_MODEL
+from eval.demo_text import error_table, text_rows
 from eval.features import load_features
 from eval.frechet import SHIPPED, load_reference
 from eval.measure import Judge, Study
@@ -104,7 +106,8 @@ def main(images: int, outdir: Path, model: str, batch: int, device: torch.device
     Prints how far each ends from the fine solution of the same seeds and its Frechet distance
     to the test images. Hand-made solvers are on the polynomial schedule with rho 7, Heun with an
     analytic first step (its calls are even without one); learned ones as their files say.
-    python -m eval.compare gives every solver its best schedule.
+    Then the text-to-image model under its own Euler and under EPD. python -m eval.compare gives
+    every solver its best schedule.
     """
     backend = load_backend(model, device=device)
     jobs = tuple(Job(seed, backend.usual_prompt(seed)) for seed in range(images))
@@ -128,8 +131,17 @@ def main(images: int, outdir: Path, model: str, batch: int, device: torch.device
     if not theirs:
         click.echo(f"No learned predictor is in exps/{MODEL} yet, so that the epd row is empty.")
     click.echo("Hand-made solvers are on polynomial-7, heun with AFS; learned ones on their own.")
-    for name in ("grid.png", "results.png", "results.csv", "results.json"):
+    text_part(outdir / "text.png", device)
+    for name in ("grid.png", "text.png", "results.png", "results.csv", "results.json"):
         click.echo(f"  {outdir / name}")
+
+
+def text_part(path: Path, device: torch.device) -> None:
+    """The text-to-image model: the grid of the same prompts and seeds, and a table."""
+    click.echo(f"\nNow {TEXT_MODEL}, text to image: Euler and EPD, and Euler in 100 steps.")
+    rows, prompts = text_rows(TEXT_MODEL, EXPS, device)
+    draw_grid(path, [(f"{r.name}, {r.nfe} calls", r.images) for r in rows], prompts)
+    click.echo(error_table(rows))
 
 
 def show(path: Path, study: Study, candidates: Sequence[Candidate], names: Sequence[str]) -> None:

@@ -18,11 +18,12 @@ from tests.tiny import tiny_model
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No feature network, two solvers, no shipped predictors."""
+    """No feature network, two solvers, no shipped predictors, no text."""
     monkeypatch.setattr(demo, "load_features", lambda _: cheap_features)
     monkeypatch.setattr(demo, "load_reference", lambda _: reference())
     monkeypatch.setattr(demo, "EXPS", tmp_path / "exps")
     monkeypatch.setattr(demo, "SOLVERS", ("euler", "heun"))
+    monkeypatch.setattr(demo, "text_part", lambda _path, _device: None)
 
 
 def run(tmp_path: Path) -> str:
