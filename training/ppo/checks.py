@@ -151,13 +151,10 @@ def check_ppo(ppo: Ppo) -> None:
 
 
 def check_ranks(ppo: Ppo, ranks: int) -> None:
-    """ValueError where images cannot be shared out evenly."""
-    for name in ("rollout_batch_size", "minibatch_size"):
-        size = getattr(ppo, name)
-        if size % ranks:
-            said = f"ppo.{name} {size} does not divide by {ranks} ranks"
-            more = -(-size // ranks) * ranks
-            raise ValueError(f"{said}: set ppo.{name}={more}, or take other ranks")
+    """ValueError where a rank would have no image."""
+    if ranks > ppo.rollout_batch_size:
+        said = f"{ranks} ranks are more than ppo.rollout_batch_size {ppo.rollout_batch_size}"
+        raise ValueError(f"{said}: lower --nproc_per_node, or raise it")
 
 
 def check_against(config: Config, recipe: Recipe) -> None:

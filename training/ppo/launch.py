@@ -107,20 +107,20 @@ def predictor_of(config: Config) -> Predictor:
 
 
 def prompts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is trained on, and what is held out: ppo.eval_prompts, evenly from their file.
+    """What is trained on, and what is held out: ppo.eval_prompts, evenly from their file, or all.
 
     Without a file of their own they are drawn from the others by the seed, and taken out.
     """
     data, wanted = config.data, config.ppo.eval_prompts
     prompts = tuple(dict.fromkeys(read_prompts(data.prompt_csv)))
-    source = data.heldout_prompts or data.prompt_csv
-    others = tuple(dict.fromkeys(read_prompts(source)))
-    most = len(others) if data.heldout_prompts else len(others) - 1
-    if wanted > most:
-        raise ValueError(f"ppo.eval_prompts {wanted} is more than {source} can give: {most}")
     if data.heldout_prompts:
-        return prompts, tuple(others[i * len(others) // wanted] for i in range(wanted))
-    held_out = random.Random(f"{config.run.seed} held out").sample(others, wanted)
+        others = tuple(dict.fromkeys(read_prompts(data.heldout_prompts)))
+        count = min(wanted, len(others))
+        return prompts, tuple(others[i * len(others) // count] for i in range(count))
+    if wanted >= len(prompts):
+        said = f"ppo.eval_prompts {wanted} leaves none of {data.prompt_csv}, which has"
+        raise ValueError(f"{said} {len(prompts)}: lower it, or give data.heldout_prompts")
+    held_out = random.Random(f"{config.run.seed} held out").sample(prompts, wanted)
     return tuple(p for p in prompts if p not in set(held_out)), tuple(held_out)
 
 

@@ -32,7 +32,7 @@ def new_folder(config: Config) -> Path:
 
 
 def make_folder(config: Config) -> Path:
-    """An own folder, whatever else starts in the same second, with its settings."""
+    """An own folder, whatever else starts in the same second."""
     root = Path(config.run.output_root)
     try:
         root.mkdir(parents=True, exist_ok=True)
