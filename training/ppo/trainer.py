@@ -207,7 +207,6 @@ def evaluate(session: Session) -> None:
     task, ppo, state = session.task, session.ppo, session.state
     progress = state.progress
     due = ppo.eval_interval and progress.step % ppo.eval_interval == 0
-    due = due or (ppo.eval_interval and progress.step >= ppo.steps)
     if not due or progress.evaluated == progress.step:
         return
     if not progress.start_scores:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from src.runs import Metrics
 from tests.training.ppo.quadrature import BEST, EVERY, START, task
+from training.ppo.search import Effort, search
 from training.ppo.sections import Ppo
 from training.ppo.trainer import train
 
@@ -22,3 +23,11 @@ def test_the_best_table_is_found_where_it_is_known(tmp_path: Path) -> None:
     assert abs(found - BEST) < 0.25 * abs(START - BEST)
     last = Metrics(tmp_path / "logs" / "metrics.jsonl").read()[-1]
     assert last["eval/near_gain_low"] > 0
+
+
+def test_direct_search_finds_it_too_and_so_tells_the_headroom() -> None:
+    heard: list[float] = []
+    effort = Effort(rounds=8, candidates=12, best=3, images=4)
+    found = search(task(), effort, tell=lambda _round, best, start: heard.append(best - start))
+    assert abs(found.r.item() - BEST) < 0.02
+    assert heard[-1] > heard[0] > 0
