@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from solvers.predictor import load_predictor
+from tests.training.ppo.quadrature import short_run
+from training.ppo.export import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("run")
+    short_run(folder)
+    return folder
+
+
+def export(checkpoint: Path, output: Path) -> Result:
+    return CliRunner().invoke(main, ["--checkpoint", str(checkpoint), "--output", str(output)])
+
+
+@pytest.mark.parametrize("ending", ["pkl", "json"])
+def test_a_folder_gives_the_predictor_of_its_newest_checkpoint(
+    ending: str, run: Path, tmp_path: Path
+) -> None:
+    done = export(run, tmp_path / "deep" / f"ours.{ending}")
+    assert done.exit_code == 0, done.output
+    ours = load_predictor(tmp_path / "deep" / f"ours.{ending}")
+    theirs = load_predictor(max((run / "export").glob("*-step*.pkl")))
+    assert torch.equal(ours.table.r, theirs.table.r)
+    assert ours.recipe == theirs.recipe
+
+
+def test_a_checkpoint_gives_its_own_step(run: Path, tmp_path: Path) -> None:
+    first = min((run / "checkpoints").glob("checkpoint-*.pt"))
+    done = export(first, tmp_path / "ours.pkl")
+    assert f"of {first}" in done.output
+    step = load_predictor(tmp_path / "ours.pkl").recipe.training["ppo"]["step"]
+    assert f"step {step} of" in done.output
+    assert first.name == f"checkpoint-{step:08d}.pt"
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(
+    tmp_path: Path,
+) -> None:
+    short_run(tmp_path)
+    newest = max((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-9] + b"x" * 9)
+    done = export(tmp_path, tmp_path / "ours.pkl")
+    assert done.exit_code == 0
+    assert f"{newest} is damaged" in done.stderr
+    assert newest.name not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "output", "said"),
+    [
+        ("nowhere.pt", "a.pkl", "no such file: nowhere.pt"),
+        ("pyproject.toml", "a.pkl", "pyproject.toml is no checkpoint of ours"),
+        ("src", "a.pkl", "src has no checkpoint"),
+        ("nowhere.pt", "a.txt", "a.txt: a predictor's file ends in .pkl or .json"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(checkpoint: str, output: str, said: str) -> None:
+    done = export(Path(checkpoint), Path(output))
+    assert done.exit_code == 1
+    assert said in done.output
+    assert done.output.count("\n") == 1

@@ -1,0 +1,195 @@
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from solvers.predictor import load_predictor
+from src.runs import Metrics
+from tests.training.ppo.small import CFGS, config_of, small_hps, start, told, write_twins
+from training.checkpoint import read_sealed
+from training.ppo import launch
+from training.ppo.config import Config, load_config
+from training.ppo.runs import find_run, make_folder
+
+SD3 = str(CFGS / "sd3_512.yaml")
+WEIGHTS = ("EPD_WEIGHTS", "EPD_HPS", "EPD_SD3", "EPD_CLIP")
+
+
+@pytest.fixture(autouse=True)
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever weights this machine has, none are found; HPS is small."""
+    for name in WEIGHTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    small_hps(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the twins of sd3_512.yaml, with a run of two of its three steps."""
+    folder = tmp_path_factory.mktemp("twins")
+    write_twins("sd3_512", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        small_hps(patch)
+        done = start(*told("sd3_512", folder), "--max-steps", "2", "--run-name", "cut")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code != 0
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    return lines[0]
+
+
+def nothing_loads(patch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("something was loaded")
+
+    patch.setattr(launch, "make_task", loaded)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("ppo.stepz=1",), "did you mean ppo.steps?"),
+        (("model.num_steps=9",), "model.num_steps 9 is not that of exps/sd3-512"),
+        (("data.predictor_snapshot=sd3-512-bst",), "sd3-512-best"),
+        (("data.prompt_csv=nowhere.csv",), "nowhere.csv: No such file"),
+        (("data.heldout_prompts=null", "ppo.eval_prompts=2000"), "leaves none of src/prompts"),
+        (("reward.type=hsp",), "no reward 'hsp': did you mean hps?"),
+        (("reward.judges=[clap]",), "no reward 'clap': did you mean clip?"),
+        (("reward.weights_path=no.pt",), "hps: no such file or folder: no.pt"),
+        (("reward.type=my:own", "reward.weights_path=a"), "does nothing for my:own"),
+        ((), "missing weights: hps: HPS v2.1"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_loaded(
+    overrides: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_loads(monkeypatch)
+    given = [part for change in overrides for part in ("--override", change)]
+    assert said in refused(start("--config", SD3, "--device", "cpu", *given))
+
+
+def test_a_model_that_is_not_here_is_told_with_how_to_get_it(
+    twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_loads(monkeypatch)
+    name = config_of("sd3_512").model.model
+    said = refused(start(*told("sd3_512", twins, f"model.model={name}")))
+    assert "missing weights: sd3" in said
+    assert "bash launch.sh weights sd3" in said
+
+
+def test_a_file_of_weights_that_is_cut_off_is_refused(
+    twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_loads(monkeypatch)
+    (tmp_path / "cut.pt").write_bytes((twins / "hps.pt").read_bytes()[:999])
+    said = refused(start(*told("sd3_512", twins, f"reward.weights_path={tmp_path / 'cut.pt'}")))
+    assert "cut.pt" in said
+
+
+def test_a_model_of_another_family_is_refused(twins: Path, tmp_path: Path) -> None:
+    write_twins("sd15", tmp_path)
+    said = refused(start(*told("sd3_512", twins, f"model.model={tmp_path / 'model'}")))
+    assert "model.backend sd3 is not that of" in said
+    assert "which is ldm" in said
+
+
+def test_a_dry_run_prints_settings_that_read_back_and_what_is_missing(tmp_path: Path) -> None:
+    done = start("--config", SD3, "--dry-run", "--run-name", "mine", "--override", "ppo.steps=7")
+    assert done.exit_code == 0, done.output
+    (tmp_path / "resolved.yaml").write_text(done.stdout)
+    config = load_config(tmp_path / "resolved.yaml")
+    assert (config.run.run_name, config.ppo.steps) == ("mine", 7)
+    assert [line.split(":")[2].strip() for line in done.stderr.splitlines()] == ["hps", "sd3"]
+
+
+def test_rewards_of_weight_zero_are_neither_loaded_nor_needed(twins: Path) -> None:
+    changes = ("reward.type=multi", "reward.multi.weights={hps: 1.0, mps: 0.0, clip: 0}")
+    paths = f"reward.weights_path={{hps: {twins / 'hps.pt'}}}"
+    config = load_config(SD3, [*changes, paths, f"model.model={twins / 'model'}"])
+    assert list(launch.lacking(config)) == []
+
+
+def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[str, ...], ...]:
+    (folder / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
+    return launch.prompts_of(config)
+
+
+def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> None:
+    changes = ["data.heldout_prompts=null", f"data.prompt_csv={tmp_path / 'p.txt'}"]
+    config = load_config(SD3, [*changes, "ppo.eval_prompts=5"])
+    trained, kept = held_out(config, tmp_path, 20)
+    assert (len(trained), len(kept)) == (15, 5)
+    assert not set(trained) & set(kept)
+    assert launch.prompts_of(config) == (trained, kept)
+
+
+def test_held_out_prompts_are_taken_evenly_from_their_file(tmp_path: Path) -> None:
+    changes = [f"data.heldout_prompts={tmp_path / 'p.txt'}", "ppo.eval_prompts=4"]
+    _, kept = held_out(load_config(SD3, changes), tmp_path, 20)
+    assert kept == ("prompt 0", "prompt 5", "prompt 10", "prompt 15")
+
+
+def run_of(folder: Path, name: str) -> Path:
+    (found,) = (folder / "runs").glob(f"*-{name}")
+    return found
+
+
+def test_a_run_has_its_folder_of_five_parts(twins: Path) -> None:
+    folder = run_of(twins, "cut")
+    parts = {p.name for p in folder.iterdir()}
+    assert parts == {"configs", "logs", "checkpoints", "samples", "export"}
+    config = load_config(folder / "configs" / "resolved_config.yaml")
+    assert (config.run.run_name, config.ppo.steps) == ("cut", 3)
+
+
+def test_a_run_that_was_cut_goes_on_as_if_it_never_was(twins: Path) -> None:
+    whole = start(*told("sd3_512", twins), "--run-name", "whole")
+    root = f"run.output_root={twins / 'runs'}"
+    latest = start(*told("sd3_512", twins, root), "--run-name", "cut", "--resume", "latest")
+    assert (whole.exit_code, latest.exit_code) == (0, 0), latest.output
+    both = [run_of(twins, name) / "export" for name in ("cut", "whole")]
+    one, other = (load_predictor(p / "network-snapshot-export-step000003.pkl") for p in both)
+    assert one.table.r.equal(other.table.r)
+    assert one.table.weight.equal(other.table.weight)
+    steps = Metrics(both[0].parent / "logs" / "metrics.jsonl").read()
+    assert [line["step"] for line in steps if "reward" in line] == [1, 2, 3]
+    assert read_sealed(both[0].parent / "checkpoints" / "checkpoint-00000003.pt")["step"] == 3
+
+
+def test_a_run_does_not_go_on_with_other_images(twins: Path) -> None:
+    run = str(run_of(twins, "cut"))
+    said = refused(start("--resume", run, "--override", "model.guidance_rate=5"))
+    assert "model.guidance_rate 5.0: the run in" in said
+    assert "has 4.5" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "--config is missing"),
+        (("--resume", "nowhere"), "no run and no checkpoint at nowhere"),
+        (("--resume", "src"), "is no folder of a run"),
+        (("--config", SD3, "--resume", "latest", "--run-name", "none"), "no run 'none' with"),
+    ],
+)
+def test_a_run_that_is_not_there_is_not_resumed(arguments: tuple[str, ...], said: str) -> None:
+    assert said in refused(start(*arguments))
+
+
+def test_runs_of_one_second_have_a_folder_each_and_the_latest_is_found(tmp_path: Path) -> None:
+    config = load_config(SD3, [f"run.output_root={tmp_path}", "run.run_name=twice"])
+    other = load_config(SD3, [f"run.output_root={tmp_path}", "run.run_name=not-twice"])
+    folders = [make_folder(c) for c in (config, config, other)]
+    assert len({*folders}) == 3
+    for folder in folders:
+        (folder / "configs" / "resolved_config.yaml").write_text("")
+    (folders[0] / "checkpoints" / "checkpoint-00000001.pt").write_text("")
+    (folders[2] / "checkpoints" / "checkpoint-00000001.pt").write_text("")
+    assert find_run("latest", config) == folders[0]
