@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import inception
+from eval import inception, onnx_features
 from rewards.weights import require
 from src.files import nearest
 
@@ -91,20 +91,24 @@ class Space:
     weights: str = ""  # which file, for what is kept of it
 
 
-SPACES = ("inception", "efficientnet", "clip")
+SPACES = ("inception", "efficientnet", "clip", "onnx")
 CLIP_ABOUT = "CLIP image embeddings of length 1"
 
 
 def load_space(name: str, device: torch.device, weights: Path | None = None) -> Space:
     """The space of a name in SPACES, or of a callable `module:function`.
 
-    weights: the file of `inception`, the file or folder of `clip`, where they are not where
-    `rewards.weights` looks. Raises ValueError for an unknown name, and for weights that are
-    missing, wrong or of no use.
+    weights: the file of `onnx`; the file of `inception`, the file or folder of `clip`, where they
+    are not where `rewards.weights` looks. Raises ValueError for an unknown name, and for weights
+    that are missing, wrong or of no use.
     """
     if name in ("inception", "clip"):
         path = require([name], {name: weights} if weights else {})[name]
         return inception_space(path, device) if name == "inception" else clip_space(path, device)
+    if name == "onnx":
+        if not weights:
+            raise ValueError("the features onnx need their file: --weights dinov2.onnx")
+        return onnx_space(weights, device)
     if weights:
         raise ValueError(f"--weights {weights} is of no use to the features {name}")
     if name == "efficientnet":
@@ -128,6 +132,12 @@ def clip_space(path: Path, device: torch.device) -> Space:
     towers = load_towers(path, device, False)
     about = f"{CLIP_ABOUT} [{towers.width}], input {towers.look.size}x{towers.look.size}"
     return Space("clip", about, torch.no_grad()(towers.images), stamped(path))
+
+
+def onnx_space(path: Path, device: torch.device) -> Space:
+    """Of any network that is there as ONNX."""
+    network = onnx_features.load_onnx(path, device)
+    return Space("onnx", onnx_features.about(network), network, stamped(path))
 
 
 def stamped(path: Path) -> str:

@@ -65,7 +65,7 @@ class Reading:
 SPACE_HELP = f"{', '.join(SPACES)} or MODULE:NAME."
 READING = (
     click.option("--features", default="inception", help=SPACE_HELP),
-    click.option("--weights", type=click.Path(path_type=Path), help="Of inception or clip."),
+    click.option("--weights", type=click.Path(path_type=Path), help="Of inception, clip, onnx."),
     click.option("--batch", type=click.IntRange(1), default=64, help="Images at once, up to 256."),
     click.option("--skip-bad", "--skip_bad", is_flag=True, help="Leave out, count and list."),
     click.option("--cache", type=click.Path(path_type=Path), help="Keep features, to go on."),
@@ -112,6 +112,7 @@ def calc(
     \b
     python -m eval.fid calc --images samples --ref cifar10-32x32.npz --num 50000
     python -m eval.fid calc --images a --ref b --features efficientnet --metrics fid,kid,pr
+    python -m eval.fid calc --images a --ref b --features onnx --weights dinov2.onnx
     """  # noqa: D301
     pictures = subset(find_pictures(images), num, seed)
     device, space, how = reading.start(keep=metrics != ("fid",))
