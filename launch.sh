@@ -3,6 +3,7 @@
 # it makes or reuses a virtual environment, installs the pinned packages if they changed, and works.
 #   EPD_VENV    where the environment is (default .venv)
 #   EPD_PYTHON  the Python to make it with (default: the first that will do)
+#   EPD_RANKS   how many processes train-* shares its images out to, one a GPU (default 1)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=${EPD_VENV:-.venv}
@@ -10,15 +11,28 @@ VENV_PYTHON=$VENV/bin/python
 
 commands() {
   cat <<'END'
-setup    make the virtual environment and install the pinned packages
-demo     sample the shipped model with every solver; a table, a grid and a plot (no download, no GPU)
-test     run the tests; arguments go to pytest, for instance: test tests/solvers -x
-bench    time the solvers beyond their network calls
-doctor   which weights of models and rewards are found, missing or wrong
-weights  fetch public weights by name, for instance: weights clip aesthetic
-check    what CI runs: lint, then test
-lint     ruff, pyright and the import contracts; with --fix, format and mend what can be
-help     this list
+setup           make the virtual environment and install the pinned packages
+demo            sample the shipped model with every solver; a table, a grid and a plot (no download, no GPU)
+test            run the tests; arguments go to pytest, for instance: test tests/solvers -x
+bench           time the solvers beyond their network calls
+rl-demo         train the small text-to-image model's table on a reward; pictures and scores before and after
+doctor          which weights of models and rewards are found, missing or wrong
+weights         fetch public weights by name, for instance: weights clip aesthetic
+train-sd15      stage 2 for Stable Diffusion 1.5; options go to training.ppo.launch
+train-sd3-512   stage 2 for Stable Diffusion 3 at 512 pixels
+train-sd3-1024  stage 2 for Stable Diffusion 3 at 1024 pixels
+train-flux      stage 2 for FLUX.1 dev
+sample-sd15     sample the 200 prompts of src/prompts/test.txt; options go to sample.py (--predictor ours.pkl)
+sample-sd3-512  the same with Stable Diffusion 3 at 512 pixels
+sample-sd3-1024 the same with Stable Diffusion 3 at 1024 pixels
+sample-flux     the same with FLUX.1 dev
+score-sd15      score what sample-sd15 made, or one or two folders against each other, by five rewards
+score-sd3-512   the same for sample-sd3-512
+score-sd3-1024  the same for sample-sd3-1024
+score-flux      the same for sample-flux
+check           what CI runs: lint, then test
+lint            ruff, pyright and the import contracts; with --fix, format and mend what can be
+help            this list
 END
 }
 
@@ -92,6 +106,46 @@ run() {
   exec "$VENV_PYTHON" "$@"
 }
 
+# Stage 2 with a file of training/ppo/cfgs.
+ppo() {
+  local name=$1 ranks=${EPD_RANKS:-1}
+  shift
+  set -- -m training.ppo.launch --config "training/ppo/cfgs/$name.yaml" "$@"
+  [ "$ranks" = 1 ] || set -- -m torch.distributed.run --master_port=12345 "--nproc_per_node=$ranks" "$@"
+  run "$@"
+}
+
+# Where `weights` puts a model, or $1, if it says another place; else its name on the hub.
+model() {
+  local local_place=${EPD_WEIGHTS:-weights}/$2
+  if [ -n "${!1:-}" ]; then
+    printf '%s\n' "${!1}"
+  elif [ -e "$local_place" ]; then
+    printf '%s\n' "$local_place"
+  else
+    printf '%s\n' "$3"
+  fi
+}
+
+sd15() { model EPD_SD15 v1-5-pruned-emaonly.safetensors stable-diffusion-v1-5/stable-diffusion-v1-5; }
+sd3() { model EPD_SD3 stable-diffusion-3-medium-diffusers stabilityai/stable-diffusion-3-medium-diffusers; }
+flux() { model EPD_FLUX FLUX.1-dev black-forest-labs/FLUX.1-dev; }
+
+# Sample with a shipped predictor; of an option that is given again, the last counts.
+sample() {
+  local name=$1 model=$2 dtype=$3
+  shift 3
+  run sample.py --predictor "$name-best" --model "$model" --dtype "$dtype" --batch 4 \
+    --prompt-file src/prompts/test.txt --seeds 0-199 --outdir "samples/$name" "$@"
+}
+
+score() {
+  local name=$1
+  shift
+  [ $# -gt 0 ] || set -- "samples/$name"
+  run -m eval.score "$@" --reward hps --reward pickscore --reward imagereward --reward clip --reward aesthetic
+}
+
 tests() {
   setup
   [ $# -gt 0 ] || set -- --numprocesses=auto --maxprocesses=4
@@ -123,6 +177,19 @@ case $command in
     ;;
   demo) run -m eval.demo "$@" ;;
   bench) run -m eval.bench "$@" ;;
+  rl-demo) run -m eval.rl_demo "$@" ;;
+  train-sd15) ppo sd15 "$@" ;;
+  train-sd3-512) ppo sd3_512 "$@" ;;
+  train-sd3-1024) ppo sd3_1024 "$@" ;;
+  train-flux) ppo flux_dev "$@" ;;
+  sample-sd15) sample sd15 "$(sd15)" float16 --resolution 512 "$@" ;;
+  sample-sd3-512) sample sd3-512 "$(sd3)" float16 --resolution 512 "$@" ;;
+  sample-sd3-1024) sample sd3-1024 "$(sd3)" float16 --resolution 1024 "$@" ;;
+  sample-flux) sample flux "$(flux)" bfloat16 --resolution 1024 "$@" ;;
+  score-sd15) score sd15 "$@" ;;
+  score-sd3-512) score sd3-512 "$@" ;;
+  score-sd3-1024) score sd3-1024 "$@" ;;
+  score-flux) score flux "$@" ;;
   doctor) run -m rewards.doctor "$@" ;;
   weights) run -m rewards.fetch "$@" ;;
   test) tests "$@" ;;
