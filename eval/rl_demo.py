@@ -142,11 +142,14 @@ def draw_curve(path: Path, told: Sequence[Mapping[str, Any]], per_step: int) -> 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--override", multiple=True, help="Of tiny_sd3.yaml: ppo.steps=50, say; again.")
+@click.option("--images", type=click.IntRange(2), default=190, help="To report on.")
 @click.option("--seed", type=click.IntRange(0), default=1000, help="First of the fresh noises.")
 @click.option("--outdir", type=click.Path(path_type=Path), default="samples/rl-demo")
 @click.option("--device", type=Device(), default="auto")
 @one_line_errors
-def main(override: tuple[str, ...], seed: int, outdir: Path, device: torch.device) -> None:
+def main(
+    override: tuple[str, ...], images: int, seed: int, outdir: Path, device: torch.device
+) -> None:
     """Train the small model's table on a reward; sample and score it before and after.
 
     Writes curve.png, grid.png, before/ and after/, results.json; the run is in runs/.
@@ -161,19 +164,19 @@ def main(override: tuple[str, ...], seed: int, outdir: Path, device: torch.devic
     setup = Setup(device, paths={config.reward.type: path} if path else {})
     rewards = {config.reward.type: load_reward(config.reward.type, setup), **judges}
     backend = load_backend(config.model.model, device=device)
-    jobs = [Job(seed + i, prompt) for i, prompt in enumerate(prompts)]
+    jobs = [Job(seed + i, prompts[i % len(prompts)]) for i in range(images)]
     names = {"before": config.data.predictor_snapshot, "after": str(run / BEST)}
     click.echo(f"Sampling {len(jobs)} images of prompts and noises apart from training, twice.")
-    images = {name: images_of(backend, names[name], jobs) for name in names}
-    for name, pictures in images.items():
+    made = {name: images_of(backend, names[name], jobs) for name in names}
+    for name, pictures in made.items():
         for job, picture in zip(jobs, pictures, strict=True):
             about = {"recipe": {"seed": job.seed, "prompt": job.prompt}}
             save_png(outdir / name / f"{job.seed:06d}.png", picture, about)
-    found = compared(rewards, images, prompts)
+    found = compared(rewards, made, [str(job.prompt) for job in jobs])
     metrics = Metrics(run / "logs" / "metrics.jsonl").read()
     evaluations = [line for line in metrics if "eval/best_step" in line]
     draw_curve(outdir / "curve.png", evaluations, config.ppo.rollout_batch_size)
-    rows = [(name, pictures[:SHOWN]) for name, pictures in images.items()]
+    rows = [(name, pictures[:SHOWN]) for name, pictures in made.items()]
     draw_grid(outdir / "grid.png", rows, [p[:14] for p in prompts[:SHOWN]])
     counts = {"images": len(jobs), "best_step": evaluations[-1]["eval/best_step"]}
     write_json(outdir / "results.json", {**counts, "scores": {c.name: c.plain for c in found}})

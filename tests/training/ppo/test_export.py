@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from solvers.predictor import load_predictor
+from src.runs import Metrics
 from tests.training.ppo.quadrature import short_run
 from training.ppo.export import main
 
@@ -68,3 +70,11 @@ def test_what_cannot_be_exported_is_one_line(checkpoint: str, output: str, said:
     assert done.exit_code == 1
     assert said in done.output
     assert done.output.count("\n") == 1
+
+
+def test_the_page_explains_every_number_that_is_logged(run: Path) -> None:
+    page = (Path(__file__).parents[3] / "training" / "ppo" / "README.md").read_text()
+    logged = {name for line in Metrics(run / "logs" / "metrics.jsonl").read() for name in line}
+    plain = {re.sub(r"^(reward|eval)/(near|mean)", r"\1/NAME", name) for name in logged - {"step"}}
+    assert {"eval/NAME_gain_low", "reward/NAME_std", "seconds/decode", "entropy"} <= plain
+    assert [name for name in sorted(plain) if f"`{name}`" not in page] == []
