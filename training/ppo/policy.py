@@ -30,8 +30,9 @@ class Start:
     segments: Tensor  # [N, K + 1] on the simplex
     rank: Tensor  # [N, K], which of the places, from the first to the last, each point takes
     weight: Tensor  # [N, K] on the simplex
-    dir_scale: Tensor  # [N, K], with the signs of what were free weights
+    dir_scale: Tensor  # [N, K]
     time_scale: Tensor  # [N, K]
+    mix: Tensor  # [N, K], weight * dir_scale of the table, of any sign
     known: Tensor  # [N, H], which is kept as it is
 
 
@@ -184,8 +185,9 @@ class Policy(nn.Module):
         parts = list(draws.factors.split(points, -1)) if self.options.scales else []
         direction = parts.pop(0) if self.options.dir_scale else still
         time = parts.pop(0) if self.options.time_scale else still
-        scaled = (start.time_scale * time.exp(), start.dir_scale * direction.exp())
-        return Directions(r, draws.weight, *scaled, start.known)
+        weight, dir_scale = mixed(start, draws.weight)
+        scaled = (start.time_scale * time.exp(), dir_scale * direction.exp())
+        return Directions(r, weight, *scaled, start.known)
 
     @torch.no_grad()
     def mean_table(self) -> Directions:
@@ -193,11 +195,24 @@ class Policy(nn.Module):
         return self.table(self().centre())
 
 
+def mixed(start: Start, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares [B, N, K] -> weights on the simplex and direction scales.
+
+    Where the table has weights of both signs, the shares move them by as much as they differ from
+    their start. Their sum stays, and with it a step's first order, which no draw may touch.
+    """
+    signed = (start.mix < 0).any(-1, keepdim=True)
+    mix = start.mix + start.mix.abs().sum(-1, keepdim=True) * (shares - start.weight)
+    size = mix.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(mix.dtype).tiny)
+    weight = torch.where(signed, mix.abs() / size, shares)
+    return weight, torch.where(signed, torch.where(mix < 0, -size, size), start.dir_scale)
+
+
 def start_of(table: Table | None, say: Callable[[str], object]) -> Start:
     """A table as what a policy can start from; the solver stays the same.
 
-    What weights have beyond the simplex (a sum, a sign) goes into dir_scale. Rows with a segment
-    or a share below LEAST become uniform, which `say` hears, as that does change the solver.
+    Rows with a segment or a share below LEAST become uniform, which `say` hears, as that does
+    change the solver; shares of weights of both signs are those of their sizes.
 
     Raises ValueError for a table that is not EPD's [N, K].
     """
@@ -209,14 +224,17 @@ def start_of(table: Table | None, say: Callable[[str], object]) -> Start:
     order = r.argsort(dim=-1, stable=True)
     zero, one = torch.zeros_like(r[:, :1]), torch.ones_like(r[:, :1])
     segments = torch.cat([zero, r.gather(-1, order), one], -1).diff(dim=-1)
-    total = weight.abs().sum(-1, keepdim=True)
-    sign = torch.where(weight < 0, -1.0, 1.0)
+    mix = weight * dir_scale
+    signed = (mix < 0).any(-1, keepdim=True)
+    sizes = torch.where(signed, mix.abs(), weight.abs())
+    total = sizes.sum(-1, keepdim=True).clamp(min=torch.finfo(mix.dtype).tiny)
     return Start(
         inner(segments, "positions", say),
         order.argsort(dim=-1),
-        inner(weight.abs() / total.clamp(min=torch.finfo(total.dtype).tiny), "weights", say),
-        dir_scale * sign * total,
+        inner(sizes / total, "weights", say),
+        torch.where(signed, 1.0, dir_scale.abs() * total),
         time_scale,
+        mix,
         table.known.detach().double().cpu(),
     )
 

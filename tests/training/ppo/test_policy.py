@@ -157,15 +157,26 @@ def test_a_row_at_the_edge_starts_uniform_and_is_told() -> None:
 
 
 def test_scales_are_kept_unless_they_are_trained() -> None:
-    kept = policy(True)
+    kept = policy()
     draw = kept.table(kept().draw(generator(0)))
-    assert torch.equal(draw.dir_scale, kept.start.dir_scale)
-    assert torch.equal(draw.known, table(True).known)
-    trained = policy(True, dir_scale=True, time_scale=True)
-    draw = trained.table(trained().draw(generator(0)))
-    assert bool((draw.dir_scale.sign() == kept.start.dir_scale.sign()).all())
-    assert not torch.equal(draw.dir_scale, kept.start.dir_scale)
-    assert not torch.equal(draw.time_scale, kept.start.time_scale)
+    assert torch.allclose(draw.dir_scale, table().dir_scale, rtol=1e-7)
+    assert torch.equal(draw.time_scale, table().time_scale)
+    trained = policy(dir_scale=True, time_scale=True)
+    drawn = trained().draw(generator(0))
+    factors = trained.table(drawn).dir_scale / table().dir_scale
+    assert torch.allclose(factors.log(), drawn.factors[:, :2])
+    factors = trained.table(drawn).time_scale / table().time_scale
+    assert torch.allclose(factors.log(), drawn.factors[:, 2:])
+
+
+def test_draws_keep_the_sum_of_weights_of_both_signs_and_known_slopes() -> None:
+    one, start = policy(True), table(True)
+    draws = one.table(stacked([one().draw(generator(i)) for i in range(20)]))
+    mix, wanted = draws.weight * draws.dir_scale, start.weight * start.dir_scale
+    assert torch.allclose(mix.sum(-1), wanted.sum(-1).expand(20, 3))
+    assert mix[:, 0].std(0).min().item() > 0.05
+    assert torch.allclose(draws.weight.sum(-1), torch.ones(20, 3).double())
+    assert torch.equal(draws.known, start.known)
 
 
 def test_a_table_of_another_solver_is_refused() -> None:
