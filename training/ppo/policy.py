@@ -19,6 +19,9 @@ from src.seeds import generator
 
 HIDDEN = 128
 BLOCKS = 2
+REACH = 4.0
+"""The largest residual: a law can get exp(4) times as narrow, or its mean move freely, but not
+collapse, after which the next gradient would throw it anywhere."""
 LEAST = 1e-6
 """The least segment or weight: rows of a starting table below it are replaced, draws lifted."""
 
@@ -123,6 +126,8 @@ class PolicyOptions:
 class Policy(nn.Module):
     """An MLP from the number of the interval to the residuals; its last layer starts at zero.
 
+    A residual is REACH tanh(output / REACH), the output itself while it is small.
+
     On the CPU in float64: it is small, and all ranks then compute the same numbers.
     """
 
@@ -159,8 +164,8 @@ class Policy(nn.Module):
         x = self.steps.weight
         for block in self.blocks:
             x = x + block(x)
-        segments, weight, factors = self.last(x).split(self.sizes, -1)
-        return self.around(segments, weight, factors)
+        residual = REACH * (self.last(x) / REACH).tanh()
+        return self.around(*residual.split(self.sizes, -1))
 
     def initial(self) -> Distribution:
         """The policy before any training, pi_0."""

@@ -12,7 +12,7 @@ from solvers.integrate import integrate
 from solvers.multistep import MultistepTable
 from src.seeds import generator, randn
 from tests.training.students import SHAPE, model
-from training.ppo.policy import LEAST, Policy, PolicyOptions, stacked, start_of
+from training.ppo.policy import LEAST, REACH, Policy, PolicyOptions, stacked, start_of
 
 
 def quiet(_text: str) -> None:
@@ -71,7 +71,8 @@ def test_a_sample_has_its_own_table() -> None:
 def test_the_probability_of_a_table_is_that_of_its_intervals_and_factors() -> None:
     one = moved(policy(dir_scale=True, time_scale=True))
     draws = stacked([one().draw(generator(i)) for i in range(2)])
-    segments, weight, factors = one.last(hidden(one)).split((3, 2, 4), -1)
+    residual = REACH * torch.tanh(one.last(hidden(one)) / REACH)
+    segments, weight, factors = residual.split((3, 2, 4), -1)
     start = one.start
     for b in range(2):
         total = 0.0
@@ -142,6 +143,14 @@ def test_draws_of_a_lopsided_law_stay_off_the_edge_and_likely() -> None:
     assert draws.segments.min().item() >= 0.9 * LEAST
     assert bool(lopsided().log_prob(draws).isfinite().all())
     assert bool((draws.weight == 1).all())
+
+
+def test_no_training_can_make_a_law_collapse() -> None:
+    far = moved(policy(), size=1e6)
+    assert bool(far().segments.concentration.isfinite().all())
+    assert far().segments.concentration.max().item() <= 10 * math.exp(REACH)
+    draws = stacked([far().draw(generator(i)) for i in range(5)])
+    assert bool(far().log_prob(draws).isfinite().all())
 
 
 def test_a_row_at_the_edge_starts_uniform_and_is_told() -> None:
