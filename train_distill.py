@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from backends.base import SCHEDULES, Backend, ModelOptions
 from backends.load import family, find_model, load_backend
-from eval.features import load_features, prepared
+from rewards.efficientnet import load_features, prepared
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
 from src.files import to_json

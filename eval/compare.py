@@ -25,10 +25,10 @@ from eval.candidates import (
     predictor_files,
     variants,
 )
-from eval.features import load_features
 from eval.frechet import SHIPPED, load_reference
 from eval.machine import provenance
 from eval.measure import Fine, Judge, Score, Study, best, measure, solve_finely
+from rewards.efficientnet import load_features
 from solvers.catalog import make_solver
 from src.files import write_json, write_text
 from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors

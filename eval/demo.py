@@ -19,10 +19,10 @@ from eval.candidates import Candidate, fine_solution, learned, predictor_files, 
 from eval.compare import compare, summary, write_results
 from eval.demo_text import MODEL as TEXT_MODEL
 from eval.demo_text import error_table, text_rows
-from eval.features import load_features
 from eval.frechet import SHIPPED, load_reference
 from eval.measure import Judge, Study
 from eval.reference import real_images
+from rewards.efficientnet import load_features
 from src.files import read_json, write_atomically
 from src.options import Device, OneLineCommand, one_line_errors
 

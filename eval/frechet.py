@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.features import load_features
 from eval.pictures import Pictures, find_pictures, read_batches
+from rewards.efficientnet import load_features
 from src.files import to_json, write_atomically
 from src.options import Device, OneLineCommand, one_line_errors
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.features import ABOUT, PACKAGES, Features, load_features
+from eval.features import ABOUT
 from eval.frechet import SHIPPED, Moments, Reference, all_moments, load_reference, save_reference
 from eval.machine import provenance
+from rewards.efficientnet import PACKAGES, Features, load_features
 from src.images import grid, read_png, save_png
 from src.options import OneLineCommand, one_line_errors
 

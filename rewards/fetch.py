@@ -20,7 +20,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from rewards.intact import RECORD, recorded, sha256
-from rewards.weights import WEIGHTS, Weight, known, place
+from rewards.weights import WEIGHTS, Weight, known, origin, place
 from src.files import write_json
 from src.options import OneLineCommand, one_line_errors
 
@@ -69,8 +69,8 @@ def main(names: tuple[str, ...], yes: bool) -> None:
 
 def line(name: str, weight: Weight) -> str:
     """-> a line of the list."""
-    source = weight.repo or f"by hand: {weight.by_hand}"
-    return f"{name:<13} {weight.size:<8} {weight.licence:<26} {weight.what} [{source}]"
+    where = weight.repo or origin(name)
+    return f"{name:<13} {weight.size:<8} {weight.licence:<26} {weight.what} [{where}]"
 
 
 def plan(name: str) -> list[Item]:
@@ -81,7 +81,7 @@ def plan(name: str) -> list[Item]:
     """
     weight = known(name)
     if not weight.repo:
-        raise ValueError(f"{name} is not on the hub: get {place(name)} from {weight.by_hand}")
+        raise ValueError(f"{name} is not on the hub: get {place(name)}: {origin(name)}")
     with one_line(name, weight):
         return [item(name, weight, file) for file in files(weight)]
 

@@ -66,6 +66,8 @@ ADAPTERS = {
     "clip": Adapter("rewards.clip", ("clip",)),
     "aesthetic": Adapter("rewards.aesthetic", ("clip", "aesthetic")),
     "mps": Adapter("rewards.mps", ("mps",)),
+    "efficientnet-minilm": Adapter("rewards.efficientnet_minilm", ("efficientnet", "minilm")),
+    "brisque": Adapter("rewards.brisque", ()),
 }
 
 

