@@ -24,6 +24,7 @@ from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, require
 from solvers.predictor import Predictor, find_predictor, load_predictor
 from src import ranks
+from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand, one_line_errors
 from src.text import read_prompts
 from training.ppo.config import Config, check_against, check_ranks, load_config
@@ -58,7 +59,7 @@ def main(
     torchrun --nproc_per_node=4 -m training.ppo.launch --config training/ppo/cfgs/sd3_512.yaml
     python -m training.ppo.launch --resume latest
     """  # noqa: D301
-    changes = (*override, *([f"run.run_name={run_name}"] if run_name else []))
+    changes = (*override, *([f"run.run_name={to_json(run_name)}"] if run_name else []))
     config, folder = settings(file, changes, resume)
     check_ranks(config.ppo, int(os.environ.get("WORLD_SIZE", "1")))
     predictor = predictor_of(config)

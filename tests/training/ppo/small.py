@@ -1,12 +1,14 @@
 """The files of training/ppo/cfgs on tiny twins: of the model, by its family, and of HPS."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import Tensor
 
 from rewards import hps
 from solvers.predictor import Predictor, find_predictor, load_predictor, save_predictor
@@ -67,3 +69,8 @@ def told(name: str, folder: Path, *changes: str) -> list[str]:
 def start(*arguments: str) -> Result:
     """Run the launcher."""
     return CliRunner().invoke(launch.main, list(arguments))
+
+
+def brightness(images: Tensor, _prompts: Sequence[str]) -> Tensor:
+    """A reward that needs no weights: the mean of the pixels, [B]."""
+    return images.mean((1, 2, 3))

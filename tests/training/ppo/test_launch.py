@@ -1,6 +1,10 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 from solvers.predictor import load_predictor
@@ -11,6 +15,7 @@ from training.ppo import launch
 from training.ppo.config import Config, load_config
 from training.ppo.runs import find_run, make_folder
 
+ROOT = Path(__file__).parents[3]
 SD3 = str(CFGS / "sd3_512.yaml")
 WEIGHTS = ("EPD_WEIGHTS", "EPD_HPS", "EPD_SD3", "EPD_CLIP")
 
@@ -101,11 +106,11 @@ def test_a_model_of_another_family_is_refused(twins: Path, tmp_path: Path) -> No
 
 
 def test_a_dry_run_prints_settings_that_read_back_and_what_is_missing(tmp_path: Path) -> None:
-    done = start("--config", SD3, "--dry-run", "--run-name", "mine", "--override", "ppo.steps=7")
+    done = start("--config", SD3, "--dry-run", "--run-name", "12", "--override", "ppo.steps=7")
     assert done.exit_code == 0, done.output
     (tmp_path / "resolved.yaml").write_text(done.stdout)
     config = load_config(tmp_path / "resolved.yaml")
-    assert (config.run.run_name, config.ppo.steps) == ("mine", 7)
+    assert (config.run.run_name, config.ppo.steps) == ("12", 7)
     assert [line.split(":")[2].strip() for line in done.stderr.splitlines()] == ["hps", "sd3"]
 
 
@@ -193,3 +198,18 @@ def test_runs_of_one_second_have_a_folder_each_and_the_latest_is_found(tmp_path:
     (folders[0] / "checkpoints" / "checkpoint-00000001.pt").write_text("")
     (folders[2] / "checkpoints" / "checkpoint-00000001.pt").write_text("")
     assert find_run("latest", config) == folders[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_folder_and_the_export_of_one(twins: Path, tmp_path: Path) -> None:
+    reward = "reward.type=tests.training.ppo.small:brightness"
+    changes = (reward, "reward.weights_path=null", f"run.output_root={tmp_path}")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    given = ["-m", "training.ppo.launch", *told("sd3_512", twins, *changes), "--run-name", "two"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command, *given], cwd=ROOT, env=environment, check=True)
+    assert start(*told("sd3_512", twins, *changes), "--run-name", "one").exit_code == 0
+    (one,), (two,) = (list(tmp_path.glob(f"*-{name}")) for name in ("one", "two"))
+    file = "export/network-snapshot-export-step000003.pkl"
+    alone, shared = (load_predictor(folder / file).table.r for folder in (one, two))
+    assert torch.allclose(alone, shared, atol=1e-6)
