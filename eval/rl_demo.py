@@ -176,8 +176,9 @@ def main(
     metrics = Metrics(run / "logs" / "metrics.jsonl").read()
     evaluations = [line for line in metrics if "eval/best_step" in line]
     draw_curve(outdir / "curve.png", evaluations, config.ppo.rollout_batch_size)
-    rows = [(name, pictures[:SHOWN]) for name, pictures in made.items()]
-    draw_grid(outdir / "grid.png", rows, [p[:14] for p in prompts[:SHOWN]])
+    shown = sorted({i * len(jobs) // SHOWN for i in range(SHOWN)})
+    rows = [(name, pictures[shown]) for name, pictures in made.items()]
+    draw_grid(outdir / "grid.png", rows, [str(jobs[i].prompt)[:14] for i in shown])
     counts = {"images": len(jobs), "best_step": evaluations[-1]["eval/best_step"]}
     write_json(outdir / "results.json", {**counts, "scores": {c.name: c.plain for c in found}})
     head = ("reward", "before", "after", "gain and 95 % interval", "wins")

@@ -204,7 +204,7 @@ def test_runs_of_one_second_have_a_folder_each_and_the_latest_is_found(tmp_path:
 def test_two_ranks_write_one_folder_and_the_export_of_one(twins: Path, tmp_path: Path) -> None:
     reward = "reward.type=tests.training.ppo.small:brightness"
     changes = (reward, "reward.weights_path=null", f"run.output_root={tmp_path}")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     given = ["-m", "training.ppo.launch", *told("sd3_512", twins, *changes), "--run-name", "two"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *command, *given], cwd=ROOT, env=environment, check=True)
