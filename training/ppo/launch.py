@@ -156,6 +156,8 @@ def check_model(config: Config) -> None:
     wrong = fault(path) if path.exists() else ""
     if wrong:
         raise ValueError(f"model.model {path}: {wrong}")
+    if config.model.backend_options.model_config:
+        find_model(config.model.backend_options.model_config)
 
 
 def local_model(name: str) -> str:

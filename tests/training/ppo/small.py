@@ -21,9 +21,7 @@ CFGS = Path(__file__).parents[3] / "training" / "ppo" / "cfgs"
 FAMILIES = {"sd15": "sd", "sd3_512": "sd3", "sd3_1024": "sd3", "flux_dev": "flux"}
 SIDE = 16
 SMALL = {
-    "model.backend_options.dtype": "float32",
     "model.resolution": str(SIDE),
-    "reward.enable_amp": "false",
     "ppo.rollout_batch_size": "4",
     "ppo.eval_prompts": "2",
     "ppo.eval_interval": "2",

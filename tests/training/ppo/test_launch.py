@@ -98,6 +98,14 @@ def test_a_file_of_weights_that_is_cut_off_is_refused(
     assert "cut.pt" in said
 
 
+def test_a_folder_of_configs_that_is_not_there_is_refused(
+    twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_loads(monkeypatch)
+    lost = "model.backend_options.model_config=/no/where"
+    assert "no model at '/no/where'" in refused(start(*told("sd3_512", twins, lost)))
+
+
 def test_a_model_of_another_family_is_refused(twins: Path, tmp_path: Path) -> None:
     write_twins("sd15", tmp_path)
     said = refused(start(*told("sd3_512", twins, f"model.model={tmp_path / 'model'}")))
