@@ -178,7 +178,7 @@ def main(
     draw_curve(outdir / "curve.png", evaluations, config.ppo.rollout_batch_size)
     shown = sorted({i * len(jobs) // SHOWN for i in range(SHOWN)})
     rows = [(name, pictures[shown]) for name, pictures in made.items()]
-    draw_grid(outdir / "grid.png", rows, [str(jobs[i].prompt)[:14] for i in shown])
+    draw_grid(outdir / "grid.png", rows, [str(jobs[i].prompt)[:12] for i in shown])
     counts = {"images": len(jobs), "best_step": evaluations[-1]["eval/best_step"]}
     write_json(outdir / "results.json", {**counts, "scores": {c.name: c.plain for c in found}})
     head = ("reward", "before", "after", "gain and 95 % interval", "wins")

@@ -20,7 +20,7 @@ from src.files import write_atomically
 
 MARK = b"epd-sealed-1 "
 KEPT = 2
-"""Checkpoints that a run keeps unless told otherwise: the newest, and one more should it be broken."""
+"""Checkpoints that a run keeps unless told otherwise: the newest, and one should it be broken."""
 NAME = re.compile(r"checkpoint-([0-9]{8})\.pt")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from solvers.recipe import SCHEDULES, Recipe
+from solvers.recipe import FLOW_BACKENDS, SCHEDULES, Recipe
 from src.files import nearest
 from src.seeds import MAX_SEED
 from training.ppo.sections import MULTI, Config, Ppo, RewardSettings
@@ -160,10 +160,10 @@ def check_ranks(ppo: Ppo, ranks: int) -> None:
 def check_against(config: Config, recipe: Recipe) -> None:
     """ValueError, with both values, where a file and its predictor's recipe disagree.
 
-    Recipes of LDMs give latents or a size that is not theirs, so that their size is not compared.
+    The size counts where the model takes one: recipes of LDMs give latents or another's size.
     """
     model, where = config.model, config.data.predictor_snapshot
-    sized = recipe.backend != "ldm" and None not in (recipe.img_resolution, model.resolution)
+    sized = recipe.backend in FLOW_BACKENDS and recipe.img_resolution is not None
     pairs = {
         "num_steps": (model.num_steps, recipe.num_steps),
         "num_points": (model.num_points, recipe.num_points),

@@ -116,6 +116,10 @@ def prompts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     prompts = tuple(dict.fromkeys(read_prompts(data.prompt_csv)))
     if data.heldout_prompts:
         others = tuple(dict.fromkeys(read_prompts(data.heldout_prompts)))
+        both = set(prompts) & set(others)
+        if both:
+            said = f"{min(both)!r} is in {data.prompt_csv} and in {data.heldout_prompts}"
+            raise ValueError(f"{said}: held-out prompts are not trained on, drop it from one")
         count = min(wanted, len(others))
         return prompts, tuple(others[i * len(others) // count] for i in range(count))
     if wanted >= len(prompts):

@@ -178,6 +178,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ("model.guidance_rate=5", "model.guidance_rate 5.0 is not that of"),
         ("model.guidance_type=null", "which is cfg"),
         ("model.resolution=1024", "which is 512"),
+        ("model.resolution=null", "model.resolution None is not that of"),
     ],
 )
 def test_what_the_recipe_says_otherwise_is_refused_with_both_values(

@@ -64,6 +64,7 @@ def nothing_loads(patch: pytest.MonkeyPatch) -> None:
         (("data.predictor_snapshot=sd3-512-bst",), "sd3-512-best"),
         (("data.prompt_csv=nowhere.csv",), "nowhere.csv: No such file"),
         (("data.heldout_prompts=null", "ppo.eval_prompts=2000"), "leaves none of src/prompts"),
+        (("data.heldout_prompts=src/prompts/train.txt",), "held-out prompts are not trained on"),
         (("reward.type=hsp",), "no reward 'hsp': did you mean hps?"),
         (("reward.judges=[clap]",), "no reward 'clap': did you mean clip?"),
         (("reward.weights_path=no.pt",), "hps: no such file or folder: no.pt"),
