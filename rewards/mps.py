@@ -129,7 +129,7 @@ def load(shelf: Shelf, sizes: Sizes = PUBLISHED) -> MPS:
     networks = load_state(read_module(path), sizes, str(path), setup.device)
     text = networks.model.config.text_config
     tokenise = padded_tokenizer(text.max_position_embeddings, text.vocab_size, path)
-    look = Look(networks.model.config.vision_config.image_size)
+    look = Look(networks.model.config.vision_config.image_size, middle=int)
     return MPS(networks, tokenise, look, setup.device, setup.amp)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.pixels import MEAN, STD, prepare
+from rewards.pixels import MEAN, STD, Middle, prepare
 
 PART = 64  # prompts that are encoded at once
 
@@ -47,10 +47,11 @@ class Look:
     size: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    middle: Middle = round
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 3, size, size]."""
-        return prepare(images, self.size, self.mean, self.std)
+        return prepare(images, self.size, self.mean, self.std, self.middle)
 
 
 @dataclass(frozen=True)

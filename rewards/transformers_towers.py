@@ -56,7 +56,7 @@ def read_look(folder: Path, config: Any) -> Look:
     path = folder / "preprocessor_config.json"
     told = read_json(path) if path.is_file() else {}
     mean, std = told.get("image_mean", MEAN), told.get("image_std", STD)
-    return Look(config.vision_config.image_size, tuple(mean), tuple(std))
+    return Look(config.vision_config.image_size, tuple(mean), tuple(std), int)
 
 
 def load_state(state: State, config: Any, source: str, device: torch.device) -> Any:

@@ -19,8 +19,7 @@ from rewards.mps_block import Stack
 from rewards.registry import Setup, Shelf
 from rewards.states import read_module
 from rewards.transformers_towers import padded_tokenizer
-from tests.rewards.test_pickscore import TEXT, VISION
-from tests.rewards.test_pixels import by_pillow
+from tests.rewards.test_pickscore import TEXT, VISION, by_processor
 from tests.rewards.twins import PROMPTS, images, shaken
 
 transformers: Any = library
@@ -135,7 +134,7 @@ def twin(folder: Path) -> MPS:
 
 
 def test_it_is_the_papers_formula(tmp_path: Path) -> None:
-    reward, pixels = twin(tmp_path), by_pillow(images(), 32)
+    reward, pixels = twin(tmp_path), by_processor(images())
     expected = [by_formula(reward.networks, pixels[i : i + 1], p) for i, p in enumerate(PROMPTS)]
     ours = score(reward, images(), PROMPTS)
     assert ours.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 import transformers as library
+from PIL import Image
 from torch import Tensor
 
 from rewards import pickscore
@@ -16,7 +17,7 @@ from rewards.mps import CLIP_H
 from rewards.registry import Setup, Shelf
 from rewards.towers import Cosine
 from rewards.transformers_towers import load_state, padded_tokenizer
-from tests.rewards.test_pixels import by_pillow
+from src.images import to_bytes
 from tests.rewards.twins import PROMPTS, images, letters_tokenizer, shaken
 
 transformers: Any = library
@@ -45,13 +46,21 @@ def load(folder: Path, *, amp: bool = False) -> Cosine:
     return pickscore.load(Shelf(Setup(amp=amp, paths={"pickscore": folder})))
 
 
+def by_processor(batch: Tensor) -> Tensor:
+    """What transformers' image processor makes of images for models of 32 pixels."""
+    levels = [Image.fromarray(to_bytes(i).permute(1, 2, 0).contiguous().numpy()) for i in batch]
+    size, cut = {"shortest_edge": 32}, {"height": 32, "width": 32}
+    processor = transformers.CLIPImageProcessorPil(size=size, crop_size=cut)
+    return processor(levels, return_tensors="pt").pixel_values
+
+
 @torch.no_grad()
 def by_transformers(model: Any, tokens: Tensor) -> Tensor:
-    pixels = by_pillow(images(), 32)
+    pixels = by_processor(images())
     return model(input_ids=tokens, pixel_values=pixels).logits_per_image.diagonal()
 
 
-def test_it_is_the_logit_of_transformers_on_pillows_pixels(tmp_path: Path) -> None:
+def test_it_is_the_logit_of_transformers_on_its_own_pixels(tmp_path: Path) -> None:
     model = twin(tmp_path)
     expected = by_transformers(model, open_clip.get_tokenizer("ViT-H-14")(PROMPTS))
     ours = score(load(tmp_path), images(), PROMPTS)
