@@ -13,6 +13,7 @@ from tests.training.ppo.small import CFGS, config_of, small_hps, start, told, wr
 from training.checkpoint import read_sealed
 from training.ppo import launch
 from training.ppo.config import Config, load_config
+from training.ppo.data import prompts_of
 from training.ppo.runs import find_run, make_folder
 
 ROOT = Path(__file__).parents[3]
@@ -132,7 +133,7 @@ def test_rewards_of_weight_zero_are_neither_loaded_nor_needed(twins: Path) -> No
 
 def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[str, ...], ...]:
     (folder / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
-    return launch.prompts_of(config)
+    return prompts_of(config)
 
 
 def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> N
     trained, kept = held_out(config, tmp_path, 20)
     assert (len(trained), len(kept)) == (15, 5)
     assert not set(trained) & set(kept)
-    assert launch.prompts_of(config) == (trained, kept)
+    assert prompts_of(config) == (trained, kept)
 
 
 def test_held_out_prompts_are_taken_evenly_from_their_file(tmp_path: Path) -> None:
