@@ -24,7 +24,8 @@ from backends.generate import Job
 from backends.load import load_backend
 from eval.candidates import FINE_STEPS, SCHEDULES, fine_solution, learned_one
 from eval.candidates import variants as hand_made
-from eval.compare import Names, counts, described_fine, runs_of
+from eval.compare import Names, counts
+from eval.comparison import described_fine, runs_of
 from eval.machine import provenance
 from eval.measure import Fine, Study, measure, solve_finely
 from eval.report import aligned, number

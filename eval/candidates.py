@@ -3,6 +3,7 @@
 A candidate's `nfe` is its number of sequential network calls an image.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class Candidate:
     method: Method
     schedule: str
     points: int = 1  # K
-    source: str | None = None  # the file of a learned one
+    source: str | None = None  # the file of a learned one, from the current folder
 
     @property
     def nfe(self) -> int:
@@ -44,13 +45,24 @@ class Candidate:
 def fine_solution(
     levels: NoiseLevels, steps: int = FINE_STEPS, guidance_rate: float = 1.0
 ) -> Candidate:
-    """Heun in `steps` steps on the polynomial schedule, rho 7: two calls a step."""
-    return hand_made(HandMade("heun", steps + 1, "polynomial"), levels, guidance_rate)
+    """Heun in `steps` steps, two calls each: on polynomial, rho 7, or flow's own schedule."""
+    schedule = SCHEDULES[levels.process.name][0]
+    return hand_made(HandMade("heun", steps + 1, schedule), levels, guidance_rate)
+
+
+def usual_end(levels: NoiseLevels) -> NoiseLevels:
+    """These levels with the end that predictors have: that of flow's own schedule."""
+    if levels.process.name != "flow":
+        return levels
+    return replace(levels, sigma_min=levels.schedule("flowmatch", 2)[-1].item())
 
 
 def hand_made(choice: HandMade, levels: NoiseLevels, guidance_rate: float = 1.0) -> Candidate:
-    """The candidate of a hand-made solver; ValueError where it does not fit these levels."""
-    method = replace(choice.method(levels), guidance_rate=guidance_rate)
+    """The candidate of a hand-made solver; ValueError where it does not fit these levels.
+
+    On flow, every schedule ends where flow's own does, so that all solve one problem.
+    """
+    method = replace(choice.method(usual_end(levels)), guidance_rate=guidance_rate)
     return Candidate(
         choice.solver, method, schedule_label(choice.schedule_type, choice.schedule_rho)
     )
@@ -127,8 +139,13 @@ def learned_one(path: Path, backend: Backend) -> Candidate:
         predictor_method(predictor, backend.levels),
         schedule_label(recipe.schedule_type, recipe.schedule_rho),
         recipe.num_points,
-        path.as_posix(),
+        from_here(path),
     )
+
+
+def from_here(path: Path | str) -> str:
+    """A path as seen from the current folder, so that what is written holds no machine's."""
+    return Path(os.path.relpath(path)).as_posix() if Path(path).is_absolute() else str(path)
 
 
 def predictor_files(patterns: Sequence[str]) -> list[Path]:

@@ -21,7 +21,7 @@ import torch
 from backends.generate import Job
 from backends.load import load_backend
 from eval.candidates import FINE_STEPS, fine_solution, learned_one
-from eval.compare import described_fine, runs_of
+from eval.comparison import described_fine, runs_of
 from eval.machine import provenance
 from eval.measure import Study, measure, solve_finely
 from eval.report import aligned, number

@@ -16,7 +16,7 @@ from backends.generate import Job, generate
 from backends.load import find_model, load_backend
 from eval import report
 from eval.candidates import Candidate, fine_solution, learned, predictor_files, variants
-from eval.compare import compare, summary, write_results
+from eval.comparison import compare, summary, write_results
 from eval.demo_text import MODEL as TEXT_MODEL
 from eval.demo_text import error_table, text_rows
 from eval.frechet import SHIPPED, load_reference

@@ -3,7 +3,7 @@
 Shapes: N jobs (images) in all, B of a batch, * one latent.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -16,7 +16,10 @@ from backends.generate import Batch, Job, Method, generate
 from eval.candidates import Candidate
 from eval.frechet import Extractor, Moments, Reference, merged, moments
 from eval.machine import clock
+from rewards.base import Reward
+from rewards.scorer import score_batch
 from src.images import to_bytes
+from src.intervals import Estimate, mean_of
 
 LEVEL_TOLERANCE = 1e-3
 
@@ -62,22 +65,35 @@ class Score:
     frechet: float | None
     time: float  # in bare network calls of the same batch, timed beside it; median of batches
     source: str | None
+    rmse_low: float | None = None  # ends of its 95 % interval
+    rmse_high: float | None = None
+    rewards: Mapping[str, Estimate] = field(default_factory=dict)  # means, in their own units
+    gains: Mapping[str, Estimate] = field(default_factory=dict)  # over the fine solution, in pairs
 
 
 @dataclass
 class Running:
     """Sums over the batches so far."""
 
-    squared: float = 0.0
-    numbers: int = 0
+    squared: list[Tensor] = field(default_factory=list)  # mean squares [B] of every batch
     calls: int = 0
     rows: int = 0
     times: list[float] = field(default_factory=list)
     seen: Moments | None = None
+    rewards: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add_images(self, new: Moments) -> None:
         """Take in the statistics of one more batch."""
         self.seen = new if self.seen is None else merged(self.seen, new)
+
+    def add_rewards(self, new: Mapping[str, Tensor]) -> None:
+        """Take in the scores [B] of one more batch."""
+        for name, values in new.items():
+            self.rewards.setdefault(name, []).append(values.double().cpu())
+
+    def reward(self, name: str) -> Tensor:
+        """The scores [N] so far."""
+        return torch.cat(self.rewards[name])
 
 
 @dataclass(frozen=True)
@@ -87,10 +103,14 @@ class Fine:
     latents: Tensor  # [N, *] on the CPU
     images: Tensor  # [N, C, H, W] uint8 on the CPU
     score: Score
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)  # [N] of each
 
 
-def solve_finely(study: Study, judge: Judge | None = None) -> Fine:
-    """The fine solutions, and their own Frechet distance and time."""
+Rewards = Mapping[str, Reward]
+
+
+def solve_finely(study: Study, judge: Judge | None = None, rewards: Rewards | None = None) -> Fine:
+    """The fine solutions, and their own Frechet distance, rewards and time."""
     latents: list[Tensor] = []
     images: list[Tensor] = []
     running = Running()
@@ -98,16 +118,22 @@ def solve_finely(study: Study, judge: Judge | None = None) -> Fine:
         unit = bare_call(study.backend, study.fine.method, part)
         made, seconds = timed(study.backend, study.fine.method, part)
         note(running, made, seconds / unit)
-        if judge:
-            running.add_images(judge.see(made.images))
+        running.squared.append(torch.zeros(len(part), dtype=torch.float64))
+        look(running, made, judge, rewards)
         latents.append(made.latents.cpu())
         images.append(to_bytes(made.images).cpu())
-    score = scored(study.fine, running, judge, len(study.jobs))
-    return Fine(torch.cat(latents), torch.cat(images), score)
+    score = scored(study.fine, running, judge, {})
+    seen = {name: running.reward(name) for name in running.rewards}
+    return Fine(torch.cat(latents), torch.cat(images), score, seen)
 
 
 def measure(
-    study: Study, candidates: Sequence[Candidate], fine: Fine, judge: Judge | None = None
+    study: Study,
+    candidates: Sequence[Candidate],
+    fine: Fine,
+    judge: Judge | None = None,
+    *,
+    rewards: Rewards | None = None,
 ) -> list[Score]:
     """The scores of candidates, in their order, all on the study's jobs.
 
@@ -126,38 +152,56 @@ def measure(
                 unit = bare_call(study.backend, study.fine.method, part)
                 made, seconds = timed(study.backend, candidate.method, part)
                 note(sums, made, seconds / unit)
-                sums.squared += (made.latents.cpu() - target).square().sum().item()
-                if judge:
-                    sums.add_images(judge.see(made.images))
+                error = made.latents.cpu() - target
+                sums.squared.append(error.square().flatten(1).mean(1))
+                look(sums, made, judge, rewards)
                 bar.update()
     return [
-        scored(candidate, sums, judge, len(study.jobs))
+        scored(candidate, sums, judge, fine.rewards)
         for candidate, sums in zip(candidates, running, strict=True)
     ]
 
 
 def note(sums: Running, made: Batch, time: float) -> None:
     """Count one batch."""
-    sums.numbers += made.latents.numel()
     sums.calls = made.tally.calls
     sums.rows += made.tally.rows
     sums.times.append(time)
 
 
-def scored(candidate: Candidate, sums: Running, judge: Judge | None, count: int) -> Score:
-    """The score of all batches."""
+def look(sums: Running, made: Batch, judge: Judge | None, rewards: Rewards | None) -> None:
+    """What judge and rewards see in one batch."""
+    if judge:
+        sums.add_images(judge.see(made.images))
+    if rewards:
+        prompts = [job.prompt if isinstance(job.prompt, str) else "" for job in made.jobs]
+        images = made.images.float().expand(-1, 3, -1, -1)
+        sums.add_rewards(score_batch(rewards, images, prompts))
+
+
+def scored(
+    candidate: Candidate, sums: Running, judge: Judge | None, fine: Mapping[str, Tensor]
+) -> Score:
+    """The score of all batches; `fine` has the rewards [N] of the fine solution."""
     assert sums.calls == candidate.nfe, f"{candidate.name} made {sums.calls} calls"
+    squared = torch.cat(sums.squared)
+    error = mean_of(squared)
+    rewards = {name: sums.reward(name) for name in sums.rewards}
     return Score(
         name=candidate.name,
         nfe=sums.calls,
         schedule=candidate.schedule,
         afs=candidate.method.afs,
         points=candidate.points,
-        rows=sums.rows / count,
-        rmse=(sums.squared / sums.numbers) ** 0.5,
+        rows=sums.rows / len(squared),
+        rmse=error.value**0.5,
         frechet=judge.reference.distance(sums.seen) if judge and sums.seen else None,
         time=median(sums.times),
         source=candidate.source,
+        rmse_low=error.low**0.5,
+        rmse_high=error.high**0.5,
+        rewards={name: mean_of(values) for name, values in rewards.items()},
+        gains={n: mean_of(values - fine[n]) for n, values in rewards.items() if n in fine},
     )
 
 

@@ -1,29 +1,15 @@
-"""Scores as aligned text, CSV and a plot."""
+"""Scores as aligned text and CSV."""
 
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-
 from eval.measure import Score
-from src.files import write_atomically, write_text
-
-SIZE = (7.6, 6.0)  # inches a panel
-LABEL_GAP = 0.034  # of the panel's height, between the lines of labels
-ROOM = 1.06 / 1.44
-NARROW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8)
-LEADER = {"arrowstyle": "-", "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 1}
-MUTED = (
-    *("#9bb8d3", "#f2b888", "#a7cfa0", "#e5a3a3", "#c5b0d5", "#c49c94"),
-    *("#f0b6d8", "#a0a0a0", "#cfcf7a", "#8fd0d8", "#d8b365", "#7fa8a0"),
-)
-STRONG = ("#c1121f", "#003f88", "#0f7b3f", "#7b2cbf", "#e36414", "#00798c", "#000000", "#8a5a00")
+from src.files import write_text
+from src.intervals import Estimate
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -40,14 +26,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Every score with all that belongs to it, a line each."""
-    head = ("solver", "NFE", "RMSE", "Frechet", "schedule", "AFS", "evaluations", "time")
+    """Every score with all that belongs to it, a line each; 95 % intervals in brackets."""
+    named = reward_names(scores)
+    head = ("solver", "NFE", "RMSE", "Frechet", *named, "schedule", "AFS", "evaluations", "time")
     rows = [
         (
             s.name,
             str(s.nfe),
-            number(s.rmse),
+            error_of(s),
             number(s.frechet),
+            *(interval(s.rewards.get(name)) for name in named),
             s.schedule,
             "yes" if s.afs else "no",
             f"{s.rows:g}",
@@ -56,6 +44,25 @@ def table(scores: Sequence[Score]) -> str:
         for s in scores
     ]
     return aligned([head, *rows])
+
+
+def reward_names(scores: Sequence[Score]) -> list[str]:
+    """The rewards that some score has, in their order."""
+    return list(dict.fromkeys(name for s in scores for name in s.rewards))
+
+
+def error_of(score: Score) -> str:
+    """The RMSE with its interval, where it has one."""
+    if score.rmse_low is None or score.rmse_high is None:
+        return number(score.rmse)
+    return interval(Estimate(score.rmse, score.rmse_low, score.rmse_high))
+
+
+def interval(estimate: Estimate | None) -> str:
+    """`0.2731 [0.2712, 0.2749]`, or a dash."""
+    if estimate is None:
+        return "-"
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def pivot(scores: Sequence[Score], absent: Sequence[str] = ()) -> str:
@@ -120,120 +127,18 @@ def number(value: float | None) -> str:
     """Three to four digits, or a dash for what was not measured."""
     if value is None:
         return "-"
-    return f"{value:.1f}" if value >= 100 else f"{value:#.4g}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:#.4g}"
 
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
-    """One line a score, under the names of its fields."""
+    """One line a score, under the names of its fields; three columns a reward."""
+    plain = [f.name for f in fields(Score) if f.name not in ("rewards", "gains")]
+    ends = [(name, end) for name in reward_names(scores) for end in ("value", "low", "high")]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Score)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(s) for s in scores)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*plain, *(n if end == "value" else f"{n}_{end}" for n, end in ends)])
+    for score in scores:
+        cells = asdict(score)
+        seen = cells["rewards"]
+        writer.writerow([cells[n] for n in plain] + [seen.get(n, {}).get(end) for n, end in ends])
     write_text(path, text.getvalue())
-
-
-def plot(path: Path, scores: Sequence[Score], title: str, floor: Mapping[str, float]) -> None:
-    """RMSE by NFE, and beside it the Frechet distance where measured; axes in powers.
-
-    Learned solvers are strong, hand-made ones pale; labels stand at the lines' ends. `floor`
-    names horizontal lines of the Frechet panel.
-    """
-    with_distance = any(s.frechet is not None for s in scores)
-    panels = 2 if with_distance else 1
-    figure = Figure((SIZE[0] * panels, SIZE[1]), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    errors = [(s, s.rmse) for s in scores]
-    panel(axes[0], errors, "RMSE to the fine solution", {})
-    if with_distance:
-        distances = [(s, s.frechet) for s in scores if s.frechet is not None]
-        panel(axes[1], distances, "Frechet distance", floor)
-    figure.suptitle(title, fontsize=11)
-    with write_atomically(path) as temp:
-        figure.savefig(temp, dpi=130)
-
-
-def panel(
-    axes: Axes, points: Sequence[tuple[Score, float]], what: str, floor: Mapping[str, float]
-) -> None:
-    """One quantity by NFE."""
-    axes.set_yscale("log")
-    axes.set(xlabel="sequential network calls (NFE)", ylabel=what)
-    names = list(dict.fromkeys(s.name for s, _ in points))
-    colours = palette([(n, any(s.source for s, _ in points if s.name == n)) for n in names])
-    ends: list[tuple[str, float, float]] = []
-    for name in names:
-        line = sorted((s.nfe, value) for s, value in points if s.name == name)
-        strong = colours[name] in STRONG
-        width, size, order = (2.2, 6, 3) if strong else (1.2, 4, 2)
-        axes.plot(
-            *zip(*line, strict=True), "o-", color=colours[name], lw=width, ms=size, zorder=order
-        )
-        ends.append((name, *line[-1]))
-    for name, value in floor.items():
-        axes.axhline(value, 0, ROOM, color="0.35", lw=1, ls=":", zorder=1)
-        axes.annotate(name, (0, value), (4, 2), xycoords=("axes fraction", "data"), fontsize=8,
-                      textcoords="offset points", color="0.35")  # fmt: skip
-    finish(axes, sorted({s.nfe for s, _ in points}))
-    label_ends(axes, ends, colours)
-
-
-def palette(names: Sequence[tuple[str, bool]]) -> dict[str, str]:
-    """Strong colours for the learned, pale ones for the hand-made."""
-    learned = [name for name, is_learned in names if is_learned]
-    others = [name for name, is_learned in names if not is_learned]
-    strong = {name: STRONG[i % len(STRONG)] for i, name in enumerate(learned)}
-    return strong | {name: MUTED[i % len(MUTED)] for i, name in enumerate(others)}
-
-
-def finish(axes: Axes, calls: Sequence[int]) -> None:
-    """Ticks at the numbers of calls that there are, room for labels, a light grid."""
-    axes.set_xticks(calls, [str(n) for n in calls])
-    first, last = calls[0], calls[-1]
-    span = max(last - first, 1)
-    axes.set_xlim(first - 0.06 * span, last + 0.38 * span)  # the lines take ROOM of it
-    axes.grid(True, which="both", color="0.92", lw=0.6)
-    axes.set_axisbelow(True)
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else NARROW_TICKS))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def label_ends(
-    axes: Axes, ends: Sequence[tuple[str, float, float]], colours: Mapping[str, str]
-) -> None:
-    """Names beside the last points of their lines, moved apart, each with a thin leader."""
-    low, high = (math.log(v) for v in axes.get_ylim())
-    ordered = sorted(ends, key=lambda end: end[2])
-    heights = spread([(math.log(end[2]) - low) / (high - low) for end in ordered], LABEL_GAP)
-    first, last = axes.get_xlim()
-    at = max(end[1] for end in ends) + 0.05 * (last - first)
-    for (name, x, y), height in zip(ordered, heights, strict=True):
-        place = math.exp(low + height * (high - low))
-        colour = colours[name]
-        strong = colour in STRONG
-        axes.annotate(
-            name, (x, y), (at, place), fontsize=9, va="center", annotation_clip=False,
-            color=colour if strong else "0.3", weight="bold" if strong else "normal",
-            arrowprops={**LEADER, "color": colour},
-        )  # fmt: skip
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places in [0, 1], moved as little as may be until each is `gap` above the last.
-
-    Pools neighbours that overlap around their common middle (isotonic regression), and closes
-    the gap where so many do not fit.
-    """
-    gap = min(gap, 1 / max(len(places) - 1, 1))
-    groups: list[tuple[float, int]] = []  # the sum of (place - index * gap), and how many
-    for i, place in enumerate(places):
-        total, count = place - i * gap, 1
-        while groups and groups[-1][0] / groups[-1][1] > total / count:
-            before, more = groups.pop()
-            total, count = total + before, count + more
-        groups.append((total, count))
-    highest = 1 - (len(places) - 1) * gap
-    bases = [total / count for total, count in groups for _ in range(count)]
-    return [min(max(base, 0.0), highest) + i * gap for i, base in enumerate(bases)]

@@ -20,9 +20,8 @@ from eval.gather import on_first
 from eval.machine import provenance
 from eval.pictures import Pictures, find_pictures
 from eval.scores import Scored, Task, open_scores, prompts_for, score_pictures, write_csv
-from rewards.registry import ADAPTERS, Setup, load_rewards, parse
+from rewards.registry import Setup, files_of, load_rewards
 from rewards.scorer import names_of
-from rewards.weights import require
 from src import ranks
 from src.files import write_json
 from src.intervals import Estimate, mean_of, win_rate
@@ -109,9 +108,7 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 def settings_of(names: Sequence[str], setup: Setup) -> dict[str, Any]:
     """What scores depend on besides the pictures."""
-    singles = {single for name in names for single in parse(name) if single in ADAPTERS}
-    needed = sorted({w for single in singles for w in ADAPTERS[single].weights})
-    files = require(needed, setup.paths)
+    files = files_of(names, setup.paths)
     return {"amp": setup.amp, **{f"weights of {n}": stamped(p) for n, p in files.items()}}
 
 

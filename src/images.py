@@ -3,6 +3,7 @@
 Images are floats in [0, 1]: B images, C channels (1 grey, 3 colour), height H, width W.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,14 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def save_png(path: str | Path, image: Tensor, text: Mapping[str, Any] | None = None) -> None:
-    """Write one image [C, H, W] as a PNG, whole or not at all; C = 1 makes a grey one.
+    """Write one image [C, H, W] as a PNG, whole or not at all; see `png_bytes`."""
+    content = png_bytes(image, text)
+    with write_atomically(path) as temp:
+        temp.write_bytes(content)
+
+
+def png_bytes(image: Tensor, text: Mapping[str, Any] | None = None) -> bytes:
+    """-> the content of a PNG file of one image [C, H, W] in [0, 1]; C = 1 makes a grey one.
 
     Each entry of `text` becomes a text chunk: a string as it is, anything else as JSON.
     ValueError for other shapes, NaN, and what `to_json` refuses.
@@ -45,10 +53,10 @@ def save_png(path: str | Path, image: Tensor, text: Mapping[str, Any] | None = N
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value if isinstance(value, str) else to_json(value))
-    with write_atomically(path) as temp:
-        Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels).save(
-            temp, format="PNG", pnginfo=chunks
-        )
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels)
+    picture.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
 
 
 def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:

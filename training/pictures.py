@@ -1,41 +1,21 @@
 """Pictures of a run: the learned table, and how loss and error went. matplotlib, on no screen."""
 
-import io
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from solvers.epd import Directions
-from src.files import write_atomically
+from src.pictures import save, table_figure
 from training.distill import Table
-
-LARGEST = 700.0
 
 
 def draw_table(table: Table, sigmas: Sequence[float], path: Path) -> None:
-    """Positions and weights for each interval: where on it, how large, red for a negative."""
-    intervals = len(sigmas) - 1
-    figure = Figure((7, 1.2 + 0.55 * intervals), layout="constrained")
-    axes = figure.subplots()
+    """Positions and weights for each interval; see `src.pictures.table_figure`."""
     mix = table.weight * table.dir_scale if isinstance(table, Directions) else table.weight
-    for n, (places, weights) in enumerate(zip(table.r.tolist(), mix.tolist(), strict=True)):
-        axes.plot([0, 1], [n, n], color="0.8", zorder=1)
-        for r, w in zip(places, weights, strict=True):
-            size = min(60 + 300 * abs(w), LARGEST)
-            axes.scatter(r, n, size, "tab:blue" if w >= 0 else "tab:red", alpha=0.6, zorder=2)
-            axes.annotate(f"{w:.2f}", (r, n), xytext=(0, 9), textcoords="offset points", size=7)
-    names = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(sigmas)]
-    axes.set_yticks(range(intervals), names)
-    axes.set_xlim(-0.05, 1.05)
-    axes.set_ylim(intervals - 0.5, -0.6)
-    axes.set_xlabel("position r in the interval (log sigma), size and number: weight")
-    axes.set_ylabel("sigma")
-    save(figure, path)
+    save(table_figure(table.r.tolist(), mix.tolist(), sigmas), path)
 
 
 def draw_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -59,11 +39,3 @@ def draw(axes: Axes, records: Sequence[Mapping[str, Any]], names: Sequence[str])
             axes.legend()
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("tick")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    with write_atomically(path) as temp:
-        temp.write_bytes(buffer.getvalue())

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import compare as module
-from eval.compare import compare, main, rivals_for, runs_of
+from eval.candidates import from_here
+from eval.compare import main
+from eval.comparison import compare, rivals_for, runs_of
 from eval.frechet import moments, save_reference
 from src.seeds import parse_seeds
 from tests.eval.small import cheap_features, study
@@ -40,7 +42,7 @@ def test_the_command_leaves_csv_json_and_a_plot(model: Path, tmp_path: Path) -> 
     found = [(s["name"], s["nfe"], s["source"]) for s in content["scores"]]
     assert found == [
         *(("euler", 2, None), ("euler", 3, None), ("heun", 2, None), ("heun", 3, None)),
-        ("epd K=3", 3, str(path)),
+        ("epd K=3", 3, from_here(path)),
     ]
     assert content["about"]["seeds"] == "0-3"
     assert {"commit", "cpu", "threads", "torch", "fine", "meaning"} <= content["about"].keys()

@@ -1,7 +1,6 @@
 """Tables, CSV and plots of scores."""
 
 import csv
-import json
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,14 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.curves import SIZE, plot, spread
 from eval.measure import Score
-from eval.report import SIZE, aligned, number, pivot, plot, ratios, spread, table, write_csv
+from eval.report import aligned, number, pivot, ratios, table, write_csv
 from src.images import read_png
+from src.intervals import Estimate
 
 
 def score(name: str, nfe: int, rmse: float, frechet: float | None = None) -> Score:
     source = "x.pkl" if "epd" in name else None
     return Score(name, nfe, "logsnr", False, 1, float(nfe), rmse, frechet, nfe * 1.1, source)
+
+
+def with_reward(of: Score, value: float) -> Score:
+    estimate = Estimate(value, round(value - 0.1, 9), round(value + 0.1, 9))
+    return replace(of, rewards={"clip": estimate}, gains={"clip": estimate})
 
 
 SCORES = [
@@ -106,7 +112,22 @@ def test_the_csv_holds_every_field_of_every_score(tmp_path: Path) -> None:
     with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["rmse"]) for row in rows] == [s.rmse for s in SCORES]
-    assert set(rows[0]) == set(json.loads(json.dumps(asdict(SCORES[0]))))
+    assert set(rows[0]) == asdict(SCORES[0]).keys() - {"rewards", "gains"}
+
+
+def test_the_csv_has_three_columns_a_reward(tmp_path: Path) -> None:
+    write_csv(tmp_path / "r.csv", [SCORES[0], with_reward(SCORES[1], 0.25)])
+    with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [[row[name] for name in ("clip", "clip_low", "clip_high")] for row in rows]
+    assert found == [["", "", ""], ["0.25", "0.15", "0.35"]]
+
+
+def test_the_table_has_intervals_of_what_has_some() -> None:
+    score = replace(with_reward(SCORES[0], 0.25), rmse_low=0.4, rmse_high=0.6)
+    line = table([score]).splitlines()[2]
+    assert "0.5000 [0.4000, 0.6000]" in line
+    assert "0.2500 [0.1500, 0.3500]" in line
 
 
 @pytest.mark.parametrize("with_distance", [True, False])
@@ -118,3 +139,13 @@ def test_the_plot_is_a_picture(tmp_path: Path, with_distance: bool) -> None:
     assert picture.shape[0] == 3
     assert picture.shape[2] / picture.shape[1] == pytest.approx(SIZE[0] * panels / SIZE[1], 0.01)
     assert picture.std() > 0.02
+
+
+def test_rewards_have_panels_of_their_own_whatever_their_sign(tmp_path: Path) -> None:
+    scores = [
+        with_reward(s, value) for s, value in zip(SCORES, (-0.5, 0.0, 0.1, 0.2), strict=True)
+    ]
+    plot(tmp_path / "p.png", scores, "title", {}, scores[0])
+    picture, _ = read_png(tmp_path / "p.png")
+    assert picture.shape[1] / picture.shape[2] == pytest.approx(2 * SIZE[1] / (2 * SIZE[0]), 0.01)
+    assert (picture[:, picture.shape[1] // 2 :, : picture.shape[2] // 2].std()) > 0.02
