@@ -24,7 +24,9 @@ from src.options import Device, OneLineCommand, SeedList, one_line_errors
 from src.runs import Metrics
 from training.checkpoint import checkpoints
 from training.pictures import save
-from training.ppo.launch import load_config, make_task, predictor_of, prompts_of
+from training.ppo.config import load_config
+from training.ppo.data import predictor_of, prompts_of
+from training.ppo.launch import make_task
 from training.ppo.sections import Config
 from training.ppo.task import Task
 from training.ppo.trainer import train

@@ -21,8 +21,10 @@ from solvers.epd import Directions
 from solvers.predictor import Predictor, save_predictor
 from src.options import Device, OneLineCommand, one_line_errors
 from src.seeds import generator
+from training.ppo.config import load_config
+from training.ppo.data import predictor_of, prompts_of
 from training.ppo.evaluate import Evaluation, held_out_scores
-from training.ppo.launch import load_config, make_task, predictor_of, prompts_of
+from training.ppo.launch import make_task
 from training.ppo.policy import Draws, Policy, PolicyOptions, start_of
 from training.ppo.prompts import fixed_jobs
 from training.ppo.rollout import score_jobs
