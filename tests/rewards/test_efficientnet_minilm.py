@@ -138,8 +138,8 @@ def test_features_are_made_at_the_side_that_is_asked_for() -> None:
         seen.append(tuple(x.shape))
         return x.new_ones(len(x), 1280, 3, 3)
 
-    assert Features(maps, CPU, 96)(torch.rand(5, 1, 64, 64)).shape == (5, 1280)
-    assert seen == [(4, 3, 96, 96), (1, 3, 96, 96)]
+    assert Features(maps, CPU, 112)(torch.rand(17, 1, 64, 64)).shape == (17, 1280)
+    assert seen == [(16, 3, 112, 112), (1, 3, 112, 112)]  # as many pixels as 4 of 224x224
 
 
 @pytest.fixture(scope="module")
