@@ -137,9 +137,8 @@ def main(  # noqa: PLR0913 - one parameter an option
     click.echo(
         aligned([("reward", "batched ms", "one by one ms", "ratio"), *map(as_row, timings)])
     )
-    grown = (peaks[-1] - peaks[0]) / MEGA
-    click.echo(f"Peak of memory: {peaks[0] / MEGA:.0f} MB after {min(BLOCK, images)} images, "
-               f"{grown:.1f} MB more after {images}.")  # fmt: skip
+    half, last = (peaks[at] / MEGA for at in (len(peaks) // 2, -1))
+    click.echo(f"Peak of memory: {last:.0f} MB, {last - half:.0f} MB of it in the second half.")
     about = {"images": images, "alone": alone, "size": size, "batch": batch, **provenance(device)}
     found = [{**asdict(timing), "ratio": timing.ratio} for timing in timings]
     write_json(out, {"about": about, "timings": found, "peaks": peaks})

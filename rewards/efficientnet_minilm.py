@@ -21,7 +21,7 @@ from rewards.towers import TextCache, half
 
 MATRIX = Path(__file__).parents[1] / "src/models/efficientnet-minilm/model.safetensors"
 WIDTH = 384
-SIDE = 96
+SIDE = 64
 
 
 @dataclass(frozen=True)

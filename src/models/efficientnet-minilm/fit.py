@@ -27,7 +27,7 @@ from rewards.weights import require
 from src.emoji import load_emoji, load_pictures, shifted
 from src.files import write_atomically, write_json
 
-PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MOVED = 4  # pixels that a copy is moved by, at most
 AT_ONCE = 32
 
