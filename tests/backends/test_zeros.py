@@ -27,15 +27,15 @@ def stock(pipe: Any) -> torch.Tensor:
 
 def test_a_pipeline_that_a_backend_shares_serves_its_owner_as_before(pipe: Any) -> None:
     before = stock(pipe)
-    backend = pipelines.wrap(pipe, torch.device("cpu"))
+    backend: Any = pipelines.wrap(pipe, torch.device("cpu"))
     assert backend.zeros == 256
     assert torch.equal(stock(pipe), before)
-    again = pipelines.wrap(pipe, torch.device("cpu"))
+    again: Any = pipelines.wrap(pipe, torch.device("cpu"))
     assert again.zeros == 256
 
 
 def test_the_slope_is_that_of_all_the_rows(pipe: Any) -> None:
-    backend = pipelines.wrap(pipe, torch.device("cpu"))
+    backend: Any = pipelines.wrap(pipe, torch.device("cpu"))
     x = torch.randn(2, *backend.latent_shape, generator=torch.Generator().manual_seed(1))
     sigma = torch.tensor([0.9, 0.2])
     text, _, pooled, _ = pipe.encode_prompt("a", None, None, do_classifier_free_guidance=False)
@@ -49,7 +49,8 @@ def test_attention_of_ones_own_and_few_zeros_are_left_alone(pipe: Any) -> None:
     known = pipe.transformer.attn_processors
     pipe.transformer.set_attn_processor(dict.fromkeys(known, Own()))
     assert not fold_zeros(pipe.transformer, 256, 64)
-    assert pipelines.wrap(pipe, torch.device("cpu")).zeros is None
+    left: Any = pipelines.wrap(pipe, torch.device("cpu"))
+    assert left.zeros is None
 
 
 class Own:
