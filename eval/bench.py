@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backends.base import Backend, NoiseLevels, Prompt
+from backends.base import Backend
 from backends.generate import Job, Method, generate
 from backends.load import load_backend
 from backends.methods import HandMade, predictor_method, sequential_calls
+from backends.wrapped import Wrapped
 from eval.machine import clock, provenance
 from eval.report import aligned
 from solvers.field import Condition, Denoiser
@@ -48,50 +49,6 @@ class Timing:
     one_by_one: float | None = None  # sampling with a call a point / all K in one call
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """A backend in all but its network, for which `answer` speaks."""
-
-    backend: Backend
-    answer: Denoiser
-
-    @property
-    def levels(self) -> NoiseLevels:
-        """The backend's, as all that follows."""
-        return self.backend.levels
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return self.backend.latent_shape
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.backend.image_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.backend.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.backend.dtype
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        return self.answer(x, sigma, cond)
-
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        return self.answer
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        return self.backend.usual_prompt(seed)
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        return self.backend.encode(prompts)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.backend.decode(latents)
-
-
 class AtOnce:
     """A network that takes no time: x itself for the clean sample."""
 
@@ -108,7 +65,7 @@ def recorded_calls(backend: Backend, method: Method, jobs: Sequence[Job]) -> lis
         calls.append((x, sigma, cond))
         return network(x, sigma, cond)
 
-    run(StandIn(backend, record), method, jobs)
+    run(Wrapped(backend, record), method, jobs)
     return calls
 
 
@@ -145,7 +102,7 @@ def time_method(name: str, backend: Backend, method: Method, batch: int, repeats
     jobs = [Job(seed, backend.usual_prompt(seed)) for seed in range(batch)]
     calls = recorded_calls(backend, method, jobs)
     network = backend.guided(method.guidance_rate, backend.encode([job.prompt for job in jobs]))
-    device, quick = backend.device, StandIn(backend, AtOnce())
+    device, quick = backend.device, Wrapped(backend, AtOnce())
     pairs = paired(
         lambda: run(backend, method, jobs), lambda: replay(network, calls), repeats, device
     )

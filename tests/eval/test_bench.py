@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from backends.generate import Job, generate
 from backends.methods import HandMade
-from eval.bench import AtOnce, StandIn, main, paired, recorded_calls
+from backends.wrapped import Wrapped
+from eval.bench import AtOnce, main, paired, recorded_calls
 from tests.eval.small import exact
 from tests.eval.test_candidates import save
 from tests.tiny import tiny_model
@@ -30,7 +31,7 @@ def test_the_calls_that_are_replayed_are_those_of_sampling() -> None:
 def test_a_network_that_answers_AtOnce_leaves_all_else_in_place() -> None:
     backend = exact()
     method = HandMade("euler", 4).method(backend.levels)
-    (made,) = generate(StandIn(backend, AtOnce()), method, [Job(0)], batch=1)
+    (made,) = generate(Wrapped(backend, AtOnce()), method, [Job(0)], batch=1)
     start = method.sigmas[0] * torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     assert made.tally.calls == 3
     assert torch.allclose(made.latents, start.double(), rtol=1e-6)  # D(x) = x: no slope

@@ -13,10 +13,11 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from backends.base import Backend, NoiseLevels, Prompt
+from backends.base import Backend, Prompt
 from backends.generate import Batch, Job, Method, generate
+from backends.wrapped import Wrapped
 from solvers.epd import Directions
-from solvers.field import Condition, Denoiser
+from solvers.field import Condition
 from src import ranks
 from training.ppo.task import Scorer, Task
 from training.stop import Stop
@@ -49,61 +50,18 @@ class Clock:
         self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - before - others
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A backend whose ends are timed, and that decodes so many latents at once."""
+def timed(backend: Backend, clock: Clock, decode_batch: int) -> Wrapped:
+    """The backend, its ends timed; it decodes so many latents at once."""
 
-    backend: Backend
-    clock: Clock
-    decode_batch: int
+    def encode(prompts: Sequence[Prompt]) -> Condition | None:
+        with clock.on("text"):
+            return backend.encode(prompts)
 
-    @property
-    def levels(self) -> NoiseLevels:
-        """The levels that the network knows."""
-        return self.backend.levels
+    def decode(latents: Tensor) -> Tensor:
+        with clock.on("decode"):
+            return torch.cat([backend.decode(part) for part in latents.split(decode_batch)])
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one latent."""
-        return self.backend.latent_shape
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.backend.image_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.backend.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The network's own."""
-        return self.backend.dtype
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> x0 [B, *]."""
-        return self.backend(x, sigma, cond)
-
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        """The network itself under guidance."""
-        return self.backend.guided(rate, cond)
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        """As the network's."""
-        return self.backend.usual_prompt(seed)
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """What the network is told."""
-        with self.clock.on("text"):
-            return self.backend.encode(prompts)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, *] -> images [B, C, H, W], `decode_batch` at a time."""
-        with self.clock.on("decode"):
-            parts = [self.backend.decode(part) for part in latents.split(self.decode_batch)]
-            return torch.cat(parts)
+    return Wrapped(backend, encoder=encode, decoder=decode)
 
 
 @dataclass(frozen=True)
@@ -119,7 +77,7 @@ def batches(
     task: Task, method: Method, jobs: Sequence[Job], clock: Clock, poll: Callable[[], object]
 ) -> Iterator[Batch]:
     """The images of jobs, `task.batch` at once; a table [B, N, K] has a row for each job."""
-    backend = Timed(task.backend, clock, task.decode_batch)
+    backend = timed(task.backend, clock, task.decode_batch)
     for start in range(0, len(jobs), task.batch):
         poll()
         part = jobs[start : start + task.batch]

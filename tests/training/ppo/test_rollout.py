@@ -10,7 +10,7 @@ from src.seeds import generator
 from tests.training.ppo.quadrature import Quadrature, reward, task
 from training.ppo.policy import Policy, PolicyOptions, stacked, start_of
 from training.ppo.prompts import fixed_jobs
-from training.ppo.rollout import Clock, Timed, in_order, score_jobs
+from training.ppo.rollout import Clock, in_order, score_jobs, timed
 from training.stop import Stop, Stopped
 
 
@@ -80,9 +80,9 @@ def test_latents_are_decoded_so_many_at_a_time() -> None:
             seen.append(len(latents))
             return super().decode(latents)
 
-    timed = Timed(Watched(), Clock(torch.device("cpu")), 2)
+    watched = timed(Watched(), Clock(torch.device("cpu")), 2)
     latents = torch.randn(5, 3, 2, 2, generator=generator(0))
-    assert torch.equal(timed.decode(latents), Quadrature().decode(latents))
+    assert torch.equal(watched.decode(latents), Quadrature().decode(latents))
     assert seen == [2, 2, 1]
 
 
