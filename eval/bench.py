@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backends.base import Backend
+from backends.base import Backend, Wrapped
 from backends.generate import Job, Method, generate
 from backends.load import load_backend
 from backends.methods import HandMade, predictor_method, sequential_calls
-from backends.wrapped import Wrapped
 from eval.machine import clock, provenance
 from eval.report import aligned
 from solvers.field import Condition, Denoiser

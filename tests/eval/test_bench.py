@@ -8,9 +8,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from backends.base import Wrapped
 from backends.generate import Job, generate
 from backends.methods import HandMade
-from backends.wrapped import Wrapped
 from eval.bench import AtOnce, main, paired, recorded_calls
 from tests.eval.small import exact
 from tests.eval.test_candidates import save

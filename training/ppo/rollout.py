@@ -13,9 +13,8 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from backends.base import Backend, Prompt
+from backends.base import Backend, Prompt, Wrapped
 from backends.generate import Batch, Job, Method, generate
-from backends.wrapped import Wrapped
 from solvers.epd import Directions
 from solvers.field import Condition
 from src import ranks
