@@ -96,6 +96,8 @@ def load_pipeline(
     path = Path(name)
     pipe = single_file(path, dtype, options) if path.is_file() else opened(name, dtype)
     pipe.set_progress_bar_config(disable=True)
+    for part in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
+        part.requires_grad_(False)  # what is learned here is a table, never the backbone
     if options.cpu_offload:
         if device.type == "cpu":
             raise ValueError("cpu_offload needs a GPU: leave it out on the CPU")

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import sample
 import train_distill
+from backends.sd3 import SD3Backend
+from solvers.field import Condition
 from solvers.predictor import load_predictor
 from tests.backends import pipeline_twins as twins
 
@@ -52,3 +55,23 @@ def test_a_network_told_its_guidance_is_distilled_with_it(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
     assert (recipe.backend, recipe.guidance_rate) == ("flux", 3.5)
+
+
+def test_a_fit_never_builds_a_graph(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while it is judged: a graph of the backbone is many times its memory."""
+    network, graphs = SD3Backend.__call__, []
+
+    def watched(
+        self: SD3Backend, x: torch.Tensor, sigma: torch.Tensor, cond: Condition | None
+    ) -> torch.Tensor:
+        graphs.append(torch.is_grad_enabled())
+        return network(self, x, sigma, cond)
+
+    monkeypatch.setattr(SD3Backend, "__call__", watched)
+    options = ["--method", "fit", "--rounds", "1", "--guidance_rate", "2", "--resolution", "16"]
+    result = distilled(model, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert graphs
+    assert not any(graphs)

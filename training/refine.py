@@ -51,6 +51,7 @@ class Student:
         return dataclasses.replace(self.plan, sigmas=sigmas), self.form.decode(theta[:-n])
 
 
+@torch.no_grad()
 def squared_error(
     student: Student, theta: Tensor, batches: Sequence[Batch], scale: float = math.inf
 ) -> Tensor:
@@ -69,6 +70,7 @@ def squared_error(
     return total
 
 
+@torch.no_grad()
 def squared_scale(student: Student, theta: Tensor, batches: Sequence[Batch]) -> Tensor:
     """[sum of log squared error of each sample, how many samples]: for a scale that fits them."""
     plan, table = student.decode(theta)

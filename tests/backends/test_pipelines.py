@@ -163,6 +163,17 @@ def test_flux_by_seed_is_diffusers_pipeline(folders: Folders) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd", "uncond", "sd3", "flux"])
+def test_slopes_pass_through_a_frozen_network(name: str, folders: Folders) -> None:
+    backend = load_backend(str(folders(name)), options=SMALL)
+    x = torch.randn(1, *backend.latent_shape, requires_grad=True)
+    cond = backend.encode([None if name == "uncond" else "a"])
+    x0 = backend(x, torch.full((1,), 0.5), cond)
+    assert torch.autograd.grad(x0.sum(), x)[0].abs().sum() > 0
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        backend(x.detach(), torch.full((1,), 0.5), cond).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["sd", "uncond", "sd3", "flux"])
 def test_points_in_one_call_are_the_points_one_by_one(name: str, folders: Folders) -> None:
     backend = load_backend(str(folders(name)), options=SMALL)
     file = "sd15-best" if name in ("sd", "uncond") else "sd3-512-best"
