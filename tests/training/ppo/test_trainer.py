@@ -1,5 +1,6 @@
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -237,6 +238,40 @@ def test_two_ranks_make_the_run_of_one_and_one_goes_on_where_two_stood(
     same_run(tmp_path, whole)
     short_run(tmp_path, resume=tmp_path / "checkpoints" / "checkpoint-00000002.pt")
     same_run(tmp_path, whole)
+
+
+KILLED = """
+import os
+import signal
+import sys
+from itertools import count
+from pathlib import Path
+from tests.training.ppo.quadrature import short_run
+last, numbers, put = int(sys.argv[2]), count(1), os.replace
+def put_or_die(*places):
+    if next(numbers) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(*places)
+os.replace = put_or_die
+short_run(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("files", [8, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_at_a_write_is_the_one_that_never_was(
+    whole: Path, tmp_path: Path, files: int
+) -> None:
+    """SIGKILL where the so many-th file would have got its name."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(files)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    found = sorted((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
+    assert found
+    assert not (tmp_path / LAST).exists()
+    short_run(tmp_path, resume=tmp_path)
+    assert alike(read_sealed(tmp_path / LAST), read_sealed(whole / LAST))
+    assert metrics(tmp_path) == metrics(whole)
 
 
 def same_run(one: Path, other: Path) -> None:
