@@ -5,19 +5,25 @@ the gain is that of the policy's mean over the start, on held-out prompts and no
 comparison goes on where it was. From the repository's root:
 
     python -m exps.groupings --config training/ppo/cfgs/tiny_sd3.yaml --outdir exps/tiny-sd3/curves
+    python -m exps.groupings --config exps/mixture-3x4x4/groupings.yaml --outdir exps/mixture-3x4x4
+
+The second is of a Gaussian mixture, where images cost nothing and the reward is exact.
 """
 
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import click
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
+from backends.analytic import Mixture, load_analytic
+from backends.load import find_model
 from src.files import write_json, write_text
 from src.intervals import Estimate, mean_of
 from src.options import Device, OneLineCommand, SeedList, one_line_errors
@@ -59,6 +65,20 @@ def main(
         found[grouping] = curve(folders, config)
     write(found, config, len(seeds), outdir)
     click.echo(f"{outdir / 'curves.png'}, curves.csv, summary.json")
+
+
+def nearness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward for mixture-3x4x4: minus the squared distance to the mean of the class, in stds."""
+    mixture = load_mixture()
+    classes = torch.tensor([int(prompt) for prompt in prompts])
+    means, std = mixture.means[classes].clamp(-1, 1), mixture.std[classes]
+    return -(images.double() * 2 - 1 - means).square().flatten(1).mean(1) / std.square()
+
+
+@cache
+def load_mixture() -> Mixture:
+    """The mixture that ships."""
+    return load_analytic(find_model("mixture-3x4x4")).mixture
 
 
 def one_run(config: Config, task: Task, grouping: str, seed: int, folder: Path) -> None:

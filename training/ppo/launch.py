@@ -14,7 +14,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from backends.base import Backend, ModelOptions
+from backends.base import Backend, ModelOptions, Prompt
 from backends.load import family, find_model, load_backend
 from backends.methods import check_fit, predictor_method
 from rewards.intact import fault
@@ -158,7 +158,7 @@ def weight_paths(config: Config) -> dict[str, str]:
 def make_task(
     config: Config,
     predictor: Predictor,
-    prompts: tuple[tuple[str, ...], tuple[str, ...]],
+    prompts: tuple[tuple[Prompt, ...], tuple[Prompt, ...]],
     device: torch.device,
 ) -> Task:
     """The rewards, the model, and its method, loaded."""
@@ -167,7 +167,7 @@ def make_task(
     loaded = load_rewards([reward.name, *reward.judges], setup)
     trained = {reward.name: loaded[reward.name]}
     judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
-    backend = open_backend(config, tuple(text for part in prompts for text in part), device)
+    backend = open_backend(config, prompts, device)
     check_fit(predictor.recipe, backend)
     method = predictor_method(predictor, backend.levels)
     backend.guided(method.guidance_rate, backend.encode(prompts[0][:1]))
@@ -185,8 +185,11 @@ def make_task(
     )
 
 
-def open_backend(config: Config, texts: tuple[str, ...], device: torch.device) -> Backend:
+def open_backend(
+    config: Config, prompts: tuple[tuple[Prompt, ...], ...], device: torch.device
+) -> Backend:
     """The model; ValueError where it is of another family than the settings say."""
+    texts = tuple(text for part in prompts for text in part if isinstance(text, str))
     told = config.model.backend_options
     side = config.model.resolution
     options = ModelOptions(
