@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import Result
 
+from backends.base import Prompt
 from solvers.predictor import load_predictor
 from src.runs import Metrics
 from tests.training.ppo.small import CFGS, config_of, small_hps, start, told, write_twins
@@ -131,7 +132,7 @@ def test_rewards_of_weight_zero_are_neither_loaded_nor_needed(twins: Path) -> No
     assert list(launch.lacking(config)) == []
 
 
-def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[str, ...], ...]:
+def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[Prompt, ...], ...]:
     (folder / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
     return prompts_of(config)
 
