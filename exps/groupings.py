@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from backends.analytic import Mixture, load_analytic
 from backends.load import find_model
+from eval.machine import provenance
 from src.files import write_json, write_text
 from src.intervals import Estimate, mean_of
 from src.options import Device, OneLineCommand, SeedList, one_line_errors
@@ -63,7 +64,7 @@ def main(
         for seed, folder in zip(seeds, folders, strict=True):
             one_run(config, task, grouping, seed, folder)
         found[grouping] = curve(folders, config)
-    write(found, config, len(seeds), outdir)
+    write(found, config, len(seeds), outdir, device)
     click.echo(f"{outdir / 'curves.png'}, curves.csv, summary.json")
 
 
@@ -111,7 +112,9 @@ def reached(one: Curve, gain: float) -> int | None:
     return next((images for images, found in one if found.value >= gain), None)
 
 
-def write(found: Mapping[str, Curve], config: Config, seeds: int, outdir: Path) -> None:
+def write(
+    found: Mapping[str, Curve], config: Config, seeds: int, outdir: Path, device: torch.device
+) -> None:
     """The curves as numbers and a picture, and what they come to."""
     rows = ["grouping,images,gain,low,high"]
     for grouping, one in found.items():
@@ -126,6 +129,7 @@ def write(found: Mapping[str, Curve], config: Config, seeds: int, outdir: Path) 
         "images_to_the_final_gain_of_mixed": {
             g: reached(one, published) for g, one in found.items()
         },
+        **provenance(device),
         "ppo": {k: v for k, v in dataclasses.asdict(config.ppo).items() if k != "grouping"},
     }
     write_json(outdir / "summary.json", summary)
@@ -137,7 +141,8 @@ def write(found: Mapping[str, Curve], config: Config, seeds: int, outdir: Path) 
         axes.fill_between(images, [g.low for _, g in one], [g.high for _, g in one], alpha=0.2)
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_xlabel("images trained on")
-    axes.set_ylabel(f"gain of {config.reward.name} on held-out prompts and noises")
+    name = config.reward.name.rpartition(":")[2]
+    axes.set_ylabel(f"gain of {name},\nheld-out prompts and noises")
     axes.legend(title=f"{seeds} seeds, 95 % intervals")
     save(figure, outdir / "curves.png")
 
