@@ -157,9 +157,10 @@ def main(model: str, predictor: str, repeats: int, out: Path, device: torch.devi
     "beyond" is sampling over the bare calls, the difference of two large times; "rest" is
     sampling with a network that answers at once, in per cent of the calls: the same, with less
     noise. "K one by one" is sampling with a call for every point over that with all K in one.
+    Latents are not decoded.
     Prints a table and writes JSON.
     """
-    backend = load_backend(model, device=device)
+    backend = Wrapped(load_backend(model, device=device), decoder=lambda latents: latents)
     methods = {s: HandMade(s, NUM_STEPS).method(backend.levels) for s in SOLVERS}
     table = load_predictor(find_predictor(predictor))
     methods[f"epd K={table.recipe.num_points}"] = predictor_method(table, backend.levels)
