@@ -26,7 +26,7 @@ FINE_STEPS = 100
 EULER = (28, 20, 10, 6)
 LEARNED = (20, 10, 6)
 SHOWN = ("red apple", "smiling face", "rocket", "dog face", "pizza", "red heart", "sun", "fire")
-"""Beside the first of the prompts that no training saw."""
+"""Beside some of the prompts that no training saw."""
 UNSEEN = 4
 
 
@@ -53,7 +53,8 @@ def candidates(backend: Backend, folder: Path) -> list[Candidate]:
 
 def chosen_jobs() -> list[Job]:
     """Usual prompts and some that no training saw, prompt i from seed i."""
-    prompts = [*SHOWN, *read_prompts(HELD_OUT)[:UNSEEN]]
+    unseen = read_prompts(HELD_OUT)
+    prompts = [*SHOWN, *(unseen[i * len(unseen) // UNSEEN] for i in range(UNSEEN))]
     return [Job(seed, prompt) for seed, prompt in enumerate(prompts)]
 
 
