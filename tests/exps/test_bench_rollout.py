@@ -2,7 +2,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from eval.bench_rollout import main
+from exps.bench_rollout import main
 from src.files import read_json
 
 

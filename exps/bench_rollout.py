@@ -3,7 +3,7 @@
 Only a ratio within one run, the two taking turns: a table per image, sharded and timed by part,
 against one table for all, as sample.py draws and eval.score scores, files left out.
 
-    python -m eval.bench_rollout
+    python -m exps.bench_rollout
 """
 
 from collections.abc import Callable
