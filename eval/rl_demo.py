@@ -46,10 +46,13 @@ BEST = "export/network-snapshot-export-best.pkl"
 
 @dataclass(frozen=True)
 class Compared:
-    """A reward's scores before and after, of the same prompts and noises."""
+    """A reward's scores before and after, of the same prompts and noises.
+
+    The mean of each prompt's images: images of a prompt are no independent witnesses.
+    """
 
     name: str
-    before: Tensor  # [N]
+    before: Tensor  # [P]
     after: Tensor
 
     @property
@@ -113,9 +116,19 @@ def images_of(backend: Backend, predictor: str, jobs: Sequence[Job]) -> Tensor:
 def compared(
     rewards: Mapping[str, Reward], images: Mapping[str, Tensor], prompts: Sequence[str]
 ) -> list[Compared]:
-    """The scores by every reward of the images before and after."""
+    """The scores by every reward of the images before and after, prompt by prompt."""
     before, after = (score_all(rewards, images[n], prompts, batch=64) for n in ("before", "after"))
-    return [Compared(name, before[name], after[name]) for name in rewards]
+    return [
+        Compared(name, by_prompt(before[name], prompts), by_prompt(after[name], prompts))
+        for name in rewards
+    ]
+
+
+def by_prompt(scores: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Scores [N] of N prompts -> the mean of each distinct one, [P]."""
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    which = torch.tensor([places[prompt] for prompt in prompts])
+    return torch.stack([scores[which == i].mean() for i in range(len(places))])
 
 
 def draw_curve(path: Path, told: Sequence[Mapping[str, Any]], per_step: int) -> None:
@@ -179,7 +192,11 @@ def main(
     shown = sorted({i * len(jobs) // SHOWN for i in range(SHOWN)})
     rows = [(name, pictures[shown]) for name, pictures in made.items()]
     draw_grid(outdir / "grid.png", rows, [str(jobs[i].prompt)[:12] for i in shown])
-    counts = {"images": len(jobs), "best_step": evaluations[-1]["eval/best_step"]}
+    counts = {
+        "images": len(jobs),
+        "prompts": len({job.prompt for job in jobs}),
+        "best_step": evaluations[-1]["eval/best_step"],
+    }
     write_json(outdir / "results.json", {**counts, "scores": {c.name: c.plain for c in found}})
     head = ("reward", "before", "after", "gain and 95 % interval", "wins")
     click.echo(aligned([head, *(c.cells for c in found)]))

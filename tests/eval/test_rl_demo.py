@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from eval import rl_demo
-from eval.rl_demo import Compared, draw_curve, halves, judges_here
+from eval.rl_demo import Compared, by_prompt, draw_curve, halves, judges_here
 from src.images import read_png
 from src.runs import Metrics
 from tests.training.ppo.small import SIDE, config_of, write_twins
@@ -78,3 +78,8 @@ def test_the_demo_samples_and_scores_before_and_after(
     for name in ("before", "after"):
         assert len(list((tmp_path / "out" / name).glob("*.png"))) == 3
     assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_images_of_a_prompt_count_once() -> None:
+    scores = torch.tensor([1.0, 5.0, 3.0, 7.0])
+    assert by_prompt(scores, ["a", "b", "a", "b"]).tolist() == [2.0, 6.0]
