@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.intervals import mean_of, win_rate
+from src.stats import mean_of, win_rate
 
 
 def test_the_interval_of_many_normal_numbers_is_the_normal_one() -> None:
