@@ -1,9 +1,14 @@
-"""click types, and errors of one line."""
+"""click types, the options that commands share, and errors of one line."""
 
 import functools
 import math
+import os
 import re
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
@@ -14,12 +19,15 @@ from src.seeds import parse_seeds
 
 P = ParamSpec("P")
 R = TypeVar("R")
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+FULL = ("can't allocate memory", "not enough memory", "Unable to allocate")
+"""What NumPy and torch's allocator for the CPU say, in errors of no class of their own."""
 
 
 class SeedList(click.ParamType):
@@ -60,15 +68,15 @@ class Device(click.ParamType):
 
 
 class DType(click.ParamType):
-    """float32, float64, bfloat16 or float16 -> torch.dtype."""
+    """float32, float64, bfloat16 or float16 -> torch.dtype; auto -> None, the model's usual."""
 
-    name = "|".join(DTYPES)
+    name = "|".join(("auto", *DTYPES))
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> torch.dtype:
-        if isinstance(value, torch.dtype):
-            return value
+    ) -> torch.dtype | None:
+        if isinstance(value, torch.dtype) or value == "auto":
+            return None if value == "auto" else value
         if value not in DTYPES:
             self.fail(f"no dtype '{value}': did you mean {nearest(value, DTYPES)}?", param, ctx)
         return DTYPES[value]
@@ -102,52 +110,34 @@ class Number(click.FloatRange):
         return number
 
 
-class OneLineCommand(click.Command):
-    """A command whose usage errors, too, are one line."""
+class BoolFlag(click.Option):
+    """A flag that may also be given a value: `--afs`, `--afs=True`, `--afs False`, `--no-afs`.
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            error.ctx = None
-            raise
+    Use as `click.option("--afs/--no-afs", cls=BoolFlag)`; it is off where no default is given.
+    For commands without arguments, as a word after the flag is taken for its value.
+    """
 
+    def __init__(self, declarations: list[str], default: bool | None = False, **rest: Any) -> None:
+        names = [name.partition("/") for name in declarations]
+        on, off = [n for n, _, _ in names], [n for _, _, n in names if n]
+        rest |= {"type": click.BOOL, "flag_value": True, "default": default, "is_flag": False}
+        super().__init__(on, **rest, metavar="[BOOL]")
+        self.secondary_opts = off
 
-class OneLineGroup(click.Group):
-    """Sub-commands; that there is none of a name is said in one line."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            error.ctx = None
-            raise
-
-
-TEXT_OPTIONS = (
-    click.option("--prompt", multiple=True, help="A text; again for the next seed's."),
-    click.option("--prompt-file", "--prompt_file", help=".txt, one a line, or .csv (text)."),
-    click.option("--negative-prompt", "--negative_prompt", help="What guidance leads away from."),
-    click.option("--resolution", type=Resolution(), help="Of text-to-image models: 512, 768x512."),
-    click.option("--model_config", help="Diffusers folder with what a single file lacks."),
-    click.option("--cpu_offload", is_flag=True, help="Each part on the GPU while it works."),
-    click.option("--vae_tiling", is_flag=True, help="Decode large images in tiles."),
-    click.option("--vae_slicing", is_flag=True, help="Decode one image at a time."),
-    click.option("--release_encoders", is_flag=True, help="Encode all texts, then free them."),
-)
-
-
-def text_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options of text-to-image models."""
-    for option in reversed(TEXT_OPTIONS):
-        command = option(command)
-    return command
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        if self.secondary_opts:
+            parser.add_option(
+                obj=self,
+                opts=self.secondary_opts,
+                dest=self.name,
+                action="store_const",
+                const=False,
+            )
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what a user can mend into an error of one line: bad values, files, full memory.
+    """The command, with every error that it raises as one line; `--debug` raises it as it is.
 
     Goes below the click decorators, next to the function.
     """
@@ -156,9 +146,124 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise click.ClickException("the GPU's memory is full: lower --batch") from error
-        except (ValueError, OSError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            context = click.get_current_context(silent=True)
+            if context and context.meta.get("debug"):
+                raise
+            wait_for_the_first_rank()
+            raise click.ClickException(in_one_line(error)) from error
 
     return wrapped
+
+
+def in_one_line(error: Exception) -> str:
+    """What the user is told of an error.
+
+    A ValueError of our own says all; of others' errors the kind is named, and the file that was
+    being worked on, if they do not name it themselves.
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: lower --batch"
+    if isinstance(error, MemoryError) or any(words in said for words in FULL):
+        return f"the memory is full: lower --batch, or take a smaller model ({said[:200]})"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and frames and is_ours(frames[-1].f_code.co_filename):
+        return said
+    ours = [frame.f_locals for frame in reversed(frames) if is_ours(frame.f_code.co_filename)]
+    file = next((str(v) for values in ours for v in values.values() if is_path(v)), "")
+    place = f", at {file}" if file not in said else ""
+    return f"{type(error).__name__}: {said[:500]}{place} (--debug shows where)"
+
+
+def is_path(value: object) -> bool:
+    """Whether a variable holds the path of a file or folder that is there."""
+    text = str(value) if isinstance(value, str | Path) else ""
+    return 0 < len(text) < 500 and os.sep in text and "\0" not in text and Path(text).exists()
+
+
+def is_ours(file: str) -> bool:
+    """Whether a source file is of this repository, and of no package installed within it."""
+    return Path(file).is_relative_to(ROOT) and "site-packages" not in file
+
+
+def wait_for_the_first_rank() -> None:
+    """Under torchrun, let the first rank say an error that all have; the others are then ended."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+
+
+def set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    """Remember whether errors are to be raised as they are."""
+    ctx.meta["debug"] = value
+
+
+class OneLineCommand(click.Command):
+    """A command whose usage errors, too, are one line; it has `--debug`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        debug = click.Option(
+            ["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=set_debug
+        )
+        debug.help = "On an error, show where it was raised."
+        self.params.append(debug)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        refuse_bytes(args)
+        with one_line_usage():
+            return super().parse_args(ctx, args)
+
+
+class OneLineGroup(click.Group):
+    """Sub-commands; that there is none of a name is said in one line."""
+
+    command_class = OneLineCommand
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        with one_line_usage():
+            return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def one_line_usage() -> Iterator[None]:
+    """Usage errors without click's lines on how the command is used."""
+    try:
+        yield
+    except click.UsageError as error:
+        wait_for_the_first_rank()
+        error.ctx = None
+        raise
+
+
+def refuse_bytes(arguments: Sequence[str]) -> None:
+    """A usage error for arguments that are not UTF-8: no recipe could hold them."""
+    for argument in arguments:
+        if not argument.isascii() and argument != argument.encode(errors="ignore").decode():
+            raise click.UsageError(f"{argument!a} is not UTF-8 text")
+
+
+TEXT_OPTIONS = (
+    click.option("--prompt", multiple=True, help="A text; again for the next seed's."),
+    click.option("--prompt-file", "--prompt_file", help=".txt, one a line, or .csv (text)."),
+    click.option("--negative-prompt", "--negative_prompt", help="What guidance leads away from."),
+    click.option("--resolution", type=Resolution(), help="Of text-to-image models: 512, 768x512."),
+    click.option("--model_config", help="Diffusers folder with what a single file lacks."),
+    click.option("--cpu_offload", cls=BoolFlag, help="Each part on the GPU while it works."),
+    click.option("--vae_tiling", cls=BoolFlag, help="Decode large images in tiles."),
+    click.option("--vae_slicing", cls=BoolFlag, help="Decode one image at a time."),
+    click.option("--release_encoders", cls=BoolFlag, help="Encode all texts, then free them."),
+)
+
+
+def text_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options of text-to-image models."""
+    for option in reversed(TEXT_OPTIONS):
+        command = option(command)
+    return command

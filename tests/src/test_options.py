@@ -1,73 +1,116 @@
+"""What options take, and how their errors look, from a command's arguments to its output."""
+
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
-from src.options import Device, DType, Number, SeedList, one_line_errors
+from src.options import BoolFlag, Device, DType, Number, OneLineCommand, SeedList, one_line_errors
 
 
-@click.command()
+@click.command(cls=OneLineCommand)
 @click.option("--seeds", type=SeedList(), default="0-3", show_default=True)
 @click.option("--device", type=Device(), default="auto", show_default=True)
 @click.option("--dtype", type=DType(), default="float32", show_default=True)
 @click.option("--rho", type=Number(min=1, max=20), default=7.0, show_default=True)
+@click.option("--afs/--no-afs", cls=BoolFlag)
+@click.option("--grid", cls=BoolFlag)
 @click.option("--path", type=Path)
+@click.option("--fail", is_flag=True)
 @one_line_errors
-def command(
-    seeds: list[int], device: torch.device, dtype: torch.dtype, rho: float, path: Path | None
-) -> None:
-    if path:
+def command(path: Path | None, fail: bool, **options: Any) -> None:
+    if path and path.suffix == ".safetensors":
+        load_file(path)
+    elif path:
         path.read_text()
-    if rho == 13:
+    if fail:
         raise ValueError("13 is\nunlucky")
-    click.echo(f"{seeds} {device} {dtype} {rho}")
+    click.echo(" ".join(f"{name}={options[name]}" for name in sorted(options)))
 
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(command, arguments)
 
 
+def refused(*arguments: str) -> str:
+    """The error, which must be one line."""
+    result = run(*arguments)
+    assert result.exit_code in (1, 2)
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
+    return result.output
+
+
 def test_defaults_are_converted_too() -> None:
-    assert run("--device", "cpu").output == "[0, 1, 2, 3] cpu torch.float32 7.0\n"
+    expected = "afs=False device=cpu dtype=torch.float32 grid=False rho=7.0 seeds=[0, 1, 2, 3]\n"
+    assert run("--device", "cpu").output == expected
 
 
-def test_auto_is_a_gpu_where_there_is_one() -> None:
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert expected in run().output
+def test_auto_is_a_gpu_where_there_is_one_and_the_models_own_dtype() -> None:
+    assert f"device={'cuda' if torch.cuda.is_available() else 'cpu'} " in run().output
+    assert "dtype=None" in run("--dtype", "auto").output
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "says"),
+    ("arguments", "afs", "grid"),
     [
-        ("--seeds", "5-1", "write '1-5'"),
-        ("--device", "gpu", "write auto"),
-        ("--device", "cuda:", "write auto"),
-        ("--device", "cuda:999", "is not here"),
-        ("--dtype", "float23", "did you mean float32"),
-        ("--rho", "nan", "not a finite number"),
-        ("--rho", "0.5", "not in the range"),
-        ("--rho", "x", "not a valid float"),
+        (["--afs"], True, False),
+        (["--afs", "--grid"], True, True),
+        (["--afs=True", "--grid", "true"], True, True),
+        (["--afs", "False", "--grid=0"], False, False),
+        (["--afs", "--no-afs"], False, False),
+        (["--no-afs", "--afs", "1"], True, False),
     ],
 )
-def test_a_bad_value_is_named_with_its_mend(option: str, value: str, says: str) -> None:
-    result = run(option, value)
-    assert result.exit_code == 2
-    assert says in result.output
-    assert "Traceback" not in result.output
+def test_a_flag_takes_a_value_or_none(arguments: list[str], afs: bool, grid: bool) -> None:
+    output = run(*arguments).output
+    assert output.startswith(f"afs={afs} ")
+    assert f"grid={grid} " in output
 
 
-def test_a_value_error_and_a_missing_file_are_one_line() -> None:
-    assert run("--rho", "13").output == "Error: 13 is unlucky\n"
-    result = run("--path", "/nowhere/at/all")
-    assert result.exit_code == 1
-    assert result.output.count("\n") == 1
-    assert "/nowhere/at/all" in result.output
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--seeds", "5-1"], "write '1-5'"),
+        (["--device", "gpu"], "write auto"),
+        (["--device", "cuda:"], "write auto"),
+        (["--device", "cuda:999"], "is not here"),
+        (["--dtype", "float23"], "did you mean float32"),
+        (["--rho", "nan"], "not a finite number"),
+        (["--rho", "0.5"], "not in the range"),
+        (["--rho", "x"], "not a valid float"),
+        (["--afs", "perhaps"], "'perhaps' is not a valid boolean"),
+        (["--path", "bad\udcff"], r"'bad\udcff' is not UTF-8 text"),
+        (["--nothing"], "No such option"),
+        (["--fail"], "13 is unlucky"),
+        (["--path", "/nowhere/at/all"], "/nowhere/at/all: No such file"),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_it(arguments: list[str], says: str) -> None:
+    assert says in refused(*arguments)
+
+
+def test_an_error_of_a_library_names_its_kind_and_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    line = refused("--path", str(path))
+    assert line.startswith("Error: SafetensorError: ")
+    assert str(path) in line
+    assert "--debug" in line
+
+
+def test_debug_raises_the_error_as_it_is() -> None:
+    assert str(run("--fail", "--debug").exception) == "13 is\nunlucky"
 
 
 def test_help_shows_what_can_be_written() -> None:
-    text = run("--help").output
-    assert "auto|cpu|cuda[:n]" in text.lower()
-    assert "float32|float64|bfloat16|float16" in text.lower()
+    text = " ".join(run("--help").output.lower().split())
+    assert "auto|cpu|cuda[:n]" in text
+    assert "auto|float32|float64|bfloat16|float16" in text
     assert "default: 0-3" in text
+    assert "--afs [bool] / --no-afs" in text
+    assert "--debug" in text
