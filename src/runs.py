@@ -1,35 +1,133 @@
-"""Numbered run folders, `exps/00001-<what>`, and the log of a run's numbers."""
+"""A run that can be stopped and taken up again, of either stage: its folder and what lies there.
 
+Settings as YAML, `metrics.jsonl`, `log.txt`, and checkpoints sealed by a checksum. The checkpoint
+is written last, so what a run wrote after its newest one is dropped when it goes on.
+
+A sealed file is one line of text (a mark and the SHA-256 of the rest) and what `torch.save` wrote;
+it is read by `torch.load(weights_only=True)`, and only where the checksum holds.
+"""
+
+import dataclasses
+import hashlib
+import io
+import pickle
 import re
-from collections.abc import Mapping
+import signal
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from src.files import append_jsonl, read_jsonl
+import torch
+from omegaconf import OmegaConf
 
+from src.files import append_jsonl, read_jsonl, to_json, write_atomically, write_text
+from src.ranks import all_reduce_sum
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBERED = re.compile(r"([0-9]{5,})-")
+LATEST = "latest"
+MARK = b"epd-sealed-1 "
+CHECKPOINT = re.compile(r"checkpoint-([0-9]{8,})\.pt")
+KEPT = 2
+"""Checkpoints that a run keeps unless its settings say otherwise: the newest, and one more should
+that be damaged."""
+
+
+# --- folders ------------------------------------------------------------------------------
 
 
 def new_run(what: str, root: str | Path = "exps") -> Path:
-    """Make and return the next folder, numbered one above the highest under `root`.
+    """The next folder `00001-<what>`, numbered one above the highest under `root`, made.
 
-    Processes that ask for one name at once get a folder each. ValueError if `what` cannot be
-    a file name.
+    Processes that ask for one name at once get a folder each.
+
+    Raises ValueError if `what` cannot be a file name, or `root` cannot be made.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", what):
-        raise ValueError(f"'{what}' cannot name a run: use letters, digits, '.', '_' and '-'")
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
+    root = checked_root(what, root)
     while True:
-        found = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
-        number = max(found, default=0) + 1
-        folder = root / f"{number:05d}-{what}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+        numbers = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
+        folder = root / f"{max(numbers, default=0) + 1:05d}-{what}"
+        if is_new(folder):
+            return folder
+
+
+def new_stamped_run(what: str, root: str | Path = "exps") -> Path:
+    """A folder `20260131-120000-<what>` under `root`, made; `.2` follows the time if it is taken.
+
+    Raises ValueError as `new_run` does.
+    """
+    root = checked_root(what, root)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    endings = chain([""], (f".{n}" for n in count(2)))
+    return next(p for e in endings if is_new(p := root / f"{stamp}{e}-{what}"))
+
+
+def checked_root(what: str, root: str | Path) -> Path:
+    """`root`, made if it was not there; ValueError where it, or a run called so, cannot be."""
+    if not NAME.fullmatch(what):
+        raise ValueError(f"'{what}' cannot name a run: use letters, digits, '.', '_' and '-'")
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {root}: {error.strerror}") from error
+    return Path(root)
+
+
+def is_new(folder: Path) -> bool:
+    """Whether the folder was not there, and is now."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def find_run(
+    resume: str, root: Path, *, settings: str, name: str = "*", checkpoints: str | None = None
+) -> Path:
+    """The folder of the run to go on with: of a checkpoint, of a path, or the latest.
+
+    `resume` is a path or "latest": then it is the newest folder under `root` whose name, behind
+    its number or time, is `name` (* is any), which has the file `settings` and, where the pattern
+    `checkpoints` is given, one such file.
+
+    Raises ValueError where there is none.
+    """
+    if resume == LATEST:
+        runs = [
+            (order, path.parents[settings.count("/")])
+            for path in root.glob(f"*/{settings}")
+            if (order := numbers_of(path.parents[settings.count("/")].name, name))
+        ]
+        runs = [run for run in runs if checkpoints is None or any(run[1].glob(checkpoints))]
+        if not runs:
+            what = f"run {name!r}" if name != "*" else "run"
+            having = "" if checkpoints is None else " with a checkpoint"
+            raise ValueError(f"no {what}{having} in {root}: start without --resume")
+        return max(runs)[1]
+    path = Path(resume)
+    if not path.exists():
+        raise ValueError(f"no run and no checkpoint at {resume}: give its path, or {LATEST}")
+    for folder in (path, *path.resolve().parents[:2]):
+        if (folder / settings).is_file():
+            return folder
+    raise ValueError(f"{resume} is no folder of a run: it has no {settings}")
+
+
+def numbers_of(folder: str, name: str) -> tuple[int, ...]:
+    """The number, or date and time, before `-name` in a folder's name; () for another name."""
+    ending = ".*" if name == "*" else re.escape(name)
+    match = re.fullmatch(rf"([0-9]{{5,}}(?:-[0-9]{{6}}(?:\.[0-9]+)?)?)-{ending}", folder)
+    return tuple(int(part) for part in re.split("[-.]", match[1])) if match else ()
+
+
+# --- what lies there ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,5 +141,183 @@ class Metrics:
         append_jsonl(self.path, {"step": step, **values})
 
     def read(self) -> list[dict[str, Any]]:
-        """-> all lines; none while there is no file."""
+        """All lines; none while there is no file."""
         return read_jsonl(self.path) if self.path.exists() else []
+
+    def drop_after(self, step: int) -> None:
+        """Take out the lines of later steps, which are done again."""
+        if self.path.exists():
+            lines = [to_json(line) + "\n" for line in self.read() if line["step"] <= step]
+            write_text(self.path, "".join(lines))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and where its parts lie in it; only the first rank writes."""
+
+    folder: Path
+    say: Callable[[str], object]  # hears each line of the log
+    writes: bool = True
+    settings: str = "config.yaml"
+    logs: str = "."
+    checkpoints: str = "."
+    keep: int = KEPT  # checkpoints
+
+    @property
+    def metrics(self) -> Metrics:
+        """Its numbers by step."""
+        return Metrics(self.folder / self.logs / "metrics.jsonl")
+
+    def log(self, text: str) -> None:
+        """Add a line to log.txt, and show it."""
+        if self.writes:
+            self.say(text)
+            path = self.folder / self.logs / "log.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def measure(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line of numbers."""
+        if self.writes:
+            self.metrics.write(step, values)
+
+    def write_settings(self, settings: Any) -> None:
+        """Write a dataclass of settings as YAML."""
+        if self.writes:
+            text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(settings)))
+            write_text(self.folder / self.settings, text)
+
+    def save(self, step: int, content: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step; all but the newest `keep` go."""
+        if self.writes:
+            folder = self.folder / self.checkpoints
+            write_sealed(folder / f"checkpoint-{step:08d}.pt", content)
+            for old in checkpoints(folder)[self.keep :]:
+                old.unlink(missing_ok=True)
+
+    def newest(self) -> tuple[Path, dict[str, Any]]:
+        """The newest whole checkpoint and its content; the log names each that is damaged.
+
+        Raises ValueError where there is none.
+        """
+        folder, broken = self.folder / self.checkpoints, []
+        for path in checkpoints(folder):
+            try:
+                return path, read_sealed(path)
+            except ValueError as error:
+                broken.append(path.name)
+                self.log(f"{error}: going back to the one before")
+        if broken:
+            raise ValueError(f"{folder} has no checkpoint that is whole ({', '.join(broken)})")
+        raise ValueError(f"{folder} has no checkpoint: start without --resume")
+
+    def rewind(self, step: int) -> None:
+        """Drop the numbers and the checkpoints of later steps, which are done again."""
+        if self.writes:
+            self.metrics.drop_after(step)
+            for path in checkpoints(self.folder / self.checkpoints):
+                if step_of(path) > step:
+                    path.unlink(missing_ok=True)
+
+
+# --- checkpoints --------------------------------------------------------------------------
+
+
+def write_sealed(path: str | Path, content: Mapping[str, Any]) -> int:
+    """Write tensors, numbers, text, lists and dicts of them; -> the size in bytes.
+
+    Raises ValueError where the folder or the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    payload = buffer.getvalue()
+    whole = MARK + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+    with write_atomically(path) as temp:
+        temp.write_bytes(whole)
+    return len(whole)
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """The content of a sealed file, tensors on the CPU.
+
+    Raises ValueError in one line, naming the file: missing, cut off, changed, or another format.
+    """
+    path = Path(path)
+    try:
+        head, _, payload = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    if not head.startswith(MARK):
+        raise ValueError(f"{path} is no checkpoint of ours")
+    if hashlib.sha256(payload).hexdigest().encode() != head.removeprefix(MARK):
+        raise ValueError(f"{path} is damaged: its checksum does not hold")
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds what is not read: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    paths = [path for path in folder.glob("checkpoint-*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint; -1 for any other file."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+# --- signals ------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and may: its state can be written down."""
+
+
+@dataclass
+class Stop:
+    """Whether a signal came; `held` while results are written, when none is heard."""
+
+    signal: int | None = None
+    held: bool = False
+
+    def poll(self) -> None:
+        """Raise Stopped where a signal came, once the other ranks are about to reduce.
+
+        Every reduction of a run begins with `agree`, which is what this one meets there.
+        """
+        if self.signal is not None and not self.held:
+            self.agree()
+
+    def agree(self) -> None:
+        """Raise Stopped on all ranks where one is asked to stop; all ranks must call this."""
+        asked = 0.0 if self.signal is None or self.held else 1.0
+        if all_reduce_sum(torch.tensor([asked])).item():
+            raise Stopped
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """A signal handler."""
+        self.signal = number
+
+    @property
+    def exit_status(self) -> int:
+        """What a stopped process ends with: 128 and the signal's number."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop the run in good order meanwhile."""
+        before = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

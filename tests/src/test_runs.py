@@ -1,8 +1,33 @@
+"""Folders of runs, their numbers, sealed checkpoints, and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from src.runs import Metrics, new_run
+from src.runs import (
+    Metrics,
+    Run,
+    Stop,
+    Stopped,
+    checkpoints,
+    find_run,
+    new_run,
+    new_stamped_run,
+    read_sealed,
+    write_sealed,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def quiet(folder: Path) -> Run:
+    return Run(folder, lambda _text: None)
 
 
 def test_runs_are_numbered_one_after_another(tmp_path: Path) -> None:
@@ -30,3 +55,178 @@ def test_metrics_come_back_and_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         log.write(2, {"loss": float("nan")})
     assert log.read() == [{"step": 1, "loss": 0.5}]
+
+
+def test_the_latest_run_is_the_newest_of_its_name_and_kind(tmp_path: Path) -> None:
+    names = ["00009-epd", "00010-epd", "00011-other", "00012-epd", "shipped"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        if name != "00012-epd":
+            (tmp_path / name / "config.yaml").write_text("")
+    quiet(tmp_path / "00009-epd").save(1, {})
+
+    def latest(**more: str) -> str:
+        return find_run("latest", tmp_path, settings="config.yaml", **more).name
+
+    assert latest() == "00011-other"
+    assert latest(name="epd") == "00010-epd"
+    assert latest(checkpoints="*.pt") == "00009-epd"
+    with pytest.raises(ValueError, match="no run 'none' in"):
+        latest(name="none")
+
+
+def test_runs_of_one_second_have_a_folder_each_in_their_order(tmp_path: Path) -> None:
+    folders = [new_stamped_run("twice", tmp_path) for _ in range(11)]
+    assert len({*folders}) == 11
+    for folder in folders:
+        (folder / "configs").mkdir()
+        (folder / "configs" / "c.yaml").write_text("")
+    assert find_run("latest", tmp_path, settings="configs/c.yaml", name="twice") == folders[-1]
+
+
+def test_a_run_is_found_by_its_checkpoint_and_by_its_folder(tmp_path: Path) -> None:
+    run = new_run("epd", tmp_path)
+    (run / "config.yaml").write_text("")
+    quiet(run / "checkpoints").save(1, {})
+    for path in (run, run / "checkpoints" / "checkpoint-00000001.pt"):
+        assert find_run(str(path), tmp_path, settings="config.yaml").resolve() == run.resolve()
+    with pytest.raises(ValueError, match="no run and no checkpoint at nowhere"):
+        find_run("nowhere", tmp_path, settings="config.yaml")
+    with pytest.raises(ValueError, match="is no folder of a run"):
+        find_run(str(run), tmp_path, settings="other.yaml")
+
+
+def test_a_run_that_goes_on_drops_what_it_wrote_after_its_checkpoint(tmp_path: Path) -> None:
+    run = replace(quiet(tmp_path), keep=9)
+    for step in (1, 2, 3):
+        run.measure(step, {"loss": 1 / step})
+        run.save(step, {"step": step})
+    run.rewind(2)
+    assert [line["step"] for line in run.metrics.read()] == [1, 2]
+    assert run.newest()[1] == {"step": 2}
+
+
+def test_ranks_but_the_first_write_nothing(tmp_path: Path) -> None:
+    run = replace(quiet(tmp_path), writes=False)
+    run.log("text")
+    run.measure(1, {})
+    run.save(1, {})
+    run.write_settings(Metrics(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    theta = torch.randn(5, generator=torch.Generator().manual_seed(0)).double()
+    write_sealed(tmp_path / "c.pt", {"theta": theta, "step": 3, "adam": {"state": {0: {}}}})
+    content = read_sealed(tmp_path / "c.pt")
+    assert torch.equal(content["theta"], theta)
+    assert content["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "put", "words"),
+    [
+        (-5, None, b"", "checksum"),
+        (40, 80, b"0" * 40, "checksum"),
+        (0, 0, b"PK", "no checkpoint of ours"),
+        (0, None, b"", "no checkpoint of ours"),
+    ],
+)
+def test_a_changed_file_is_one_line_with_its_name(
+    tmp_path: Path, start: int, end: int | None, put: bytes, words: str
+) -> None:
+    path = tmp_path / "c.pt"
+    write_sealed(path, {"step": 1})
+    content = bytearray(path.read_bytes())
+    content[start:end] = put
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^[^\n]*c\.pt[^\n]*{words}[^\n]*$"):
+        read_sealed(path)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("1 / 0",)
+
+
+def test_a_hostile_file_with_a_right_checksum_runs_nothing(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "c.pt", {"x": Hostile()})
+    with pytest.raises(ValueError, match="holds what is not read"):
+        read_sealed(tmp_path / "c.pt")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no such file: no/such\.pt"):
+        read_sealed("no/such.pt")
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        quiet(tmp_path).save(step, {"step": step})
+    assert [p.name for p in checkpoints(tmp_path)] == [
+        "checkpoint-00000010.pt",
+        "checkpoint-00000002.pt",
+    ]
+
+
+def test_a_broken_newest_falls_back_and_the_log_names_it(tmp_path: Path) -> None:
+    heard: list[str] = []
+    run = Run(tmp_path, heard.append)
+    run.save(1, {"step": 1})
+    run.save(2, {"step": 2})
+    newest = tmp_path / "checkpoint-00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    path, content = run.newest()
+    assert (path.name, content["step"]) == ("checkpoint-00000001.pt", 1)
+    assert len(heard) == 1
+    assert "checkpoint-00000002.pt is damaged" in heard[0]
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint that is whole"):
+        run.newest()
+
+
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint: start without --resume"):
+        quiet(tmp_path).newest()
+
+
+PAIR = """
+import sys
+from pathlib import Path
+import torch
+from src import ranks
+from src.runs import Stop, Stopped
+
+ranks.init(torch.device("cpu"))
+stop = Stop(signal=15 if ranks.rank() else None)
+try:
+    stop.poll()
+    stop.agree()
+except Stopped:
+    Path(sys.argv[1], f"stopped-{ranks.rank()}").touch()
+ranks.close()
+"""
+
+
+def test_a_signal_is_heard_at_the_next_poll_but_not_while_held() -> None:
+    stop = Stop()
+    with stop.listening():
+        stop.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.held = True
+        stop.poll()
+        stop.held = False
+        with pytest.raises(Stopped):
+            stop.poll()
+
+
+def test_a_rank_that_is_asked_to_stop_takes_the_others_with_it(tmp_path: Path) -> None:
+    (tmp_path / "pair.py").write_text(PAIR)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, "--nproc_per_node=2", str(tmp_path / "pair.py"), str(tmp_path)],
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert {p.name for p in tmp_path.glob("stopped-*")} == {"stopped-0", "stopped-1"}

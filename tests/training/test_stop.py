@@ -2,10 +2,7 @@
 
 import dataclasses
 import itertools
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,48 +16,6 @@ from training.gradient_job import GradientJob, first_guess
 from training.settings import Config, resolved
 from training.stop import Stop, Stopped
 from training.task import Surroundings, make_task
-
-ROOT = Path(__file__).resolve().parents[2]
-PAIR = """
-from src import ranks
-import torch
-from training.stop import Stop, Stopped
-
-ranks.init(torch.device("cpu"))
-stop = Stop(signal=15 if ranks.rank() else None)
-try:
-    stop.poll()
-    stop.agree()
-except Stopped:
-    print("stopped", ranks.rank(), flush=True)
-ranks.close()
-"""
-
-
-def test_a_signal_is_heard_at_the_next_poll_but_not_while_held() -> None:
-    stop = Stop()
-    with stop.listening():
-        stop.poll()
-        os.kill(os.getpid(), signal.SIGTERM)
-        stop.held = True
-        stop.poll()
-        stop.held = False
-        with pytest.raises(Stopped):
-            stop.poll()
-
-
-def test_a_rank_that_is_asked_to_stop_takes_the_others_with_it(tmp_path: Path) -> None:
-    (tmp_path / "pair.py").write_text(PAIR)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc_per_node=2", str(tmp_path / "pair.py")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert sorted(done.stdout.split("\n")) == ["", "stopped 0", "stopped 1"], done.stderr
 
 
 def job(tmp_path: Path, poll: Callable[[], object]) -> GradientJob:

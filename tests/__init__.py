@@ -1,0 +1,1 @@
+"""A package, as torch-fidelity installs another of this name."""
