@@ -15,7 +15,7 @@ from eval.report import error_of, interval, number, reward_names
 from solvers.epd import Directions
 from src.images import grid, png_bytes
 from src.intervals import Estimate
-from src.pictures import png, table_figure
+from src.figures import png, table_figure
 
 SHOWN = 8
 GAP = 2

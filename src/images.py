@@ -29,7 +29,7 @@ def to_bytes(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"images must be floats in [0, 1], not {images.dtype}")
     if not images.isfinite().all():
-        raise ValueError("the image holds NaN or infinity: try --dtype float32")
+        raise ValueError("the image holds NaN or infinity")
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return (wide * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
@@ -68,6 +68,15 @@ def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     return pixels / 255, text
 
 
+def png_text(path: str | Path) -> dict[str, str]:
+    """-> the text chunks of a PNG, its pixels unread; ValueError where it is missing or none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable PNG: {error}") from error
+
+
 def read_image(
     file: str | Path | IO[bytes], name: str, formats: tuple[str, ...] = FORMATS
 ) -> tuple[Tensor, dict[str, str]]:
@@ -80,7 +89,8 @@ def read_image(
         with Image.open(file, formats=formats) as image:
             image.load()
             text = {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
-            flat = image.copy() if image.mode in ("L", "RGB") else _on_white(image)
+            plain = image.mode in ("L", "RGB") and "transparency" not in image.info
+            flat = image.copy() if plain else _on_white(image)
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {name}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -91,8 +101,9 @@ def read_image(
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floats")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        kind = "floats" if image.mode == "F" else "integers of 32 bits"
+        raise ValueError(f"its pixels are {kind}: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut instead of scale
         pixels = (np.asarray(image).astype(np.int64) + 128) // 257
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

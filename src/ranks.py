@@ -1,6 +1,12 @@
-"""torch.distributed in a few functions. Without torchrun, one process and nothing to do."""
+"""torch.distributed in a few functions. Without torchrun, one process and nothing to do.
 
+`python -m src.ranks` is torchrun, but that a rank's error stays the last line.
+"""
+
+import logging
 import os
+import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -8,9 +14,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from tqdm import tqdm
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # one rank may score while the others wait
+EVERY = 5.0  # seconds between lines of progress in a log
 
 
 def init(device: torch.device) -> torch.device:
@@ -80,3 +89,57 @@ def gather_objects(item: Any) -> list[Any]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+class Lines:
+    """A file for tqdm where there is no terminal: the bar's state as a line, now and then."""
+
+    def __init__(self) -> None:
+        self.state, self.last = "", time.monotonic()
+
+    def write(self, text: str) -> None:
+        """Take a new state, and say it if the last is old; an end of line says it at any rate."""
+        self.state = text.strip() or self.state
+        if self.state and (text == "\n" or time.monotonic() - self.last >= EVERY):
+            sys.stderr.write(self.state + "\n")
+            self.state, self.last = "", time.monotonic()
+
+    def flush(self) -> None:
+        """Let others see it."""
+        sys.stderr.flush()
+
+
+def progress(total: int | None, unit: str, desc: str | None = None) -> tqdm:
+    """A bar on the first rank's terminal; in a log, a line every few seconds and at the end."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, desc=desc, disable=not is_first())
+    count = "{n_fmt}" if total is None else "{n_fmt}/{total_fmt}"
+    return tqdm(
+        total=total,
+        unit=f" {unit}s",
+        desc=desc,
+        disable=not is_first(),
+        bar_format=f"{{desc}}{count}{{unit}} in {{elapsed}}{{postfix}}",
+        file=Lines(),
+        delay=0.1,
+    )
+
+
+def torchrun(arguments: list[str]) -> int:
+    """Run a script in many processes, with torchrun's arguments -> the exit status.
+
+    What a rank says of its error stands in the output already; torchrun would tell the exit
+    status again in twenty lines below it.
+    """
+    from torch.distributed import run  # noqa: PLC0415 (slow, and for this alone)
+
+    logging.disable(logging.ERROR)
+    try:
+        run.main(arguments)
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

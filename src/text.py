@@ -3,11 +3,14 @@
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 COLUMN = "text"
+LINE_END = re.compile(r"\r\n|\n|\r")
+"""Nothing else ends a line: a prompt may hold Unicode's separators."""
 
 
 @cache
@@ -15,31 +18,41 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     """The prompts of a .txt file, one a line, or of the column `text` of a .csv file.
 
     Blank lines and cells are left out. ValueError, naming the file, where it cannot be read or
-    has no prompt.
+    has no prompt, and for lines of a .csv that have more cells than columns.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".csv"):
         raise ValueError(f"{path}: a file of prompts ends in .txt or .csv")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: it is not UTF-8 text") from None
-    lines = column(content, path) if path.suffix == ".csv" else content.splitlines()
+    lines = column(content, path) if path.suffix == ".csv" else LINE_END.split(content)
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ValueError(f"{path}: it has no prompts")
     return prompts
 
 
-def column(content: str, path: Path) -> list[str]:
-    """The cells of the column `text`."""
+def column(content: str, path: Path) -> Iterator[str]:
+    """The cells of the column `text`; where it is the only one, commas need no quotes."""
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
-        reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-        if COLUMN not in (reader.fieldnames or ()):
+        head = next(reader, [])
+        if COLUMN not in head:
             raise ValueError(f"{path}: no column {COLUMN!r} in its first line")
-        return [row[COLUMN] or "" for row in reader]
+        for cells in reader:
+            if len(head) == 1:
+                yield ",".join(cells)
+            elif len(cells) > len(head):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells for {len(head)} columns, "
+                    'so write texts with commas in quotes: "a fox, red"'
+                )
+            else:
+                yield dict(zip(head, cells, strict=False)).get(COLUMN, "")
     except csv.Error as error:
         raise ValueError(f"{path}: not CSV that can be read: {error}") from None
 

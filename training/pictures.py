@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from solvers.epd import Directions
-from src.pictures import save, table_figure
+from src.figures import save, table_figure
 from training.distill import Table
 
 
 def draw_table(table: Table, sigmas: Sequence[float], path: Path) -> None:
-    """Positions and weights for each interval; see `src.pictures.table_figure`."""
+    """Positions and weights for each interval; see `src.figures.table_figure`."""
     mix = table.weight * table.dir_scale if isinstance(table, Directions) else table.weight
     save(table_figure(table.r.tolist(), mix.tolist(), sigmas), path)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.images import grid, read_png, save_png, to_bytes
+from src.images import grid, png_text, read_image, read_png, save_png, to_bytes
 
 
 def test_every_byte_survives_the_way_to_floats_and_back() -> None:
@@ -81,6 +81,38 @@ def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
     image, _ = read_png(tmp_path / "a.png")
     assert image[:, 0, 0].tolist() == [1, 0, 0]
     assert image[:, 1, 1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_the_one_transparent_colour_of_a_png_shows_white_too(tmp_path: Path, mode: str) -> None:
+    picture = Image.new(mode, (2, 1), 0)
+    picture.putpixel((1, 0), 7 if mode != "RGB" else (7, 7, 7))
+    picture.save(tmp_path / "a.png", transparency=0 if mode != "RGB" else (0, 0, 0))
+    image, _ = read_png(tmp_path / "a.png")
+    assert (image[:, 0, 0] == 1).all()
+    assert (image[:, 0, 1] < 0.1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_whose_range_nobody_says_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.full((2, 2), 300, dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="its pixels are"):
+        read_image(tmp_path / "a.tiff", "a.tiff")
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(np.array([[0, 257 * 9, 65535]], np.uint16)).save(tmp_path / name)
+        assert read_image(tmp_path / name, name)[0].flatten().tolist() == [0, 9, 255]
+
+
+def test_what_a_png_says_is_read_without_its_pixels(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", torch.rand(3, 64, 64), {"recipe": {"seed": 3}})
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert png_text(tmp_path / "cut.png") == {"recipe": '{"seed": 3}'}
+    with pytest.raises(ValueError, match=r"none\.png"):
+        png_text(tmp_path / "none.png")
 
 
 def test_a_grid_fills_rows_first_and_leaves_the_rest_white() -> None:

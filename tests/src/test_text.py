@@ -21,9 +21,24 @@ def test_a_csv_file_has_them_in_the_column_text(tmp_path: Path) -> None:
     assert read_prompts(path) == ("a fox, red", "two\nbirds")
 
 
+def test_lines_end_as_on_any_system_and_nowhere_else(tmp_path: Path) -> None:
+    content = "a\u2028b\x0bc\x85\r\nd\re\nf".encode()
+    (tmp_path / "p.txt").write_bytes(content)
+    assert read_prompts(tmp_path / "p.txt") == ("a\u2028b\x0bc", "d", "e", "f")
+    (tmp_path / "p.csv").write_bytes(b"text\r" + content)
+    assert read_prompts(tmp_path / "p.csv") == ("a\u2028b\x0bc", "d", "e", "f")
+
+
+def test_an_only_column_needs_no_quotes_around_commas(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('text\na red fox, in the snow, oil painting\n"a cat, sleeping"\n')
+    assert read_prompts(path) == ("a red fox, in the snow, oil painting", "a cat, sleeping")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("p.csv", b"text,id\na dog,2\na fox, red,1\n", "line 3: 3 cells for 2 columns"),
         ("p.csv", b"id,prompt\n1,a\n", "no column 'text'"),
         ("p.csv", b"", "no column 'text'"),
         ("p.txt", b"\n \n", "has no prompts"),
