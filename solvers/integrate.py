@@ -73,6 +73,56 @@ class Solver(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Loop:
+    """Where a trajectory stands: all that its next step depends on, as a value.
+
+    Whoever cannot call the network from inside (a pipeline that calls its scheduler) takes the
+    same step again with one more answer each time; an edit of x is `replace(loop, x=...)`.
+    """
+
+    x: Tensor  # [B, 1, *] at sigmas[index]
+    index: int = 0
+    past: tuple[Point, ...] = ()  # newest first
+    slopes: tuple[Tensor, ...] = ()  # as in Step
+    step: Step | None = None  # the one that led here, for correctors
+
+    @classmethod
+    def start(cls, x: Tensor) -> "Loop":
+        """The start at x [B, *], in float32 at least."""
+        return cls(x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1))
+
+    def detached(self) -> "Loop":
+        """The same, through which no gradient flows."""
+        past = tuple(point.detached() for point in self.past)
+        slopes = tuple(d.detach() for d in self.slopes)
+        return dataclasses.replace(self, x=self.x.detach(), past=past, slopes=slopes)
+
+
+def advance(
+    loop: Loop,
+    solver: Solver,
+    field: Field,
+    grid: tuple[float, ...],
+    *,
+    first_slope: Callable[[Tensor, float], Tensor] | None = None,
+    correct: Callable[[Step, Point], Point] | None = None,
+) -> Loop:
+    """One step of `integrate` on a checked grid (`levels`)."""
+    heard: list[Tensor] = []
+    field = dataclasses.replace(field, heard=heard.append)
+    i, x = loop.index, loop.x
+    sigma, sigma_next = grid[i : i + 2]
+    now = Point(sigma, x, slope_at(first_slope if first_slope and i == 0 else field, x, sigma))
+    if correct and loop.step:
+        now = correct(loop.step, now)
+    inner = grid if grid[-1] > 0 else grid[:-1]
+    step = Step(i, inner, now, sigma_next, loop.past, loop.slopes)
+    x = solver(field, step) if sigma_next > 0 else now.x0
+    past = (now, *loop.past)[:MAX_PAST]
+    return Loop(x, i + 1, past, newest(heard, loop.slopes), step)
+
+
 def integrate(
     solver: Solver,
     field: Field,
@@ -92,25 +142,12 @@ def integrate(
     counts the calls. The state is float32 at least. Raises ValueError for a bad grid.
     """
     grid = levels(sigmas)
-    inner = tuple(sigma for sigma in grid if sigma > 0)
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
-    heard: list[Tensor] = []
-    field = dataclasses.replace(field, heard=heard.append)
-    past: tuple[Point, ...] = ()
-    slopes: tuple[Tensor, ...] = ()
-    step: Step | None = None
-    for i, (sigma, sigma_next) in enumerate(pairwise(grid)):
-        now = Point(sigma, x, slope_at(first_slope if first_slope and i == 0 else field, x, sigma))
-        if correct and step:
-            now = correct(step, now)
-        step = Step(i, inner, now, sigma_next, past, slopes)
-        x = solver(field, step) if sigma_next > 0 else now.x0
-        yield x.squeeze(1)
-        slopes = newest(heard, slopes)
+    loop = Loop.start(x)
+    while loop.index < len(grid) - 1:
+        loop = advance(loop, solver, field, grid, first_slope=first_slope, correct=correct)
+        yield loop.x.squeeze(1)
         if detach:
-            x, now = x.detach(), now.detached()
-            slopes = tuple(d.detach() for d in slopes)
-        past = (now, *past)[:MAX_PAST]
+            loop = loop.detached()
 
 
 def slope_at(
