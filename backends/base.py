@@ -1,76 +1,89 @@
-"""What every backend is: a denoiser that also encodes prompts and decodes latents."""
+"""What every backend is: a denoiser with the two ends of sampling, as one value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from solvers import schedules
 from solvers.field import Condition, Denoiser, Guided
-from solvers.process import Process
+from solvers.schedules import SCHEDULES, NoiseLevels, Timesteps
+
+__all__ = [
+    "SCHEDULES", "Backend", "ModelOptions", "NoiseLevels", "Prompt", "Timesteps", "Wrapped",
+    "classifier_free", "no_prompt", "pixels",
+]  # fmt: skip
 
 Prompt: TypeAlias = str | int | None
 """What one image is asked for: a text, a class number, or nothing."""
+Guide: TypeAlias = Callable[[Denoiser, float, Condition | None], Denoiser]
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> images in [0, 1], clipped, float32."""
+    return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+def classifier_free(denoiser: Denoiser, rate: float, cond: Condition | None) -> Denoiser:
+    """Guidance away from "nothing"; ValueError where the condition knows no "nothing"."""
+    if rate != 1 and (cond is None or cond.null is None):
+        raise ValueError(f"guidance_rate {rate} needs prompts or classes")
+    return Guided(denoiser, rate)
+
+
+def no_prompt(_seed: int) -> Prompt:
+    """Nothing, whatever the seed: for models that take neither classes nor texts."""
+    return None
 
 
 @dataclass(frozen=True)
-class Timesteps:
-    """A network's own discrete clock, for the `discrete` schedule."""
+class Backend:
+    """A network made into a denoiser, and what stands before and behind it.
 
-    first: float
-    last: float
-    sigma_of: Callable[[Tensor], Tensor]  # timesteps [n] -> levels [n], rising
+    A variant is a copy with other parts: `replace(backend, decode=timed)`.
+    """
 
+    family: str  # edm, analytic, ldm, sd3, flux, ...: what predictors' recipes call it
+    denoise: Denoiser  # x [B, *] at sigma [B], condition -> E[x0 | x, sigma] [B, *]
+    encode: Callable[[Sequence[Prompt]], Condition | None]  # ValueError: prompts it cannot take
+    decode: Callable[[Tensor], Tensor]  # latents [B, *] -> images [B, C, H, W] in [0, 1], float32
+    guide: Guide  # the denoiser under a guidance rate: `classifier_free`, or the network's own way
+    levels: NoiseLevels
+    shape: tuple[int, ...]  # * of one latent
+    size: tuple[int, int]  # height and width of an image, in pixels
+    device: torch.device
+    dtype: torch.dtype  # the network's own; the state is float32 at least
+    usual_prompt: Callable[[int], Prompt] = no_prompt  # of a seed when nobody says
 
-@dataclass(frozen=True)
-class NoiseLevels:
-    """The levels that a network knows, and how its schedules are spaced."""
+    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
+        """The denoiser under guidance, 1 being none; ValueError where there is no such thing."""
+        return self.guide(self.denoise, rate, cond)
 
-    process: Process
-    sigma_min: float
-    sigma_max: float
-    timesteps: Timesteps | None = None
-    shift: float = 1.0
-    mu: float | None = None  # dynamic shift, by resolution
+    # Former names, while callers move.
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        return self.denoise(x, sigma, cond)
 
-    def schedule(
-        self,
-        schedule_type: str,
-        num_steps: int,
-        *,
-        rho: float | None = None,
-        sigma_min: float | None = None,
-        sigma_max: float | None = None,
-    ) -> Tensor:
-        """The grid sigmas [num_steps] in float64 of a schedule by name.
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.shape
 
-        Raises ValueError for an unknown name, bad ranges, or a schedule that the network lacks.
-        """
-        low = self.sigma_min if sigma_min is None else sigma_min
-        high = self.sigma_max if sigma_max is None else sigma_max
-        match schedule_type:
-            case "polynomial":
-                return schedules.polynomial(num_steps, low, high, 7 if rho is None else rho)
-            case "logsnr":
-                return schedules.log_snr(num_steps, low, high)
-            case "time_uniform":
-                return schedules.time_uniform(num_steps, low, high, 1 if rho is None else rho)
-            case "discrete" if self.timesteps:
-                t = self.timesteps
-                rho = 1 if rho is None else rho
-                return schedules.discrete(num_steps, t.first, t.last, t.sigma_of, rho)
-            case "flowmatch" if self.process.name == "flow":
-                return schedules.flowmatch(num_steps, shift=self.shift, mu=self.mu)
-            case "discrete" | "flowmatch":
-                raise ValueError(f"this network has no {schedule_type!r} schedule")
-            case _:
-                names = ", ".join(SCHEDULES)
-                raise ValueError(f"unknown schedule {schedule_type!r}: choose from {names}")
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.size
 
 
-SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
+def Wrapped(
+    backend: Backend,
+    network: Denoiser | None = None,
+    encoder: Callable[[Sequence[Prompt]], Condition | None] | None = None,
+    decoder: Callable[[Tensor], Tensor] | None = None,
+) -> Backend:
+    """Former name of `replace` for backends."""
+    backend = replace(backend, encode=encoder or backend.encode, decode=decoder or backend.decode)
+    if network is None:
+        return backend
+    return replace(backend, denoise=network, guide=lambda denoise, _rate, _cond: denoise)
 
 
 @dataclass(frozen=True)
@@ -88,122 +101,3 @@ class ModelOptions:
     vae_tiling: bool = False
     vae_slicing: bool = False
     encode_first: tuple[str, ...] = ()
-
-
-class Backend(Protocol):
-    """A denoiser with the two ends of sampling: prompts in, images out."""
-
-    @property
-    def levels(self) -> NoiseLevels:
-        """The levels that the network knows."""
-        ...
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape * of one latent."""
-        ...
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The network's own; the state is float32 at least."""
-        ...
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""
-        ...
-
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        """The denoiser under guidance, 1 being none; ValueError where there is no such thing."""
-        ...
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        """What an image is of when nobody says: a class or text by its seed, or None."""
-        ...
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """What the network is told for these prompts; ValueError for one that it cannot take."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, *] -> images [B, C, H, W] in [0, 1], float32."""
-        ...
-
-
-def pixels(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> images in [0, 1], clipped, float32."""
-    return (x.float() / 2 + 0.5).clamp(0, 1)
-
-
-def classifier_free(denoiser: Denoiser, rate: float, cond: Condition | None) -> Denoiser:
-    """Guidance away from "nothing"; ValueError where the condition knows no "nothing"."""
-    if rate != 1 and (cond is None or cond.null is None):
-        raise ValueError(f"guidance_rate {rate} needs prompts or classes")
-    return Guided(denoiser, rate)
-
-
-@dataclass(frozen=True)
-class Wrapped:
-    """A backend in all but what is given here; see `Backend` for each.
-
-    A `network` answers under guidance as well.
-    """
-
-    backend: Backend
-    network: Denoiser | None = None
-    encoder: Callable[[Sequence[Prompt]], Condition | None] | None = None
-    decoder: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def levels(self) -> NoiseLevels:
-        """The levels that the network knows."""
-        return self.backend.levels
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one latent."""
-        return self.backend.latent_shape
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.backend.image_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.backend.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The network's own."""
-        return self.backend.dtype
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> x0 [B, *]."""
-        return (self.network or self.backend)(x, sigma, cond)
-
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        """The denoiser under guidance."""
-        return self.network or self.backend.guided(rate, cond)
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        """The backend's."""
-        return self.backend.usual_prompt(seed)
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """What the network is told."""
-        return (self.encoder or self.backend.encode)(prompts)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, *] -> images [B, C, H, W]."""
-        return (self.decoder or self.backend.decode)(latents)

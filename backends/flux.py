@@ -4,13 +4,13 @@ Latents [B, C, h, w], packed for the network into [B, h w / 4, 4 C]; L tokens of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backends.base import ModelOptions, NoiseLevels, Prompt
+from backends.base import Backend, ModelOptions
 from backends.flow import clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
 from backends.text import Embedding, Texts, usual_text
@@ -43,57 +43,7 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
 
 
-@dataclass(frozen=True)
-class FluxBackend:
-    """The transformer's velocity as a denoiser; a prompt is a text."""
-
-    transformer: Any
-    vae: Any
-    texts: Texts
-    levels: NoiseLevels
-    latent_shape: tuple[int, int, int]
-    image_size: tuple[int, int]
-    device: torch.device
-    dtype: torch.dtype
-    guidance: float = NO_GUIDANCE
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, C, h, w] at sigma [B] -> E[x0 | x, sigma] [B, C, h, w]."""
-        told = cond.given if cond else self.encode([None] * len(x)).given
-        _, height, width = self.latent_shape
-        strength = torch.full_like(sigma, self.guidance, dtype=torch.float32)
-        velocity = self.transformer(
-            hidden_states=pack(x).to(self.dtype),
-            timestep=sigma,
-            guidance=strength if self.transformer.config.guidance_embeds else None,
-            pooled_projections=told["pooled"],
-            encoder_hidden_states=told["text"],
-            txt_ids=torch.zeros(told["text"].shape[1], 3, device=x.device),
-            img_ids=places(height // PATCH, width // PATCH, x.device),
-            return_dict=False,
-        )[0]
-        return clean(x, sigma, unpack(velocity, self.latent_shape))
-
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        """The network told of another guidance; ValueError where it cannot be (schnell)."""
-        if rate != NO_GUIDANCE and not self.transformer.config.guidance_embeds:
-            raise ValueError(f"guidance_rate {rate}: this FLUX was trained without guidance")
-        return replace(self, guidance=rate)
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        """One of the test prompts."""
-        return usual_text(seed)
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Texts -> T5's tokens [B, L, D] and CLIP's pooled embeddings [B, P]."""
-        return self.texts.condition(prompts)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images [B, 3, H, W] in [0, 1]."""
-        return decode(self.vae, latents)
-
-
-def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> FluxBackend:
+def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
     """The backend of a FluxPipeline, whose parts it shares.
 
     Raises ValueError for a size that the model does not allow, or a negative prompt.
@@ -112,13 +62,46 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Flux
         )
         return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
 
-    return FluxBackend(
-        transformer=pipe.transformer,
-        vae=pipe.vae,
-        texts=Texts(encode, device, None).at_once(options.encode_first),
+    texts = Texts(encode, device, None).at_once(options.encode_first)
+    shape = (pipe.transformer.config.in_channels // PATCH**2, height, width)
+    embeds_guidance = pipe.transformer.config.guidance_embeds
+
+    def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        given = (cond or texts.condition([None] * len(x))).given
+        strength = given.get("guidance", torch.full_like(sigma, NO_GUIDANCE, dtype=torch.float32))
+        velocity = pipe.transformer(
+            hidden_states=pack(x).to(dtype),
+            timestep=sigma,
+            guidance=strength if embeds_guidance else None,
+            pooled_projections=given["pooled"],
+            encoder_hidden_states=given["text"],
+            txt_ids=torch.zeros(given["text"].shape[1], 3, device=x.device),
+            img_ids=places(height // PATCH, width // PATCH, x.device),
+            return_dict=False,
+        )[0]
+        return clean(x, sigma, unpack(velocity, shape))
+
+    def guide(network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
+        if rate != NO_GUIDANCE and not embeds_guidance:
+            raise ValueError(f"guidance_rate {rate}: this FLUX was trained without guidance")
+
+        def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+            given = (cond or texts.condition([None] * len(x))).given
+            strength = torch.full_like(sigma, rate, dtype=torch.float32)
+            return network(x, sigma, Condition({**given, "guidance": strength}))
+
+        return network if rate == NO_GUIDANCE else guided
+
+    return Backend(
+        family="flux",
+        denoise=denoise,
+        encode=texts.condition,
+        decode=partial(decode, pipe.vae),
+        guide=guide,
         levels=flow_levels(pipe.scheduler.config, height * width // PATCH**2),
-        latent_shape=(pipe.transformer.config.in_channels // PATCH**2, height, width),
-        image_size=size,
+        shape=shape,
+        size=size,
         device=device,
         dtype=dtype,
+        usual_prompt=usual_text,
     )

@@ -5,20 +5,17 @@ Shapes: B images of a batch, * one latent, [B, C, H, W] images in [0, 1].
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from backends.base import Backend, Prompt
-from solvers.catalog import SolverOptions, make_solver
-from solvers.epd import EPD
-from solvers.exponential import UniPC
+from solvers.classic import EDM
+from solvers.epd import EPD, MultistepTable, ParallelMultistep, Table
 from solvers.field import Field, Tally
-from solvers.integrate import Solver, integrate
-from solvers.multistep import MultistepTable, ParallelMultistep
-from solvers.predictor import Table
+from solvers.integrate import Solver
+from solvers.sampler import Sampler, SolverOptions, make_solver
 from src.seeds import randn
 
 
@@ -35,31 +32,17 @@ class Method:
     guidance_rate: float = 1.0
     points_chunk: int | None = None  # how many of the K points at once, where memory is short
 
-    def build(self, seeds: Sequence[int], like: Tensor) -> Solver:
-        """The solver for these samples, its table on their device."""
-        base = make_solver(self.solver, replace(self.options, noise=partial(churn_noise, seeds)))
+    def as_sampler(self) -> Sampler:
+        """The same as a sampler."""
+        base = make_solver(self.solver, self.options)
+        solver: Solver = base
         if isinstance(self.table, MultistepTable):
-            return ParallelMultistep(self.table.to(like), self.options.process)
-        return EPD(self.table.to(like), base) if self.table else base
-
-    def states(self, slope: Field, x: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
-        """The states x [B, *] after each step, from x at sigmas[0]."""
-        solver = self.build(seeds, x)
-        zero = [self.sigmas.new_zeros(1)] if self.denoise_to_zero else []
-        return integrate(
-            solver,
-            slope,
-            x,
-            torch.cat([self.sigmas, *zero]),
-            first_slope=self.options.process.first_slope if self.afs else None,
-            correct=solver.correct if isinstance(solver, UniPC) else None,
-        )
-
-
-def churn_noise(seeds: Sequence[int], index: int, x: Tensor) -> Tensor:
-    """Noise like x [B, 1, *] for step `index`, from each sample's own generator."""
-    noise = randn(seeds, tuple(x.shape[2:]), stream=f"churn/{index}", device=x.device)
-    return noise.to(x).unsqueeze(1)
+            solver = ParallelMultistep(self.table, self.options.process)
+        elif self.table:
+            solver = EPD(self.table, base)
+        zero = (0.0,) if self.denoise_to_zero else ()
+        sigmas = (*self.sigmas.tolist(), *zero)
+        return Sampler(solver, sigmas, self.options.process, self.afs, self.guidance_rate)
 
 
 @dataclass(frozen=True)
@@ -83,34 +66,57 @@ class Batch:
 
 def generate(
     backend: Backend,
-    method: Method,
+    sampler: "Sampler | Method",
     jobs: Sequence[Job],
     *,
     batch: int,
     trajectory: bool = False,
+    points_chunk: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield the jobs' images, `batch` at a time; an image depends on its own job alone.
+    """The jobs' images, `batch` of them at a time; an image depends on its own job alone.
 
-    Raises ValueError for a prompt that the backend cannot take, or guidance without prompts.
+    `trajectory` keeps every state on the way; `points_chunk` bounds how many of the K points go
+    to the network at once, where memory is short. Raises ValueError for a prompt that the
+    backend cannot take, or guidance without prompts.
     """
+    if isinstance(sampler, Method):
+        points_chunk = points_chunk or sampler.points_chunk
+        sampler = sampler.as_sampler()
     rest = iter(jobs)
     while part := tuple(islice(rest, batch)):
-        yield sample(backend, method, part, trajectory)
+        yield sample(backend, sampler, part, trajectory, points_chunk)
 
 
 @torch.no_grad()
-def sample(backend: Backend, method: Method, jobs: tuple[Job, ...], trajectory: bool) -> Batch:
-    """One batch."""
+def sample(
+    backend: Backend,
+    sampler: Sampler,
+    jobs: tuple[Job, ...],
+    trajectory: bool,
+    points_chunk: int | None,
+) -> Batch:
+    """One batch of images."""
     seeds = [job.seed for job in jobs]
     cond = backend.encode([job.prompt for job in jobs])
-    guided = backend.guided(method.guidance_rate, cond)
+    field = Field(backend.guided(sampler.guidance_rate, cond), cond, points_chunk)
     dtype = torch.promote_types(backend.dtype, torch.float32)
-    noise = randn(seeds, backend.latent_shape, device=backend.device, dtype=dtype)
-    x = noise * method.sigmas[0].item()
-    slope = Field(guided, cond, method.points_chunk)
-    kept: list[Tensor] = []
-    for state in method.states(slope, x, seeds):
+    noise = randn(seeds, backend.shape, device=backend.device, dtype=dtype)
+    x = noise * sampler.sigmas[0]
+    states: list[Tensor] = []
+    for state in churned(sampler, seeds).states(field, x):
         x = state
         if trajectory:
-            kept.append(x)
-    return Batch(jobs, x, backend.decode(x), tuple(kept), slope.tally)
+            states.append(x)
+    return Batch(jobs, x, backend.decode(x), tuple(states), field.tally)
+
+
+def churned(sampler: Sampler, seeds: Sequence[int]) -> Sampler:
+    """The sampler whose churn, if it is EDM's, draws each image's noise by its own seed."""
+    if not isinstance(sampler.solver, EDM):
+        return sampler
+
+    def noise(index: int, x: Tensor) -> Tensor:
+        drawn = randn(seeds, tuple(x.shape[2:]), stream=f"churn/{index}", device=x.device)
+        return drawn.to(x).unsqueeze(1)
+
+    return replace(sampler, solver=replace(sampler.solver, noise=noise))

@@ -5,68 +5,20 @@ scaling factor; L tokens of text.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backends.base import ModelOptions, NoiseLevels, Prompt, classifier_free
+from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
 from backends.latents import decode, image_size, prepare_vae, vae_factor
 from backends.text import Embedding, Texts, usual_text
-from backends.vp import Table, clean, prediction_of, scaled, table_of
-from solvers.field import Condition, Denoiser
+from backends.vp import clean, prediction_of, scaled, table_of
+from solvers.field import Condition
 
 
-@dataclass(frozen=True)
-class LDMBackend:
-    """A U-Net as a denoiser in sigma; a prompt is a text, or None where there are no texts."""
-
-    unet: Any
-    vae: Any
-    texts: Texts | None
-    table: Table
-    prediction: str
-    latent_shape: tuple[int, int, int]
-    image_size: tuple[int, int]
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def levels(self) -> NoiseLevels:
-        """The levels of the network's own timesteps."""
-        return self.table.levels
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, C, h, w] at sigma [B] -> E[x0 | x, sigma] [B, C, h, w]."""
-        seen, t = scaled(x, sigma).to(self.dtype), self.table.sigma_inv(sigma).to(x.dtype)
-        cond = cond or self.encode([None] * len(x))
-        told = {"encoder_hidden_states": cond.given["text"]} if cond else {}
-        output = self.unet(seen, t, **told, return_dict=False)[0]
-        return clean(x, sigma, output, self.prediction)
-
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        """Guidance away from the negative prompt, in one call of twice the rows."""
-        return classifier_free(self, rate, cond)
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        """One of the test prompts, or None for a model without texts."""
-        return usual_text(seed) if self.texts else None
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """Texts -> CLIP's tokens [B, L, D]; ValueError for prompts to a model without texts."""
-        if self.texts:
-            return self.texts.condition(prompts)
-        if any(prompt is not None for prompt in prompts):
-            raise ValueError(f"this model takes no prompts, not {prompts[0]!r}")
-        return None
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images [B, 3, H, W] in [0, 1]."""
-        return decode(self.vae, latents)
-
-
-def sd_backend(pipe: Any, device: torch.device, options: ModelOptions) -> LDMBackend:
+def sd_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
     """The backend of a StableDiffusionPipeline, whose parts it shares."""
 
     def encode(text: str) -> Embedding:
@@ -77,7 +29,7 @@ def sd_backend(pipe: Any, device: torch.device, options: ModelOptions) -> LDMBac
     return built(pipe, pipe.vae, texts, device, options)
 
 
-def uncond_backend(pipe: Any, device: torch.device, options: ModelOptions) -> LDMBackend:
+def uncond_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
     """The backend of an LDMPipeline (a UNet2DModel and a VQModel), whose parts it shares."""
     if options.negative_prompt:
         raise ValueError("this model takes no prompts, so no negative one either")
@@ -86,19 +38,37 @@ def uncond_backend(pipe: Any, device: torch.device, options: ModelOptions) -> LD
 
 def built(
     pipe: Any, vae: Any, texts: Texts | None, device: torch.device, options: ModelOptions
-) -> LDMBackend:
-    """What the two kinds have in common."""
+) -> Backend:
+    """What the two kinds have in common: the U-Net's estimate of noise, data or velocity as x0."""
     factor, unet = vae_factor(vae), pipe.unet
     size = image_size(options, unet.config.sample_size * factor, factor)
     prepare_vae(vae, options)
-    return LDMBackend(
-        unet=unet,
-        vae=vae,
-        texts=texts,
-        table=table_of(pipe.scheduler.config),
-        prediction=prediction_of(pipe.scheduler.config),
-        latent_shape=(unet.config.in_channels, size[0] // factor, size[1] // factor),
-        image_size=size,
+    table, prediction = table_of(pipe.scheduler.config), prediction_of(pipe.scheduler.config)
+
+    def encode(prompts: Sequence[Prompt]) -> Condition | None:
+        if texts:
+            return texts.condition(prompts)
+        if any(prompt is not None for prompt in prompts):
+            raise ValueError(f"this model takes no prompts, not {prompts[0]!r}")
+        return None
+
+    def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        seen, t = scaled(x, sigma).to(unet.dtype), table.sigma_inv(sigma).to(x.dtype)
+        cond = cond or encode([None] * len(x))
+        text = {"encoder_hidden_states": cond.given["text"]} if cond else {}
+        output = unet(seen, t, **text, return_dict=False)[0]
+        return clean(x, sigma, output, prediction)
+
+    return Backend(
+        family="ldm",
+        denoise=denoise,
+        encode=encode,
+        decode=partial(decode, vae),
+        guide=classifier_free,
+        levels=table.levels,
+        shape=(unet.config.in_channels, size[0] // factor, size[1] // factor),
+        size=size,
         device=device,
         dtype=unet.dtype,
+        usual_prompt=usual_text if texts else no_prompt,
     )

@@ -1,23 +1,22 @@
 """The one way to load a backend: a path, a shipped model, or a name on the hub."""
 
+import math
 import re
 from pathlib import Path
 
 import torch
 
-from backends.analytic import CPU, load_analytic
 from backends.base import Backend, ModelOptions
+from backends.mixture import CPU, load_mixture
 from backends.pixels import load_pixels
+from solvers.recipe import FLOW_BACKENDS, Recipe
 from src.files import read_json
 
 SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model_index.json"
-FAMILIES = {
-    **{"PixelBackend": "edm", "AnalyticBackend": "analytic", "LDMBackend": "ldm"},
-    **{"SD3Backend": "sd3", "FluxBackend": "flux"},
-}
-"""What predictors' recipes call each backend."""
+SAME_SIZE = 0.1
+"""By how much the side of a square of the same area may differ, for pictures in other ratios."""
 
 
 def shipped_models() -> list[str]:
@@ -65,13 +64,13 @@ def load_backend(
     if options and options != ModelOptions():
         raise ValueError(f"{name} is on pixels: it takes no prompts, sizes or parts of pipelines")
     if path.is_dir() and kind(path) == "analytic":
-        return load_analytic(path, device)
+        return load_mixture(path, device)
     return load_pixels(path, device, dtype)
 
 
 def family(backend: Backend) -> str:
-    """What recipes call a backend: edm, analytic, ldm, sd3 or flux."""
-    return FAMILIES[type(backend).__name__]
+    """Former name of `backend.family`."""
+    return backend.family
 
 
 def is_single_file(path: Path) -> bool:
@@ -86,3 +85,17 @@ def kind(folder: Path) -> str:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return config.get("backend", "edm")
+
+
+def check_fit(recipe: Recipe, backend: Backend) -> None:
+    """ValueError where a predictor was learned at another resolution than the model's."""
+    if recipe.backend == "ldm" or recipe.img_resolution is None:
+        return  # the published recipes of LDMs give latents, or a size that is not theirs
+    height, width = backend.size
+    if math.isclose(math.sqrt(height * width), recipe.img_resolution, rel_tol=SAME_SIZE):
+        return
+    learned = f"the predictor is for {recipe.img_resolution} pixels ({recipe.dataset_name})"
+    size = f"{width}" if height == width else f"{height}x{width}"
+    flow = recipe.backend in FLOW_BACKENDS
+    way = f"add --resolution {recipe.img_resolution}" if flow else "choose one of its size"
+    raise ValueError(f"{learned}, the model makes {size}: {way}")

@@ -1,20 +1,15 @@
-"""From a predictor's recipe, or a solver's name, to the `Method` that samples."""
+"""Former ways: from a predictor's recipe, or a solver's name, to the `Method` that samples."""
 
-import math
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from backends.base import Backend, NoiseLevels
+from backends.base import NoiseLevels
 from backends.generate import Method
-from solvers.catalog import SOLVERS, SolverOptions, make_solver, parse_name
-from solvers.multistep import MultistepTable
-from solvers.predictor import Predictor
-from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
-from solvers.schedules import custom
+from backends.load import check_fit
+from solvers.epd import MultistepTable
+from solvers.predictor import Predictor, recipe_sigmas
+from solvers.sampler import SOLVERS, SolverOptions, make_solver, parse_name
 
-SAME_SIZE = 0.1
-"""By how much the side of a square of the same area may differ, for pictures in other ratios."""
+__all__ = ["HandMade", "check_fit", "predictor_method", "recipe_sigmas", "sequential_calls"]
 
 
 def predictor_method(predictor: Predictor, levels: NoiseLevels) -> Method:
@@ -39,26 +34,6 @@ def predictor_method(predictor: Predictor, levels: NoiseLevels) -> Method:
     )
 
 
-def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
-    """The recipe's grid [num_steps] on these levels; ValueError where it has none there."""
-    if for_flow(recipe) != (levels.process.name == "flow"):
-        model = f"a {levels.process.name} model"
-        raise ValueError(
-            f"a predictor for {recipe.backend} ({recipe.schedule_type}) is not for {model}"
-        )
-    if recipe.sigmas is not None:
-        return custom(recipe.sigmas)
-    shift = levels.shift if recipe.flowmatch_shift is None else recipe.flowmatch_shift
-    mu = levels.mu if recipe.flowmatch_mu is None else recipe.flowmatch_mu
-    return replace(levels, shift=shift, mu=mu).schedule(
-        recipe.schedule_type,
-        recipe.num_steps,
-        rho=recipe.schedule_rho,
-        sigma_min=recipe.sigma_min,
-        sigma_max=recipe.sigma_max,
-    )
-
-
 @dataclass(frozen=True)
 class HandMade:
     """A solver without a table, as a command line names it."""
@@ -76,9 +51,7 @@ class HandMade:
         if self.afs and levels.process.name == "flow":
             raise ValueError("afs is for VE models: flow matching has no analytic first step")
         usual = "flowmatch" if levels.process.name == "flow" else "polynomial"
-        sigmas = levels.schedule(
-            self.schedule_type or usual, self.num_steps, rho=self.schedule_rho
-        )
+        sigmas = levels.grid(self.schedule_type or usual, self.num_steps, rho=self.schedule_rho)
         return Method(sigmas=sigmas, solver=self.solver, options=options, afs=self.afs)
 
 
@@ -89,17 +62,3 @@ def sequential_calls(method: Method) -> int:
     base = SOLVERS[parse_name(method.solver)[0]].calls
     calls = base + 1 if method.table else base
     return calls * (len(method.sigmas) - 1) - method.afs + method.denoise_to_zero
-
-
-def check_fit(recipe: Recipe, backend: Backend) -> None:
-    """ValueError where a predictor was learned at another resolution than the model's."""
-    if recipe.backend == "ldm" or recipe.img_resolution is None:
-        return  # the published recipes of LDMs give latents, or a size that is not theirs
-    height, width = backend.image_size
-    if math.isclose(math.sqrt(height * width), recipe.img_resolution, rel_tol=SAME_SIZE):
-        return
-    learned = f"the predictor is for {recipe.img_resolution} pixels ({recipe.dataset_name})"
-    size = f"{width}" if height == width else f"{height}x{width}"
-    flow = recipe.backend in FLOW_BACKENDS
-    way = f"add --resolution {recipe.img_resolution}" if flow else "choose one of its size"
-    raise ValueError(f"{learned}, the model makes {size}: {way}")

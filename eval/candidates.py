@@ -54,7 +54,7 @@ def usual_end(levels: NoiseLevels) -> NoiseLevels:
     """These levels with the end that predictors have: that of flow's own schedule."""
     if levels.process.name != "flow":
         return levels
-    return replace(levels, sigma_min=levels.schedule("flowmatch", 2)[-1].item())
+    return replace(levels, sigma_min=levels.grid("flowmatch", 2)[-1].item())
 
 
 def hand_made(choice: HandMade, levels: NoiseLevels, guidance_rate: float = 1.0) -> Candidate:

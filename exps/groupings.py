@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from backends.analytic import Mixture, load_analytic
 from backends.load import find_model
+from backends.mixture import Mixture, read_mixture
 from eval.machine import provenance
 from src.files import write_json, write_text
 from src.intervals import Estimate, mean_of
@@ -70,16 +70,16 @@ def main(
 
 def nearness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward for mixture-3x4x4: minus the squared distance to the mean of the class, in stds."""
-    mixture = load_mixture()
+    mixture = shipped_mixture()
     classes = torch.tensor([int(prompt) for prompt in prompts])
     means, std = mixture.means[classes].clamp(-1, 1), mixture.std[classes]
     return -(images.double() * 2 - 1 - means).square().flatten(1).mean(1) / std.square()
 
 
 @cache
-def load_mixture() -> Mixture:
+def shipped_mixture() -> Mixture:
     """The mixture that ships."""
-    return load_analytic(find_model("mixture-3x4x4")).mixture
+    return read_mixture(find_model("mixture-3x4x4"))[0]
 
 
 def one_run(config: Config, task: Task, grouping: str, seed: int, folder: Path) -> None:

@@ -22,18 +22,16 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.catalog import SOLVERS, SolverOptions, make_solver
-from solvers.epd import EPD, Directions
+from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.integrate import MAX_SLOPES
-from solvers.multistep import MultistepTable, ParallelMultistep
 from solvers.persistence import Persistent, read_persistent
 from solvers.process import VE, Process
 from solvers.published import decode, encode, from_published, require
@@ -41,10 +39,13 @@ from solvers.recipe import (
     FORMAT_VERSION,
     Recipe,
     check_recipe,
+    for_flow,
     one_of,
     recipe_from_plain,
     recipe_to_plain,
 )
+from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
+from solvers.schedules import NoiseLevels, custom
 
 __all__ = [
     "Predictor",
@@ -58,7 +59,6 @@ __all__ = [
 ]
 
 FORMAT = "epd-predictor"
-Table: TypeAlias = Directions | MultistepTable
 TABLES = {"epd": Directions, "epd-multistep": MultistepTable}
 """The class of table by the recipe's solver; its fields are the names in the file."""
 OF_KNOWN = ("a", "b", "known")
@@ -107,6 +107,41 @@ class Predictor:
             lower_order_final=recipe.lower_order_final,
         )
         return EPD(self.table, make_solver(recipe.base, options))
+
+    def sampler(self, levels: NoiseLevels) -> Sampler:
+        """The sampler that this predictor was learned for, on a network with these levels.
+
+        Raises ValueError where the predictor is for the other process, or for a schedule that
+        the network lacks.
+        """
+        recipe = self.recipe
+        return Sampler(
+            self.solver(levels.process),
+            recipe_sigmas(recipe, levels),
+            levels.process,
+            recipe.afs,
+            recipe.guidance_rate,
+        )
+
+
+def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
+    """The recipe's grid [num_steps] on a network's levels; ValueError where it has none there."""
+    if for_flow(recipe) != (levels.process.name == "flow"):
+        model = f"a {levels.process.name} model"
+        raise ValueError(
+            f"a predictor for {recipe.backend} ({recipe.schedule_type}) is not for {model}"
+        )
+    if recipe.sigmas is not None:
+        return custom(recipe.sigmas)
+    shift = levels.shift if recipe.flowmatch_shift is None else recipe.flowmatch_shift
+    mu = levels.mu if recipe.flowmatch_mu is None else recipe.flowmatch_mu
+    return replace(levels, shift=shift, mu=mu).grid(
+        recipe.schedule_type,
+        recipe.num_steps,
+        rho=recipe.schedule_rho,
+        sigma_min=recipe.sigma_min,
+        sigma_max=recipe.sigma_max,
+    )
 
 
 def validate(predictor: Predictor) -> Predictor:

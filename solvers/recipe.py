@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from solvers.catalog import SOLVERS
+from solvers.sampler import SOLVERS
 
 FORMAT_VERSION = 1
 KINDS = ("epd", "epd-multistep")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.process import Level, log
+from solvers.process import Level, Process, log
 
+SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
 VP_FIRST_TIME = 1e-3
 """The time of sigma_min in the VP process, as the published schedules have it."""
 
@@ -157,3 +158,58 @@ class VPClock:
         """d sigma / dt at time t."""
         sigma = self.sigma(t)
         return (self.beta_d * t + self.beta_min) * (1 + sigma**2) / (2 * sigma)
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """A network's own discrete clock, for the `discrete` schedule."""
+
+    first: float
+    last: float
+    sigma_of: Callable[[Tensor], Tensor]  # timesteps [n] -> levels [n], rising
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The levels that a network knows, and how its schedules are spaced."""
+
+    process: Process
+    sigma_min: float
+    sigma_max: float
+    timesteps: Timesteps | None = None
+    shift: float = 1.0
+    mu: float | None = None  # dynamic shift, by resolution
+
+    def grid(
+        self,
+        name: str,
+        num_steps: int,
+        *,
+        rho: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+    ) -> Tensor:
+        """Noise levels [num_steps] in float64, falling, spaced by the schedule of that name.
+
+        Raises ValueError for an unknown name, bad ranges, or a schedule that the network lacks.
+        """
+        low = self.sigma_min if sigma_min is None else sigma_min
+        high = self.sigma_max if sigma_max is None else sigma_max
+        match name:
+            case "polynomial":
+                return polynomial(num_steps, low, high, 7 if rho is None else rho)
+            case "logsnr":
+                return log_snr(num_steps, low, high)
+            case "time_uniform":
+                return time_uniform(num_steps, low, high, 1 if rho is None else rho)
+            case "discrete" if self.timesteps:
+                t = self.timesteps
+                rho = 1 if rho is None else rho
+                return discrete(num_steps, t.first, t.last, t.sigma_of, rho)
+            case "flowmatch" if self.process.name == "flow":
+                return flowmatch(num_steps, shift=self.shift, mu=self.mu)
+            case "discrete" | "flowmatch":
+                raise ValueError(f"this network has no {name!r} schedule")
+            case _:
+                names = ", ".join(SCHEDULES)
+                raise ValueError(f"unknown schedule {name!r}: choose from {names}")

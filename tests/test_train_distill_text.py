@@ -1,15 +1,15 @@
 """train_distill.py on text-to-image models, whose tables sample.py takes."""
 
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 import sample
 import train_distill
-from backends.sd3 import SD3Backend
-from solvers.field import Condition
 from solvers.predictor import load_predictor
 from tests.backends import pipeline_twins as twins
 
@@ -61,15 +61,14 @@ def test_a_fit_never_builds_a_graph(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even while it is judged: a graph of the backbone is many times its memory."""
-    network, graphs = SD3Backend.__call__, []
+    transformer: Any = diffusers.SD3Transformer2DModel
+    network, graphs = transformer.forward, []
 
-    def watched(
-        self: SD3Backend, x: torch.Tensor, sigma: torch.Tensor, cond: Condition | None
-    ) -> torch.Tensor:
+    def watched(self: Any, *inputs: Any, **named: Any) -> Any:
         graphs.append(torch.is_grad_enabled())
-        return network(self, x, sigma, cond)
+        return network(self, *inputs, **named)
 
-    monkeypatch.setattr(SD3Backend, "__call__", watched)
+    monkeypatch.setattr(transformer, "forward", watched)
     options = ["--method", "fit", "--rounds", "1", "--guidance_rate", "2", "--resolution", "16"]
     result = distilled(model, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output

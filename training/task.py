@@ -134,13 +134,13 @@ def falling(levels: set[float]) -> tuple[float, ...]:
 def schedule(config: Config, levels: NoiseLevels, name: str, num_steps: int) -> tuple[float, ...]:
     """A grid by name; the configured exponent is that of the configured type."""
     rho = config.schedule_rho if name == config.schedule_type else None
-    return tuple(levels.schedule(name, num_steps, rho=rho).tolist())
+    return tuple(levels.grid(name, num_steps, rho=rho).tolist())
 
 
 def fine_grid(config: Config, levels: NoiseLevels, sigmas: tuple[float, ...]) -> tuple[float, ...]:
     """The grid of the fine solution between the same ends: polynomial 7, or the flow's own."""
     if levels.process.name == "flow":
-        grid = levels.schedule("flowmatch", config.fine_steps)
+        grid = levels.grid("flowmatch", config.fine_steps)
         return (sigmas[0], *grid.tolist()[1:-1], sigmas[-1])
     grid = schedules.polynomial(config.fine_steps, sigmas[-1], sigmas[0], REFERENCE_RHO)
     return tuple(grid.tolist())

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backends.analytic import AnalyticBackend, Mixture
-from backends.base import NoiseLevels
+from backends.base import Backend, NoiseLevels
 from backends.generate import Job, Method, generate
 from backends.methods import HandMade, predictor_method, recipe_sigmas, sequential_calls
-from backends.pixels import PixelBackend
+from backends.mixture import Mixture, mixture_backend
+from backends.pixels import pixel_backend
 from solvers.catalog import SOLVERS, SolverOptions, make_solver, num_steps_for
 from solvers.predictor import find_predictor, load_predictor
 from solvers.process import FLOW, VE
@@ -19,20 +19,20 @@ CPU = torch.device("cpu")
 LEVELS = NoiseLevels(VE, 0.002, 80.0)
 
 
-def tiny() -> PixelBackend:
-    return PixelBackend(tiny_edm(), LEVELS, CPU)
+def tiny() -> Backend:
+    return pixel_backend(tiny_edm(), CPU)
 
 
-def mixture(levels: NoiseLevels = LEVELS) -> AnalyticBackend:
-    means = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    return AnalyticBackend(
-        Mixture(means, torch.full((4,), 0.2).double(), torch.full((4,), 0.25).double()), levels
+MEANS = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+def mixture(levels: NoiseLevels = LEVELS) -> Backend:
+    return mixture_backend(
+        Mixture(MEANS, torch.full((4,), 0.2).double(), torch.full((4,), 0.25).double()), levels
     )
 
 
-def latents(
-    model: PixelBackend | AnalyticBackend, method: Method, jobs: list[Job], batch: int
-) -> torch.Tensor:
+def latents(model: Backend, method: Method, jobs: list[Job], batch: int) -> torch.Tensor:
     return torch.cat([made.latents for made in generate(model, method, jobs, batch=batch)])
 
 
@@ -105,7 +105,7 @@ def test_every_state_on_the_way_is_kept_when_asked() -> None:
 def test_guidance_pulls_towards_the_class() -> None:
     model = mixture()
     method = HandMade("heun", 20).method(LEVELS)
-    target = model.mixture.means[2]
+    target = MEANS[2]
 
     def distance(rate: float) -> float:
         jobs = [Job(seed, 2) for seed in range(8)]
@@ -126,7 +126,7 @@ def test_guidance_without_a_class_is_refused() -> None:
 def test_a_double_network_keeps_a_double_state() -> None:
     network = tiny_edm().cast(torch.float64)
     (made,) = generate(
-        PixelBackend(network, LEVELS, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
+        pixel_backend(network, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
     )
     assert made.latents.dtype == torch.float64
     assert made.images.dtype == torch.float32
@@ -135,7 +135,7 @@ def test_a_double_network_keeps_a_double_state() -> None:
 def test_a_half_network_keeps_a_float_state() -> None:
     network = tiny_edm().cast(torch.bfloat16)
     (made,) = generate(
-        PixelBackend(network, LEVELS, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
+        pixel_backend(network, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
     )
     assert made.latents.dtype == torch.float32
 

@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from backends.analytic import AnalyticBackend, Mixture
-from backends.base import NoiseLevels
+from backends.base import Backend, NoiseLevels
 from backends.generate import Job
+from backends.mixture import Mixture, mixture_backend
 from eval.candidates import fine_solution
 from eval.frechet import Reference
 from eval.measure import Judge, Study
@@ -30,14 +30,14 @@ def mixture() -> Mixture:
     return Mixture(means, torch.tensor([0.2, 0.3, 0.1]).double(), torch.full((3,), 1 / 3).double())
 
 
-def exact() -> AnalyticBackend:
+def exact() -> Backend:
     """The mixture under the VE process."""
-    return AnalyticBackend(mixture(), NoiseLevels(VE, 0.002, 80.0))
+    return mixture_backend(mixture(), NoiseLevels(VE, 0.002, 80.0))
 
 
-def exact_flow() -> AnalyticBackend:
+def exact_flow() -> Backend:
     """The mixture under flow matching."""
-    return AnalyticBackend(mixture(), NoiseLevels(FLOW, 0.001, 1.0))
+    return mixture_backend(mixture(), NoiseLevels(FLOW, 0.001, 1.0))
 
 
 def study(images: int = 8, batch: int = 4, steps: int = 200) -> Study:

@@ -93,7 +93,7 @@ def test_the_best_of_each_name_and_number_of_calls_is_that_of_least_error(fine: 
 
 
 def test_a_candidate_that_ends_elsewhere_is_refused(fine: Fine) -> None:
-    other = exact().levels.schedule("polynomial", 4, sigma_min=0.01)
+    other = exact().levels.grid("polynomial", 4, sigma_min=0.01)
     candidate = Candidate("short", replace(heun(3).method, sigmas=other), "polynomial-7")
     with pytest.raises(ValueError, match=r"short ends at sigma 0\.01"):
         measure(STUDY, [candidate], fine)

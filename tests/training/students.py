@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backends.analytic import AnalyticBackend, Mixture
-from backends.base import NoiseLevels
+from backends.base import Backend, NoiseLevels
+from backends.mixture import Mixture, mixture_backend
 from solvers.classic import Euler, Heun
 from solvers.field import Field
 from solvers.process import VE
@@ -20,14 +20,14 @@ SHAPE = (1, 3, 3)
 EVERY = 4
 
 
-def model() -> AnalyticBackend:
+def model() -> Backend:
     means = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
     quarter = torch.full((4,), 0.25).double()
-    return AnalyticBackend(Mixture(means, quarter, quarter), NoiseLevels(VE, 0.002, 80.0))
+    return mixture_backend(Mixture(means, quarter, quarter), NoiseLevels(VE, 0.002, 80.0))
 
 
 def student(intervals: int = 3, points: int = 2) -> Student:
-    sigmas = model().levels.schedule("time_uniform", intervals + 1)
+    sigmas = model().levels.grid("time_uniform", intervals + 1)
     plan = Plan(tuple(sigmas.tolist()), base=Euler(), afs=True)
     return Student(plan, PublishedForm(intervals, points, 0.05, 0.05))
 
@@ -40,7 +40,7 @@ def start(intervals: int = 3, points: int = 2) -> Tensor:
 
 def source(intervals: int = 3) -> Source:
     backend = model()
-    fine = backend.levels.schedule("time_uniform", EVERY * intervals + 1)
+    fine = backend.levels.grid("time_uniform", EVERY * intervals + 1)
 
     def begin(seeds: Sequence[int]) -> tuple[Field, Tensor]:
         return Field(backend), randn(seeds, SHAPE, stream="train") * fine[0].item()

@@ -34,7 +34,7 @@ BATCH = 50
 
 def method(backend: Backend, solver: str, steps: int) -> Method:
     """A solver with so many steps on EDM's schedule, the last of them to 0."""
-    sigmas = backend.levels.schedule("polynomial", steps)
+    sigmas = backend.levels.grid("polynomial", steps)
     return Method(sigmas, solver, denoise_to_zero=True)
 
 

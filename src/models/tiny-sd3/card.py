@@ -37,7 +37,7 @@ SHOWN = (
 
 def drawn(backend: Backend, prompts: list[str]) -> Tensor:
     """Images [N, 3, 64, 64] in [0, 1], prompt i from seed i: Euler, as the stock pipeline."""
-    sigmas = backend.levels.schedule("flowmatch", STEPS + 1)
+    sigmas = backend.levels.grid("flowmatch", STEPS + 1)
     way = Method(sigmas, guidance_rate=GUIDANCE, denoise_to_zero=bool(sigmas[-1] > 0))
     jobs = [Job(seed, prompt) for seed, prompt in enumerate(prompts)]
     batches = generate(backend, way, jobs, batch=BATCH)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
-from backends.analytic import AnalyticBackend
+from backends.base import Backend
 from solvers.epd import EPD, Directions
 from solvers.field import Field
 from solvers.integrate import integrate
@@ -44,8 +44,8 @@ def moved(one: Policy, size: float = 0.1) -> Policy:
     return one
 
 
-def end(backend: AnalyticBackend, tables: Directions) -> Tensor:
-    sigmas = backend.levels.schedule("polynomial", 4)
+def end(backend: Backend, tables: Directions) -> Tensor:
+    sigmas = backend.levels.grid("polynomial", 4)
     x = randn(range(5), SHAPE, dtype=torch.float64) * sigmas[0]
     return list(integrate(EPD(tables), Field(backend), x, sigmas))[-1]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.base import NoiseLevels, Prompt, classifier_free, pixels
-from solvers.field import Condition, Denoiser
+from backends.base import Backend, Prompt, classifier_free, pixels
+from solvers.field import Condition
 from solvers.process import FLOW, VE, process_named
+from solvers.schedules import NoiseLevels
 from src.files import read_json
 
 CPU = torch.device("cpu")
@@ -37,67 +38,60 @@ class Mixture:
         return mean.reshape(x.shape)
 
 
-@dataclass(frozen=True)
-class AnalyticBackend:
-    """The mixture under the VE or the flow process; a prompt is the number of a component."""
+def mixture_backend(
+    mixture: Mixture,
+    levels: NoiseLevels,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float64,
+) -> Backend:
+    """A mixture as a backend, under the process of `levels`; a prompt is a component's number."""
+    shape = tuple(mixture.means.shape[1:])
+    count = len(mixture.weight)
+    height, width = (1, 1, *shape)[-2:]
 
-    mixture: Mixture
-    levels: NoiseLevels
-    device: torch.device = CPU
-    dtype: torch.dtype = torch.float64
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one sample."""
-        return tuple(self.mixture.means.shape[1:])
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width, the last two of the shape."""
-        height, width = (1, 1, *self.latent_shape)[-2:]
-        return height, width
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> the exact posterior mean [B, *]."""
-        m = Mixture(
-            *(t.to(x) for t in (self.mixture.means, self.mixture.std, self.mixture.weight))
-        )
+    def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        m = Mixture(*(t.to(x) for t in (mixture.means, mixture.std, mixture.weight)))
         weight = cond.given["weight"].to(x) if cond else m.weight[None]
-        if self.levels.process == VE:
+        if levels.process == VE:
             return m.posterior_mean(x, sigma, weight)
         alpha = (1 - sigma).clamp(min=torch.finfo(x.dtype).eps)
         return m.posterior_mean(x / alpha.reshape(-1, *[1] * (x.ndim - 1)), sigma / alpha, weight)
 
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        """Guidance away from the whole mixture."""
-        return classifier_free(self, rate, cond)
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        """The whole mixture, for every seed."""
-        return None
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """Component numbers -> their prior weights, "nothing" being the whole mixture."""
-        if all(prompt is None for prompt in prompts):
-            return None
-        prior = self.mixture.weight
-        given = torch.stack([prior if p is None else self.one(p) for p in prompts])
-        return Condition({"weight": given}, {"weight": prior.expand(len(prompts), -1)})
-
-    def one(self, prompt: Prompt) -> Tensor:
-        """All the weight on one component."""
-        count = len(self.mixture.weight)
+    def prior(prompt: Prompt) -> Tensor:
+        if prompt is None:
+            return mixture.weight
         if not isinstance(prompt, int) or not 0 <= prompt < count:
             raise ValueError(f"class {prompt!r} is out of range: the mixture has 0 to {count - 1}")
-        return torch.nn.functional.one_hot(torch.tensor(prompt), count).to(self.mixture.weight)
+        return torch.nn.functional.one_hot(torch.tensor(prompt), count).to(mixture.weight)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Samples [B, C, H, W] in about [-1, 1] -> images in [0, 1]."""
-        return pixels(latents)
+    def encode(prompts: Sequence[Prompt]) -> Condition | None:
+        if all(prompt is None for prompt in prompts):
+            return None
+        null = mixture.weight.expand(len(prompts), -1)
+        return Condition({"weight": torch.stack([prior(p) for p in prompts])}, {"weight": null})
+
+    return Backend(
+        family="analytic",
+        denoise=denoise,
+        encode=encode,
+        decode=pixels,
+        guide=classifier_free,
+        levels=levels,
+        shape=shape,
+        size=(height, width),
+        device=device,
+        dtype=dtype,
+    )
 
 
-def load_analytic(folder: Path, device: torch.device = CPU) -> AnalyticBackend:
-    """Read config.json: process, sigma_min, sigma_max, shape, means [M, prod(shape)], std, weight.
+def load_mixture(folder: Path, device: torch.device = CPU) -> Backend:
+    """The backend of a folder's mixture; ValueError for a file that is no mixture."""
+    mixture, levels = read_mixture(folder, device)
+    return mixture_backend(mixture, levels, device)
+
+
+def read_mixture(folder: Path, device: torch.device = CPU) -> tuple[Mixture, NoiseLevels]:
+    """The mixture and the levels of config.json: process, sigma_min, sigma_max, shape, means [M, prod(shape)], std, weight.
 
     Raises ValueError naming the file and what is wrong in it.
     """
@@ -119,7 +113,7 @@ def load_analytic(folder: Path, device: torch.device = CPU) -> AnalyticBackend:
     low, high = (0.001, 1.0) if process == FLOW else (0.002, 80.0)
     levels = NoiseLevels(process, config.get("sigma_min", low), config.get("sigma_max", high))
     mixture = Mixture(*(t.to(device) for t in (means.reshape(count, *shape), std, weight)))
-    return AnalyticBackend(mixture, levels, device)
+    return mixture, levels
 
 
 def numbers(values: object, name: str) -> Tensor:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.analytic import AnalyticBackend, Mixture, load_analytic
-from backends.base import NoiseLevels
+from backends.base import Backend, NoiseLevels
 from backends.load import load_backend
+from backends.mixture import Mixture, load_mixture, mixture_backend
 from solvers.process import FLOW, VE, Process
 
 MIXTURE = Mixture(
@@ -18,8 +18,8 @@ MIXTURE = Mixture(
 )
 
 
-def backend(process: Process) -> AnalyticBackend:
-    return AnalyticBackend(MIXTURE, NoiseLevels(process, 0.01, 1.0 if process == FLOW else 80.0))
+def backend(process: Process) -> Backend:
+    return mixture_backend(MIXTURE, NoiseLevels(process, 0.01, 1.0 if process == FLOW else 80.0))
 
 
 def log_density(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_a_bad_configuration_is_named(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config(**changes)))
     with pytest.raises(ValueError, match=error) as caught:
-        load_analytic(tmp_path)
+        load_mixture(tmp_path)
     assert "\n" not in str(caught.value)
 
 

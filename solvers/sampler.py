@@ -1,0 +1,192 @@
+"""`Sampler`, all between noise and sample but the network, and solvers by name."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
+from solvers.epd import EPD, ParallelMultistep
+from solvers.exponential import DEIS, DPMpp, UniPC
+from solvers.field import Field, Tally
+from solvers.integrate import Solver, integrate, levels
+from solvers.process import VE, Process
+
+Noise = Callable[[int, Tensor], Tensor]
+
+
+def no_noise(_index: int, x: Tensor) -> Tensor:
+    """For a churn of 0, which draws none."""
+    raise ValueError(f"churn needs a noise per sample for its {len(x)} samples")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """What a named solver can be told; each takes what it knows. Defaults are diffusers'."""
+
+    order: int | None = None  # None: the solver's own default
+    process: Process = VE
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    variant: Literal["bh1", "bh2"] = "bh2"
+    deis_mode: Literal["tab", "rhoab"] = "tab"
+    thresholding: bool = False
+    r: float = 0.5
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = float("inf")
+    s_noise: float = 1.0
+    noise: Noise = no_noise
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A solver's constructor, its sequential calls an interval, and the orders it has."""
+
+    make: Callable[[SolverOptions, int], Solver]
+    calls: int
+    orders: tuple[int, ...]
+    default_order: int
+    about: str
+
+
+def make_exponential(kind: type[DPMpp] | type[UniPC]) -> Callable[[SolverOptions, int], Solver]:
+    """A constructor of one of the solvers that are exact in the linear part."""
+
+    def make(o: SolverOptions, order: int) -> Solver:
+        solver = kind(
+            order=order,  # pyright: ignore[reportArgumentType]
+            predict_x0=o.predict_x0,
+            lower_order_final=o.lower_order_final,
+            process=o.process,
+            thresholding=o.thresholding,
+        )
+        return replace(solver, variant=o.variant) if isinstance(solver, UniPC) else solver
+
+    return make
+
+
+SOLVERS = {
+    "euler": Entry(lambda _o, _n: Euler(), 1, (1,), 1, "Euler, the same as DDIM"),
+    "heun": Entry(lambda _o, _n: Heun(), 2, (2,), 2, "Heun, EDM without churn"),
+    "edm": Entry(
+        lambda o, _n: EDM(o.noise, o.s_churn, o.s_min, o.s_max, o.s_noise),
+        2, (2,), 2, "Heun with EDM's churn",
+    ),
+    "dpm2": Entry(lambda o, _n: DPM2(o.r), 2, (2,), 2, "DPM-Solver-2, geometric midpoint"),
+    "ipndm": Entry(lambda _o, n: IPNDM(n), 1, (1, 2, 3, 4), 3, "Adams-Bashforth, equal steps"),
+    "ipndm_v": Entry(lambda _o, n: IPNDMv(n), 1, (1, 2, 3, 4), 3, "the same, variable steps"),
+    "dpmpp": Entry(make_exponential(DPMpp), 1, (1, 2, 3), 2, "DPM-Solver++ multistep"),
+    "deis": Entry(lambda o, n: DEIS(n, o.deis_mode), 1, (1, 2, 3, 4), 3, "DEIS (tab)"),  # pyright: ignore[reportArgumentType]
+    "unipc": Entry(make_exponential(UniPC), 1, (1, 2, 3), 3, "UniPC, predictor and corrector"),
+}  # fmt: skip
+
+
+def parse_name(name: str) -> tuple[str, int | None]:
+    """Split "dpmpp-3" into ("dpmpp", 3), "euler" into ("euler", None).
+
+    Raises ValueError for an unknown name.
+    """
+    base, dash, order = name.partition("-")
+    if base not in SOLVERS or (dash and not order.isdecimal()):
+        near = difflib.get_close_matches(base, SOLVERS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SOLVERS)}"
+        raise ValueError(f"unknown solver {name!r}: {hint}")
+    return base, int(order) if dash else None
+
+
+def make_solver(name: str, options: SolverOptions | None = None) -> Solver:
+    """The solver of that name ("ipndm", "dpmpp-3"); the order in the name wins over none.
+
+    Raises ValueError for an unknown name, an order that it lacks, or two orders that disagree.
+    """
+    options = options or SolverOptions()
+    base, named = parse_name(name)
+    entry = SOLVERS[base]
+    if named is not None and options.order not in (None, named):
+        raise ValueError(f"solver {name!r} and order {options.order} disagree: give one of them")
+    asked = options.order if named is None else named
+    order = entry.default_order if asked is None else asked
+    if order not in entry.orders:
+        raise ValueError(f"{base} has the orders {entry.orders}, not {order}")
+    return entry.make(options, order)
+
+
+def num_steps_for(name: str, nfe: int, afs: bool) -> int:
+    """The grid size with which a solver makes `nfe` sequential calls; ValueError if none does."""
+    calls = SOLVERS[parse_name(name)[0]].calls
+    intervals, odd = divmod(nfe + afs, calls)
+    if odd or intervals < 1:
+        kind = "with" if afs else "without"
+        raise ValueError(
+            f"{name} makes {calls} calls an interval: {nfe} is not to be had {kind} afs"
+        )
+    return intervals + 1
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver on its grid: everything between noise and sample but the network.
+
+    `sigmas` falls from the level of the noise; a last level of 0 is a step by denoising alone.
+    `afs` replaces the first call by the analytic slope of the VE process, and `guidance_rate`
+    (1 is none) is for whoever makes the field. Raises ValueError for a grid that does not fall.
+    """
+
+    solver: Solver
+    sigmas: tuple[float, ...]
+    process: Process = VE
+    afs: bool = False
+    guidance_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigmas", levels(self.sigmas))
+
+    def states(self, field: Field, x: Tensor, *, detach: bool = False) -> Iterator[Tensor]:
+        """The states x [B, *] at sigmas[1], sigmas[2], ..., from x at sigmas[0].
+
+        x is standard normal noise times sigmas[0]. A table moves to the device of x, once.
+        `detach` cuts the gradient between steps. `field.tally` counts calls and rows.
+        """
+        solver = self.solver
+        if isinstance(solver, EPD | ParallelMultistep):
+            solver = replace(solver, table=solver.table.to(x))
+        return integrate(
+            solver,
+            field,
+            x,
+            self.sigmas,
+            first_slope=self.process.first_slope if self.afs else None,
+            correct=solver.correct if isinstance(solver, UniPC) else None,
+            detach=detach,
+        )
+
+    @property
+    def calls(self) -> int:
+        """Network calls one after another for an image; guidance widens calls, adds none."""
+        return self.cost.calls
+
+    @property
+    def rows(self) -> int:
+        """Evaluations of the network for an image, each of the K points counted."""
+        return self.cost.rows
+
+    @cached_property
+    def cost(self) -> Tally:
+        """Calls and rows for an image, counted on a network that answers with nothing."""
+        images = 1
+        sampler = self
+        if isinstance(self.solver, EDM):
+            quiet = replace(self.solver, noise=lambda _index, x: torch.zeros_like(x))
+            sampler = replace(self, solver=quiet)
+        elif isinstance(self.solver, EPD) and self.solver.table.r.ndim == 3:
+            images = len(self.solver.table.r)
+        field = Field(lambda x, _sigma, _cond: torch.zeros_like(x))
+        with torch.no_grad():
+            for _ in sampler.states(field, torch.zeros(images, 1)):
+                pass
+        return Tally(field.tally.calls, field.tally.rows // images)
