@@ -91,7 +91,9 @@ def load_mixture(folder: Path, device: torch.device = CPU) -> Backend:
 
 
 def read_mixture(folder: Path, device: torch.device = CPU) -> tuple[Mixture, NoiseLevels]:
-    """The mixture and the levels of config.json: process, sigma_min, sigma_max, shape, means [M, prod(shape)], std, weight.
+    """The mixture and the levels that config.json describes.
+
+    Its entries: process, sigma_min, sigma_max, shape, means [M, prod(shape)], std and weight [M].
 
     Raises ValueError naming the file and what is wrong in it.
     """

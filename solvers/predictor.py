@@ -117,7 +117,7 @@ class Predictor:
         recipe = self.recipe
         return Sampler(
             self.solver(levels.process),
-            recipe_sigmas(recipe, levels),
+            tuple(recipe_sigmas(recipe, levels).tolist()),
             levels.process,
             recipe.afs,
             recipe.guidance_rate,

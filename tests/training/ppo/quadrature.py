@@ -7,16 +7,15 @@ best position is where sigma is 0.55. All pixels of an image are 1/2 plus the er
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from backends.base import NoiseLevels, Prompt
+from backends.base import Backend, NoiseLevels
 from backends.generate import Method
 from solvers.epd import Directions
-from solvers.field import Condition, Denoiser
+from solvers.field import Condition
 from solvers.process import VE
 from solvers.recipe import Recipe
 from training.ppo.sections import Logging, Ppo
@@ -29,31 +28,28 @@ BEST = math.log(0.55) / math.log(0.1)
 START = 0.5
 
 
-@dataclass(frozen=True)
-class Quadrature:
+def quadrature() -> Backend:
     """The backend; a prompt is a text that changes nothing but the reward."""
 
-    levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(VE, 0.1, 1.0))
-    latent_shape: tuple[int, ...] = (3, 2, 2)
-    image_size: tuple[int, int] = (2, 2)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float64
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         return x - 2 * HEIGHT * (sigma**2).reshape(-1, 1, 1, 1)
 
-    def guided(self, rate: float, cond: Condition | None) -> Denoiser:
-        return self
-
-    def usual_prompt(self, seed: int) -> Prompt:
-        return None
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        return None
-
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(latents: Tensor) -> Tensor:
         exact = HEIGHT * (SIGMAS[-1] ** 2 - SIGMAS[0] ** 2)
         return (0.5 + (latents - exact) / HEIGHT / 2).float()
+
+    return Backend(
+        family="analytic",
+        denoise=denoise,
+        encode=lambda _prompts: None,
+        decode=decode,
+        guide=lambda network, _rate, _cond: network,
+        levels=NoiseLevels(VE, 0.1, 1.0),
+        shape=(3, 2, 2),
+        size=(2, 2),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+    )
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -79,7 +75,7 @@ def task(start: Directions | None = None) -> Task:
         backend="analytic",
     )
     return Task(
-        Quadrature(),
+        quadrature(),
         Method(sigmas=sigmas, table=start),
         recipe,
         reward,
