@@ -31,7 +31,7 @@ START = 0.5
 def quadrature() -> Backend:
     """The backend; a prompt is a text that changes nothing but the reward."""
 
-    def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
         return x - 2 * HEIGHT * (sigma**2).reshape(-1, 1, 1, 1)
 
     def decode(latents: Tensor) -> Tensor:

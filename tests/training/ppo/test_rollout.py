@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.seeds import generator
-from tests.training.ppo.quadrature import Quadrature, reward, task
+from tests.training.ppo.quadrature import quadrature, reward, task
 from training.ppo.policy import Policy, PolicyOptions, stacked, start_of
 from training.ppo.prompts import fixed_jobs
 from training.ppo.rollout import Clock, in_order, score_jobs, timed
@@ -48,17 +48,15 @@ def test_an_image_without_a_score_is_told_and_does_not_cost_the_others_theirs() 
     assert found.reasons == ("picky gave nan", "hhh cannot be scored")
 
 
-class Broken(Quadrature):
+def broken(latents: Tensor) -> Tensor:
     """A decoder that breaks the image of the second latent."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        images = super().decode(latents)
-        images[1, 0, 0, 0] = math.nan
-        return images
+    images = quadrature().decode(latents)
+    images[1, 0, 0, 0] = math.nan
+    return images
 
 
 def test_an_image_that_holds_nan_is_not_shown_to_a_reward() -> None:
-    whole = replace(task(), backend=Broken(), decode_batch=5)
+    whole = replace(task(), backend=replace(quadrature(), decode=broken), decode_batch=5)
     jobs = fixed_jobs(whole.held_out, 0, 5)
     found = score_jobs(whole, whole.method, jobs, [reward], Stop())
     assert found.scores["near"].isfinite().tolist() == [True, False, True, True, True]
@@ -75,14 +73,13 @@ def test_where_nothing_can_be_scored_the_reason_is_told() -> None:
 def test_latents_are_decoded_so_many_at_a_time() -> None:
     seen: list[int] = []
 
-    class Watched(Quadrature):
-        def decode(self, latents: Tensor) -> Tensor:
-            seen.append(len(latents))
-            return super().decode(latents)
+    def watched_decode(latents: Tensor) -> Tensor:
+        seen.append(len(latents))
+        return quadrature().decode(latents)
 
-    watched = timed(Watched(), Clock(torch.device("cpu")), 2)
+    watched = timed(replace(quadrature(), decode=watched_decode), Clock(torch.device("cpu")), 2)
     latents = torch.randn(5, 3, 2, 2, generator=generator(0))
-    assert torch.equal(watched.decode(latents), Quadrature().decode(latents))
+    assert torch.equal(watched.decode(latents), quadrature().decode(latents))
     assert seen == [2, 2, 1]
 
 
