@@ -15,6 +15,7 @@ from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Field, Tally
 from solvers.integrate import Solver, integrate, levels
 from solvers.process import VE, Process
+from solvers.schedules import NoiseLevels
 
 Noise = Callable[[int, Tensor], Tensor]
 
@@ -190,3 +191,28 @@ class Sampler:
             for _ in sampler.states(field, torch.zeros(images, 1)):
                 pass
         return Tally(field.tally.calls, field.tally.rows // images)
+
+
+def hand_made(
+    name: str,
+    levels: NoiseLevels,
+    num_steps: int,
+    *,
+    schedule: str | None = None,
+    rho: float | None = None,
+    afs: bool = False,
+    guidance_rate: float = 1.0,
+    options: SolverOptions | None = None,
+) -> Sampler:
+    """The sampler of a solver without a table ("dpmpp-3") on a network with these levels.
+
+    num_steps are grid points. `schedule` None is the process's usual one, `rho` None the
+    schedule's own. Raises ValueError for unknown names, and for AFS on a flow model.
+    """
+    process = levels.process
+    if afs and process.name == "flow":
+        raise ValueError("afs is for VE models: flow matching has no analytic first step")
+    solver = make_solver(name, replace(options or SolverOptions(), process=process))
+    usual = "flowmatch" if process.name == "flow" else "polynomial"
+    sigmas = tuple(levels.grid(schedule or usual, num_steps, rho=rho).tolist())
+    return Sampler(solver, sigmas, process, afs, guidance_rate)
