@@ -1,106 +1,233 @@
-"""Features of images: the spaces in which Frechet distances are measured.
+"""Features of images: the spaces in which sets of images are compared, and fits may look.
 
-Inception is FID's, from a local file; EfficientNet and CLIP are those of the rewards; any other
-network may come as ONNX. Shapes: N images, D features.
+Inception is FID's, from a local file; EfficientNet ships; CLIP and DINOv2 come from local folders;
+any other network as `module:function`. Shapes: N images, D features.
 """
 
+import hashlib
 import importlib
+import io
+import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from eval import inception, onnx_features
-from rewards.efficientnet import PACKAGES, load_features
+from rewards.efficientnet import PACKAGES, prepared
+from rewards.efficientnet import load_features as load_efficientnet
+from rewards.fingerprint import source_hash
+from rewards.states import fill, read_state
 from rewards.weights import require
-from src.files import nearest
+from src.files import nearest, read_json
+from src.images import to_bytes
 
-ABOUT = (
+SPACES = ("inception", "efficientnet", "clip", "dinov2")
+EFFICIENTNET = (
     "EfficientNet-lite0, pooled features [1280]; input resized to 224x224 (bicubic, antialiased, "
     "half-pixel centres), grey repeated to 3 channels, (255 x - 127) / 128"
 )
-"""What a feature is, to be written beside statistics of it."""
+INCEPTION = "Inception-v3 of 2015-12-05, pooled features [2048]: the features of FID"
+GET_INCEPTION = (
+    "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's release) or NVIDIA's TorchScript"
+)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE = 224
+CPU_CHUNK = {"efficientnet": 4, "inception": 8, "clip": 16, "dinov2": 16}
+GPU_CHUNK = 128
+"""Images at once; on a CPU a small chunk stays in the cache."""
+
+Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Space:
-    """A way to see images: two sets compare only if `about` is one."""
+class FeatureSpace:
+    """A way to see images: two sets compare only if `about` and `version` are the same."""
 
     name: str
     about: str
-    extract: Callable[[Tensor], Tensor]  # images [N, 3, H, W] in [0, 1] -> features [N, D]
-    weights: str = ""  # which file, for what is kept of it
+    network: Network
+    """Images [N, 3, H, W], floats in [0, 1] on `device` -> [N, D], as they are, with gradients
+    where the network has them."""
+    device: torch.device
+    version: str = ""  # of the weights or the source, where `about` leaves them open
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features [N, D], float32 on the CPU, of images [N, 1 or 3, H, W], floats in [0, 1].
+
+        Images are rounded to bytes first, so that they have the features of their PNGs. N >= 1.
+        Raises ValueError for other channels, and where the network returns another shape.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"features need images [N, 1 or 3, H, W], not {list(images.shape)}")
+        at_once = CPU_CHUNK.get(self.name, 64) if self.device.type == "cpu" else GPU_CHUNK
+        parts = []
+        for part in images.split(at_once):
+            levels = to_bytes(part.to(self.device)).float().expand(-1, 3, -1, -1)
+            with torch.no_grad():
+                features = self.network(levels / 255)
+            shape = list(features.shape) if isinstance(features, Tensor) else type(features)
+            if not isinstance(features, Tensor) or len(shape) != 2 or shape[0] != len(part):
+                raise ValueError(f"{self.name} must return [{len(part)}, D], not {shape}")
+            parts.append(features.float().cpu())
+        return torch.cat(parts)
 
 
-SPACES = ("inception", "efficientnet", "clip", "onnx")
-CLIP_ABOUT = "CLIP image embeddings of length 1"
-
-
-def load_space(name: str, device: torch.device, weights: Path | None = None) -> Space:
+def load_space(name: str, device: torch.device, weights: Path | None = None) -> FeatureSpace:
     """The space of a name in SPACES, or of a callable `module:function`.
 
-    weights: the file of `onnx`; the file of `inception`, the file or folder of `clip`, where they
-    are not where `rewards.weights` looks. Raises ValueError for an unknown name, and for weights
-    that are missing, wrong or of no use.
+    weights: the file of inception, the file or folder of clip, the folder of dinov2. Raises
+    ValueError, in one line, for an unknown name, for weights that are missing, wrong or of no
+    use, and for a function that cannot be imported.
     """
     if name in ("inception", "clip"):
         path = require([name], {name: weights} if weights else {})[name]
-        return inception_space(path, device) if name == "inception" else clip_space(path, device)
-    if name == "onnx":
+        return (_inception if name == "inception" else _clip)(path, device)
+    if name == "dinov2":
         if not weights:
-            raise ValueError("the features onnx need their file: --weights dinov2.onnx")
-        return onnx_space(weights, device)
+            fix = "--weights FOLDER, such as the hub's facebook/dinov2-large"
+            raise ValueError(f"the features dinov2 need their transformers folder: {fix}")
+        return _dinov2(weights, device)
     if weights:
         raise ValueError(f"--weights {weights} is of no use to the features {name}")
     if name == "efficientnet":
-        return Space(name, ABOUT, load_features(device), PACKAGES)
-    return Space(name, name, imported(name))
+        features = load_efficientnet(device)
+
+        def efficientnet(images: Tensor) -> Tensor:
+            return features.maps(prepared(images, features.side)).mean((2, 3))
+
+        return FeatureSpace(name, EFFICIENTNET, efficientnet, device, PACKAGES)
+    return _own(name, device)
 
 
-def inception_space(path: Path, device: torch.device) -> Space:
-    """FID's."""
-    return Space(
-        "inception", inception.ABOUT, inception.load_inception(path, device), stamped(path)
+def _inception(path: Path, device: torch.device) -> FeatureSpace:
+    """Of a state dict (pytorch-fid, torch-fidelity), or of NVIDIA's TorchScript."""
+    network = _scripted(path, device) if _is_script(path) else _fidelity(path, device)
+    return FeatureSpace("inception", INCEPTION, network, device)
+
+
+def _fidelity(path: Path, device: torch.device) -> Network:
+    """torch-fidelity's network; its own reader, which would run a pickle, is not let near."""
+    from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: PLC0415
+        FeatureExtractorInceptionV3,
+    )
+    from torch_fidelity.interpolate_compat_tensorflow import (  # noqa: PLC0415
+        interpolate_bilinear_2d_like_tensorflow1x,
     )
 
+    if not path.is_file():
+        raise ValueError(f"no Inception weights at {path}: get {GET_INCEPTION}")
+    state = io.BytesIO()
+    torch.save(read_state(path), state)
+    state.seek(0)
+    try:
+        whole = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=state
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} is not FID's Inception ({reason}): get {GET_INCEPTION}"
+        ) from error
+    parts = [part for name, part in whole.named_children() if name != "fc"]
+    network = nn.Sequential(*parts, nn.Flatten()).to(device).to(memory_format=torch.channels_last)
 
-def clip_space(path: Path, device: torch.device) -> Space:
+    def features(images: Tensor) -> Tensor:
+        large = interpolate_bilinear_2d_like_tensorflow1x(
+            images * 255, size=(299, 299), align_corners=False
+        )
+        return network((large - 128) / 128)
+
+    return features
+
+
+def _is_script(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _scripted(path: Path, device: torch.device) -> Network:
+    """NVIDIA's TorchScript, which resizes by itself and takes levels from 0 to 255."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is what the network is published as
+        try:
+            network = torch.jit.load(path, map_location=device).eval()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is no whole TorchScript file") from error
+
+    def features(images: Tensor) -> Tensor:
+        try:
+            return network(images * 255, return_features=True)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{path} is not the Inception network of FID: {reason}") from error
+
+    return features
+
+
+def _clip(path: Path, device: torch.device) -> FeatureSpace:
     """The image tower of a CLIP, from an open_clip or transformers folder or file."""
     try:
         from rewards.clip import load_towers  # noqa: PLC0415 - its libraries are met only here
     except ModuleNotFoundError as error:
         raise ValueError(f"no {error.name}: pip install open_clip_torch transformers") from error
     towers = load_towers(path, device, False)
-    about = f"{CLIP_ABOUT} [{towers.width}], input {towers.look.size}x{towers.look.size}"
-    return Space("clip", about, torch.no_grad()(towers.images), stamped(path))
+    about = f"CLIP image embeddings of length 1 [{towers.width}], input {towers.look.size}x"
+    return FeatureSpace(
+        "clip", about + str(towers.look.size), towers.images, device, _content(path)
+    )
 
 
-def onnx_space(path: Path, device: torch.device) -> Space:
-    """Of any network that is there as ONNX."""
-    network = onnx_features.load_onnx(path, device)
-    return Space("onnx", onnx_features.about(network), network, stamped(path))
+def _dinov2(folder: Path, device: torch.device) -> FeatureSpace:
+    """The class token of a DINOv2, as Stein et al. 2023 (arXiv:2306.04675) take it."""
+    library = importlib.import_module("transformers")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != "dinov2":
+        raise ValueError(f"{folder / 'config.json'}: its model_type is not dinov2")
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    weights = next((path for path in files if path.is_file()), None)
+    if weights is None:
+        raise ValueError(f"{folder}: it has neither {files[0].name} nor {files[1].name}")
+    made = library.Dinov2Config.from_dict(config)
+    network = fill(lambda: library.Dinov2Model(made), read_state(weights), str(weights), device)
+    middle, spread = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
+
+    def features(images: Tensor) -> Tensor:
+        size = (SIDE, SIDE)
+        square = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return network((square - middle) / spread).last_hidden_state[:, 0]
+
+    about = f"DINOv2, class token [{made.hidden_size}], input resized to {SIDE}x{SIDE} (bicubic)"
+    return FeatureSpace("dinov2", about, features, device, _content(folder))
 
 
-def stamped(path: Path) -> str:
-    """What changes when a file of weights does, or a folder's list of files."""
-    found = path.stat()
-    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
-
-
-def imported(name: str) -> Callable[[Tensor], Tensor]:
-    """`module:function`, importable from the current folder; ValueError where it is not."""
+def _own(name: str, device: torch.device) -> FeatureSpace:
+    """`module:function`, importable from the current folder."""
     module, colon, function = name.partition(":")
     if not colon:
-        near = nearest(name, SPACES)
-        known = f"there are {', '.join(SPACES)}, and your own as module:function"
-        raise ValueError(f"no features {name!r}: did you mean {near}? {known}")
+        choice = f"there are {', '.join(SPACES)}, and your own as module:function"
+        raise ValueError(f"no features {name!r}: did you mean {nearest(name, SPACES)}? {choice}")
     try:
-        found = getattr(importlib.import_module(module), function)
+        own = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{name!r} is no function, but of type {type(found).__name__}")
-    return cast(Callable[[Tensor], Tensor], found)
+    if not callable(own):
+        raise ValueError(f"{name!r} is no function, but of type {type(own).__name__}")
+    return FeatureSpace(name, name, cast(Network, own), device, source_hash(module)[:16])
+
+
+def _content(path: Path) -> str:
+    """A hash of a file, or of the weights in a folder."""
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in files if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -5,26 +5,273 @@
     torchrun --nproc_per_node=2 -m eval.fid calc --images samples --ref dataset.npz
 
 FID is the Frechet distance (Heusel et al. 2017, arXiv:1706.08500, Eq. 6) in the features of
-Inception; other features make other distances, which compare with nothing but themselves.
+Inception; other features make other distances, which compare with nothing but themselves. The
+distance falls as images get more, so figures compare only at one number of images.
+
+Shapes: N (or M) images, D features.
 """
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from torch import Tensor
 
-from eval.features import SPACES, Space, load_space
-from eval.gather import Gathered, How, gather, on_first
-from eval.known import METRICS, compared, known_of, save_statistics
+from eval.features import SPACES, FeatureSpace, load_space
 from eval.machine import provenance
-from eval.pictures import find_pictures, subset
+from eval.pictures import Pictures, find_pictures, read_batches, subset
 from src import ranks
-from src.files import nearest, write_json
+from src.files import nearest, to_json, write_atomically, write_json
 from src.options import Device, OneLineCommand, OneLineGroup, one_line_errors
+from src.stats import Estimate
+
+METRICS = ("fid", "kid", "pr")
+ROWS = 1024  # of a block of pairs; memory is ROWS times the larger set
+NORMAL_95 = 1.959963984540054
+BROKEN = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What numpy raises on a file that is no whole .npz of these arrays."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The Gaussian of a set's features in float64, and the features where they were kept."""
+
+    count: int  # 0 where a file does not say
+    mean: Tensor  # [D]
+    covariance: Tensor  # [D, D], the unbiased one; of one image zeros
+    about: Mapping[str, Any] = field(default_factory=dict)
+    features: Tensor | None = None  # [N, D] float32
+
+    def distance(self, other: "Statistics") -> float:
+        """The Frechet distance to another set."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+
+def statistics_of(features: Tensor) -> Statistics:
+    """The statistics of features [N, D], N >= 1. ValueError for NaN and infinity."""
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"statistics need features [N, D], not {list(features.shape)}")
+    if not features.isfinite().all():
+        raise ValueError("the features hold NaN or infinity")
+    wide = features.double()
+    mean = wide.mean(0)
+    centred = wide - mean
+    return Statistics(len(wide), mean, centred.T @ centred / max(len(wide) - 1, 1))
+
+
+def merged(a: Statistics, b: Statistics) -> Statistics:
+    """The statistics of two sets together (Chan, Golub & LeVeque 1979, Eq. 2.1)."""
+    count, apart = a.count + b.count, b.mean - a.mean
+    scatter = torch.outer(apart, apart) * (a.count * b.count / count)
+    scatter += a.covariance * (a.count - 1) + b.covariance * (b.count - 1)
+    return Statistics(count, a.mean + apart * (b.count / count), scatter / (count - 1))
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), mu [D], sigma [D, D].
+
+    With sigma1 = R R^T, the eigenvalues of sigma1 sigma2 are those of R^T sigma2 R, which is
+    symmetric and >= 0: no matrix root, nothing complex, and singular covariances will do.
+    Raises ValueError for sizes that differ and numbers that are not finite.
+    """
+    parts = [torch.as_tensor(t, dtype=torch.float64) for t in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = parts
+    d = len(mu1)
+    sizes = [list(t.shape) for t in parts]
+    if sizes != [[d], [d, d]] * 2:
+        raise ValueError(f"the Gaussians have the sizes {sizes}, not [D], [D, D] twice")
+    if not all(t.isfinite().all() for t in parts):
+        raise ValueError("the statistics hold NaN or infinity")
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp(min=0).sqrt()
+    product = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
+    trace = sigma1.trace() + sigma2.trace() - 2 * product.clamp(min=0).sqrt().sum()
+    return max(0.0, ((mu1 - mu2).square().sum() + trace).item())
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> Estimate:
+    """KID (Binkowski et al. 2018, arXiv:1801.01401) of features x [M, D], y [N, D], M, N >= 3.
+
+    The squared maximum mean discrepancy under k(a, b) = (a . b / D + 1)^3, as the unbiased
+    U-statistic over all pairs, where the published code averages it over random subsets: the
+    same expectation with less noise, and nothing drawn. It may fall below zero. The interval is
+    normal, by the jackknife over the images of both sets, whose variance is not too small in
+    expectation (Efron & Stein 1981). Raises ValueError for fewer images.
+    """
+    x, y = _pair(x, y, 3)
+    m, n = len(x), len(y)
+
+    def sums(a: Tensor, b: Tensor) -> Tensor:
+        parts = a.split(ROWS)
+        return torch.cat([((part @ b.T / a.shape[1] + 1) ** 3).sum(1) for part in parts])
+
+    xx, yy = (sums(a, a) - (a.square().sum(1) / a.shape[1] + 1) ** 3 for a in (x, y))
+    xy, yx = sums(x, y), sums(y, x)
+    within_x, within_y, between = xx.sum(), yy.sum(), xy.sum()
+    value = within_x / (m * (m - 1)) + within_y / (n * (n - 1)) - 2 * between / (m * n)
+    less_x = (within_x - 2 * xx) / ((m - 1) * (m - 2)) - 2 * (between - xy) / ((m - 1) * n)
+    less_y = (within_y - 2 * yy) / ((n - 1) * (n - 2)) - 2 * (between - yx) / (m * (n - 1))
+    spread = sum((t - t.mean()).square().sum() * (1 - 1 / len(t)) for t in (less_x, less_y))
+    half = NORMAL_95 * float(spread) ** 0.5
+    return Estimate(value.item(), value.item() - half, value.item() + half)
+
+
+def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """The shares of generated images near real ones, and of real ones near generated ones.
+
+    Near is within the ball of one of the others, which reaches its k-th nearest neighbour in
+    its own set (Kynkaanniemi et al. 2019, arXiv:1904.06991). generated [M, D], real [N, D].
+    Raises ValueError for k images or fewer.
+    """
+    generated, real = _pair(generated, real, k + 1)
+
+    def covered(x: Tensor, y: Tensor) -> float:
+        # the nearest of all is the image itself
+        balls = torch.cat([torch.cdist(p, y).kthvalue(k + 1, 1).values for p in y.split(ROWS)])
+        inside = sum(int((torch.cdist(p, y) <= balls).any(1).sum()) for p in x.split(ROWS))
+        return inside / len(x)
+
+    return covered(generated, real), covered(real, generated)
+
+
+def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Both in float64; ValueError unless they are features of one size, finite, `least` each."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features {list(x.shape)} and {list(y.shape)} are of two kinds")
+    if min(len(x), len(y)) < least:
+        raise ValueError(f"this needs {least} images of each set, not {len(x)} and {len(y)}")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("the features hold NaN or infinity")
+    return x.double(), y.double()
+
+
+def save_statistics(path: Path, images: Statistics) -> None:
+    """Write `mu` [D] and `sigma` [D, D] in float64 as EDM does, and what they are of."""
+    arrays: dict[str, Any] = {"mu": images.mean.numpy(), "sigma": images.covariance.numpy()}
+    arrays |= {"count": np.int64(images.count), "about": np.array(to_json(dict(images.about)))}
+    if images.features is not None:
+        arrays["features"] = images.features.numpy()
+    with write_atomically(path) as temp, temp.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """The statistics in an .npz, ours or EDM's (mu, sigma alone).
+
+    Raises ValueError, in one line, for a file that is missing or broken, or whose parts do not
+    fit.
+    """
+    if not path.is_file():
+        raise ValueError(f"no reference statistics at {path}: make them by python -m eval.fid ref")
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            if not isinstance(file, Mapping):
+                raise ValueError("a single array")
+            count = int(file["count"]) if "count" in file else 0
+            about = json.loads(str(file["about"])) if "about" in file else {}
+            mean = torch.from_numpy(file["mu"]).double()
+            sigma = torch.from_numpy(file["sigma"]).double()
+            features = torch.from_numpy(file["features"]) if "features" in file else None
+    except BROKEN as error:
+        raise ValueError(f"{path} holds no reference statistics ({error})") from error
+    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
+        sizes = f"{list(mean.shape)} and {list(sigma.shape)}"
+        raise ValueError(f"{path}: a mean and a covariance of the sizes {sizes} do not fit")
+    if count == 1:
+        raise ValueError(f"{path}: the statistics of one image have no covariance")
+    if not (mean.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f"{path}: the statistics hold NaN or infinity")
+    return Statistics(count, mean, sigma, about, features)
+
+
+def check_space(path: Path, statistics: Statistics, space: FeatureSpace) -> None:
+    """ValueError where a file says that its features are not those of this space."""
+    features = statistics.about.get("features", space.about)
+    if features != space.about:
+        raise ValueError(f"{path} holds other features ({features}) than --features {space.name}")
+    if statistics.about.get("version", space.version) != space.version:
+        fix = "make it again by python -m eval.fid ref"
+        raise ValueError(f"{path} is of {space.name} as it was with other weights or code: {fix}")
+
+
+def measure_pictures(
+    pictures: Pictures, space: FeatureSpace, *, batch: int, skip_bad: bool, keep: bool
+) -> tuple[Statistics, dict[str, str]]:
+    """The statistics of all pictures, on every rank, and why pictures were left out, by name.
+
+    Memory does not grow with the pictures, unless their features are to be kept. Raises
+    ValueError, on every rank, for pictures that cannot be read or have features that are not
+    finite (unless they are skipped), and where fewer than 2 are left.
+    """
+    mine: Statistics | None = None
+    kept: dict[int, Tensor] = {}
+    bad: dict[str, str] = {}
+    failed = ""
+    which = ranks.share(range(len(pictures.items)))
+    try:
+        with ranks.progress(len(which), "image") as bar:
+            batches = read_batches(pictures, which, batch=batch, bad=bad if skip_bad else None)
+            for alike in batches:
+                features = space(alike.images / 255)
+                finite = features.isfinite().all(1)
+                for at in (~finite).nonzero()[:, 0].tolist():
+                    name = pictures.items[alike.which[at]].name
+                    if not skip_bad:
+                        raise ValueError(f"the features of {pictures.place / name} are not finite")
+                    bad[name] = "its features are not finite"
+                if finite.any():
+                    new = statistics_of(features[finite])
+                    mine = new if mine is None else merged(mine, new)
+                if keep:
+                    rows = zip(alike.which, features, finite.tolist(), strict=True)
+                    kept |= {i: row for i, row, fine in rows if fine}
+                bar.update(len(alike.which))
+    except ValueError as error:
+        failed = str(error)
+    ranks.raise_together(failed)
+    parts = ranks.gather_objects((mine, kept, bad))
+    left_out = {name: why for _, _, reasons in parts for name, why in reasons.items()}
+    seen = [part for part, _, _ in parts if part]
+    if sum(part.count for part in seen) < 2:
+        unread = f" ({len(left_out)} could not be read)" if left_out else ""
+        raise ValueError(f"{pictures.place} has fewer than 2 images to measure{unread}")
+    total = reduce(merged, seen)
+    rows = {i: row for _, some, _ in parts for i, row in some.items()}
+    features = torch.stack([rows[i] for i in sorted(rows)]) if keep else None
+    about = {"features": space.about, "version": space.version, "images": str(pictures.place)}
+    return replace(total, about=about, features=features), left_out
+
+
+def compare_statistics(
+    images: Statistics, reference: Statistics, metrics: tuple[str, ...], device: torch.device
+) -> dict[str, Any]:
+    """The numbers by their names; ValueError for features of other sizes and too few images."""
+    size, other = len(images.mean), len(reference.mean)
+    if size != other:
+        raise ValueError(f"the images have {size} features, the reference {other}")
+    numbers: dict[str, Any] = {}
+    if "fid" in metrics:
+        numbers["fid"] = reference.distance(images)
+    if images.features is None or reference.features is None:
+        return numbers
+    mine, theirs = images.features.to(device), reference.features.to(device)
+    if "kid" in metrics:
+        kid = kernel_distance(mine, theirs)
+        numbers |= {"kid": kid.value, "kid_95": [kid.low, kid.high]}
+    if "pr" in metrics:
+        numbers["precision"], numbers["recall"] = precision_recall(mine, theirs)
+    return numbers
 
 
 class Metrics(click.ParamType):
@@ -44,44 +291,18 @@ class Metrics(click.ParamType):
         return names
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The options that both commands have."""
-
-    features: str
-    weights: Path | None
-    batch: int
-    skip_bad: bool
-    cache: Path | None
-    device: torch.device
-
-    def start(self, *, keep: bool) -> tuple[torch.device, Space, How]:
-        """Join the ranks and load the network."""
-        device = ranks.init(self.device)
-        space = load_space(self.features, device, self.weights)
-        return device, space, How(self.batch, self.skip_bad, self.cache, keep)
-
-
-SPACE_HELP = f"{', '.join(SPACES)} or MODULE:NAME."
 READING = (
-    click.option("--features", default="inception", help=SPACE_HELP),
-    click.option("--weights", type=click.Path(path_type=Path), help="Of inception, clip, onnx."),
-    click.option("--batch", type=click.IntRange(1), default=64, help="Images at once, up to 256."),
+    click.option("--features", default="inception", help=f"{', '.join(SPACES)} or MODULE:NAME."),
+    click.option("--weights", type=click.Path(path_type=Path), help="Of inception, clip, dinov2."),
+    click.option("--batch", type=click.IntRange(1), default=64, help="Images read at once."),
     click.option("--skip-bad", "--skip_bad", is_flag=True, help="Leave out, count and list."),
-    click.option("--cache", type=click.Path(path_type=Path), help="Keep features, to go on."),
     click.option("--device", type=Device(), default="auto"),
 )
 
 
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Those options, handed over as `reading`."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **given: Any) -> None:
-        own = {field.name: given.pop(field.name) for field in fields(Reading)}
-        command(*args, reading=Reading(**own), **given)
-
-    return functools.reduce(lambda made, option: option(made), reversed(READING), wrapped)
+    """The options that both commands have."""
+    return reduce(lambda given, option: option(given), reversed(READING), command)
 
 
 @click.group(cls=OneLineGroup)
@@ -98,36 +319,51 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="JSON with the numbers.")
 @reading_options
 @one_line_errors
-def calc(
+def calc(  # noqa: PLR0913 - one parameter an option
     images: Path,
     ref: Path,
     num: int | None,
     seed: int,
     metrics: tuple[str, ...],
     out: Path | None,
-    reading: Reading,
+    features: str,
+    weights: Path | None,
+    batch: int,
+    skip_bad: bool,
+    device: torch.device,
 ) -> None:
     """Compare images with reference statistics, or with images.
 
     \b
     python -m eval.fid calc --images samples --ref cifar10-32x32.npz --num 50000
     python -m eval.fid calc --images a --ref b --features efficientnet --metrics fid,kid,pr
-    python -m eval.fid calc --images a --ref b --features onnx --weights dinov2.onnx
+    python -m eval.fid calc --images a --ref b --features dinov2 --weights dinov2-large
     """  # noqa: D301
     pictures = subset(find_pictures(images), num, seed)
-    device, space, how = reading.start(keep=metrics != ("fid",))
-    known = known_of(ref, space, how)
-    found = gather(pictures, space, how)
+    device = ranks.init(device)
+    space = load_space(features, device, weights)
+    keep = metrics != ("fid",)
+    if ref.is_dir() or ref.suffix in (".zip", ".json"):
+        reference, _ = measure_pictures(
+            find_pictures(ref), space, batch=batch, skip_bad=skip_bad, keep=keep
+        )
+    else:
+        reference = load_statistics(ref)
+        check_space(ref, reference, space)
+        if keep and reference.features is None:
+            fix = "give a folder or zip as --ref, or make it by eval.fid ref --keep_features"
+            raise ValueError(f"{ref} holds no features, which kid and pr need: {fix}")
+    found, bad = measure_pictures(pictures, space, batch=batch, skip_bad=skip_bad, keep=keep)
 
     def report() -> None:
-        numbers = compared(found, known, metrics, device)
+        numbers = compare_statistics(found, reference, metrics, device)
         about = {"images": str(images), "ref": str(ref), "features": space.about}
-        about |= {"count": found.moments.count, "ref_count": known.gaussian.count}
+        about |= {"count": found.count, "ref_count": reference.count or None}
         if out:
-            write_json(out, {**numbers, **about, "left_out": found.bad, **provenance(device)})
-        tell(numbers, found, space, ref)
+            write_json(out, {**numbers, **about, "left_out": bad, **provenance(device)})
+        say(numbers, found, space, ref, bad)
 
-    on_first(report)
+    ranks.on_first(report)
     ranks.close()
 
 
@@ -137,7 +373,16 @@ def calc(
 @click.option("--keep_features", is_flag=True, help="For kid and pr: 8 KB an image.")
 @reading_options
 @one_line_errors
-def ref(data: Path, dest: Path, keep_features: bool, reading: Reading) -> None:
+def ref(  # noqa: PLR0913 - one parameter an option
+    data: Path,
+    dest: Path,
+    keep_features: bool,
+    features: str,
+    weights: Path | None,
+    batch: int,
+    skip_bad: bool,
+    device: torch.device,
+) -> None:
     """Write the reference statistics of a data set.
 
     \b
@@ -146,36 +391,42 @@ def ref(data: Path, dest: Path, keep_features: bool, reading: Reading) -> None:
     if dest.suffix != ".npz":
         raise ValueError(f"--dest {dest} must end in .npz")
     pictures = find_pictures(data)
-    device, space, how = reading.start(keep=keep_features)
-    found = gather(pictures, space, how)
+    device = ranks.init(device)
+    space = load_space(features, device, weights)
+    found, bad = measure_pictures(
+        pictures, space, batch=batch, skip_bad=skip_bad, keep=keep_features
+    )
 
     def report() -> None:
-        about = {"features": space.about, "images": str(data), **provenance(device)}
-        save_statistics(dest, found, about)
-        tell({}, found, space, dest)
+        about = {**found.about, **provenance(device)}
+        save_statistics(dest, replace(found, about=about))
+        say({}, found, space, dest, bad)
 
-    on_first(report)
+    ranks.on_first(report)
     ranks.close()
 
 
-def tell(numbers: dict[str, Any], found: Gathered, space: Space, other: Path) -> None:
-    """Print the numbers, and what is to be known of them."""
-    name = "FID" if space.name == "inception" else f"Frechet distance ({space.name})"
-    lines = []
+def say(
+    numbers: Mapping[str, Any],
+    images: Statistics,
+    space: FeatureSpace,
+    other: Path,
+    bad: Mapping[str, str],
+) -> None:
+    """Print the numbers, and what is to be said of them."""
+    size, count = len(images.mean), images.count
     if "fid" in numbers:
-        lines.append(f"{name} {numbers['fid']:.6g}")
+        name = "FID" if space.name == "inception" else f"Frechet distance ({space.name})"
+        click.echo(f"{name} {numbers['fid']:.6g}")
     if "kid" in numbers:
         low, high = numbers["kid_95"]
-        lines.append(f"KID {numbers['kid']:.4g}, 95 % between {low:.4g} and {high:.4g}")
+        click.echo(f"KID {numbers['kid']:.4g}, 95 % between {low:.4g} and {high:.4g}")
     if "precision" in numbers:
-        lines.append(f"precision {numbers['precision']:.4f}, recall {numbers['recall']:.4f}")
-    count, size = found.moments.count, len(found.moments.mean)
-    lines.append(f"{count} images, {size} features ({space.name}), {other}")
-    for line in lines:
-        click.echo(line)
-    if found.bad:
-        click.echo(f"{len(found.bad)} images left out:", err=True)
-    for file, why in found.bad.items():
+        click.echo(f"precision {numbers['precision']:.4f}, recall {numbers['recall']:.4f}")
+    click.echo(f"{count} images, {size} features ({space.name}), {other}")
+    if bad:
+        click.echo(f"{len(bad)} images left out:", err=True)
+    for file, why in bad.items():
         click.echo(f"  {file}: {why}", err=True)
     if "fid" in numbers and count <= size:
         few = f"{count} images are not more than the {size} features"

@@ -13,43 +13,30 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, machine, threads, device and versions, as plain values."""
+    """Commit, machine, threads, device and versions, as plain values.
+
+    The commit is of this checkout, "+changes" where files differ; None outside of git.
+    """
+    commit = None
+    git = ["git", "-C", str(ROOT)]
+    try:
+        for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
+            said = subprocess.run([*git, *arguments], capture_output=True, text=True, check=True)
+            commit = commit + "+changes" * bool(said.stdout) if commit else said.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "commit": commit(),
-        "cpu": cpu_model(),
+        "commit": commit,
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def commit() -> str | None:
-    """The commit of this checkout, "+changes" where files differ; None outside of git."""
-    try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        return revision + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def git(*arguments: str) -> str:
-    """What a git command prints."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-def cpu_model() -> str:
-    """The processor as Linux names it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def clock(device: torch.device) -> float:

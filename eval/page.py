@@ -13,9 +13,9 @@ from eval.candidates import Candidate
 from eval.measure import Score, Study
 from eval.report import error_of, interval, number, reward_names
 from solvers.epd import Directions
+from src.figures import png, table_figure
 from src.images import grid, png_bytes
 from src.intervals import Estimate
-from src.figures import png, table_figure
 
 SHOWN = 8
 GAP = 2

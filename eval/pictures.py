@@ -1,30 +1,44 @@
-"""Pictures to measure: a folder, a zip, or what sample.py's samples.json lists.
+"""Pictures to measure: those of a folder or a zip, and what each says that it is.
 
-They are read by threads ahead of the network. Shapes: n pictures alike, [n, 3, H, W] uint8.
+sample.py writes into every PNG which seed and prompt it was made from, and an index, samples.json.
+Where the two differ, the picture is believed. Pictures are read by threads ahead of the network.
+Shapes: n pictures of one size, [n, 3, H, W] uint8.
 """
 
+import hashlib
+import io
+import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from src.files import from_json, read_json
-from src.images import read_image
+from src.files import read_json
+from src.images import FORMATS, read_image
 
 INDEX = "samples.json"
+RECIPE = "recipe"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THREADS = 4
+AHEAD = 256  # pictures that are told apart at once
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, RuntimeError, SyntaxError, NotImplementedError),
+    *(EOFError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
+)
 
-Opener = Callable[[str], IO[bytes]]
+Reader = Callable[[str], bytes]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -43,40 +57,44 @@ class Pictures:
     place: Path  # a folder or a zip
     items: tuple[Picture, ...]
 
-    def stamp(self, item: Picture) -> str:
-        """What changes when the file does: its size and time; a zip's for those inside."""
-        file = self.place if self.place.is_file() else self.place / item.name
-        try:
-            found = file.stat()
-        except OSError as error:
-            raise ValueError(f"no such file: {file}") from error
-        return f"{found.st_size}-{found.st_mtime_ns}"
+
+@dataclass(frozen=True)
+class Identity:
+    """What one picture is: the hash of its file, and the seed and prompt that it was made from."""
+
+    digest: str
+    seed: int | None
+    prompt: str | None
+    disagrees: bool  # whether samples.json says another seed or prompt
 
 
-def find_pictures(place: Path) -> Pictures:
-    """The pictures of a folder, a zip or a samples.json; ValueError where there are none.
+def find_pictures(place: Path, pattern: str = "*") -> Pictures:
+    """The pictures of a folder, a zip or a samples.json whose file names match `pattern`.
 
-    Of a folder that has a samples.json, those that it lists.
+    A folder that has a samples.json has the pictures that it lists, and those beside it that
+    carry a recipe of their own: a stopped run's index may lag behind. Raises ValueError where
+    there are none.
     """
     if not place.exists():
         raise ValueError(f"no such folder or file: {place}")
     if place.suffix == ".zip":
-        found = Pictures(place, tuple(map(Picture, names_in_zip(place))))
+        found = Pictures(place, tuple(map(Picture, _names_in_zip(place))))
     elif place.is_file():
-        found = Pictures(place.parent, listed(place))
-    elif (place / INDEX).is_file():
-        found = Pictures(place, listed(place / INDEX))
+        found = Pictures(place.parent, _listed(place))
     else:
         files = (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
         names = sorted(p.relative_to(place).as_posix() for p in files)
-        found = Pictures(place, tuple(map(Picture, names)))
-    if not found.items:
-        raise ValueError(f"no images in {place}: PNG, JPEG, WebP, BMP, GIF or TIFF are read")
-    return found
+        listed = _listed(place / INDEX) if (place / INDEX).is_file() else None
+        items = tuple(map(Picture, names)) if listed is None else _with_rest(place, names, listed)
+        found = Pictures(place, items)
+    kept = tuple(p for p in found.items if fnmatch(PurePosixPath(p.name).name, pattern))
+    if not kept:
+        which = "" if pattern == "*" else f" whose names match {pattern}"
+        raise ValueError(f"no images in {place}{which}: PNG, JPEG, WebP, BMP, GIF, TIFF are read")
+    return replace(found, items=kept)
 
 
-def names_in_zip(path: Path) -> list[str]:
-    """The pictures in a zip; ValueError where it is none."""
+def _names_in_zip(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -86,27 +104,31 @@ def names_in_zip(path: Path) -> list[str]:
     return sorted(n for n in wanted if not n.startswith("__MACOSX/"))
 
 
-def listed(index: Path) -> tuple[Picture, ...]:
-    """The images of a samples.json; ValueError where it is not one."""
+def _listed(index: Path) -> tuple[Picture, ...]:
+    """The pictures that a samples.json lists; ValueError where it is none."""
     content = read_json(index)
     entries = content.get("images") if isinstance(content, dict) else None
-    pictures = [listed_one(e) for e in entries] if isinstance(entries, list) else [None]
-    whole = tuple(p for p in pictures if p)
-    if len(whole) < len(pictures):
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("file"), str) for e in entries
+    ):
         raise ValueError(f"{index} lists no images: it should be written by sample.py")
-    return whole
+    return tuple(Picture(e["file"], _seed_in(e), _prompt_in(e)) for e in entries)
 
 
-def listed_one(entry: Any) -> Picture | None:
-    """An entry of samples.json; None for another thing."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        return None
-    seed, prompt = entry.get("seed"), entry.get("prompt")
-    return Picture(
-        entry["file"],
-        seed if isinstance(seed, int) else None,
-        prompt if isinstance(prompt, str) else None,
-    )
+def _with_rest(
+    place: Path, names: Sequence[str], listed: tuple[Picture, ...]
+) -> tuple[Picture, ...]:
+    """The listed pictures, and those of `names` that say themselves that sample.py made them."""
+    index = {picture.name for picture in listed}
+    rest = []
+    for name in (name for name in names if name not in index):
+        try:
+            recipe = _recipe_in(_chunks((place / name).read_bytes()))
+        except UNREADABLE:
+            continue
+        if _seed_in(recipe) is not None:
+            rest.append(Picture(name, _seed_in(recipe), _prompt_in(recipe)))
+    return (*listed, *rest)
 
 
 def subset(pictures: Pictures, count: int | None, seed: int) -> Pictures:
@@ -125,39 +147,45 @@ def subset(pictures: Pictures, count: int | None, seed: int) -> Pictures:
     return replace(pictures, items=tuple(pictures.items[i] for i in chosen))
 
 
-@contextmanager
-def opened(place: Path) -> Iterator[Opener]:
-    """How to open a picture by its name, while the block lasts."""
-    if place.is_dir():
-        yield lambda name: (place / name).open("rb")
-        return
-    with zipfile.ZipFile(place) as archive:
-        yield lambda name: BytesIO(archive.read(name))
+def identities(pictures: Pictures, which: Sequence[int]) -> dict[int, Identity | str]:
+    """What the pictures `which` are, by their places; a reason where one cannot be read."""
+
+    def identify(picture: Picture, content: bytes) -> Identity:
+        recipe = _recipe_in(_chunks(content))
+        seed, prompt = _seed_in(recipe), _prompt_in(recipe)
+        differs = seed not in (None, picture.seed) or prompt not in (None, picture.prompt)
+        disagrees = differs and (picture.seed, picture.prompt) != (None, None)
+        seed = picture.seed if seed is None else seed
+        stem = PurePosixPath(picture.name).stem
+        if seed is None and stem.isdecimal():
+            seed = int(stem)
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        return Identity(digest, seed, picture.prompt if prompt is None else prompt, disagrees)
+
+    return dict(_each(pictures, which, identify, AHEAD))
 
 
-def read_picture(opener: Opener, place: Path, name: str) -> tuple[Tensor, dict[str, str]]:
-    """-> a picture [3, H, W] uint8, grey repeated, on white, and its text chunks.
+def _chunks(content: bytes) -> dict[str, Any]:
+    """The text of an image file, whose pixels are not decoded."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return dict(image.info)
 
-    ValueError, naming it, where it cannot be read.
-    """
-    where = f"{place / name}"
+
+def _recipe_in(text: dict[str, Any]) -> dict[str, Any]:
+    """What sample.py wrote into a picture; empty where it did not."""
     try:
-        with opener(name) as file:
-            pixels, text = read_image(file, where)
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file: {where}") from error
-    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{where} cannot be read: {error}") from error
-    return pixels.expand(3, -1, -1), text
+        recipe = json.loads(text.get(RECIPE, "{}"))
+    except (TypeError, ValueError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
-def prompt_in(text: dict[str, str], name: str) -> str | None:
-    """The prompt in the text chunks that sample.py writes; None where there is none."""
-    if "recipe" not in text:
-        return None
-    recipe = from_json(text["recipe"], f"the recipe in {name}")
-    prompt = recipe.get("prompt") if isinstance(recipe, dict) else None
-    return prompt if isinstance(prompt, str) else None
+def _seed_in(entry: dict[str, Any]) -> int | None:
+    return entry["seed"] if isinstance(entry.get("seed"), int) else None
+
+
+def _prompt_in(entry: dict[str, Any]) -> str | None:
+    return entry["prompt"] if isinstance(entry.get("prompt"), str) else None
 
 
 @dataclass(frozen=True)
@@ -166,11 +194,6 @@ class Alike:
 
     which: list[int]
     images: Tensor  # [n, 3, H, W] uint8
-    texts: list[dict[str, str]]
-
-    def only(self, at: int) -> "Alike":
-        """One of them."""
-        return Alike([self.which[at]], self.images[at : at + 1], [self.texts[at]])
 
 
 def read_batches(
@@ -178,40 +201,63 @@ def read_batches(
 ) -> Iterator[Alike]:
     """Read the items `which`, up to `batch` of them at once, those of one size together.
 
-    The next batch is read while the caller works. What cannot be read goes into `bad`, with the
-    reason, by its name; without `bad` it is a ValueError.
+    Grey is repeated to three channels, what is transparent shows white. What cannot be read goes
+    into `bad`, with the reason, by its name; without `bad` it is a ValueError.
     """
+
+    def read(picture: Picture, content: bytes) -> Tensor:
+        where = str(pictures.place / picture.name)
+        return read_image(io.BytesIO(content), where)[0].expand(3, -1, -1)
+
+    group: list[tuple[int, Tensor]] = []
+    for n, (i, pixels) in enumerate(_each(pictures, which, read, batch), 1):
+        if not isinstance(pixels, str):
+            group.append((i, pixels))
+        elif bad is None:
+            raise ValueError(f"{pixels} (--skip-bad leaves such images out)")
+        else:
+            bad[pictures.items[i].name] = pixels
+        if n % batch == 0 or n == len(which):
+            for size in dict.fromkeys(pixels.shape for _, pixels in group):
+                alike = [(i, pixels) for i, pixels in group if pixels.shape == size]
+                yield Alike([i for i, _ in alike], torch.stack([p for _, p in alike]))
+            group.clear()
+
+
+def _each(
+    pictures: Pictures, which: Sequence[int], work: Callable[[Picture, bytes], R], batch: int
+) -> Iterator[tuple[int, R | str]]:
+    """What `work` makes of each file, in order, a batch ahead; a reason where one is broken."""
     parts = [which[i : i + batch] for i in range(0, len(which), batch)]
-    with opened(pictures.place) as opener, ThreadPoolExecutor(THREADS) as pool:
+    with _opened(pictures.place) as read, ThreadPoolExecutor(THREADS) as pool:
 
-        def read(i: int) -> tuple[Tensor, dict[str, str]] | str:
+        def done(i: int) -> R | str:
+            picture = pictures.items[i]
+            where = pictures.place / picture.name
             try:
-                return read_picture(opener, pictures.place, pictures.items[i].name)
-            except ValueError as error:
-                return str(error)
+                return work(picture, read(picture.name))
+            except FileNotFoundError:
+                return f"no such file: {where}"
+            except UNREADABLE as error:
+                reason = str(error)
+                return (
+                    reason
+                    if reason.startswith(str(where))
+                    else f"{where} is not a readable image: {reason}"
+                )
 
-        ahead = [pool.submit(read, i) for i in parts[0]] if parts else []
+        ahead = [pool.submit(done, i) for i in parts[0]] if parts else []
         for at, part in enumerate(parts):
             now = ahead
-            ahead = [pool.submit(read, i) for i in parts[at + 1]] if at + 1 < len(parts) else []
-            results = [(i, one.result()) for i, one in zip(part, now, strict=True)]
-            yield from grouped(pictures, results, bad)
+            ahead = [pool.submit(done, i) for i in parts[at + 1]] if at + 1 < len(parts) else []
+            yield from ((i, one.result()) for i, one in zip(part, now, strict=True))
 
 
-def grouped(
-    pictures: Pictures,
-    results: Sequence[tuple[int, tuple[Tensor, dict[str, str]] | str]],
-    bad: dict[str, str] | None,
-) -> Iterator[Alike]:
-    """What was read, by size; a reason in place of a picture goes into `bad`."""
-    sizes: dict[torch.Size, list[tuple[int, Tensor, dict[str, str]]]] = {}
-    for i, result in results:
-        if not isinstance(result, str):
-            sizes.setdefault(result[0].shape, []).append((i, *result))
-        elif bad is None:
-            raise ValueError(f"{result} (--skip-bad leaves such images out)")
-        else:
-            bad[pictures.items[i].name] = result
-    for alike in sizes.values():
-        which, images, texts = zip(*alike, strict=True)
-        yield Alike(list(which), torch.stack(images), list(texts))
+@contextmanager
+def _opened(place: Path) -> Iterator[Reader]:
+    """How to read a file by its name, while the block lasts."""
+    if place.is_dir():
+        yield lambda name: (place / name).read_bytes()
+        return
+    with zipfile.ZipFile(place) as archive:
+        yield archive.read

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.features import ABOUT
+from eval.features import EFFICIENTNET as ABOUT
 from eval.frechet import SHIPPED, Moments, Reference, all_moments, load_reference, save_reference
 from eval.machine import provenance
 from rewards.efficientnet import PACKAGES, Features, load_features

@@ -4,10 +4,14 @@
     python -m eval.score samples/epd samples/ddim --reward pickscore
     torchrun --nproc_per_node=2 -m eval.score samples --reward multi
 
-The prompts are those that sample.py wrote into samples.json and the pictures.
+The prompts are those that the pictures say. A score is kept under all that it depends on: the
+picture's content, the prompt, and the reward's code, weights and precision.
 """
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +19,200 @@ import click
 import torch
 from torch import Tensor
 
-from eval.features import stamped
-from eval.gather import on_first
 from eval.machine import provenance
-from eval.pictures import Pictures, find_pictures
-from eval.scores import Scored, Task, open_scores, prompts_for, score_pictures, write_csv
-from rewards.registry import Setup, files_of, load_rewards
-from rewards.scorer import names_of
+from eval.pictures import Identity, Pictures, find_pictures, identities, read_batches
+from rewards.base import Reward, WeightedSum
+from rewards.fingerprint import fingerprint
+from rewards.registry import ADAPTERS, Setup, load_rewards, singles
+from rewards.scorer import names_of, score_all
 from src import ranks
-from src.files import write_json
-from src.intervals import Estimate, mean_of, win_rate
+from src.files import append_jsonl, read_jsonl, write_json, write_text
 from src.options import Device, OneLineCommand, one_line_errors
+from src.stats import Estimate, aligned, mean_of, win_rate
 from src.text import read_prompts
 
-Row = tuple[str, ...]
+CACHE = "cache-{}.jsonl"
 
 
-def summary(scored: Sequence[Scored], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of each reward the mean with its 95 % interval, the spread and the ends."""
-    return {name: described(column(scored, name)) for name in names}
+@dataclass(frozen=True)
+class Scored:
+    """A picture with its scores, each in its reward's own units."""
+
+    name: str
+    seed: int | None
+    prompt: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture to score: its place among the pictures, and what it says of itself."""
+
+    at: int
+    name: str
+    seed: int | None
+    prompt: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored, and how."""
+
+    pictures: Pictures
+    prompts: tuple[str, ...] | None  # one a picture; None: what the pictures say
+    rewards: Mapping[str, Reward]
+    keys: Mapping[str, str]  # what the scores of each single reward are kept under
+    device: torch.device
+    batch: int = 32
+    skip_bad: bool = False
+    by_prompt: bool = True  # whether some reward looks at the prompt
+
+
+def prompts_for(pictures: Pictures, given: tuple[str, ...]) -> tuple[str, ...] | None:
+    """One prompt a picture, in the order of the pictures; None where none is given.
+
+    One serves all. ValueError for any other number.
+    """
+    count = len(pictures.items)
+    if len(given) not in (0, 1, count):
+        raise ValueError(
+            f"{count} images in {pictures.place} need as many prompts, or one, not {len(given)}"
+        )
+    return (given * count if len(given) == 1 else given) or None
+
+
+def score_pictures(task: Task, folder: Path) -> tuple[list[Scored], dict[str, str]]:
+    """All scores, on every rank, and why pictures were left out, by their names.
+
+    Scores that the folder has already are kept; new ones are added batch by batch. Raises
+    ValueError, on every rank, for a picture that cannot be read (unless the task skips it) or
+    has no prompt, and for a reward that breaks.
+    """
+    items, bad = items_of(task)
+    cache = read_cache(folder)
+    ranks.barrier()  # all have read before the first writes
+    kept = {item.at: scores for item in items if (scores := cached(cache, item, task.keys))}
+    missing = ranks.share([item for item in items if item.at not in kept])
+    failed = ""
+    try:
+        for item, scores in score_missing(task, missing, bad):
+            keyed = {task.keys[name]: value for name, value in scores.items()}
+            line = {"picture": item.digest, "prompt": item.prompt, "scores": keyed}
+            append_jsonl(folder / CACHE.format(ranks.rank()), line)
+            kept[item.at] = scores
+    except ValueError as error:
+        failed = str(error)
+    ranks.raise_together(failed)
+    shares = ranks.gather_objects((kept, bad))
+    left_out = {name: why for _, reasons in shares for name, why in reasons.items()}
+    everything = {i: scores for share, _ in shares for i, scores in share.items()}
+    if not everything:
+        why = next(iter(left_out.values()), "")
+        raise ValueError(f"no image in {task.pictures.place} could be scored: {why}")
+    done = [item for item in items if item.at in everything]
+    return [
+        Scored(o.name, o.seed, o.prompt, with_sums(task.rewards, everything[o.at])) for o in done
+    ], left_out
+
+
+def items_of(task: Task) -> tuple[list[Item], dict[str, str]]:
+    """The pictures with their prompts, and why some cannot be read, by name.
+
+    Raises ValueError for these, unless they are skipped, and for a picture whose prompt nobody
+    tells though some reward looks at it.
+    """
+    items: list[Item] = []
+    bad: dict[str, str] = {}
+    mine = identities(task.pictures, ranks.share(range(len(task.pictures.items))))
+    parts = [pair for part in ranks.gather_objects(mine) for pair in part.items()]
+    disagreeing = 0
+    for i, one in sorted(parts, key=lambda pair: pair[0]):
+        name = task.pictures.items[i].name
+        if not isinstance(one, Identity):
+            bad[name] = one
+            continue
+        prompt = task.prompts[i] if task.prompts else one.prompt
+        if prompt is None and task.by_prompt:
+            raise ValueError(f"{name} does not say its prompt: give --prompt or --prompt-file")
+        items.append(Item(i, name, one.seed, prompt or "", one.digest))
+        disagreeing += one.disagrees
+    if bad and not task.skip_bad:
+        raise ValueError(f"{next(iter(bad.values()))} (--skip-bad leaves such images out)")
+    if disagreeing and ranks.is_first():
+        said = "another seed or prompt than they carry themselves, which are believed"
+        click.echo(f"samples.json gives {disagreeing} of {len(items)} images {said}", err=True)
+    return items, bad
+
+
+def read_cache(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The scores that earlier runs wrote, by picture and prompt; ValueError for another file."""
+    cache: dict[tuple[str, str], dict[str, float]] = {}
+    for path in sorted(folder.glob(CACHE.format("*"))):
+        for line in read_jsonl(path):
+            if not isinstance(line, dict) or not line.keys() >= {"picture", "prompt", "scores"}:
+                raise ValueError(f"{path} holds a line that is no score: delete the file")
+            cache.setdefault((line["picture"], line["prompt"]), {}).update(line["scores"])
+    return cache
+
+
+def cached(
+    cache: Mapping[tuple[str, str], Mapping[str, float]], item: Item, keys: Mapping[str, str]
+) -> dict[str, float]:
+    """The scores of a picture by reward; none unless all are there."""
+    scores = cache.get((item.digest, item.prompt), {})
+    there = {name: scores[key] for name, key in keys.items() if key in scores}
+    return there if len(there) == len(keys) else {}
+
+
+def score_missing(
+    task: Task, missing: Sequence[Item], bad: dict[str, str]
+) -> Iterator[tuple[Item, dict[str, float]]]:
+    """The scores by the single rewards of the pictures `missing`, a batch after the other."""
+    by_place = {item.at: item for item in missing}
+    skipped = bad if task.skip_bad else None
+    with ranks.progress(len(missing), "image") as bar:
+        for alike in read_batches(task.pictures, list(by_place), batch=task.batch, bad=skipped):
+            images = alike.images.to(task.device).float() / 255
+            yield from score_images(task, [by_place[i] for i in alike.which], images, bad)
+            bar.update(len(images))
+
+
+def score_images(
+    task: Task, items: Sequence[Item], images: Tensor, bad: dict[str, str]
+) -> Iterator[tuple[Item, dict[str, float]]]:
+    """The scores of images of one size; those that have none go into `bad`, one by one.
+
+    ValueError instead, with the first and the last image, where the task does not skip them.
+    """
+    rewards: dict[str, Reward] = {}
+    for name, reward in task.rewards.items():
+        rewards |= reward.rewards if isinstance(reward, WeightedSum) else {name: reward}
+    try:
+        scores = score_all(rewards, images, [item.prompt for item in items], batch=task.batch)
+    except ValueError as error:
+        if not task.skip_bad:
+            where = f"images {items[0].name} to {items[-1].name}"
+            raise ValueError(f"{error} ({where})") from error
+        if len(items) == 1:
+            bad[items[0].name] = str(error)
+        else:
+            for at, item in enumerate(items):
+                yield from score_images(task, [item], images[at : at + 1], bad)
+        return
+    for item, row in zip(items, torch.stack(list(scores.values()), 1).tolist(), strict=True):
+        yield item, dict(zip(scores, row, strict=True))
+
+
+def with_sums(rewards: Mapping[str, Reward], scores: dict[str, float]) -> dict[str, float]:
+    """The scores of a picture by single rewards, with those of the weighted sums."""
+    parts = {name: torch.tensor([value]) for name, value in scores.items()}
+    sums = {n: r.mean(parts).item() for n, r in rewards.items() if isinstance(r, WeightedSum)}
+    return scores | sums
 
 
 def described(values: Tensor) -> dict[str, float]:
-    """What is said of scores [N]."""
+    """What is said of scores [N]: the mean with its 95 % interval, the spread and the ends."""
     spread = values.std(correction=1 if len(values) > 1 else 0).item()
     ends = {"min": values.min().item(), "max": values.max().item()}
     return {**named(mean_of(values)), "std": spread, **ends}
@@ -58,17 +233,13 @@ def pairs(first: Sequence[Scored], second: Sequence[Scored]) -> list[tuple[Score
 
     ValueError where there are none, and where one place has two of them.
     """
-
-    def by_key(scored: Sequence[Scored]) -> dict[tuple[str, str], Scored]:
-        found: dict[tuple[str, str], Scored] = {}
+    sides: list[dict[tuple[str, str], Scored]] = [{}, {}]
+    for side, scored in zip(sides, (first, second), strict=True):
         for one in scored:
-            name = one.name if one.seed is None else f"seed {one.seed}"
-            if (other := found.setdefault((name, one.prompt), one)) is not one:
+            key = (one.name if one.seed is None else f"seed {one.seed}", one.prompt)
+            if (other := side.setdefault(key, one)) is not one:
                 raise ValueError(f"{other.name} and {one.name} have one seed and prompt")
-        return found
-
-    mine, theirs = by_key(first), by_key(second)
-    both = [(one, theirs[key]) for key, one in mine.items() if key in theirs]
+    both = [(one, sides[1][key]) for key, one in sides[0].items() if key in sides[1]]
     if not both:
         raise ValueError("the two have no picture of one seed and prompt: nothing to compare")
     return both
@@ -76,40 +247,18 @@ def pairs(first: Sequence[Scored], second: Sequence[Scored]) -> list[tuple[Score
 
 def versus(
     both: Sequence[tuple[Scored, Scored]], names: Sequence[str]
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, Estimate]]:
     """Of each reward both means, the second's lead over the first, and how often it wins."""
-    found = {}
+    numbers = {}
     for name in names:
         a, b = (column([pair[side] for pair in both], name) for side in (0, 1))
-        found[name] = {
-            "first": named(mean_of(a)),
-            "second": named(mean_of(b)),
-            "difference": named(mean_of(b - a)),
-            "win_rate": named(win_rate(b - a)),
+        numbers[name] = {
+            "first": mean_of(a),
+            "second": mean_of(b),
+            "difference": mean_of(b - a),
+            "win_rate": win_rate(b - a),
         }
-    return found
-
-
-def interval(numbers: Mapping[str, float], digits: int = 4) -> str:
-    """`0.2731 [0.2712, 0.2749]`."""
-    mean, low, high = (f"{numbers[name]:.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def table(head: Row, rows: Sequence[Row]) -> str:
-    """Columns under their heads."""
-    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
-    lines = [head, tuple("-" * width for width in widths), *rows]
-    padded = (
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-    return "\n".join(padded)
-
-
-def settings_of(names: Sequence[str], setup: Setup) -> dict[str, Any]:
-    """What scores depend on besides the pictures."""
-    files = files_of(names, setup.paths)
-    return {"amp": setup.amp, **{f"weights of {n}": stamped(p) for n, p in files.items()}}
+    return numbers
 
 
 class NamedPath(click.ParamType):
@@ -137,12 +286,14 @@ def scores_folder(pictures: Pictures, outdir: Path | None, at: int, of: int) -> 
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
-@click.argument("places", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("places", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--images", multiple=True, type=click.Path(path_type=Path), help="More places.")
+@click.option("--pattern", default="*", help="Of file names: '*.png'.")
 @click.option(
     "--reward", "names", multiple=True, required=True, help="Repeatable: hps, multi, ..."
 )
 @click.option("--prompt", multiple=True, help="One for all images, or one an image.")
-@click.option("--prompt-file", "--prompt_file", help=".txt, one a line, or .csv (text).")
+@click.option("--prompt-file", "--prompt_file", "--prompts", help=".txt, or .csv (text).")
 @click.option(
     "--weights", type=NamedPath(), multiple=True, help="Where else they are; repeatable."
 )
@@ -150,10 +301,13 @@ def scores_folder(pictures: Pictures, outdir: Path | None, at: int, of: int) -> 
 @click.option("--amp", is_flag=True, help="Half precision in the networks.")
 @click.option("--skip-bad", "--skip_bad", is_flag=True, help="Leave out, count and list.")
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: scores in each folder.")
+@click.option("--output-json", "--output_json", type=click.Path(path_type=Path), help="All, too.")
 @click.option("--device", type=Device(), default="auto")
 @one_line_errors
 def main(  # noqa: PLR0913 - one parameter an option
     places: tuple[Path, ...],
+    images: tuple[Path, ...],
+    pattern: str,
     names: tuple[str, ...],
     prompt: tuple[str, ...],
     prompt_file: str | None,
@@ -162,6 +316,7 @@ def main(  # noqa: PLR0913 - one parameter an option
     amp: bool,
     skip_bad: bool,
     outdir: Path | None,
+    output_json: Path | None,
     device: torch.device,
 ) -> None:
     """Score a folder, a zip or a samples.json; of two, also tell which is better, pair by pair.
@@ -172,51 +327,62 @@ def main(  # noqa: PLR0913 - one parameter an option
     python -m eval.score samples/sd15/epd_nfe5 --reward hps --reward imagereward
     python -m eval.score samples/a samples/b --reward multi:hps=1,clip=0.5 --skip-bad
     """  # noqa: D301
-    if len(places) > 2:
+    places = (*places, *images)
+    if not 0 < len(places) <= 2:
         raise ValueError(f"{len(places)} places: give one, or two to compare")
     if prompt and prompt_file:
         raise ValueError("--prompt and --prompt-file are given: choose one of them")
-    given = read_prompts(prompt_file) if prompt_file else prompt
-    found = [find_pictures(place) for place in places]
-    prompts = [prompts_for(pictures, given) for pictures in found]
+    texts = read_prompts(prompt_file) if prompt_file else prompt
+    found = [find_pictures(place, pattern) for place in places]
+    prompts = [prompts_for(pictures, texts) for pictures in found]
     setup = Setup(ranks.init(device), amp, dict(weights))
-    settings = settings_of(names, setup)
     rewards = load_rewards(names, setup)
+    keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
+    by_prompt = any(n not in ADAPTERS or ADAPTERS[n].by_prompt for n in keys)
     scored = []
     for at, pictures in enumerate(found):
-        task = Task(pictures, prompts[at], rewards, setup.device, batch, skip_bad)
+        task = Task(pictures, prompts[at], rewards, keys, setup.device, batch, skip_bad, by_prompt)
         folder = scores_folder(pictures, outdir, at, len(found))
-        scored.append(score_place(task, folder, settings))
+        rows, left_out = score_pictures(task, folder)
+        ranks.on_first(lambda: report(task, folder, rows, left_out, setup))  # noqa: B023
+        scored.append(rows)
     if len(scored) == 2:
         folder = outdir or scores_folder(found[0], None, 0, 2)
-        on_first(lambda: compare(places, scored, names_of(rewards), folder))
+        ranks.on_first(lambda: compare(places, scored, names_of(rewards), folder))
+    if output_json:
+        of = names_of(rewards)
+        content = {
+            "rewards": {name: described(column(scored[0], name)) for name in of},
+            "images": [{"file": s.name, "prompt": s.prompt, **s.scores} for s in scored[0]],
+        }
+        ranks.on_first(lambda: write_json(output_json, content))
     ranks.close()
 
 
-def score_place(task: Task, folder: Path, settings: Mapping[str, Any]) -> list[Scored]:
+def report(
+    task: Task, folder: Path, scored: Sequence[Scored], left_out: dict[str, str], setup: Setup
+) -> None:
     """The scores of a place, written and printed."""
-    on_first(lambda: open_scores(folder, settings))
-    scored, left_out = score_pictures(task, folder)
-    names = names_of(task.rewards)
-
-    def report() -> None:
-        numbers = summary(scored, names)
-        about = {"place": str(task.pictures.place), "count": len(scored), "left_out": left_out}
-        write_csv(folder / "scores.csv", scored, names)
-        write_json(
-            folder / "summary.json",
-            {**about, "rewards": numbers, "settings": settings, **provenance(task.device)},
-        )
-        click.echo(f"{len(scored)} images of {task.pictures.place}; all in {folder}")
-        rows = [(n, interval(v), f"{v['std']:.4f}") for n, v in numbers.items()]
-        click.echo(table(("reward", "mean [95 %]", "spread"), rows))
-        if left_out:
-            click.echo(f"{len(left_out)} images left out:", err=True)
-        for name, why in left_out.items():
-            click.echo(f"  {name}: {why}", err=True)
-
-    on_first(report)
-    return scored
+    names, place = names_of(task.rewards), task.pictures.place
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["file", "seed", "prompt", *names])
+    for one in scored:
+        seed = "" if one.seed is None else one.seed
+        writer.writerow([one.name, seed, one.prompt, *(repr(one.scores[n]) for n in names)])
+    write_text(folder / "scores.csv", text.getvalue())
+    numbers = {name: described(column(scored, name)) for name in names}
+    settings = {"amp": setup.amp, **{f"weights of {n}": str(p) for n, p in setup.paths.items()}}
+    about = {"place": str(place), "count": len(scored), "left_out": left_out}
+    about |= {"rewards": numbers, "settings": settings, "fingerprints": list(task.keys.values())}
+    write_json(folder / "summary.json", {**about, **provenance(task.device)})
+    click.echo(f"{len(scored)} images of {place}; all in {folder}")
+    rows = [(n, str(mean_of(column(scored, n))), f"{v['std']:.4f}") for n, v in numbers.items()]
+    click.echo(aligned([("reward", "mean [95 %]", "spread"), *rows]))
+    if left_out:
+        click.echo(f"{len(left_out)} images left out:", err=True)
+    for name, why in left_out.items():
+        click.echo(f"  {name}: {why}", err=True)
 
 
 def compare(
@@ -227,11 +393,11 @@ def compare(
     numbers = versus(both, names)
     about = {"first": str(places[0]), "second": str(places[1]), "pairs": len(both)}
     unpaired = [len(one) - len(both) for one in scored]
-    write_json(folder / "versus.json", {**about, "unpaired": unpaired, "rewards": numbers})
+    plain = {n: {what: named(e) for what, e in of.items()} for n, of in numbers.items()}
+    write_json(folder / "versus.json", {**about, "unpaired": unpaired, "rewards": plain})
     click.echo(f"{len(both)} pairs of one seed and prompt, {sum(unpaired)} images without")
-    head = ("reward", "second - first [95 %]", "second wins [95 %]")
-    rows = [(n, interval(v["difference"]), interval(v["win_rate"], 3)) for n, v in numbers.items()]
-    click.echo(table(head, rows))
+    rows = [(n, str(v["difference"]), str(v["win_rate"])) for n, v in numbers.items()]
+    click.echo(aligned([("reward", "second - first [95 %]", "second wins [95 %]"), *rows]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -89,6 +89,24 @@ def gather_objects(item: Any) -> list[Any]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def raise_together(failed: str) -> None:
+    """ValueError on every rank, if any failed with a reason: no rank waits for one that went."""
+    reasons = [reason for reason in gather_objects(failed) if reason]
+    if reasons:
+        raise ValueError(reasons[0])
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Do the work on the first rank; what is wrong there is a ValueError on all."""
+    failed = ""
+    if is_first():
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            failed = str(error)
+    raise_together(failed)
 
 
 class Lines:

@@ -1,6 +1,10 @@
-"""FID's arithmetic against an independent one, and its two commands."""
+"""The Frechet distance, KID, precision and recall against others' arithmetic; the two commands."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +12,172 @@ import pytest
 import scipy.linalg
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from eval.fid import main
-from eval.frechet import frechet_distance, moments
-from eval.kid import kernel_distance, precision_recall
-from rewards.clip import load_towers
+from eval.fid import (
+    frechet_distance,
+    kernel_distance,
+    load_statistics,
+    main,
+    merged,
+    precision_recall,
+    statistics_of,
+)
 from src.images import read_png, save_png
-from tests.eval.pictures import CHEAP, features, fill
-from tests.rewards.twins import write_open_clip_folder
+from tests.eval.pictures import CHEAP, features, fill, refused
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "src/models/fashion-mnist-32/test-features.npz"
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def covariance(d: int) -> Tensor:
+    a = normal(d, d)
+    return a @ a.T / d
+
+
+def pytorch_fids(a: np.ndarray, b: np.ndarray) -> float:
+    """Eq. 6 of arXiv:1706.08500 with a matrix square root."""
+    mu1, mu2 = a.mean(0), b.mean(0)
+    sigma1, sigma2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.real(np.asarray(scipy.linalg.sqrtm(sigma1 @ sigma2)))
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root))
+
+
+# --- arithmetic ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [200, 40])  # more and fewer images than features
+def test_the_distance_is_that_of_pytorch_fid_and_of_torch_fidelity(count: int) -> None:
+    a = normal(count, 64) @ normal(64, 64)
+    b = normal(150, 64) @ normal(64, 64) + 0.3
+    x, y = statistics_of(a), statistics_of(b)
+    both = [fid_features_to_statistics(t) for t in (a, b)]
+    theirs = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    assert x.distance(y) == pytest.approx(theirs, rel=1e-6)
+    assert x.distance(y) == pytest.approx(pytorch_fids(a.numpy(), b.numpy()), rel=1e-6)
+
+
+def test_numbers_by_hand() -> None:
+    """Equal covariances; independent numbers; N(1, 4) and N(3, 9); two that do not commute."""
+    mu, shift, sigma = normal(6), normal(6), covariance(6)
+    far = frechet_distance(mu, sigma, mu + shift, sigma)
+    assert far == pytest.approx(shift.square().sum().item(), rel=1e-9)
+    a, b, zero = normal(7).abs(), normal(7).abs(), torch.zeros(7)
+    spread = frechet_distance(zero, a.square().diag(), zero, b.square().diag())
+    assert spread == pytest.approx((a - b).square().sum().item(), rel=1e-9)
+    one = torch.ones(1)
+    assert frechet_distance(one, 4 * torch.eye(1), 3 * one, 9 * torch.eye(1)) == pytest.approx(5)
+    p, q = torch.tensor([[2.0, 1], [1, 1]]).double(), torch.tensor([[1.0, 0], [0, 3]]).double()
+    # for 2x2 matrices tr(M^(1/2)) = sqrt(tr M + 2 sqrt(det M))
+    root = ((p @ q).trace() + 2 * (p @ q).det().sqrt()).sqrt()
+    expected = (p.trace() + q.trace() - 2 * root).item()
+    assert frechet_distance(zero[:2], p, zero[:2], q) == pytest.approx(expected, rel=1e-9)
+
+
+def test_it_is_the_same_both_ways_in_any_rotation_and_for_singular_covariances() -> None:
+    (m1, s1), (m2, s2) = ((normal(5), covariance(5)) for _ in range(2))
+    turn, there = torch.linalg.qr(normal(5, 5)).Q, frechet_distance(m1, s1, m2, s2)
+    assert frechet_distance(m2, s2, m1, s1) == pytest.approx(there, rel=1e-9)
+    turned = frechet_distance(turn @ m1, turn @ s1 @ turn.T, turn @ m2, turn @ s2 @ turn.T)
+    assert turned == pytest.approx(there, rel=1e-9)
+    line, zero = torch.ones(4, 4) / 4, torch.zeros(4)  # a projection: both live on one line
+    assert frechet_distance(zero, 4 * line, zero, 9 * line) == pytest.approx(1, abs=1e-6)
+    assert frechet_distance(zero, line, zero, torch.zeros(4, 4)) == pytest.approx(1, abs=1e-6)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8))
+def test_any_split_into_batches_gives_the_same_statistics(sizes: list[int]) -> None:
+    drawn = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(3)) * 3 + 1000
+    whole, (first, *rest) = statistics_of(drawn), map(statistics_of, drawn.split(sizes))
+    total = first
+    for part in rest:
+        total = merged(total, part)
+    assert total.count == whole.count
+    assert torch.allclose(total.mean, drawn.double().mean(0), rtol=1e-12)
+    assert torch.allclose(total.covariance, drawn.double().T.cov(), rtol=1e-8, atol=1e-8)
+
+
+def points(count: int, seed: int, shift: float = 0.0) -> Tensor:
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def by_pairs(x: Tensor, y: Tensor) -> float:
+    """The unbiased estimate of KID, pair by pair."""
+
+    def k(a: Tensor, b: Tensor) -> float:
+        return (float(np.dot(a.double().numpy(), b.double().numpy())) / len(a) + 1) ** 3
+
+    def within(s: Tensor) -> float:
+        pairs = [(i, j) for i in range(len(s)) for j in range(len(s)) if i != j]
+        return sum(k(s[i], s[j]) for i, j in pairs) / len(pairs)
+
+    between = [k(a, b) for a in x for b in y]
+    return within(x) + within(y) - 2 * sum(between) / len(between)
+
+
+def test_the_kernel_distance_is_that_of_all_pairs_with_the_jackknifes_interval() -> None:
+    x, y = points(7, 2), points(6, 3, 1.0)
+    kid = kernel_distance(x, y)
+    assert kid.value == pytest.approx(by_pairs(x, y), rel=1e-10)
+    less_x = np.array([by_pairs(x[torch.arange(7) != i], y) for i in range(7)])
+    less_y = np.array([by_pairs(x, y[torch.arange(6) != i]) for i in range(6)])
+    variance = sum((len(t) - 1) / len(t) * ((t - t.mean()) ** 2).sum() for t in (less_x, less_y))
+    assert (kid.high - kid.low) / 2 == pytest.approx(1.96 * np.sqrt(variance), rel=1e-4)
+
+
+def test_it_is_unbiased_and_its_interval_covers_the_truth() -> None:
+    """For x ~ N(0, 1), y ~ N(1, 1) in one dimension, E (xy + 1)^3 in closed form.
+
+    E (xx' + 1)^3 = 1 + 3 m^2 + 3 s^2 + t^2, with m, s, t the first three moments: 4 for x, and
+    for y 1 + 3 + 3 * 4 + 16 = 32; between them 1 + 0 + 3 * 1 * 2 + 0 = 7.
+    """
+    truth = 4 + 32 - 2 * 7
+    drawn = torch.randn(400, 2, 60, 1, generator=torch.Generator().manual_seed(0))
+    kids = [kernel_distance(x, y + 1) for x, y in drawn]
+    values = torch.tensor([one.value for one in kids])
+    assert abs(values.mean().item() - truth) < 3 * values.std().item() / 20
+    assert 0.88 < sum(one.low <= truth <= one.high for one in kids) / len(kids) < 0.99
+
+
+def test_precision_and_recall_of_points_on_a_line() -> None:
+    """Third neighbours: of 0 1 2 3 at 3 2 2 3, which reach -3 to 6; of 4 5 6 20 at 16 15 14 16.
+
+    Of 4 5 6 20 three lie in -3 to 6; of 0 1 2 3 all lie in 4 - 16 to 36. One image again and
+    again is precise but recalls nothing.
+    """
+    line = [torch.tensor(p)[:, None] for p in ([0.0, 1, 2, 3], [4.0, 5, 6, 20], [2.0] * 4)]
+    assert precision_recall(line[1], line[0]) == (0.75, 1.0)
+    assert precision_recall(line[2], torch.arange(6.0)[:, None]) == (1.0, 1 / 6)
+    x = points(40, 6)
+    assert precision_recall(x, x) == (1.0, 1.0)
+    assert precision_recall(x, x + 100) == (0.0, 0.0)
+
+
+def test_statistics_that_do_not_fit_are_refused() -> None:
+    nan = float("nan")
+    with pytest.raises(ValueError, match="sizes"):
+        frechet_distance(torch.zeros(2), torch.eye(3), torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match="NaN"):
+        frechet_distance(torch.zeros(2), torch.full((2, 2), nan), torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match="NaN"):
+        statistics_of(torch.full((2, 3), nan))
+    with pytest.raises(ValueError, match="3 images of each set, not 2 and 5"):
+        kernel_distance(points(2, 0), points(5, 1))
+    with pytest.raises(ValueError, match="two kinds"):
+        kernel_distance(points(5, 0), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="4 images of each set, not 3 and 9"):
+        precision_recall(points(3, 0), points(9, 0))
+
+
+# --- commands -----------------------------------------------------------------------------
 
 
 def run(*options: object) -> Result:
@@ -26,103 +188,57 @@ def cheap(command: str, *options: object) -> Result:
     return run(command, *options, "--features", CHEAP, "--device", "cpu")
 
 
-def seen(folder: Path) -> torch.Tensor:
+def calc(tmp_path: Path, *options: object) -> dict:
+    done = cheap("calc", *options, "--out", tmp_path / "out.json")
+    assert done.exit_code == 0, done.output
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def seen(folder: Path) -> Tensor:
     images = [read_png(path)[0] for path in sorted(folder.glob("*.png"))]
     return torch.cat([features(image[None]) for image in images])
 
 
-def scipys(a: np.ndarray, b: np.ndarray) -> float:
-    """Eq. 6 of arXiv:1706.08500 with a matrix square root."""
-    mu1, mu2 = a.mean(0), b.mean(0)
-    sigma1, sigma2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.real(np.asarray(scipy.linalg.sqrtm(sigma1 @ sigma2)))
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root))
-
-
-def test_the_distance_is_that_of_scipys_matrix_root() -> None:
-    generator = np.random.default_rng(0)
-    a = generator.normal(size=(200, 64)) @ generator.normal(size=(64, 64))
-    b = generator.normal(size=(150, 64)) @ generator.normal(size=(64, 64)) + 0.3
-    x, y = moments(torch.from_numpy(a)), moments(torch.from_numpy(b))
-    found = frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
-    assert found == pytest.approx(scipys(a, b), rel=1e-9)
-
-
-def test_clip_features_are_its_image_embeddings(tmp_path: Path) -> None:
-    """Of the model that the reward clip loads."""
-    towers = write_open_clip_folder(tmp_path / "clip")
-    folder, out = fill(tmp_path / "a", 6), tmp_path / "a.npz"
-    options = ["--features", "clip", "--weights", towers, "--device", "cpu"]
-    done = run("ref", "--data", folder, "--dest", out, "--keep_features", *options)
-    assert done.exit_code == 0, done.output
-    reward = load_towers(towers, torch.device("cpu"), False)
-    image, _ = read_png(folder / "000003.png")
-    with np.load(out) as file:
-        expected = reward.images(image[None])[0].detach().numpy()
-        assert np.allclose(file["features"][3], expected, atol=1e-5)
-        assert "of length 1 [16], input 32x32" in str(file["about"])
-
-
-def test_a_reference_is_edms_file(tmp_path: Path) -> None:
+def test_a_reference_is_edms_file_and_edms_file_a_reference(tmp_path: Path) -> None:
     """Which its own script reads: mu and sigma, in float64."""
-    folder = fill(tmp_path / "images", 12)
-    done = cheap("ref", "--data", folder, "--dest", tmp_path / "ref.npz")
-    assert done.exit_code == 0, done.output
-    known = seen(folder).double().numpy()
+    a, b = fill(tmp_path / "a", 12), fill(tmp_path / "b", 15, 100)
+    assert cheap("ref", "--data", b, "--dest", tmp_path / "ref.npz").exit_code == 0
+    known = seen(b).double().numpy()
     with np.load(tmp_path / "ref.npz") as file:
         assert file["mu"].dtype == file["sigma"].dtype == np.float64
         assert np.allclose(file["mu"], known.mean(0), rtol=1e-6)
         assert np.allclose(file["sigma"], np.cov(known, rowvar=False), rtol=1e-4, atol=1e-8)
+    np.savez(tmp_path / "edm.npz", mu=known.mean(0), sigma=np.cov(known, rowvar=False))
+    by_file = calc(tmp_path, "--images", a, "--ref", tmp_path / "edm.npz")
+    expected = pytorch_fids(seen(a).double().numpy(), known)
+    assert by_file["fid"] == pytest.approx(expected, abs=1e-6)
+    assert (by_file["count"], by_file["ref_count"], by_file["left_out"]) == (12, None, {})
 
 
-def test_a_file_of_edm_is_a_reference(tmp_path: Path) -> None:
-    a, b = fill(tmp_path / "a", 12), seen(fill(tmp_path / "b", 15, 100)).double().numpy()
-    np.savez(tmp_path / "edm.npz", mu=b.mean(0), sigma=np.cov(b, rowvar=False))
-    out = tmp_path / "out.json"
-    done = cheap("calc", "--images", a, "--ref", tmp_path / "edm.npz", "--out", out)
-    assert done.exit_code == 0, done.output
-    found = json.loads(out.read_text())
-    assert found["fid"] == pytest.approx(scipys(seen(a).double().numpy(), b), abs=1e-6)
-    assert (found["count"], found["ref_count"], found["left_out"]) == (12, None, {})
-    assert f"{found['fid']:.6g}" in done.output
-
-
-def test_all_metrics_against_a_folder_a_zip_and_a_kept_reference(tmp_path: Path) -> None:
+def test_all_metrics_against_a_folder_and_a_kept_reference(tmp_path: Path) -> None:
     a, b = fill(tmp_path / "a", 12), fill(tmp_path / "b", 15, 100)
     done = cheap("ref", "--data", b, "--dest", tmp_path / "b.npz", "--keep_features")
     assert done.exit_code == 0, done.output
-    found = []
-    for place in (b, tmp_path / "b.npz"):
-        out = tmp_path / "out.json"
-        options = ["--images", a, "--ref", place, "--metrics", "fid,kid,pr", "--out", out]
-        done = cheap("calc", *options, "--batch", 1 + len(found) * 6)
-        assert done.exit_code == 0, done.output
-        found.append(json.loads(out.read_text()))
-    kid = kernel_distance(seen(a), seen(b))
-    precision, recall = precision_recall(seen(a), seen(b))
-    for one in found:
-        assert one["fid"] == pytest.approx(found[0]["fid"], rel=1e-6)
+    kid, (precision, recall) = (
+        kernel_distance(seen(a), seen(b)),
+        precision_recall(seen(a), seen(b)),
+    )
+    for batch, place in ((1, b), (7, tmp_path / "b.npz")):
+        options = ["--images", a, "--ref", place, "--metrics", "fid,kid,pr", "--batch", batch]
+        one = calc(tmp_path, *options)
+        assert one["fid"] == pytest.approx(statistics_of(seen(a)).distance(statistics_of(seen(b))))
         assert one["kid"] == pytest.approx(kid.value, rel=1e-4)
         assert one["kid_95"] == pytest.approx([kid.low, kid.high], rel=1e-4)
         assert (one["precision"], one["recall"]) == (precision, recall)
 
 
-def test_a_set_is_at_no_distance_from_itself(tmp_path: Path) -> None:
-    folder, out = fill(tmp_path / "a", 12), tmp_path / "out.json"
-    assert cheap("calc", "--images", folder, "--ref", folder, "--out", out).exit_code == 0
-    assert json.loads(out.read_text())["fid"] == pytest.approx(0, abs=1e-6)
-
-
 def test_num_draws_a_subset_by_the_seed(tmp_path: Path) -> None:
-    folder, found = fill(tmp_path / "a", 12), []
-    for seed in (0, 0, 1):
-        out = tmp_path / "out.json"
-        options = ["--num", 6, "--seed", seed, "--out", out]
-        done = cheap("calc", "--images", folder, "--ref", folder, *options)
-        assert done.exit_code == 0, done.output
-        found.append(json.loads(out.read_text()))
-    assert [one["count"] for one in found] == [6, 6, 6]
-    assert found[0]["fid"] == found[1]["fid"] != found[2]["fid"]
+    folder = fill(tmp_path / "a", 12)
+    options = ["--images", folder, "--ref", folder]
+    assert calc(tmp_path, *options)["fid"] == pytest.approx(0, abs=1e-6)
+    some = [calc(tmp_path, *options, "--num", 6, "--seed", seed) for seed in (0, 0, 1)]
+    assert [one["count"] for one in some] == [6, 6, 6]
+    assert some[0]["fid"] == some[1]["fid"] != some[2]["fid"]
 
 
 def test_few_images_come_with_a_warning(tmp_path: Path) -> None:
@@ -130,65 +246,94 @@ def test_few_images_come_with_a_warning(tmp_path: Path) -> None:
     assert "not more than the 5 features" in done.stderr
 
 
-def refused(done: Result, said: str) -> None:
-    assert done.exit_code != 0
-    last = done.output.strip().splitlines()
-    assert said in last[-1], done.output
-    assert len(last) == 1, done.output
+def test_bad_pictures_and_features_are_refused_or_left_out_and_listed(tmp_path: Path) -> None:
+    a, b = fill(tmp_path / "a", 9), fill(tmp_path / "b", 9)
+    broken = a / "000002.png"
+    broken.write_bytes(broken.read_bytes()[:70])
+    save_png(a / "000003.png", torch.zeros(3, 8, 8))
+    options = ["calc", "--images", a, "--ref", b, "--device", "cpu"]
+    options += ["--features", "tests.eval.pictures:nan_features"]
+    refused(run(*options), "000002.png is not a readable")
+    broken.unlink()
+    refused(run(*options), "the features of " + str(a / "000003.png") + " are not finite")
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = run(*options, "--skip-bad", "--out", tmp_path / "out.json")
+    assert done.exit_code == 0, done.output
+    assert "2 images left out" in done.stderr
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert (told["count"], sorted(told["left_out"])) == (7, ["000002.png", "000003.png"])
 
 
-def test_each_mistake_is_one_line(tmp_path: Path) -> None:
-    a = fill(tmp_path / "a", 6)
-    none, text, nan = (tmp_path / n for n in ("none.npz", "text.npz", "nan.npz"))
-    text.write_text("no reference")
-    np.savez(nan, mu=np.full(5, np.nan), sigma=np.eye(5))
-    np.savez(tmp_path / "7.npz", mu=np.zeros(7), sigma=np.eye(7))
-    images = ["calc", "--images", a, "--ref"]
-    refused(cheap(*images, none), "no reference statistics at")
-    refused(cheap(*images, text), "holds no reference statistics")
-    refused(cheap(*images, nan), "NaN")
-    refused(cheap(*images, tmp_path / "7.npz"), "the images have 5 features, the reference 7")
-    refused(cheap(*images, a, "--num", 7), "has 6 images, not 7: lower --num")
-    refused(cheap(*images, a, "--metrics", "fib"), "no metric 'fib': did you mean fid?")
-    refused(cheap("calc", "--images", tmp_path / "none", "--ref", a), "no such folder")
-    refused(run("calk"), "No such command 'calk'")
-    refused(run(*images, a, "--features", "inceptoin"), "did you mean inception?")
-    refused(run(*images, a, "--weights", none), "inception: no such file or folder")
-    refused(run(*images, a, "--weights", text), "text.npz is no file of weights")
-    refused(cheap("ref", "--data", a, "--dest", tmp_path / "ref.txt"), "must end in .npz")
+def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
+    a, b = fill(tmp_path / "a", 11), fill(tmp_path / "b", 9, 50)
+    alone = calc(tmp_path, "--images", a, "--ref", b, "--metrics", "fid,kid,pr")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "eval.fid", "calc", "--images", str(a), "--ref", str(b)]
+    command += ["--features", CHEAP, "--device", "cpu", "--batch", "2", "--metrics", "fid,kid,pr"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / f"{rank}.json")],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    together = json.loads((tmp_path / "0.json").read_text())
+    for name in ("fid", "kid", "precision", "recall", "count"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-6)
+    assert not (tmp_path / "1.json").exists()
 
 
-def test_missing_weights_are_told_with_the_way_to_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EPD_INCEPTION", "EPD_CLIP"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
-    a = fill(tmp_path / "a", 3)
-    refused(run("calc", "--images", a, "--ref", a), "missing weights: inception")
-    refused(run("calc", "--images", a, "--ref", a, "--features", "clip"), "missing weights: clip")
+    a = fill(tmp_path / "a", 6)
+    none, text, nan, single = (tmp_path / n for n in ("no.npz", "t.npz", "nan.npz", "one.npz"))
+    text.write_text("no reference")
+    np.savez(nan, mu=np.full(5, np.nan), sigma=np.eye(5))
+    with single.open("wb") as file:
+        np.save(file, np.zeros(3))
+    np.savez(tmp_path / "7.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(5), sigma=np.eye(4))
+    assert cheap("ref", "--data", a, "--dest", tmp_path / "a.npz").exit_code == 0
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    images = ["calc", "--images", a, "--ref"]
+    other = ["--features", "tests.eval.pictures:nan_features"]
+    table = (
+        (cheap(*images, none), "no reference statistics at"),
+        (cheap(*images, text), "holds no reference statistics"),
+        (cheap(*images, tmp_path / "cut.npz"), "holds no reference statistics"),
+        (cheap(*images, single), "holds no reference statistics"),
+        (cheap(*images, nan), "NaN"),
+        (cheap(*images, tmp_path / "odd.npz"), "do not fit"),
+        (cheap(*images, tmp_path / "7.npz"), "the images have 5 features, the reference 7"),
+        (cheap(*images, a, "--num", 7), "has 6 images, not 7: lower --num"),
+        (cheap(*images, a, "--metrics", "fib"), "no metric 'fib': did you mean fid?"),
+        (cheap(*images, tmp_path / "a.npz", "--metrics", "kid"), "holds no features, which kid"),
+        (cheap("calc", "--images", tmp_path / "none", "--ref", a), "no such folder"),
+        (cheap("ref", "--data", a, "--dest", tmp_path / "ref.txt"), "must end in .npz"),
+        (run("calk"), "No such command 'calk'"),
+        (run(*images, tmp_path / "a.npz", *other, "--device", "cpu"), "holds other features"),
+        (run(*images, a, "--features", "inceptoin"), "did you mean inception?"),
+        (run(*images, a, "--weights", none), "inception: no such file or folder"),
+        (run(*images, a), "missing weights: inception"),
+        (run(*images, a, "--features", "clip"), "missing weights: clip"),
+        (run(*images, a, "--features", "dinov2"), "--weights FOLDER"),
+    )
+    for done, words in table:
+        refused(done, words)
 
 
-def test_a_reference_of_other_features_is_refused(tmp_path: Path) -> None:
-    a, dest = fill(tmp_path / "a", 6), tmp_path / "a.npz"
-    assert cheap("ref", "--data", a, "--dest", dest).exit_code == 0
-    other = "tests.eval.pictures:nan_features"
-    done = run("calc", "--images", a, "--ref", dest, "--features", other, "--device", "cpu")
-    refused(done, "holds other features")
-    done = cheap("calc", "--images", a, "--ref", dest, "--metrics", "kid")
-    refused(done, "holds no features, which kid and pr need")
-
-
-def test_a_truncated_picture_is_refused_or_counted(tmp_path: Path) -> None:
-    a, b = fill(tmp_path / "a", 9), fill(tmp_path / "b", 9)
-    save_png(b / "000003.png", torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    broken = a / "000002.png"
-    broken.write_bytes(broken.read_bytes()[:70])
-    refused(cheap("calc", "--images", a, "--ref", b), "000002.png is not a readable")
-    out = tmp_path / "out.json"
-    done = cheap("calc", "--images", a, "--ref", b, "--skip-bad", "--out", out)
-    assert done.exit_code == 0, done.output
-    assert "1 images left out" in done.stderr
-    found = json.loads(out.read_text())
-    assert found["count"] == 8
-    assert list(found["left_out"]) == ["000002.png"]
+def test_the_shipped_reference_is_of_the_whole_test_set() -> None:
+    shipped = load_statistics(SHIPPED)
+    assert (shipped.count, shipped.mean.shape) == (10_000, (1280,))
+    assert torch.linalg.eigvalsh(shipped.covariance).min() > -1e-5
+    by_count = shipped.about["real_images"]
+    distances = [by_count[n] for n in sorted(by_count, key=int)]
+    assert distances == sorted(distances, reverse=True)  # the bias of few images

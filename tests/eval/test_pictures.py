@@ -1,4 +1,4 @@
-"""Pictures in folders, zips and lists, read in batches."""
+"""Pictures in folders, zips and lists, what they say of themselves, and how they are read."""
 
 import json
 import zipfile
@@ -10,18 +10,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.pictures import Pictures, find_pictures, prompt_in, read_batches, subset
+from eval.pictures import Identity, Pictures, find_pictures, identities, read_batches, subset
 from src.images import read_png, save_png, to_bytes
-from tests.eval.pictures import fill, image
+from tests.eval.pictures import fill, image, sampled
 
 
 def read(
     pictures: Pictures, batch: int = 3, bad: dict[str, str] | None = None
 ) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
+    images: dict[int, Tensor] = {}
     for alike in read_batches(pictures, range(len(pictures.items)), batch=batch, bad=bad):
-        found |= dict(zip(alike.which, alike.images, strict=True))
-    return found
+        images |= dict(zip(alike.which, alike.images, strict=True))
+    return images
+
+
+def names(place: Path, pattern: str = "*") -> list[str]:
+    return [picture.name for picture in find_pictures(place, pattern).items]
+
+
+def identity(place: Path) -> list[Identity]:
+    pictures = find_pictures(place)
+    told = identities(pictures, range(len(pictures.items)))
+    return [one for i in sorted(told) if isinstance(one := told[i], Identity)]
 
 
 def zipped(folder: Path) -> Path:
@@ -45,50 +55,46 @@ def test_a_zip_holds_what_its_folder_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_the_batch_changes_nothing_and_sizes_may_differ(tmp_path: Path, batch: int) -> None:
-    found = read(find_pictures(fill(tmp_path, 11)), batch)
-    assert sorted(found) == list(range(11))
-    for i, pixels in found.items():
+    images = read(find_pictures(fill(tmp_path, 11)), batch)
+    assert sorted(images) == list(range(11))
+    for i, pixels in images.items():
         assert torch.equal(pixels, to_bytes(read_png(tmp_path / f"{i:06d}.png")[0]))
 
 
-def test_grey_palette_and_transparent_images_become_three_channels(tmp_path: Path) -> None:
-    save_png(tmp_path / "a.png", image(0, channels=1))
-    rgba = np.zeros((8, 8, 4), np.uint8)
-    rgba[:4, :, 3] = 255  # black above, nothing below
-    Image.fromarray(rgba).save(tmp_path / "b.png")
-    Image.fromarray(rgba[..., :3]).quantize(4).save(tmp_path / "c.png")
-    Image.fromarray(rgba[..., :3]).save(tmp_path / "d.jpg")
-    found = read(find_pictures(tmp_path))
-    assert all(pixels.shape == (3, 8, 8) for pixels in found.values())
-    assert torch.equal(found[0][0], found[0][2])
-    assert found[1][:, :4].max() == 0
-    assert found[1][:, 4:].min() == 255
-    assert found[2].max() == 0
-
-
-def test_sixteen_bits_are_scaled_to_eight_and_floats_are_refused(tmp_path: Path) -> None:
+def test_every_kind_of_picture_becomes_three_channels_on_white(tmp_path: Path) -> None:
+    black = np.zeros((8, 8, 3), np.uint8)
+    rgba = np.dstack([black, np.repeat([[255] * 8, [0] * 8], 4, 0)]).astype(np.uint8)
     shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
-    Image.fromarray(shades).save(tmp_path / "a.png")
-    (pixels,) = read(find_pictures(tmp_path)).values()
-    assert np.array_equal(pixels[1].numpy(), np.round(shades / 257).astype(np.uint8))
-    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "b.tif")
-    with pytest.raises(ValueError, match="its pixels are floats"):
+    save_png(tmp_path / "a-grey.png", image(0, channels=1))
+    Image.fromarray(rgba).save(tmp_path / "b-half.png")
+    Image.fromarray(black).quantize(4).save(tmp_path / "c-palette.png")
+    Image.fromarray(black).save(tmp_path / "d.jpg")
+    Image.fromarray(black).save(tmp_path / "e-clear.png", transparency=(0, 0, 0))
+    Image.fromarray(black[..., 0]).save(tmp_path / "f-clear-grey.png", transparency=0)
+    Image.fromarray(shades).save(tmp_path / "g-sixteen.png")
+    grey, half, palette, jpeg, clear, clear_grey, sixteen = read(find_pictures(tmp_path)).values()
+    assert torch.equal(grey[0], grey[2])
+    assert (half[:, :4].max(), half[:, 4:].min()) == (0, 255)
+    assert palette.max() == jpeg.max() == 0
+    assert clear.min() == clear_grey.min() == 255
+    assert np.array_equal(sixteen[1].numpy(), np.round(shades / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_floats_and_integers_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.arange(64).reshape(8, 8).astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
         read(find_pictures(tmp_path))
 
 
-def test_a_truncated_picture_is_one_line_that_names_it(tmp_path: Path) -> None:
-    fill(tmp_path, 3)
-    broken = tmp_path / "000001.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+def test_bad_pictures_are_refused_by_name_or_left_out(tmp_path: Path) -> None:
+    fill(tmp_path, 6)
+    whole = (tmp_path / "000001.png").read_bytes()
+    (tmp_path / "000001.png").write_bytes(whole[:60])
     with pytest.raises(ValueError, match=r"000001\.png is not a readable") as error:
         read(find_pictures(tmp_path))
     assert "\n" not in str(error.value)
-
-
-def test_bad_pictures_are_left_out_and_listed(tmp_path: Path) -> None:
-    fill(tmp_path, 6)
-    (tmp_path / "000001.png").write_bytes(b"")
-    (tmp_path / "000004.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    (tmp_path / "000004.png").write_bytes(b"")
     bad: dict[str, str] = {}
     assert sorted(read(find_pictures(tmp_path), 2, bad)) == [0, 2, 3, 5]
     assert sorted(bad) == ["000001.png", "000004.png"]
@@ -111,30 +117,55 @@ def test_the_subset_is_the_one_that_edm_draws(tmp_path: Path) -> None:
     np.random.RandomState(5).shuffle(order)
     expected = [f"{i:06d}.png" for i in sorted(order[:4])]
     assert [p.name for p in subset(pictures, 4, 5).items] == expected
-    assert subset(pictures, 4, 5 + 2**31) == subset(pictures, 4, 5)
-    assert subset(pictures, 4, 6) != subset(pictures, 4, 5)
+    assert subset(pictures, 4, 5 + 2**31) == subset(pictures, 4, 5) != subset(pictures, 4, 6)
+    assert subset(pictures, 9, 1) == subset(pictures, None, 2) == pictures
+    with pytest.raises(ValueError, match="has 9 images, not 10"):
+        subset(pictures, 10, 0)
 
 
-def test_too_few_images_are_refused(tmp_path: Path) -> None:
-    pictures = find_pictures(fill(tmp_path, 3))
-    assert subset(pictures, 3, 1) == subset(pictures, None, 2) == pictures
-    with pytest.raises(ValueError, match="has 3 images, not 4"):
-        subset(pictures, 4, 0)
+def test_a_folder_has_what_its_list_names_and_what_says_itself_that_it_belongs(
+    tmp_path: Path,
+) -> None:
+    """A stopped run's index lags behind; grids and strips of states carry no recipe."""
+    folder = sampled(tmp_path, 5)
+    save_png(folder / "grid.png", torch.ones(3, 16, 16))
+    save_png(folder / "trajectory" / "000000.png", torch.ones(3, 8, 32))
+    index = json.loads((folder / "samples.json").read_text())
+    index["images"] = index["images"][:2]
+    (folder / "samples.json").write_text(json.dumps(index))
+    assert names(folder) == [f"{i:06d}.png" for i in range(5)]
+    assert [one.prompt for one in identity(folder)] == ["a", "aa", "aaa", "a", "aa"]
+    assert names(folder / "samples.json") == ["000000.png", "000001.png"]
+    assert names(folder, "*[13].png") == ["000001.png", "000003.png"]
+    (folder / "samples.json").unlink()
+    assert len(names(folder)) == 7
 
 
-def test_the_list_says_the_prompts(tmp_path: Path) -> None:
-    entries = [{"file": "1.png", "seed": 1, "prompt": "a fox"}, {"file": "2.png", "class": 3}]
+def test_the_picture_is_believed_where_the_list_disagrees(tmp_path: Path) -> None:
+    folder = sampled(tmp_path, 4)
+    index = json.loads((folder / "samples.json").read_text())
+    index["images"][1]["prompt"], index["images"][2]["seed"] = "another", 77
+    (folder / "samples.json").write_text(json.dumps(index))
+    told = identity(folder)
+    assert [one.prompt for one in told] == ["a", "aa", "aaa", "a"]
+    assert [one.seed for one in told] == [0, 1, 2, 3]
+    assert [one.disagrees for one in told] == [False, True, True, False]
+
+
+def test_a_picture_that_says_nothing_is_what_the_list_or_its_name_says(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    assert [(one.seed, one.prompt) for one in identity(tmp_path)] == [(0, None), (1, None)]
+    entries = [{"file": "000000.png", "seed": 9, "prompt": "fox"}, {"file": "000001.png"}]
     (tmp_path / "samples.json").write_text(json.dumps({"images": entries}))
-    first, second = find_pictures(tmp_path).items
-    assert (first.name, first.seed, first.prompt) == ("1.png", 1, "a fox")
-    assert (second.seed, second.prompt) == (None, None)
+    assert [(one.seed, one.prompt) for one in identity(tmp_path)] == [(9, "fox"), (1, None)]
+    assert not any(one.disagrees for one in identity(tmp_path))
 
 
-def test_the_prompt_is_in_the_picture_itself(tmp_path: Path) -> None:
-    save_png(tmp_path / "a.png", image(0), {"recipe": {"prompt": "a fox", "seed": 0}})
-    save_png(tmp_path / "b.png", image(1), {"recipe": {"class": 3}})
-    (alike,) = read_batches(find_pictures(tmp_path), range(2), batch=2)
-    assert [prompt_in(text, "it") for text in alike.texts] == ["a fox", None]
+@pytest.mark.parametrize("text", ["[]", "{}", '{"images": [1]}', '{"images": [{"file": 3}]}', "{"])
+def test_a_samples_json_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "samples.json").write_text(text)
+    with pytest.raises(ValueError, match=r"samples\.json"):
+        find_pictures(tmp_path)
 
 
 def test_places_without_images_are_refused(tmp_path: Path) -> None:
@@ -143,3 +174,6 @@ def test_places_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no image")
     with pytest.raises(ValueError, match="no images in"):
         find_pictures(tmp_path)
+    fill(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"whose names match \*\.jpg"):
+        find_pictures(tmp_path, "*.jpg")

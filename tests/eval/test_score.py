@@ -1,12 +1,14 @@
 """A folder scored under its prompts, stopped and gone on with; two folders pair by pair."""
 
 import csv
+import importlib
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from eval.pictures import find_pictures
-from eval.score import main, pairs, versus
-from eval.scores import Scored, Task, score_pictures
+from eval.score import Scored, Task, main, pairs, score_pictures, versus
 from rewards.base import Reward
 from src.images import read_png, save_png
-from tests.eval.pictures import brightness, image, redness, sampled
+from src.stats import Estimate
+from tests.eval.pictures import brightness, image, redness, refused, sampled
 
 ROOT = Path(__file__).parents[2]
 BRIGHT, RED = "tests.eval.pictures:brightness", "tests.eval.pictures:redness"
@@ -41,13 +43,6 @@ def expected(folder: Path, reward: Reward) -> list[float]:
     images = [read_png(folder / e["file"])[0][None] for e in entries]
     scores = [reward(x, [e["prompt"]]) for x, e in zip(images, entries, strict=True)]
     return torch.cat(scores).tolist()
-
-
-def refused(done: Result, said: str) -> None:
-    assert done.exit_code != 0
-    lines = done.output.strip().splitlines()
-    assert said in lines[-1], done.output
-    assert len(lines) == 1, done.output
 
 
 @pytest.mark.parametrize("batch", [1, 4, 100])
@@ -86,11 +81,11 @@ def test_the_summary_has_means_and_intervals(tmp_path: Path) -> None:
     assert numbers["mean"] == pytest.approx(values.mean().item(), rel=1e-6)
     assert numbers["std"] == pytest.approx(values.std().item(), rel=1e-5)
     assert numbers["low"] < numbers["mean"] < numbers["high"]
-    assert f"{numbers['mean']:.4f} [{numbers['low']:.4f}, {numbers['high']:.4f}]" in done.output
+    assert str(Estimate(numbers["mean"], numbers["low"], numbers["high"])) in done.output
 
 
 def task(folder: Path, reward: Reward, **more: Any) -> Task:
-    return Task(find_pictures(folder), None, {"it": reward}, CPU, **more)
+    return Task(find_pictures(folder), None, {"it": reward}, {"it": "it 1"}, CPU, **more)
 
 
 def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None:
@@ -109,8 +104,8 @@ def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         score_pictures(task(folder, stopped, batch=3), out)
     before = sum(seen)
-    with (out / "records-0.jsonl").open("a") as file:
-        file.write('{"file": "half a li')
+    with (out / "cache-0.jsonl").open("a") as file:
+        file.write('{"picture": "half a li')
     scored, bad = score_pictures(task(folder, counting, batch=3), out)
     assert 5 < before < sum(seen) == 11
     assert bad == {}
@@ -133,17 +128,76 @@ def test_another_reward_joins_what_is_there_and_a_new_picture_too(tmp_path: Path
 def test_a_changed_picture_and_a_changed_prompt_are_scored_anew(tmp_path: Path) -> None:
     folder, out = sampled(tmp_path / "a", 4), tmp_path / "out"
     first, _ = score_pictures(task(folder, brightness), out)
-    save_png(folder / "000001.png", image(77, height=12))
+    old = (folder / "000001.png").stat()
+    recipe = {"recipe": {"seed": 1, "prompt": "aa"}}
+    save_png(folder / "000001.png", image(77, height=12), recipe)
+    os.utime(folder / "000001.png", ns=(old.st_atime_ns, old.st_mtime_ns))
     second, _ = score_pictures(task(folder, brightness), out)
-    assert [a.scores == b.scores for a, b in zip(first, second, strict=True)] == [
-        True,
-        False,
-        True,
-        True,
-    ]
-    given = Task(find_pictures(folder), ("long prompt",) * 4, {"it": brightness}, CPU)
+    same = [a.scores == b.scores for a, b in zip(first, second, strict=True)]
+    assert same == [True, False, True, True]
+    given = replace(task(folder, brightness), prompts=("long prompt",) * 4)
     third, _ = score_pictures(given, out)
     assert all(one.prompt == "long prompt" and one.scores["it"] > 11 for one in third)
+
+
+def test_an_edited_reward_and_other_weights_are_scored_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = sampled(tmp_path / "a", 3), tmp_path / "own_reward.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    means = []
+    for factor in (1, 100):
+        source.write_text(
+            f"def f(images, prompts):\n    return images.mean((1, 2, 3)) * {factor}\n"
+        )
+        sys.modules.pop("own_reward", None)
+        importlib.invalidate_caches()
+        done = run(folder, "--reward", "own_reward:f")
+        assert done.exit_code == 0, done.output
+        summary = json.loads((folder / "scores/summary.json").read_text())
+        means.append(summary["rewards"]["own_reward:f"]["mean"])
+    assert means[1] == pytest.approx(100 * means[0], rel=1e-5)
+
+
+def test_a_mislabelled_picture_is_scored_under_its_own_prompt(tmp_path: Path) -> None:
+    """As sampling anew into a folder with other seeds leaves them."""
+    folder = sampled(tmp_path / "a", 4)
+    index = json.loads((folder / "samples.json").read_text())
+    index["images"][1]["prompt"] = "somebody else's"
+    index["images"].pop()
+    (folder / "samples.json").write_text(json.dumps(index))
+    done = run(folder, "--reward", BRIGHT)
+    assert "samples.json gives 1 of 4 images another seed or prompt" in done.stderr
+    assert [row["prompt"] for row in read_csv(folder / "scores")] == ["a", "aa", "aaa", "a"]
+
+
+def test_the_published_spellings_are_understood(tmp_path: Path) -> None:
+    folder, texts, out = sampled(tmp_path / "a", 3), tmp_path / "p.txt", tmp_path / "out.json"
+    save_png(folder / "other.png", torch.ones(3, 8, 8), {"recipe": {"seed": 9}})
+    texts.write_text("one\ntwo\nthree\n")
+    options = ["--images", folder, "--pattern", "0*.png", "--prompts", texts, "--output-json", out]
+    assert run(*options, "--reward", BRIGHT).exit_code == 0
+    told = json.loads(out.read_text())
+    assert [entry["prompt"] for entry in told["images"]] == ["one", "two", "three"]
+    values = [entry[BRIGHT] for entry in told["images"]]
+    assert told["rewards"][BRIGHT]["mean"] == pytest.approx(sum(values) / 3)
+
+
+def test_a_reward_that_reads_no_prompt_needs_none(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", image(0, height=64, width=64))
+    done = run(tmp_path, "--reward", "brisque")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_sum_comes_with_its_parts_and_is_kept_as_them(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "a", 3)
+    assert run(folder, "--reward", RED).exit_code == 0
+    name = f"multi:{BRIGHT}=1,{RED}=3"
+    done = run(folder, "--reward", name)
+    assert done.exit_code == 0, done.output
+    for row in read_csv(folder / "scores"):
+        parts = float(row[BRIGHT]) + 3 * float(row[RED])
+        assert float(row[name]) == pytest.approx(parts / 4, rel=1e-5)
 
 
 def test_bad_pictures_are_one_line_or_counted_and_listed(tmp_path: Path) -> None:
@@ -174,39 +228,28 @@ def test_a_picture_without_a_finite_score_is_one_line_or_listed(tmp_path: Path) 
     assert "could be scored: tests.eval.pictures:shapeless must return" in done.output
 
 
-def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
-    folder = sampled(tmp_path / "a", 2)
-    (folder / "scores").mkdir()
-    (folder / "scores/records-0.jsonl").write_text('{"file": "000000.png"}\n')
-    refused(run(folder, "--reward", RED), "records-0.jsonl holds a line that is no record")
-
-
-def test_grey_and_transparent_pictures_are_scored(tmp_path: Path) -> None:
-    save_png(tmp_path / "a.png", image(0, channels=1))
-    done = run(tmp_path, "--reward", RED, "--prompt", "x")
-    assert done.exit_code == 0, done.output
-
-
 def test_each_mistake_is_one_line(tmp_path: Path) -> None:
     a, bare = sampled(tmp_path / "a", 4), tmp_path / "bare"
     save_png(bare / "1.png", image(0))
     save_png(bare / "2.png", image(1))
     texts = ["--prompt", "x", "--prompt", "y", "--prompt", "z"]
-    refused(run(bare, "--reward", BRIGHT), "does not say its prompt: give --prompt")
-    refused(run(bare, "--reward", BRIGHT, *texts), "need as many prompts, or one, not 3")
-    refused(run(a, "--reward", "clap"), "did you mean clip?")
-    refused(run(a, "--reward", "tests.eval.pictures:none"), "cannot be imported")
-    refused(run(a, "--reward", "tests.eval.pictures:shapeless"), "must return a tensor [4]")
-    refused(run(tmp_path / "none", "--reward", BRIGHT), "no such folder")
-    refused(run(a, a, a, "--reward", BRIGHT), "give one, or two to compare")
-    refused(run(a, "--reward", BRIGHT, "--weights", "clip"), "should be such as clip=")
-    refused(run(a, "--reward", "clip", "--weights", f"clip={bare}/no"), "clip: no such file")
-
-
-def test_scores_of_other_settings_do_not_mix(tmp_path: Path) -> None:
-    folder = sampled(tmp_path / "a", 3)
-    assert run(folder, "--reward", BRIGHT).exit_code == 0
-    refused(run(folder, "--reward", BRIGHT, "--amp"), "scores with other amp")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/cache-0.jsonl").write_text('{"file": "000000.png"}\n')
+    table = (
+        (run(bare, "--reward", BRIGHT), "does not say its prompt: give --prompt"),
+        (run(bare, "--reward", BRIGHT, *texts), "need as many prompts, or one, not 3"),
+        (run(a, "--reward", "clap"), "did you mean clip?"),
+        (run(a, "--reward", "tests.eval.pictures:none"), "cannot be imported"),
+        (run(a, "--reward", "tests.eval.pictures:shapeless"), "must return a tensor [4]"),
+        (run(tmp_path / "none", "--reward", BRIGHT), "no such folder"),
+        (run("--reward", BRIGHT), "0 places: give one, or two to compare"),
+        (run(a, a, a, "--reward", BRIGHT), "give one, or two to compare"),
+        (run(a, "--reward", BRIGHT, "--weights", "clip"), "should be such as clip="),
+        (run(a, "--reward", "clip", "--weights", f"clip={bare}/no"), "clip: no such file"),
+        (run(a, "--reward", RED, "--outdir", tmp_path / "out"), "holds a line that is no score"),
+    )
+    for done, words in table:
+        refused(done, words)
 
 
 def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
@@ -227,7 +270,7 @@ def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> No
     second = [Scored("000000/000001.png", 1, "fox", {"it": 4.0}), Scored("2.png", 2, "cat", {})]
     both = pairs(first, second)
     assert both == [(first[0], second[0])]
-    assert versus(both, ["it"])["it"]["difference"] == {"mean": 3.0, "low": 3.0, "high": 3.0}
+    assert versus(both, ["it"])["it"]["difference"] == Estimate(3.0, 3.0, 3.0)
     with pytest.raises(ValueError, match="nothing to compare"):
         pairs(first[1:], second)
     with pytest.raises(ValueError, match="have one seed and prompt"):
@@ -256,6 +299,6 @@ def test_two_ranks_score_what_one_does_and_go_on_with_it(tmp_path: Path) -> None
     assert "9 images of" in said[0]
     assert said[1] == ""
     assert read_csv(two / "scores") == read_csv(one / "scores")
-    assert len(list((two / "scores").glob("records-*.jsonl"))) == 2
+    assert len(list((two / "scores").glob("cache-*.jsonl"))) == 2
     assert run(two, "--reward", BRIGHT).exit_code == 0
     assert read_csv(two / "scores") == read_csv(one / "scores")

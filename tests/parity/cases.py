@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.frechet import frechet_distance, moments
-from eval.inception import load_inception
-from eval.kid import kernel_distance
+from eval.features import load_space
+from eval.fid import frechet_distance, kernel_distance, statistics_of
 from rewards import aesthetic, clip, hps, imagereward, mps, pickscore
 from rewards.base import Reward, score
 from rewards.mps_block import Stack
@@ -25,7 +24,7 @@ from rewards.registry import Setup, Shelf
 from rewards.towers import Cosine
 from src.files import write_json
 from src.images import read_png, save_png, to_bytes
-from tests.eval.test_inception import drawn
+from tests.eval.test_features import drawn
 from tests.rewards.test_imagereward import TINY, WORDS, published_state
 from tests.rewards.test_mps import TINY as TINY_MPS
 from tests.rewards.test_mps import Published, by_rule
@@ -196,13 +195,13 @@ def our_stacks(_: Path) -> Numbers:
 
 def our_inception(folder: Path) -> Numbers:
     """Every 128th feature of each."""
-    network = load_inception(folder / "inception.pth")
+    network = load_space("inception", torch.device("cpu"), folder / "inception.pth")
     return torch.cat([network(image)[0, ::128] for image in seen()]).tolist()
 
 
 def our_frechet(_: Path) -> Numbers:
     """The distance of two sets of features."""
-    a, b = (moments(t) for t in features())
+    a, b = (statistics_of(t) for t in features())
     return [frechet_distance(a.mean, a.covariance, b.mean, b.covariance)]
 
 

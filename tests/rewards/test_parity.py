@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 import transformers as library
 from torch import Tensor
 
-from eval.inception import features_alone
-from eval.inception_network import Inception
 from rewards import imagereward, mps, open_clip_towers, transformers_towers
 from rewards.clip import MODEL as VIT_L
 from rewards.heads import LinearStack
@@ -70,11 +67,10 @@ LOADERS: dict[str, Callable[[State], object]] = {
     "imagereward": lambda s: imagereward.load_state(s, imagereward.Sizes(), "full", META),
     "pickscore": load_pickscore,
     "mps": lambda state: mps.load_state(state, mps.PUBLISHED, "full", META),
-    "inception": lambda s: fill(Inception, features_alone(s, Path("full")), "full", META),
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_the_references_own_state_dict_loads_strictly_at_full_size(name: str) -> None:
     names = shapes(GOLDEN[f"names.{name}"]["names"])
     state = {name: torch.empty(shape, device=META) for name, shape in names.items()}

@@ -1,0 +1,204 @@
+"""Feature spaces: torch-fidelity's Inception from a local file, CLIP, DINOv2, one's own."""
+
+import io
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_fidelity
+import transformers as library
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.models.inception import Inception3
+
+from eval.features import EFFICIENTNET, load_space
+from rewards.clip import load_towers
+from rewards.efficientnet import load_features
+from src.images import read_png, to_bytes
+from tests.eval.pictures import fill
+from tests.rewards.twins import shaken, write_open_clip_folder
+
+transformers: Any = library
+CPU = torch.device("cpu")
+
+
+@cache
+def drawn() -> dict[str, Tensor]:
+    """Tensors of the published names and shapes, that keep the size of what goes through."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = Inception3(1008, aux_logits=False, init_weights=False).state_dict()
+    state: dict[str, Tensor] = {}
+    for name, tensor in shapes.items():
+        if name.endswith("conv.weight"):
+            scale = (2 / tensor.shape[1:].numel()) ** 0.5
+            state[name] = torch.randn(tensor.shape, generator=generator) * scale
+        elif "num_batches" not in name:
+            middle = 1.0 if name.endswith(("weight", "var")) else 0.0
+            state[name] = middle + 0.1 * torch.rand(tensor.shape, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
+    torch.save(drawn(), path)
+    return path
+
+
+def images(count: int, height: int = 32, width: int = 27) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_inception_is_torch_fidelitys(weights: Path) -> None:
+    space, given = load_space("inception", CPU, weights), images(2)
+    buffer = io.BytesIO()
+    torch.save(drawn(), buffer)
+    buffer.seek(0)
+    theirs = FeatureExtractorInceptionV3("it", ["2048"], feature_extractor_weights_path=buffer)
+    expected = theirs(to_bytes(given))[0]
+    assert expected.std() > 0.01
+    assert torch.allclose(space(given), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(space(given[:1, :1]), space(given[:1, :1].expand(-1, 3, -1, -1)))
+
+
+def test_the_number_is_torch_fidelitys(weights: Path, tmp_path: Path) -> None:
+    """Of two folders of PNGs, its command beside ours."""
+    a, b = fill(tmp_path / "a", 5), fill(tmp_path / "b", 5, 100)
+    for odd in (a / "000004.png", b / "000104.png"):
+        odd.unlink()  # it takes one size alone
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(a), input2=str(b), fid=True, cuda=False, verbose=False, cache=False,
+        feature_extractor_weights_path=str(weights), save_cpu_ram=True,
+    )  # fmt: skip
+    from tests.eval.test_fid import run  # noqa: PLC0415
+
+    options = ["calc", "--images", a, "--ref", b, "--weights", weights, "--device", "cpu"]
+    done = run(*options, "--out", tmp_path / "out.json")
+    assert done.exit_code == 0, done.output
+    ours = json.loads((tmp_path / "out.json").read_text())["fid"]
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+
+
+def test_a_gradient_goes_through_to_the_image(weights: Path) -> None:
+    given = images(1).requires_grad_()
+    load_space("inception", CPU, weights).network(given).sum().backward()
+    assert given.grad is not None
+    assert given.grad.abs().max() > 0
+
+
+class Script(nn.Module):
+    """A network as NVIDIA's: levels in, features where they are asked for."""
+
+    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+        means = img.to(torch.float32).mean((2, 3))
+        return means.repeat(1, 683)[:, :2048] if return_features else means
+
+
+class Other(nn.Module):
+    """A network of another kind."""
+
+    def forward(self, img: Tensor) -> Tensor:
+        return img.to(torch.float32).mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_nvidias_torchscript_serves_and_another_is_refused(tmp_path: Path) -> None:
+    for network in (Script(), Other()):
+        torch.jit.save(torch.jit.script(network), tmp_path / f"{type(network).__name__}.pt")
+    given = images(3)
+    features = load_space("inception", CPU, tmp_path / "Script.pt")(given)
+    assert torch.allclose(features[:, :3], to_bytes(given).float().mean((2, 3)))
+    with pytest.raises(ValueError, match="is not the Inception network"):
+        load_space("inception", CPU, tmp_path / "Other.pt")(given)
+
+
+def test_other_files_of_weights_are_refused_and_nothing_runs(tmp_path: Path) -> None:
+    hostile, few, text = (tmp_path / n for n in ("hostile.pth", "few.pth", "text.pth"))
+    mark = tmp_path / "mark"
+    hostile.write_bytes(f"cos\nsystem\n(S'touch {mark}'\ntR.".encode())
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, few)
+    text.write_text("nothing")
+    for path in (hostile, few, text):
+        with pytest.raises(ValueError, match=path.name) as error:
+            load_space("inception", CPU, path)
+        assert "\n" not in str(error.value)
+    assert not mark.exists()
+
+
+def test_efficientnet_sees_what_the_reward_sees() -> None:
+    given = to_bytes(images(3)).float() / 255
+    space = load_space("efficientnet", CPU)
+    assert space.about == EFFICIENTNET
+    assert torch.allclose(space(given), load_features("cpu")(given), atol=1e-5)
+
+
+def test_clip_features_are_its_image_embeddings(tmp_path: Path) -> None:
+    """Of the model that the reward clip loads; other weights are another version."""
+    folder = write_open_clip_folder(tmp_path / "clip")
+    space, (given, _) = load_space("clip", CPU, folder), read_png(fill(tmp_path, 1) / "000000.png")
+    expected = load_towers(folder, CPU, False).images(given[None])
+    assert torch.allclose(space(given[None]), expected, atol=1e-5)
+    assert "of length 1 [16], input 32x32" in space.about
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3f")
+    assert load_space("clip", CPU, folder).version != space.version
+
+
+def test_dinov2_gives_its_class_token(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    network = transformers.Dinov2Model(config).eval()
+    network.load_state_dict(shaken(network))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    space = load_space("dinov2", CPU, tmp_path)
+    given = torch.full((1, 3, 224, 224), 0.2)
+    given[:, 1:] = 0.6
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        ready = (given - mean[:, None, None]) / std[:, None, None]
+        expected = network(ready).last_hidden_state[:, 0]
+    assert torch.allclose(space(given), expected, atol=1e-4)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match="its model_type is not dinov2"):
+        load_space("dinov2", CPU, tmp_path)
+
+
+def test_an_edited_function_is_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "own_features.py"
+    source.write_text("def f(images):\n    return images.mean((2, 3))\n")
+    before = load_space("own_features:f", CPU)
+    assert before(images(2)).shape == (2, 3)
+    source.write_text("def f(images):\n    return images.amax((2, 3))\n")
+    assert load_space("own_features:f", CPU).version != before.version
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("inceptoin", "did you mean inception"),
+        ("tests.eval.pictures:none", "cannot be imported"),
+        ("tests.eval.pictures:CHEAP", "is no function"),
+        ("efficientnet", "is of no use"),
+    ],
+)
+def test_spaces_that_there_are_not(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_space(name, CPU, tmp_path if name == "efficientnet" else None)
+
+
+def test_features_of_another_shape_are_refused() -> None:
+    space = load_space("tests.eval.pictures:shapeless_features", CPU)
+    with pytest.raises(ValueError, match=r"must return \[2, D\]"):
+        space(images(2))
+    with pytest.raises(ValueError, match="1 or 3"):
+        space(torch.zeros(1, 4, 8, 8))
