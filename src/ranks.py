@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from tqdm import tqdm
 
@@ -64,9 +65,38 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def share(items: Sequence[T]) -> list[T]:
-    """-> this rank's part: every item belongs to exactly one rank, every n-th to this one."""
-    return list(items[rank() :: world_size()])
+def share(items: Sequence[T], mesh: DeviceMesh | None = None) -> list[T]:
+    """-> this rank's part: every n-th item.
+
+    Without a mesh every item belongs to exactly one rank; with one to all ranks of one row of
+    it, who share the work of each item.
+    """
+    if mesh is None:
+        return list(items[rank() :: world_size()])
+    return list(items[mesh.get_local_rank("data") :: mesh["data"].size()])
+
+
+def point_mesh(degree: int, device: torch.device, timeout: float = 600.0) -> DeviceMesh | None:
+    """-> the ranks as a mesh of `data` x `points`, `degree` of them sharing each image's rows.
+
+    None for a degree of 1, or without other ranks. A gather over `points` that takes longer
+    than `timeout` seconds fails instead of waiting for ever. ValueError where the ranks do not
+    divide by the degree.
+    """
+    world = world_size()
+    if world % degree:
+        hint = f"start a multiple of {degree} with --nproc_per_node"
+        raise ValueError(f"points_degree {degree} does not divide the {world} ranks: {hint}")
+    if degree == 1:
+        return None
+    grid = torch.arange(world).reshape(-1, degree)
+    limit = timedelta(seconds=timeout)
+    data = [dist.new_group(column, timeout=PATIENCE) for column in grid.T.tolist()]
+    points = [dist.new_group(row, timeout=limit) for row in grid.tolist()]
+    row, column = divmod(rank(), degree)
+    return DeviceMesh.from_group(
+        [data[column], points[row]], device.type, mesh=grid, mesh_dim_names=("data", "points")
+    )
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
