@@ -61,7 +61,7 @@ class SpreadDenoiser:
         return x - wide * rows if self.as_slope else rows
 
     def collect(self, answer: Tensor, ranks: int) -> Tensor:
-        """This rank's answers [R / n, *] -> all ranks' [n, R / n, *].
+        """The answers of all ranks [n, R / n, *], from this one's [R / n, *].
 
         Raises ValueError where a rank has died or is behind by more than the time limit.
         """
