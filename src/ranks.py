@@ -94,9 +94,8 @@ def point_mesh(degree: int, device: torch.device, timeout: float = 600.0) -> Dev
     data = [dist.new_group(column, timeout=PATIENCE) for column in grid.T.tolist()]
     points = [dist.new_group(row, timeout=limit) for row in grid.tolist()]
     row, column = divmod(rank(), degree)
-    return DeviceMesh.from_group(
-        [data[column], points[row]], device.type, mesh=grid, mesh_dim_names=("data", "points")
-    )
+    mine: Any = [data[column], points[row]]
+    return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("data", "points"))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
