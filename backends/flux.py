@@ -86,11 +86,14 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
             raise ValueError(f"guidance_rate {rate}: this FLUX was trained without guidance")
 
         def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-            given = (cond or texts.condition([None] * len(x))).given
-            strength = torch.full_like(sigma, rate, dtype=torch.float32)
-            return network(x, sigma, Condition({**given, "guidance": strength}))
+            cond = cond or texts.condition([None] * len(x))
+            rates = (rate,) if cond.rates is None else cond.rates
+            if not isinstance(rates, Tensor):
+                size = len(x) // len(rates)
+                rates = torch.cat([sigma.new_full((size,), r) for r in rates])
+            return network(x, sigma, Condition({**cond.given, "guidance": rates.float()}))
 
-        return network if rate == NO_GUIDANCE else guided
+        return guided
 
     return Backend(
         family="flux",

@@ -13,7 +13,7 @@ from torch import Tensor
 from backends.base import Backend, Prompt
 from solvers.classic import EDM
 from solvers.epd import EPD, MultistepTable, ParallelMultistep, Table
-from solvers.field import Field, Tally
+from solvers.field import Condition, Denoiser, Field, Tally
 from solvers.integrate import Solver
 from solvers.sampler import Sampler, SolverOptions, make_solver
 from src.seeds import randn
@@ -98,7 +98,7 @@ def sample(
     """One batch of images."""
     seeds = [job.seed for job in jobs]
     cond = backend.encode([job.prompt for job in jobs])
-    field = Field(backend.guided(sampler.guidance_rate, cond), cond, points_chunk)
+    field = Field(guided(backend, sampler, cond), cond, points_chunk)
     dtype = torch.promote_types(backend.dtype, torch.float32)
     noise = randn(seeds, backend.shape, device=backend.device, dtype=dtype)
     x = noise * sampler.sigmas[0]
@@ -108,6 +108,12 @@ def sample(
         if trajectory:
             states.append(x)
     return Batch(jobs, x, backend.decode(x), tuple(states), field.tally)
+
+
+def guided(backend: Backend, sampler: Sampler, cond: Condition | None) -> Denoiser:
+    """The denoiser under the sampler's guidance; ValueError where a rate cannot be had."""
+    backend.guided(sampler.strongest, cond)
+    return backend.guided(sampler.guidance_rate, cond)
 
 
 def churned(sampler: Sampler, seeds: Sequence[int]) -> Sampler:

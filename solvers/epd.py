@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solvers.classic import EDM, Euler
 from solvers.exponential import DEIS, UniPC
-from solvers.field import Field
+from solvers.field import Field, Rates
 from solvers.integrate import Solver, Step
 from solvers.process import VE, Process
 
@@ -35,16 +35,15 @@ class Directions:
     time_scale: Tensor  # the network is told time_scale * sigma
     dir_scale: Tensor  # multiplies the slope
     known: Tensor = NONE_KNOWN  # [N, H], coefficients of any sign
+    guidance: Tensor | None = None  # [N] or [N, K], rate of each point; d_n has their mean
 
     def to(self, like: Tensor) -> "Directions":
         """The table on the device and in the dtype of `like`."""
-        return Directions(*(t.to(like) for t in self.tensors()))
+        return Directions(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
 
     def row(self, i: int, ndim: int) -> "Directions":
         """Step i, each tensor [B or 1, K or H, 1...] with `ndim` dimensions."""
-        one = [1] * (ndim - 2)
-        cut = (t[..., i, :].reshape(-1, t.shape[-1], *one) for t in self.tensors())
-        return Directions(*cut)
+        return Directions(*rows_at(self.tensors(), i, ndim))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """r, weight, time_scale, dir_scale and, where H is above 0, known."""
@@ -89,11 +88,13 @@ class EPD:
         row = self.table.row(step.index, now.x.ndim).to(now.x)
         sigma = now.sigma * (step.sigma_next / now.sigma) ** row.r
         x = self.base(field, dataclasses.replace(step, sigma_next=sigma))
-        d = field(x, sigma, row.time_scale * sigma)
+        d = field(x, sigma, row.time_scale * sigma, point_rates(self.table, step.index))
         mix = (row.weight * row.dir_scale * d).sum(1, keepdim=True)
         if row.history:
             mix = mix + combined(row.known.flatten(1), evaluated(step))
-        return torch.add(now.x, mix, alpha=float(step.h))
+        if isinstance(step.h, Tensor):
+            return now.x + step.h * mix
+        return torch.add(now.x, mix, alpha=step.h)
 
 
 def evaluated(step: Step) -> tuple[Tensor, ...]:
@@ -122,9 +123,11 @@ class MultistepTable:
     b: Tensor  # [N, H] of the known slopes in the step
     time_scale: Tensor  # [N, K] the network is told time_scale * sigma
 
+    guidance: Tensor | None = None  # [N] or [N, K], rate of each point
+
     def to(self, like: Tensor) -> "MultistepTable":
         """The table on the device and in the dtype of `like`."""
-        return MultistepTable(*(t.to(like) for t in self.tensors()))
+        return MultistepTable(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The five tensors in the order of the constructor."""
@@ -143,12 +146,12 @@ class ParallelMultistep:
     process: Process = VE
 
     def __call__(self, field: Field, step: Step) -> Tensor:
-        known = known_slopes(step, self.process)
-        a, r, weight, b, scale = (t[step.index] for t in self.table.tensors())
+        now, known = step.now, known_slopes(step, self.process)
+        a, r, weight, b, scale = rows_at(self.table.tensors(), step.index, now.x.ndim)
         x, sigma = placed(step, combined(a, known), r)
-        d = field(x, sigma, scale.reshape(sigma.shape) * sigma)
-        mix = (weight.reshape(sigma.shape) * d).sum(1, keepdim=True)
-        return step.now.x + step.h * (mix + combined(b, known))
+        d = field(x, sigma, scale * sigma, point_rates(self.table, step.index))
+        mix = (weight * d).sum(1, keepdim=True)
+        return now.x + step.h * (mix + combined(b, known))
 
 
 def known_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
@@ -163,18 +166,52 @@ def known_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
 
 
 def combined(coefficients: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
-    """Sum of coefficient [H] or [B, H] * slope over as many as both have, [B, 1, *]."""
-    known = torch.cat(slopes[: coefficients.shape[-1]], 1)
+    """Sum of coefficient [H] or [B, H, ...] * slope over as many as both have, [B, 1, *]."""
+    known = torch.cat(slopes[: coefficients.shape[1 if coefficients.ndim > 1 else 0]], 1)
     shape = (-1, known.shape[1], *[1] * (known.ndim - 2))
-    return (coefficients[..., : known.shape[1]].reshape(shape) * known).sum(1, keepdim=True)
+    wide = coefficients if coefficients.ndim > 1 else coefficients[None]
+    return (wide[:, : known.shape[1]].reshape(shape) * known).sum(1, keepdim=True)
 
 
 def placed(step: Step, slope: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Points x [B, K, *] and their levels [1, K, 1...] at places r [K] along `slope`."""
+    """Points x [B, K, *] and their levels [B or 1, K, 1...] at places r [K] along `slope`."""
     now = step.now
-    ratio = torch.as_tensor(step.sigma_next / now.sigma).to(r)
-    sigma = (now.sigma * ratio**r).reshape(1, -1, *[1] * (now.x.ndim - 2))
+    r = r if r.ndim > 1 else r.reshape(1, -1, *[1] * (now.x.ndim - 2))
+    sigma = now.sigma * torch.as_tensor(step.sigma_next / now.sigma).to(r) ** r
     return now.x + (sigma - now.sigma) * slope, sigma
+
+
+def rows_at(tensors: tuple[Tensor, ...], i: int, ndim: int) -> tuple[Tensor, ...]:
+    """Step i of tensors [N, J] or [B, N, J], each [B or 1, J, 1...] with `ndim` dimensions."""
+    one = [1] * (ndim - 2)
+    return tuple(t[..., i, :].reshape(-1, t.shape[-1], *one) for t in tensors)
+
+
+def moved(table: "Table", like: Tensor) -> Tensor | None:
+    """A table's guidance: each image's own goes to its device, what all share stays on the CPU."""
+    rates = table.guidance
+    return rates.to(like) if rates is not None and rates.ndim == 3 else rates
+
+
+def point_rates(table: "Table", i: int) -> Rates | None:
+    """The rates of step i's points, if the table has any."""
+    rates, k = table.guidance, table.r.shape[-1]
+    if rates is None:
+        return None
+    if rates.ndim == 3:
+        return rates[:, i].expand(-1, k)
+    row = [float(rate) for rate in rates[i].flatten()]
+    return tuple(row * (k // len(row)))
+
+
+def step_rates(table: "Table") -> tuple[Rates, ...] | None:
+    """The rate of each step's own slope, the mean of its points'."""
+    rates = table.guidance
+    if rates is None:
+        return None
+    if rates.ndim == 3:
+        return tuple(rates.mean(-1, keepdim=True).unbind(1))
+    return tuple((float(row.mean()),) for row in rates)
 
 
 Table: TypeAlias = Directions | MultistepTable

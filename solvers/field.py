@@ -7,26 +7,35 @@ network call are tiled, all samples at point 1, then all at point 2 and so on: [
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from solvers.process import Level
 
+Rates: TypeAlias = tuple[float, ...] | Tensor
+"""Guidance rates of a call: a float for each of its K points, or [B, K], each image's own."""
+
 
 @dataclass(frozen=True)
 class Condition:
-    """What a network is told besides x: tensors of B rows, and the same for "nothing"."""
+    """What a network is told besides x: tensors of B rows, and the same for "nothing".
+
+    `rates` are those of this call, where they are not the denoiser's own: floats for as many
+    equal blocks of the rows, or a tensor [B] of each row's.
+    """
 
     given: dict[str, Tensor]
     null: dict[str, Tensor] | None = None
+    rates: Rates | None = None
 
-    def repeat(self, k: int) -> "Condition":
-        """All rows k times over, [B, ...] -> [k * B, ...]."""
-        if k == 1:
+    def repeat(self, k: int, rates: Rates | None = None) -> "Condition":
+        """All rows k times over, [B, ...] -> [k * B, ...], for a call at these rates."""
+        if k == 1 and rates is None:
             return self
-        return Condition(tiled(self.given, k), self.null and tiled(self.null, k))
+        rates = rates.t().flatten() if isinstance(rates, Tensor) else rates
+        return Condition(tiled(self.given, k), self.null and tiled(self.null, k), rates)
 
 
 def tiled(tensors: dict[str, Tensor], k: int) -> dict[str, Tensor]:
@@ -63,34 +72,52 @@ class Field:
     points_chunk: int | None = None
     tally: Tally = dataclasses.field(default_factory=Tally, compare=False)
     heard: Callable[[Tensor], object] | None = None  # told every result, for the loop
+    rates: Rates | None = None  # of calls that say nothing else; None: the denoiser's own
 
-    def __call__(self, x: Tensor, sigma: Level, network_sigma: Level | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Level,
+        network_sigma: Level | None = None,
+        rates: Rates | None = None,
+    ) -> Tensor:
         """x [B, K, *] at sigma -> d [B, K, *].
 
-        `network_sigma` is the level that the network is told, where it is not `sigma`.
+        `network_sigma` is the level that the network is told, where it is not `sigma`, and
+        `rates` are the points' guidance rates, where they are not the interval's.
         """
         told = sigma if network_sigma is None else network_sigma
         self.tally.calls += 1
         self.tally.rows += x.shape[0] * x.shape[1]
-        d = (x - self.denoised(x, levels_of(x, told))) / sigma
+        rates = of_points(self.rates, x.shape[1]) if rates is None else rates
+        d = (x - self.denoised(x, levels_of(x, told), rates)) / sigma
         if self.heard:
             self.heard(d)
         return d
 
-    def denoised(self, x: Tensor, levels: Tensor) -> Tensor:
+    def denoised(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
         """x [B, K, *] at levels [B, K] -> x0 [B, K, *], at most `points_chunk` points a call."""
         chunk = self.points_chunk or x.shape[1]
         if chunk >= x.shape[1]:
-            return self.asked(x, levels)
-        parts = zip(x.split(chunk, 1), levels.split(chunk, 1), strict=True)
-        return torch.cat([self.asked(*part) for part in parts], 1)
+            return self.asked(x, levels, rates)
+        parts = [slice(i, i + chunk) for i in range(0, x.shape[1], chunk)]
+        cut = [rates[:, p] if isinstance(rates, Tensor) else rates and rates[p] for p in parts]
+        asked = [self.asked(x[:, p], levels[:, p], r) for p, r in zip(parts, cut, strict=True)]
+        return torch.cat(asked, 1)
 
-    def asked(self, x: Tensor, levels: Tensor) -> Tensor:
+    def asked(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
         """One network call: x [B, K, *] at levels [B, K] -> x0 [B, K, *]."""
         b, k = levels.shape
         rows, told = x.transpose(0, 1).flatten(0, 1), levels.t().reshape(k * b)
-        x0 = self.denoiser(rows, told, self.cond and self.cond.repeat(k))
+        x0 = self.denoiser(rows, told, self.cond and self.cond.repeat(k, rates))
         return x0.unflatten(0, (k, b)).transpose(0, 1)
+
+
+def of_points(rates: Rates | None, k: int) -> Rates | None:
+    """An interval's one rate for each of k points."""
+    if isinstance(rates, Tensor):
+        return rates.expand(-1, k)
+    return rates and rates * k
 
 
 def levels_of(x: Tensor, level: Level) -> Tensor:
@@ -105,16 +132,35 @@ class Guided:
     """Classifier-free guidance, x0 = null + scale (given - null), as a denoiser of its own.
 
     Ho & Salimans 2022, arXiv:2207.12598, in the convention where scale 1 is no guidance.
-    Both halves go to the network in one call of twice the rows, "nothing" first.
+    Both halves go to the network in one call, "nothing" first; rows at scale 1 have no such half.
+    Rates that come with the condition take the place of `scale`.
     """
 
     denoiser: Denoiser
     scale: float
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        if self.scale == 1 or cond is None or cond.null is None:
+        rates = (self.scale,) if cond is None or cond.rates is None else cond.rates
+        shared = not isinstance(rates, Tensor)
+        if cond is None or cond.null is None or (shared and set(rates) == {1}):
             return self.denoiser(x, sigma, cond)
-        both = {name: torch.cat([cond.null[name], v]) for name, v in cond.given.items()}
-        x0 = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), Condition(both))
-        null, given = x0.chunk(2)
-        return null.lerp(given, self.scale)
+        if not shared:
+            rates = (rates.to(x).reshape(-1, *[1] * (x.ndim - 1)),)
+        elif len(set(rates)) == 1:
+            rates = rates[:1]
+        size = len(x) // len(rates)
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(rates))]
+        guided = [p for p, rate in zip(parts, rates, strict=True) if not (shared and rate == 1)]
+
+        def joined(null: Tensor, given: Tensor) -> Tensor:
+            return torch.cat([*(null[part] for part in guided), given])
+
+        both = {name: joined(cond.null[name], v) for name, v in cond.given.items()}
+        x0 = self.denoiser(joined(x, x), joined(sigma, sigma), Condition(both))
+        *nulls, given = x0.split([*[size] * len(guided), len(x)])
+        if len(rates) == 1:
+            return nulls[0].lerp(given, rates[0])
+        pairs = zip(parts, rates, strict=True)
+        return torch.cat(
+            [given[p] if r == 1 else nulls.pop(0).lerp(given[p], r) for p, r in pairs]
+        )

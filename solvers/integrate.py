@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from solvers.field import Field
+from solvers.field import Field, Rates
 from solvers.process import Level
 
 MAX_PAST = 3
@@ -22,7 +22,7 @@ MAX_SLOPES = 4
 class Point:
     """A place on the trajectory; its slope is evaluated when a solver first asks for it."""
 
-    sigma: float
+    sigma: Any  # a Level, which is a float but for grids of each sample's own
     x: Tensor  # [B, 1, *]
     slope: Callable[[], Tensor]
 
@@ -48,7 +48,7 @@ class Step:
     """All that a solver may look at on its way from `now` to `sigma_next`."""
 
     index: int
-    sigmas: tuple[float, ...]  # the whole grid, without a final 0
+    sigmas: tuple[Any, ...]  # the whole grid, without a final 0
     now: Point
     sigma_next: Level
     past: tuple[Point, ...] = ()  # newest first
@@ -103,22 +103,24 @@ def advance(
     loop: Loop,
     solver: Solver,
     field: Field,
-    grid: tuple[float, ...],
+    grid: tuple[Level, ...],
     *,
     first_slope: Callable[[Tensor, float], Tensor] | None = None,
     correct: Callable[[Step, Point], Point] | None = None,
+    rates: Sequence[Rates] | None = None,
 ) -> Loop:
     """One step of `integrate` on a checked grid (`levels`)."""
     heard: list[Tensor] = []
-    field = dataclasses.replace(field, heard=heard.append)
     i, x = loop.index, loop.x
+    own = rates[min(i, len(rates) - 1)] if rates else field.rates
+    field = dataclasses.replace(field, heard=heard.append, rates=own)
     sigma, sigma_next = grid[i : i + 2]
     now = Point(sigma, x, slope_at(first_slope if first_slope and i == 0 else field, x, sigma))
     if correct and loop.step:
         now = correct(loop.step, now)
-    inner = grid if grid[-1] > 0 else grid[:-1]
+    inner = grid[:-1] if is_zero(grid[-1]) else grid
     step = Step(i, inner, now, sigma_next, loop.past, loop.slopes)
-    x = solver(field, step) if sigma_next > 0 else now.x0
+    x = now.x0 if is_zero(sigma_next) else solver(field, step)
     past = (now, *loop.past)[:MAX_PAST]
     return Loop(x, i + 1, past, newest(heard, loop.slopes), step)
 
@@ -127,10 +129,11 @@ def integrate(
     solver: Solver,
     field: Field,
     x: Tensor,
-    sigmas: Tensor | Sequence[float],
+    sigmas: Tensor | Sequence[Level],
     *,
     first_slope: Callable[[Tensor, float], Tensor] | None = None,
     correct: Callable[[Step, Point], Point] | None = None,
+    rates: Sequence[Rates] | None = None,
     detach: bool = False,
 ) -> Iterator[Tensor]:
     """Yield x [B, *] at sigmas[1], ..., sigmas[N], from x [B, *] at sigmas[0].
@@ -138,23 +141,33 @@ def integrate(
     `sigmas` falls; it may end in 0, a step that every solver takes by denoising (x0 is
     yielded last). `first_slope(x, sigma)` stands in for the network's first call (AFS), and
     `correct` may move a point once its slope is known, as predictor-corrector methods do.
+    `rates` are guidance rates by step, the last for all that follow. `sigmas` may hold tensors
+    [B, 1, 1...] of each sample's own levels, which are taken as they are.
     `detach` cuts the gradient between steps, so that each step learns alone. `field.tally`
     counts the calls. The state is float32 at least. Raises ValueError for a bad grid.
     """
-    grid = levels(sigmas)
+    own = not isinstance(sigmas, Tensor) and any(isinstance(s, Tensor) for s in sigmas)
+    grid = tuple(sigmas) if own else levels(sigmas)  # type: ignore[arg-type]
     loop = Loop.start(x)
     while loop.index < len(grid) - 1:
-        loop = advance(loop, solver, field, grid, first_slope=first_slope, correct=correct)
+        loop = advance(
+            loop, solver, field, grid, first_slope=first_slope, correct=correct, rates=rates
+        )
         yield loop.x.squeeze(1)
         if detach:
             loop = loop.detached()
 
 
 def slope_at(
-    field: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float
+    field: Callable[[Tensor, Any], Tensor], x: Tensor, sigma: Level
 ) -> Callable[[], Tensor]:
     """The field at one place, not yet evaluated."""
     return lambda: field(x, sigma)
+
+
+def is_zero(sigma: Level) -> bool:
+    """Whether a level is the final 0; each sample's own levels never are."""
+    return not isinstance(sigma, Tensor) and sigma == 0
 
 
 def newest(heard: list[Tensor], slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ with float64 tables, so that converting back and forth changes no bit:
      "table": {"r": [N, K], "weight": ..., "time_scale": ..., "dir_scale": ..., "known": [N, H]},
      "recipe": {...}}
 
+A table with `guidance` [N] or [N, K] makes it version 2.
+
 The kind of table is the recipe's `solver`; `known` is there only where H is above 0.
 `load_predictor` reads published files too. On the command line:
 
@@ -161,6 +163,8 @@ def validate(predictor: Predictor) -> Predictor:
         require(name, values, values.isfinite(), "must be a finite number")
     require("r", table.r, (table.r >= 0) & (table.r <= 1), "must lie in [0, 1]")
     require("time_scale", table.time_scale, table.time_scale > 0, "must be above 0")
+    if table.guidance is not None:
+        require("guidance", table.guidance, table.guidance >= 0, "must be 0 or more")
     if isinstance(table, Directions):
         check_shares(table)
     elif table.a.shape != table.b.shape:
@@ -175,7 +179,7 @@ def check_shape(name: str, values: Tensor, recipe: Recipe) -> None:
         if len(found) != 2 or found[0] != shape[0] or not 1 <= found[1] <= 1 + MAX_SLOPES:
             wanted = f"[{shape[0]}, 1 to {1 + MAX_SLOPES}]"
             raise ValueError(f"{name} has the shape {found}: it must be {wanted}")
-    elif found != shape:
+    elif found != shape and not (name == "guidance" and found == shape[:1]):
         wanted = f"num_steps {recipe.num_steps} and num_points {recipe.num_points} need"
         raise ValueError(f"{name} has the shape {found}: {wanted} {shape}")
 
@@ -191,7 +195,8 @@ def check_shares(table: Directions) -> None:
 def named_tensors(table: Table) -> dict[str, Tensor]:
     """The tensors of a table by the names that files use."""
     names = (f.name for f in dataclasses.fields(table))
-    return dict(zip(names, table.tensors(), strict=False))  # EPD's `known` may not be there
+    named = dict(zip(names, table.tensors(), strict=False))  # EPD's `known` may not be there
+    return named if table.guidance is None else named | {"guidance": table.guidance}
 
 
 # --- files --------------------------------------------------------------------------------
@@ -222,7 +227,7 @@ def to_content(predictor: Predictor) -> dict[str, Any]:
     tensors = named_tensors(predictor.table)
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if predictor.table.guidance is None else FORMAT_VERSION,
         "table": {name: t.detach().double().cpu().contiguous() for name, t in tensors.items()},
         # through text, so that equal recipes make equal bytes
         "recipe": json.loads(json.dumps(recipe_to_plain(predictor.recipe))),
@@ -317,6 +322,8 @@ def numbers(name: str, values: Any) -> Tensor:
     """A tensor of floats, or rows of numbers, in float64."""
     if isinstance(values, Tensor) and values.is_floating_point():
         return values.double()
+    if name == "guidance" and is_row(values):
+        return torch.tensor(values, dtype=torch.float64)
     is_table = isinstance(values, list) and all(is_row(row) for row in values)
     if is_table and len({len(row) for row in values}) == 1:
         return torch.tensor(values, dtype=torch.float64)
@@ -365,7 +372,10 @@ def described(predictor: Predictor) -> str:
     lines = [f"{name:18} {json.dumps(v)}" for name, v in settings.items() if v not in (None, {})]
     lines.append(f"{'nfe':18} {predictor.nfe} sequential, {predictor.evaluations} evaluations")
     tensors = named_tensors(predictor.table)
-    of_points = {n: t for n, t in tensors.items() if n not in OF_KNOWN}
+    of_points = {n: t for n, t in tensors.items() if n not in OF_KNOWN and t.ndim == 2}
+    rates = predictor.table.guidance
+    if rates is not None and rates.ndim == 1:
+        of_points["guidance"] = rates[:, None].expand(-1, predictor.recipe.num_points)
     lines.append(f"\n{'interval':>8} {'point':>6}" + "".join(f"{n:>13}" for n in of_points))
     for n in range(predictor.recipe.num_steps - 1):
         for k in range(predictor.recipe.num_points):

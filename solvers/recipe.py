@@ -14,7 +14,8 @@ from typing import Any
 
 from solvers.sampler import SOLVERS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of files with guidance in their table; those without are written as version 1."""
 KINDS = ("epd", "epd-multistep")
 BASES = tuple(name for name in SOLVERS if name not in ("edm", "unipc"))
 """The solvers that EPD can stand on."""
@@ -57,7 +58,7 @@ class Recipe:
     alpha: float | None = None  # weight of the feature loss
     training: dict[str, Any] = field(default_factory=dict)  # how it was trained, plain values
     source: str = ""
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
 
 def for_flow(recipe: Recipe) -> bool:

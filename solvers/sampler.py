@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
-from solvers.epd import EPD, ParallelMultistep
+from solvers.epd import EPD, ParallelMultistep, step_rates
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Field, Tally
 from solvers.integrate import Solver, integrate, levels
-from solvers.process import VE, Process
+from solvers.process import VE, Level, Process
 from solvers.schedules import NoiseLevels
 
 Noise = Callable[[int, Tensor], Tensor]
@@ -135,7 +135,9 @@ class Sampler:
 
     `sigmas` falls from the level of the noise; a last level of 0 is a step by denoising alone.
     `afs` replaces the first call by the analytic slope of the VE process, and `guidance_rate`
-    (1 is none) is for whoever makes the field. Raises ValueError for a grid that does not fall.
+    (1 is none) is for whoever makes the field; `rates` of the steps take its place, and a table's
+    guidance that of both. `grids` [B, N + 1] give each sample levels of its own between the first
+    and the last. Raises ValueError for a grid that does not fall.
     """
 
     solver: Solver
@@ -143,6 +145,8 @@ class Sampler:
     process: Process = VE
     afs: bool = False
     guidance_rate: float = 1.0
+    rates: tuple[float, ...] | None = None
+    grids: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", levels(self.sigmas))
@@ -153,18 +157,35 @@ class Sampler:
         x is standard normal noise times sigmas[0]. A table moves to the device of x, once.
         `detach` cuts the gradient between steps. `field.tally` counts calls and rows.
         """
-        solver = self.solver
+        solver, rates = self.solver, None
+        if self.rates is not None:
+            rates = tuple((rate,) for rate in self.rates)
         if isinstance(solver, EPD | ParallelMultistep):
             solver = replace(solver, table=solver.table.to(x))
+            rates = step_rates(solver.table) or rates
+        sigmas: tuple[Level, ...] = self.sigmas
+        if self.grids is not None:
+            inner = self.grids[:, 1:-1].to(x).reshape(len(x), -1, *[1] * x.ndim)
+            sigmas = (sigmas[0], *inner.unbind(1), sigmas[-1])
         return integrate(
             solver,
             field,
             x,
-            self.sigmas,
+            sigmas,
             first_slope=self.process.first_slope if self.afs else None,
             correct=solver.correct if isinstance(solver, UniPC) else None,
+            rates=rates,
             detach=detach,
         )
+
+    @property
+    def strongest(self) -> float:
+        """The guidance rate that is furthest from 1, which says whether "nothing" is needed."""
+        table = self.solver.table if isinstance(self.solver, EPD | ParallelMultistep) else None
+        rates = [self.guidance_rate] if self.rates is None else self.rates
+        if table is not None and table.guidance is not None:
+            rates = table.guidance.flatten().tolist()
+        return max(rates, key=lambda rate: abs(rate - 1))
 
     @property
     def calls(self) -> int:
