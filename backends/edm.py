@@ -22,12 +22,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from backends.edm_networks import UNet, build_unet
-from backends.edm_pickle import Network, pickled, read_network
+from backends.edm_pickle import Network, read_network
 from backends.edm_precond import PRECONDS, SHORT, Precond, rows
 from solvers.field import Condition
 from src.files import write_atomically, write_json
 
-__all__ = ["EDM", "build_edm", "class_condition", "load_edm", "save_edm", "save_edm_pickle"]
+__all__ = ["EDM", "build_edm", "class_condition", "load_edm", "save_edm"]
 
 FORMAT = 1
 CPU_LAYOUT = torch.channels_last
@@ -252,12 +252,6 @@ def save_edm(
     write_json(folder / CONFIG, config)
 
 
-def save_edm_pickle(path: Path | str, network: EDM) -> None:
-    """Write {"ema": network} in the layout of NVIDIA's pickles, whole or not at all."""
-    with write_atomically(path) as part:
-        part.write_bytes(pickled(network, network.class_name, network.arguments))
-
-
 @click.group()
 def main() -> None:
     """Networks of the EDM family."""
@@ -267,16 +261,15 @@ def main() -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 def convert(source: Path, target: Path) -> None:
-    """Turn SOURCE, an NVIDIA .pkl or a folder of ours, into TARGET, the other of the two.
+    """Turn SOURCE, an NVIDIA .pkl, into TARGET, a folder of ours.
 
     Example: python -m backends.edm convert edm-cifar10-32x32-cond-vp.pkl models/cifar10
     """
+    if target.suffix == ".pkl":
+        raise click.ClickException(f"{target}: NVIDIA's pickles are read alone: name a folder")
     try:
         network = load_edm(source)
-        if target.suffix == ".pkl":
-            save_edm_pickle(target, network)
-        else:
-            save_edm(target, network)
+        save_edm(target, network)
     except (ValueError, OSError) as e:
         raise click.ClickException(_line(e)) from e
     count = sum(p.numel() for p in network.parameters())

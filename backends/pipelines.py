@@ -23,6 +23,7 @@ from backends.base import Backend, ModelOptions
 from backends.flux import flux_backend
 from backends.ldm import sd_backend, uncond_backend
 from backends.sd3 import sd3_backend
+from src import pickles
 
 diffusers: Any = library  # its own annotations are not those of what it returns
 CONFIGS = Path(__file__).resolve().parent.parent / "src" / "configs"
@@ -56,7 +57,6 @@ class Kind:
     gigabytes: float
     marks: tuple[str, ...] = ()  # names of tensors by which a single file is known
     config: str | None = None  # the shipped folder with what a single file lacks
-    half: torch.dtype = torch.float16  # what it runs in on a GPU unless told otherwise
 
 
 KINDS = {
@@ -82,29 +82,23 @@ KINDS = {
             "double_blocks.0.img_attn.norm.key_norm.scale",
             "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
         ),
-        half=torch.bfloat16,
     ),
 }
 
 
 def load_pipeline(
-    name: str, device: torch.device, dtype: torch.dtype | None, options: ModelOptions
+    name: str, device: torch.device, dtype: torch.dtype, options: ModelOptions
 ) -> Backend:
     """The backend of a pipeline folder, a name on the hub, or a single file of weights.
-
-    dtype None is the usual one: the kind's half precision on a GPU, float32 on a CPU.
 
     Raises ValueError, in one line, for what is not there, not whole, or of an unknown kind.
     """
     quiet()
     path = Path(name)
-    dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
     pipe = single_file(path, dtype, options) if path.is_file() else opened(name, dtype)
     pipe.set_progress_bar_config(disable=True)
     for part in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
         part.requires_grad_(False)  # what is learned here is a table, never the backbone
-        if options.channels_last:
-            part.to(memory_format=torch.channels_last)
     if options.cpu_offload:
         if device.type == "cpu":
             raise ValueError("cpu_offload needs a GPU: leave it out on the CPU")
@@ -136,7 +130,7 @@ def quiet() -> None:
 # --- folders and names --------------------------------------------------------------------
 
 
-def opened(name: str, dtype: torch.dtype | None) -> Any:
+def opened(name: str, dtype: torch.dtype) -> Any:
     """The pipeline of a folder or a name; on the hub, diffusers fetches what is not cached."""
     index = read_index(name)
     kind = kind_of(index.get("_class_name", "a folder without _class_name"))
@@ -146,7 +140,7 @@ def opened(name: str, dtype: torch.dtype | None) -> Any:
             f"{Path(name) / lost[0]} has no weights (.safetensors): the whole is {kind.source} on "
             f"the hub, {kind.gigabytes} GB; give the folder of a local copy with --model"
         )
-    return from_folder(name, index, dtype or kind.half, {})
+    return from_folder(name, index, dtype, {})
 
 
 def read_index(name: str) -> Mapping[str, Any]:
@@ -201,7 +195,7 @@ def whole(part: Path) -> bool:
 # --- single files -------------------------------------------------------------------------
 
 
-def single_file(path: Path, dtype: torch.dtype | None, options: ModelOptions) -> Any:
+def single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> Any:
     """The pipeline of one file in its makers' layout; ValueError for one that is not known.
 
     What the file lacks comes from the folder `options.config`: for Stable Diffusion 1.x one is
@@ -219,7 +213,7 @@ def single_file(path: Path, dtype: torch.dtype | None, options: ModelOptions) ->
             f"folder with --model_config ({KINDS[found[0]].source} on the hub)"
         )
     try:
-        return from_tensors(found[0], tensors, folder, dtype or KINDS[found[0]].half)
+        return from_tensors(found[0], tensors, folder, dtype)
     except (*BROKEN, AttributeError, SingleFileComponentError) as error:
         raise ValueError(f"{path} with the config of {folder}: {first_line(error)}") from error
 
@@ -229,36 +223,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        return checkpoint_tensors(path)
+        return pickles.read_tensors(path)
     except (*BROKEN, SafetensorError) as error:
         raise ValueError(f"{path}: no weights that can be read: {first_line(error)}") from error
-
-
-def checkpoint_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch checkpoint; nothing that it names is run.
-
-    `torch.load(weights_only=True)` reads it, with a stand-in that does nothing for every other
-    class that it names (trainers leave such in theirs).
-    """
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    stand_ins: list[Any] = [(StandIn, name) for name in names]
-    with torch.serialization.safe_globals(stand_ins):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    while isinstance(content, Mapping) and "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"it holds a {type(content).__name__}, no tensors by name")
-    return {str(name): v for name, v in content.items() if isinstance(v, Tensor)}
-
-
-class StandIn:
-    """What becomes of an object of a class that a checkpoint names and nobody needs."""
-
-    def __new__(cls, *_: object) -> "StandIn":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
 
 
 def from_tensors(

@@ -47,11 +47,6 @@ def pixel_backend(network: EDM, device: torch.device) -> Backend:
     )
 
 
-def load_pixels(
-    path: Path, device: torch.device, dtype: torch.dtype, *, channels_last: bool = False
-) -> Backend:
+def load_pixels(path: Path, device: torch.device, dtype: torch.dtype) -> Backend:
     """An EDM folder of ours or an NVIDIA pickle; ValueError where it is neither."""
-    network = load_edm(path, device, dtype)
-    if channels_last:
-        network.to(memory_format=torch.channels_last)
-    return pixel_backend(network, device)
+    return pixel_backend(load_edm(path, device, dtype), device)

@@ -18,6 +18,7 @@ import torch
 
 from solvers.predictor import Predictor, load_predictor, save_predictor, validate
 from solvers.published import translate
+from solvers.recipe import recipe_from_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = {
@@ -65,7 +66,8 @@ def from_numbers(path: Path) -> Iterator[tuple[str, Predictor]]:
     """
     for published, entry in json.loads(path.read_text()).items():
         raw = {n: torch.tensor(v, dtype=torch.float32) for n, v in entry["parameters"].items()}
-        yield published, Predictor(*translate(entry["metadata"], raw))
+        table, entries = translate(entry["metadata"], raw)
+        yield published, Predictor(table, recipe_from_plain(entries))
 
 
 def from_folder(path: Path) -> Iterator[tuple[str, Predictor]]:

@@ -34,9 +34,8 @@ from torch import Tensor
 
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.integrate import MAX_SLOPES
-from solvers.persistence import Persistent, read_persistent
 from solvers.process import VE, Process
-from solvers.published import decode, encode, from_published, require
+from solvers.published import decode, from_published, require
 from solvers.recipe import (
     FORMAT_VERSION,
     Recipe,
@@ -48,12 +47,12 @@ from solvers.recipe import (
 )
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels, custom
+from src.pickles import read_pickle
 
 __all__ = [
     "Predictor",
     "Recipe",
     "decode",
-    "encode",
     "find_predictor",
     "load_predictor",
     "save_predictor",
@@ -249,13 +248,13 @@ def write_whole(path: Path, content: bytes) -> None:
 def load_predictor(path: str | Path) -> Predictor:
     """The predictor of a file of ours (.pkl or .json) or of a published pickle, checked.
 
-    Nothing that the file holds is executed (`solvers.persistence`).
+    Nothing that the file holds is executed (`src.pickles`).
 
     Raises ValueError in one line with the path: not there, not a predictor, broken, hostile, of a
     future version, or with a table or a recipe that `validate` refuses.
     """
     path = Path(path)
-    content = read_json(path) if looks_like_json(path) else read_persistent(path)
+    content = read_json(path) if looks_like_json(path) else read_pickle(path)
     try:
         return validate(from_content(content))
     except ValueError as error:
@@ -291,10 +290,11 @@ def from_content(content: Any) -> Predictor:
     """A predictor from the content of a file, ours or published."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a predictor")
-    if isinstance(content.get("model"), Persistent):
-        return Predictor(*from_published(content))
+    if "format" not in content:
+        table, entries = from_published(content)
+        return Predictor(table, recipe_from_plain(entries))
     version = content.get("format_version")
-    if content.get("format") != FORMAT or type(version) is not int:
+    if content["format"] != FORMAT or type(version) is not int:
         raise ValueError('it is neither a predictor of ours nor a published one with a "model"')
     if not 1 <= version <= FORMAT_VERSION:
         known = f"this code reads up to {FORMAT_VERSION}, so it needs an update"

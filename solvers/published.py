@@ -1,25 +1,90 @@
-"""The predictors that the papers' authors published, and their raw parameters.
+"""The predictors that others published: EPD-Solver's and DyWeight's, from the inert data of files.
 
-A published file is a pickle {"model": predictor} or {"model": predictor, "loss_fn": loss}: the
-predictor has its settings as attributes and four parameters [num_steps - 1, K]. The formulas
-are those of EPD-Solver (Zhu et al. 2025, arXiv:2507.14797, Sec. 3).
+A file is a pickle {"model": predictor} or {"predictor": predictor}, perhaps with a loss beside it;
+the predictor, an nn.Module, has its settings as attributes. The formulas are those of EPD-Solver
+(Zhu et al. 2025, arXiv:2507.14797, Sec. 3) and of DyWeight (arXiv:2603.11607).
 """
 
-import dataclasses
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.epd import Directions
-from solvers.persistence import Persistent
-from solvers.recipe import Recipe, plain, recipe_from_plain
+from solvers.epd import Directions, MultistepTable, Table
+from solvers.integrate import MAX_SLOPES
+from solvers.process import VE
+from solvers.schedules import NoiseLevels
+from src.pickles import Inert, module_tensors
 
 PARAMETERS = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
+SETTINGS = (
+    *(
+        "dataset_name",
+        "img_resolution",
+        "num_steps",
+        "num_points",
+        "schedule_type",
+        "schedule_rho",
+    ),
+    *("guidance_type", "guidance_rate", "afs", "scale_dir", "scale_time", "fcn", "max_order", "M"),
+    *("predict_x0", "lower_order_final", "alpha"),
+)
+"""What published predictors and our recipes call by one name."""
 BASES_BY_STUDENT = {"epd": "euler", "ipndm": "ipndm"}
 TEACHERS = {"dpm": "dpm2"}
+LEVELS = ("sigma_min", "sigma_max", "flowmatch_shift", "flowmatch_mu")
 PIXEL_RANGE = {"sigma_min": 0.002, "sigma_max": 80.0}  # of the EDM networks
+
+
+def from_published(content: Mapping[Any, Any]) -> tuple[Table, dict[str, Any]]:
+    """The table of a published file's content, and the entries of its recipe.
+
+    Raises ValueError where it is not that of a published predictor, or a setting cannot be served.
+    """
+    model = next(
+        (v for v in map(content.get, ("model", "predictor")) if isinstance(v, Inert)), None
+    )
+    if model is None:
+        raise ValueError('it is neither a predictor of ours nor a published one with a "model"')
+    raw = module_tensors(model)
+    metadata = {
+        name: value
+        for name, value in model.state.items()
+        if isinstance(name, str) and name[:1] != "_" and name != "training" and is_plain(value)
+    }
+    if "hybrid_weights" in raw:
+        return from_dyweight(metadata, raw)
+    if "r_params" not in raw:
+        raise ValueError(f"its {model.class_name} has no parameters of EPD-Solver or DyWeight")
+    return translate(metadata, raw)
+
+
+def translate(
+    metadata: Mapping[str, Any], raw: Mapping[str, Tensor]
+) -> tuple[Directions, dict[str, Any]]:
+    """EPD-Solver's settings and raw parameters -> our table and the entries of its recipe.
+
+    Students become bases (`epd`: euler), the teacher `dpm` is our dpm2, and a guidance_type of
+    None is a guidance_rate of 1. What the file says word for word stays in "training".
+    """
+    entries = entries_of(metadata)
+    for name in ("num_steps", "schedule_type"):
+        if name not in entries:
+            raise ValueError(f"the predictor does not say its {name}")
+    student = str(metadata.get("sampler_stu", "epd"))
+    if student not in BASES_BY_STUDENT:
+        raise ValueError(f"sampler_stu {student[:80]!r} is unknown: epd or ipndm")
+    table = decode(
+        raw,
+        scale_dir=number("scale_dir", entries.get("scale_dir", 0.0)),
+        scale_time=number("scale_time", entries.get("scale_time", 0.0)),
+        fcn=entries.get("fcn") is True,
+    )
+    entries |= {"solver": "epd", "base": BASES_BY_STUDENT[student]}
+    entries.setdefault("num_points", table.r.shape[1])
+    return table, entries | {"source": "a published EPD predictor"}
 
 
 def decode(
@@ -29,7 +94,7 @@ def decode(
     scale_time: float = 0.0,
     fcn: bool = False,
 ) -> Directions:
-    """Raw parameters [N, K] -> the table they stand for, in float64.
+    """The table that EPD-Solver's raw parameters [N, K] stand for, in float64.
 
     r = sigmoid(r_params), weight = softmax(weight_s) over K, and each scale is
     2 sigmoid(p / 2) reach + 1 - reach, so within (1 - reach, 1 + reach). `scale_dir` and
@@ -45,19 +110,16 @@ def decode(
     for name, reach in reaches.items():
         if name not in wide and reach:
             raise ValueError(f"the predictor has no parameter {name}")
-        if name not in wide:
-            wide[name] = torch.zeros(shape, dtype=torch.float64)
-        if wide[name].shape != shape or len(shape) != 2:
-            found = f"{list(wide[name].shape)} beside r_params {list(shape)}"
-            raise ValueError(f"{name} has the shape {found}: both must be [num_steps - 1, K]")
+        values = wide.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+        if values.shape != shape or len(shape) != 2:
+            shapes = f"{list(values.shape)} beside r_params {list(shape)}"
+            raise ValueError(f"{name} has the shape {shapes}: both must be [num_steps - 1, K]")
     dir_scale = around_one(wide["scale_dir_params"], scale_dir)
     if fcn:
         dir_scale[-1] = 1
+    time_scale = around_one(wide["scale_time_params"], scale_time)
     return Directions(
-        r=wide["r_params"].sigmoid(),
-        weight=wide["weight_s"].softmax(-1),
-        time_scale=around_one(wide["scale_time_params"], scale_time),
-        dir_scale=dir_scale,
+        wide["r_params"].sigmoid(), wide["weight_s"].softmax(-1), time_scale, dir_scale
     )
 
 
@@ -66,100 +128,79 @@ def around_one(raw: Tensor, reach: float) -> Tensor:
     return 2 * torch.sigmoid(raw / 2) * reach + 1 - reach
 
 
-def encode(
-    table: Directions, *, scale_dir: float = 0.0, scale_time: float = 0.0, fcn: bool = False
-) -> dict[str, Tensor]:
-    """The raw parameters [N, K] in float64 whose `decode` is `table`.
+def from_dyweight(
+    metadata: Mapping[str, Any], raw: Mapping[str, Tensor]
+) -> tuple[MultistepTable, dict[str, Any]]:
+    """DyWeight's weights [N, N] and time scales [N - 1] -> parallel multistep, K = 1, N - 1 calls.
 
-    Raises ValueError for a value that no finite parameter reaches, by its place: r of 0 or 1, a
-    weight of 0 or weights that do not sum to 1, a scale at or beyond 1 -/+ its reach, or other
-    than 1 where it is off; and for known slopes, which the published solver does not have.
+    With d_0 the analytic slope at t_0, tau_0 = t_0 and S_i = sum_j w_ij, its steps are
+
+        d_i = (x_i - D(x_i, t_scale_{i-1} tau_i)) / tau_i
+        x_{i+1} = x_i + (t_{i+1} - tau_i) sum_{j<=i} w_ij d_j
+        tau_{i+1} = tau_i + S_i (t_{i+1} - tau_i)
+
+    The first step costs no call and only scales the noise: our grid starts behind it, at that
+    factor. Later steps make d_0 of x and of the slopes since then.
     """
-    if table.history:
-        raise ValueError(f"known slopes: the table has {table.history}, a published one has none")
-    r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
-    require("r", r, (r > 0) & (r < 1), "must lie inside (0, 1)")
-    require("weight", weight, weight > 0, "must be above 0")
-    total = weight.sum(-1)
-    require("sum of weight", total, (total - 1).abs() <= 1e-4, "must be 1")
-    last = dir_scale[-1:]
-    if fcn:
-        require("dir_scale", last, last == 1, "must be 1 in the last interval under fcn")
-        dir_scale = dir_scale[:-1]
-    raw_dir = inverse_of_around_one("dir_scale", dir_scale, scale_dir)
-    if fcn:
-        raw_dir = torch.cat([raw_dir, torch.zeros_like(last)])
-    return {
-        "r_params": torch.logit(r),
-        "weight_s": weight.log(),
-        "scale_dir_params": raw_dir,
-        "scale_time_params": inverse_of_around_one("time_scale", time_scale, scale_time),
-    }
-
-
-def inverse_of_around_one(name: str, scale: Tensor, reach: float) -> Tensor:
-    """The p with 2 sigmoid(p / 2) reach + 1 - reach = scale."""
-    if reach == 0:
-        require(name, scale, scale == 1, "must be 1, as its reach is 0")
-        return torch.zeros_like(scale)
-    inside = (scale - 1).abs() < reach
-    require(name, scale, inside, f"must lie inside ({1 - reach:g}, {1 + reach:g})")
-    return 2 * torch.logit((scale - 1) / (2 * reach) + 0.5)
-
-
-def require(name: str, values: Tensor, good: Tensor, reason: str) -> None:
-    """ValueError with the place and the value of the first entry that is not good."""
-    bad = (~good).nonzero()
-    if len(bad):
-        place = tuple(bad[0].tolist())
-        raise ValueError(f"{name}{list(place)} is {values[place].item():.9g}: it {reason}")
-
-
-def from_published(content: Mapping[Any, Any]) -> tuple[Directions, Recipe]:
-    """The table and recipe of the content of a published file.
-
-    Raises ValueError where it is not that of a published predictor, or a setting is unknown.
-    """
-    model = content.get("model")
-    if not isinstance(model, Persistent):
-        raise ValueError('it has no predictor object under "model"')
-    raw = model.state.get("_parameters")
-    if not isinstance(raw, dict):
-        raise ValueError(f"its {model.class_name} has no parameters")
-    settings = {
-        name: value
-        for name, value in model.state.items()
-        if isinstance(name, str) and not name.startswith("_") and name != "training"
-    }
-    return translate(settings, {n: v for n, v in raw.items() if isinstance(v, Tensor)})
-
-
-def translate(settings: Mapping[str, Any], raw: Mapping[str, Tensor]) -> tuple[Directions, Recipe]:
-    """Published settings and raw parameters -> our table and recipe.
-
-    Students become bases (`epd`: euler), the teacher `dpm` is our dpm2, and a guidance_type of
-    None is a guidance_rate of 1. What the file says word for word stays in
-    `recipe.training["metadata"]`.
-    """
-    metadata = {name: value for name, value in settings.items() if is_plain(value)}
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    entries = {n: v for n, v in metadata.items() if n in known and v is not None}
-    for name in ("num_steps", "schedule_type"):
-        if name not in entries:
-            raise ValueError(f"the predictor does not say its {name}")
-    table = decode(
-        raw,
-        scale_dir=number("scale_dir", entries.get("scale_dir", 0.0)),
-        scale_time=number("scale_time", entries.get("scale_time", 0.0)),
-        fcn=entries.get("fcn") is True,
+    w = raw["hybrid_weights"].double().cpu() * raw.get("mask", torch.ones(1)).cpu()
+    n = len(w)
+    told = raw.get("t_scale", torch.ones(n - 1)).double().cpu()
+    if w.shape != (n, n) or n < 2 or told.shape != (n - 1,) or metadata.get("afs") is False:
+        raise ValueError("DyWeight has hybrid_weights [N, N], t_scale [N - 1], and afs on")
+    w, entries = w.tril(), entries_of(metadata)
+    if entries.get("num_steps", n + 1) != n + 1:
+        raise ValueError(f"num_steps {entries['num_steps']} is not that of {n} rows of weights")
+    low, high = (number(name, entries.get(name)) for name in ("sigma_min", "sigma_max"))
+    t = NoiseLevels(VE, low, high).grid(
+        str(entries.get("schedule_type", "polynomial")), n + 1, rho=entries.get("schedule_rho")
     )
-    entries |= names(metadata) | levels(metadata)
-    entries.setdefault("num_points", table.r.shape[1])
+    tau = [t[0]]
+    for i in range(n - 1):
+        tau.append(tau[i] + w[i].sum() * (t[i + 1] - tau[i]))
+    analytic = (1 + t[0] ** 2).sqrt()
+    free = analytic + (t[1] - t[0]) * w[0, 0]  # x_i = free d_0 + sum_j spent_j d_j
+    spent = torch.zeros_like(w[0])
+    sigmas = torch.stack([free / analytic * t[0], *tau[2:], t[n]])
+    longer = torch.ones_like(spent)  # than our slopes, which divide by our levels
+    longer[1] = sigmas[0] / tau[1]
+    weight, b = torch.zeros(n - 1, 1).double(), torch.zeros(n - 1, n).double()
+    for i in range(1, n):
+        moved = (t[i + 1] - tau[i]) * w[i] * longer
+        of_x = moved[0] / free
+        slopes = (moved - of_x * spent)[1 : i + 1] / (sigmas[i] - sigmas[i - 1])
+        weight[i - 1, 0] = slopes[-1]
+        b[i - 1, 0] = of_x * (1 + sigmas[i - 1] ** 2).sqrt() / (sigmas[i] - sigmas[i - 1])
+        b[i - 1, 1:i] = slopes[:-1].flip(0)
+        free, spent = free + moved[0], spent + moved
+    if b[:, 1 + MAX_SLOPES :].any():
+        raise ValueError(f"its steps use more than {MAX_SLOPES} earlier slopes")
+    b = b[:, : 1 + MAX_SLOPES]
+    time_scale = (told * torch.stack(tau[1:]) / sigmas[:-1]).unsqueeze(1)
+    table = MultistepTable(torch.zeros_like(b), torch.zeros_like(weight), weight, b, time_scale)
+    grid = {"schedule_type": "custom", "sigmas": sigmas.tolist(), "num_steps": n, "num_points": 1}
+    kind = {"solver": "epd-multistep", "afs": False, "source": "a published DyWeight predictor"}
+    return table, entries | grid | kind
+
+
+def entries_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a recipe in our names: settings, backend, teacher and range of levels.
+
+    The range is the predictor's own, else its backend's, else that of the EDM networks. What the
+    file says word for word stays in "training".
+    """
+    entries = {n: metadata[n] for n in SETTINGS if metadata.get(n) is not None}
+    teacher, dataset = metadata.get("sampler_tea"), str(metadata.get("dataset_name") or "unknown")
+    is_latent = dataset.endswith("_ldm") or dataset == "ms_coco"
+    backend = metadata.get("backend") or ("ldm" if is_latent else "edm")
+    config = metadata.get("backend_config") or {}
+    ranges = {**PIXEL_RANGE} if backend == "edm" else {}
+    for source in (config if isinstance(config, dict) else {}, metadata):
+        ranges |= {name: source[name] for name in LEVELS if source.get(name) is not None}
     if metadata.get("guidance_type") is None:
         entries["guidance_rate"] = 1.0
-    entries["training"] = {"metadata": metadata}
-    entries["source"] = "a published EPD predictor"
-    return table, recipe_from_plain(entries)
+    names = {"dataset_name": dataset, "teacher": TEACHERS.get(str(teacher), teacher)}
+    names |= {"backend": backend, "backend_config": config, "training": {"metadata": metadata}}
+    return entries | names | ranges
 
 
 def number(name: str, value: Any) -> float:
@@ -169,41 +210,22 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def is_plain(value: object) -> bool:
-    """Whether a setting can be kept as it is."""
-    try:
-        plain("setting", value)
-    except ValueError:
-        return False
-    return True
+def is_plain(value: object, depth: int = 3) -> bool:
+    """Whether a setting can be kept as it is: numbers, text, and small lists and dicts of them."""
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return depth > 0 and len(value) <= 64 and all(is_plain(v, depth - 1) for v in value)
+    return (
+        value is None
+        or isinstance(value, bool | int | str)
+        or (isinstance(value, float) and isfinite(value))
+    )
 
 
-def names(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Solver, base, teacher and backend in our names."""
-    student = str(metadata.get("sampler_stu", "epd"))
-    if student not in BASES_BY_STUDENT:
-        raise ValueError(f"sampler_stu {student[:80]!r} is unknown: epd or ipndm")
-    teacher = metadata.get("sampler_tea")
-    dataset = metadata.get("dataset_name") or "unknown"
-    is_latent = str(dataset).endswith("_ldm") or dataset == "ms_coco"
-    return {
-        "solver": "epd",
-        "base": BASES_BY_STUDENT[student],
-        "teacher": TEACHERS.get(str(teacher), teacher),
-        "dataset_name": dataset,
-        "backend": metadata.get("backend") or ("ldm" if is_latent else "edm"),
-        "backend_config": metadata.get("backend_config") or {},
-    }
-
-
-def levels(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The range of levels: its own, else its backend's, else that of the EDM networks."""
-    config = metadata.get("backend_config")
-    layers = [metadata, config if isinstance(config, dict) else {}]
-    found = {
-        name: next((layer[name] for layer in layers if layer.get(name) is not None), None)
-        for name in ("sigma_min", "sigma_max", "flowmatch_shift", "flowmatch_mu")
-    }
-    if names(metadata)["backend"] == "edm":
-        found |= {n: v for n, v in PIXEL_RANGE.items() if found[n] is None}
-    return found
+def require(name: str, values: Tensor, good: Tensor, reason: str) -> None:
+    """ValueError with the place and the value of the first entry that is not good."""
+    bad = (~good).nonzero()
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise ValueError(f"{name}{list(place)} is {values[place].item():.9g}: it {reason}")

@@ -259,7 +259,7 @@ def test_wrong_arguments_of_the_preconditioning_are_refused(
 def test_the_command_converts_both_ways_without_loss(tmp_path: Path) -> None:
     network = twin("vp", TINY_SONG)
     save_edm(tmp_path / "one", network)
-    for source, target in (("one", "two.pkl"), ("two.pkl", "three")):
+    for source, target in (("one", "two"), ("two", "three")):
         args = ["convert", str(tmp_path / source), str(tmp_path / target)]
         result = CliRunner().invoke(edm.main, args)
         assert result.exit_code == 0, result.output

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from backends.edm import EDM, load_edm, save_edm_pickle
+from backends.edm import EDM, load_edm
 from tests import persistence_files as files
 from tests.backends.edm_twins import TINY_ADM, TINY_NCSN, TINY_SONG, twin, wave
 
@@ -119,14 +119,6 @@ def test_half_precision_weights_load(tmp_path: Path) -> None:
     again = load_edm(write(tmp_path / "net.pkl", snapshot(network, **TINY_SONG)))
     assert again.dtype == torch.float32
     assert torch.equal(denoise(again), denoise(network.cast(torch.float32)))
-
-
-def test_our_own_pickle_comes_back_bit_by_bit(tmp_path: Path) -> None:
-    network = twin("ve", TINY_NCSN)
-    save_edm_pickle(tmp_path / "net.pkl", network)
-    again = load_edm(tmp_path / "net.pkl")
-    assert torch.equal(denoise(again), denoise(network))
-    assert again.arguments == network.arguments
 
 
 def test_embedded_source_never_runs(tmp_path: Path) -> None:

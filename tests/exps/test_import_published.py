@@ -17,7 +17,7 @@ from exps.import_published import (
     with_table,
 )
 from solvers.predictor import decode, load_predictor
-from tests import persistence_files as files
+from tests import nvidia as files
 
 SOURCE = ROOT / "tests" / "data" / "predictors.json"
 GOLDEN = json.loads(SOURCE.read_text())

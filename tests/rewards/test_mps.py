@@ -1,7 +1,6 @@
 """`mps`: its stack against recorded numbers, its score against the formula, its pickled file."""
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -85,18 +84,18 @@ class Published(nn.Module):
         self.stranger = stranger
 
 
-class Folder:
-    """Makes a folder when it is unpickled."""
+class Stranger:
+    """Makes a folder when Python unpickles it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
+    def __setstate__(self, state: Any) -> None:
+        state["path"].mkdir()
 
 
 def written(folder: Path) -> tuple[Path, Published]:
-    path, module = folder / "MPS.pth", Published(Folder(folder / "ran"))
+    path, module = folder / "MPS.pth", Published(Stranger(folder / "ran"))
     torch.save(module, path)
     return path, module
 

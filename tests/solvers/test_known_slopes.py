@@ -15,7 +15,6 @@ from solvers.predictor import (
     Predictor,
     Recipe,
     described,
-    encode,
     load_predictor,
     save_predictor,
     validate,
@@ -194,12 +193,6 @@ def test_the_coefficients_are_shown() -> None:
     text = described(predictor())
     assert "known, of the slopes known before each interval" in text
     assert "known, of" not in described(predictor(count=0))
-
-
-def test_a_published_file_cannot_hold_them() -> None:
-    table = replace(learned(N, K), known=torch.ones(N, 1))
-    with pytest.raises(ValueError, match="the table has 1, a published one has none"):
-        encode(table, scale_dir=1.0, scale_time=1.0)
 
 
 def test_latents_may_have_any_shape() -> None:

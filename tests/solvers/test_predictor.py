@@ -22,7 +22,6 @@ from solvers.predictor import (
     Predictor,
     Recipe,
     decode,
-    encode,
     find_predictor,
     load_predictor,
     main,
@@ -31,7 +30,7 @@ from solvers.predictor import (
 )
 from solvers.process import FLOW, VE
 from solvers.schedules import time_uniform
-from tests import persistence_files as files
+from tests import nvidia as files
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GOLDEN: dict[str, dict[str, Any]] = json.loads((DATA / "predictors.json").read_text())
@@ -225,49 +224,6 @@ def test_fcn_switches_off_the_last_direction_scale_alone() -> None:
     assert torch.equal(free[:-1], fixed[:-1])
     assert (free[-1] != 1).all()
     assert (fixed[-1] == 1).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 4)),
-    seed=st.integers(0, 2**32),
-    scale_dir=st.sampled_from([0.0, 0.05, 1.0]),
-    scale_time=st.sampled_from([0.0, 0.2]),
-    fcn=st.booleans(),
-)
-def test_encoding_undoes_decoding(
-    shape: tuple[int, int], seed: int, scale_dir: float, scale_time: float, fcn: bool
-) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    reach = {"scale_dir": scale_dir, "scale_time": scale_time, "fcn": fcn}
-    names = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
-    raw = {n: 3 * torch.randn(shape, generator=rng, dtype=torch.float64) for n in names}
-    table = decode(raw, **reach)
-    again = decode(encode(table, **reach), **reach)
-    for a, b in zip(table.tensors(), again.tensors(), strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "expected"),
-    [
-        ({"r": [[0.0, 0.5]]}, "r[0, 0] is 0"),
-        ({"r": [[0.5, 1.0]]}, "r[0, 1] is 1"),
-        ({"weight": [[0.0, 1.0]]}, "weight[0, 0] is 0"),
-        ({"weight": [[0.7, 0.7]]}, "sum of weight[0] is 1.4"),
-        ({"dir_scale": [[1.05, 1.0]]}, "dir_scale[0, 0] is 1.05"),
-        ({"dir_scale": [[1.0, 0.9]]}, "(0.95, 1.05)"),
-        ({"time_scale": [[1.0, 1.01]]}, "time_scale[0, 1] is 1.01"),
-    ],
-)
-def test_a_table_that_no_parameters_reach_is_refused_by_its_place(
-    tensors: dict[str, list[list[float]]], expected: str
-) -> None:
-    one = torch.ones(1, 2, dtype=torch.float64)
-    table = Directions(one / 3, one / 2, one, one)
-    replaced = {k: torch.tensor(v, dtype=torch.float64) for k, v in tensors.items()}
-    table = dataclasses.replace(table, **replaced)
-    assert expected in refused(lambda: encode(table, scale_dir=0.05))
 
 
 # --- validation -----------------------------------------------------------------------------
