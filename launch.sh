@@ -5,17 +5,19 @@
 #   EPD_PYTHON  the Python to make it with (default: the first that will do)
 #   EPD_RANKS   how many processes train-* shares its images out to, one a GPU (default 1)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+unset CDPATH
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 VENV=${EPD_VENV:-.venv}
 VENV_PYTHON=$VENV/bin/python
 
 commands() {
   cat <<'END'
 setup           make the virtual environment and install the pinned packages
-demo            sample the shipped model with every solver; a table, a grid and a plot (no download, no GPU)
+demo            both shipped models by four methods: pictures side by side and a table (no download, no GPU)
 test            run the tests; arguments go to pytest, for instance: test tests/solvers -x
 bench           time the solvers beyond their network calls
-rl-demo         train the small text-to-image model's table on a reward; pictures and scores before and after
+rl-demo         train the small text-to-image model's table on a reward; pictures and scores before and after;
+                options go to training.ppo.launch
 doctor          which weights of models and rewards are found, missing or wrong
 weights         fetch public weights by name, for instance: weights clip aesthetic
 train-sd15      stage 2 for Stable Diffusion 1.5; options go to training.ppo.launch
@@ -112,7 +114,7 @@ ppo() {
   local name=$1 ranks=${EPD_RANKS:-1}
   shift
   set -- -m training.ppo.launch --config "training/ppo/cfgs/$name.yaml" "$@"
-  [ "$ranks" = 1 ] || set -- -m torch.distributed.run --master_port=12345 "--nproc_per_node=$ranks" "$@"
+  [ "$ranks" = 1 ] || set -- -m src.ranks --master_port=12345 "--nproc_per_node=$ranks" "$@"
   run "$@"
 }
 
@@ -134,9 +136,9 @@ flux() { model EPD_FLUX FLUX.1-dev black-forest-labs/FLUX.1-dev; }
 
 # Sample with a shipped predictor; of an option that is given again, the last counts.
 sample() {
-  local name=$1 model=$2 dtype=$3
-  shift 3
-  run sample.py --predictor "$name-best" --model "$model" --dtype "$dtype" --batch 4 \
+  local name=$1 model=$2
+  shift 2
+  run sample.py --predictor "$name-best" --model "$model" --batch 4 \
     --prompt-file src/prompts/test.txt --seeds 0-199 --outdir "samples/$name" "$@"
 }
 
@@ -145,6 +147,45 @@ score() {
   shift
   [ $# -gt 0 ] || set -- "samples/$name"
   run -m eval.score "$@" --reward hps --reward pickscore --reward imagereward --reward clip --reward aesthetic
+}
+
+# The same seeds by several methods, the last one fine: pictures side by side, and how far each is off.
+demo() {
+  local out=samples/demo
+  setup
+  rm -rf "$out"
+  draw() { "$VENV_PYTHON" sample.py --outdir "$out/$1" "${@:2}"; }
+  beside() { "$VENV_PYTHON" -m src.figures "$out/$1"/* --output "$out/$1.png"; }
+  printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then Heun in 40\n'
+  draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --schedule_rho 1 --seeds 0-9 --grid "$@"
+  draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-9 "$@"
+  draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-9 "$@"
+  draw fashion/4 --solver heun --num_steps 21 --seeds 0-9 "$@"
+  beside fashion
+  printf 'Emoji by text in 6 calls: the best hand-made solver, EPD; then Heun in 40\n'
+  set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-7 "$@"
+  draw emoji/1 --solver euler --num_steps 7 --guidance_rate 4 "$@"
+  draw emoji/2 --predictor tiny-sd3/epd-k2-6nfe "$@"
+  draw emoji/3 --solver heun --num_steps 21 --guidance_rate 4 "$@"
+  beside emoji
+}
+
+# Stage 2 on tiny-sd3: one half of the held-out prompts chooses the table, the other is reported on.
+rl_demo() {
+  local out=samples/rl-demo held=src/prompts/emoji-heldout.txt best
+  setup
+  mkdir -p "$out"
+  rm -rf "$out/before" "$out/after"
+  awk 'NR % 2 == 1' "$held" >"$out/choose.txt"
+  awk 'NR % 2 == 0' "$held" >"$out/report.txt"
+  "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3.yaml \
+    --override "run.output_root=$out/runs" --override "data.heldout_prompts=$out/choose.txt" "$@"
+  best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
+  draw() { "$VENV_PYTHON" sample.py --model tiny-sd3 --prompt-file "$out/report.txt" --seeds 1000-1189 "$@"; }
+  draw --predictor exps/tiny-sd3/epd-k2-6nfe.pkl --outdir "$out/before"
+  draw --predictor "$best" --outdir "$out/after"
+  "$VENV_PYTHON" -m src.figures "$out/before" "$out/after" --output "$out/grid.png"
+  run -m eval.score "$out/after" "$out/before" --reward clip --weights clip=src/models/tiny-clip --reward efficientnet-minilm
 }
 
 tests() {
@@ -176,17 +217,17 @@ case $command in
     setup
     printf 'ready: %s\n' "$VENV_PYTHON"
     ;;
-  demo) run -m eval.demo "$@" ;;
+  demo) demo "$@" ;;
   bench) run -m eval.bench "$@" ;;
-  rl-demo) run -m eval.rl_demo "$@" ;;
+  rl-demo) rl_demo "$@" ;;
   train-sd15) ppo sd15 "$@" ;;
   train-sd3-512) ppo sd3_512 "$@" ;;
   train-sd3-1024) ppo sd3_1024 "$@" ;;
   train-flux) ppo flux_dev "$@" ;;
-  sample-sd15) sample sd15 "$(sd15)" float16 --resolution 512 "$@" ;;
-  sample-sd3-512) sample sd3-512 "$(sd3)" float16 --resolution 512 "$@" ;;
-  sample-sd3-1024) sample sd3-1024 "$(sd3)" float16 --resolution 1024 "$@" ;;
-  sample-flux) sample flux "$(flux)" bfloat16 --resolution 1024 "$@" ;;
+  sample-sd15) sample sd15 "$(sd15)" --resolution 512 "$@" ;;
+  sample-sd3-512) sample sd3-512 "$(sd3)" --resolution 512 "$@" ;;
+  sample-sd3-1024) sample sd3-1024 "$(sd3)" --resolution 1024 "$@" ;;
+  sample-flux) sample flux "$(flux)" --resolution 1024 "$@" ;;
   score-sd15) score sd15 "$@" ;;
   score-sd3-512) score sd3-512 "$@" ;;
   score-sd3-1024) score sd3-1024 "$@" ;;

@@ -88,7 +88,7 @@ def Wrapped(
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a text-to-image model is opened; models on pixels take none of these.
+    """How a model is opened; those on pixels take `channels_last` alone.
 
     `encode_first` are texts to embed at once, after which the text encoders are let go: memory
     for the transformer.
@@ -101,3 +101,4 @@ class ModelOptions:
     vae_tiling: bool = False
     vae_slicing: bool = False
     encode_first: tuple[str, ...] = ()
+    channels_last: bool = False  # the weights' order in memory

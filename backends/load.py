@@ -15,6 +15,7 @@ from src.files import read_json
 SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model_index.json"
+DEFAULT = "fashion-mnist-32"
 SAME_SIZE = 0.1
 """By how much the side of a square of the same area may differ, for pictures in other ratios."""
 
@@ -46,13 +47,14 @@ def load_backend(
     name: str,
     *,
     device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     options: ModelOptions | None = None,
 ) -> Backend:
     """The backend of a model.
 
     A folder is known by its model_index.json (a diffusers pipeline) or config.json (ours), a
-    .ckpt or .safetensors file by its tensors, an EDM network by its .pkl.
+    .ckpt or .safetensors file by its tensors, an EDM network by its .pkl. dtype None is the
+    model's usual one: float32, or half precision for text to image on a GPU.
 
     Raises ValueError, in one line, for a path that is no model.
     """
@@ -61,16 +63,33 @@ def load_backend(
         from backends.pipelines import load_pipeline  # noqa: PLC0415 (diffusers, when asked for)
 
         return load_pipeline(str(path), device, dtype, options or ModelOptions())
-    if options and options != ModelOptions():
+    channels_last = bool(options and options.channels_last)
+    if options and options != ModelOptions(channels_last=channels_last):
         raise ValueError(f"{name} is on pixels: it takes no prompts, sizes or parts of pipelines")
     if path.is_dir() and kind(path) == "analytic":
         return load_mixture(path, device)
-    return load_pixels(path, device, dtype)
+    return load_pixels(path, device, dtype or torch.float32, channels_last=channels_last)
 
 
 def family(backend: Backend) -> str:
     """Former name of `backend.family`."""
     return backend.family
+
+
+def backbone_of(recipe: Recipe | None) -> str:
+    """The name of the model that a predictor was learned for; the shipped one without any.
+
+    Raises ValueError where it is not shipped, and nobody says where it is.
+    """
+    if recipe is None or recipe.dataset_name == "unknown":
+        return DEFAULT
+    if recipe.dataset_name in shipped_models():
+        return recipe.dataset_name
+    wanted = recipe.backend_config.get("model_name_or_path") or recipe.dataset_name
+    raise ValueError(
+        f"the predictor is for {wanted} ({recipe.backend}), which does not ship with the "
+        "repository: give its folder or file with --model"
+    )
 
 
 def is_single_file(path: Path) -> bool:

@@ -57,6 +57,7 @@ class Kind:
     gigabytes: float
     marks: tuple[str, ...] = ()  # names of tensors by which a single file is known
     config: str | None = None  # the shipped folder with what a single file lacks
+    half: torch.dtype = torch.float16  # what it runs in on a GPU unless told otherwise
 
 
 KINDS = {
@@ -82,23 +83,29 @@ KINDS = {
             "double_blocks.0.img_attn.norm.key_norm.scale",
             "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
         ),
+        half=torch.bfloat16,
     ),
 }
 
 
 def load_pipeline(
-    name: str, device: torch.device, dtype: torch.dtype, options: ModelOptions
+    name: str, device: torch.device, dtype: torch.dtype | None, options: ModelOptions
 ) -> Backend:
     """The backend of a pipeline folder, a name on the hub, or a single file of weights.
+
+    dtype None is the usual one: the kind's half precision on a GPU, float32 on a CPU.
 
     Raises ValueError, in one line, for what is not there, not whole, or of an unknown kind.
     """
     quiet()
     path = Path(name)
+    dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
     pipe = single_file(path, dtype, options) if path.is_file() else opened(name, dtype)
     pipe.set_progress_bar_config(disable=True)
     for part in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
         part.requires_grad_(False)  # what is learned here is a table, never the backbone
+        if options.channels_last:
+            part.to(memory_format=torch.channels_last)
     if options.cpu_offload:
         if device.type == "cpu":
             raise ValueError("cpu_offload needs a GPU: leave it out on the CPU")
@@ -130,7 +137,7 @@ def quiet() -> None:
 # --- folders and names --------------------------------------------------------------------
 
 
-def opened(name: str, dtype: torch.dtype) -> Any:
+def opened(name: str, dtype: torch.dtype | None) -> Any:
     """The pipeline of a folder or a name; on the hub, diffusers fetches what is not cached."""
     index = read_index(name)
     kind = kind_of(index.get("_class_name", "a folder without _class_name"))
@@ -140,7 +147,7 @@ def opened(name: str, dtype: torch.dtype) -> Any:
             f"{Path(name) / lost[0]} has no weights (.safetensors): the whole is {kind.source} on "
             f"the hub, {kind.gigabytes} GB; give the folder of a local copy with --model"
         )
-    return from_folder(name, index, dtype, {})
+    return from_folder(name, index, dtype or kind.half, {})
 
 
 def read_index(name: str) -> Mapping[str, Any]:
@@ -195,7 +202,7 @@ def whole(part: Path) -> bool:
 # --- single files -------------------------------------------------------------------------
 
 
-def single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> Any:
+def single_file(path: Path, dtype: torch.dtype | None, options: ModelOptions) -> Any:
     """The pipeline of one file in its makers' layout; ValueError for one that is not known.
 
     What the file lacks comes from the folder `options.config`: for Stable Diffusion 1.x one is
@@ -213,7 +220,7 @@ def single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> Any:
             f"folder with --model_config ({KINDS[found[0]].source} on the hub)"
         )
     try:
-        return from_tensors(found[0], tensors, folder, dtype)
+        return from_tensors(found[0], tensors, folder, dtype or KINDS[found[0]].half)
     except (*BROKEN, AttributeError, SingleFileComponentError) as error:
         raise ValueError(f"{path} with the config of {folder}: {first_line(error)}") from error
 

@@ -47,6 +47,11 @@ def pixel_backend(network: EDM, device: torch.device) -> Backend:
     )
 
 
-def load_pixels(path: Path, device: torch.device, dtype: torch.dtype) -> Backend:
+def load_pixels(
+    path: Path, device: torch.device, dtype: torch.dtype, *, channels_last: bool = False
+) -> Backend:
     """An EDM folder of ours or an NVIDIA pickle; ValueError where it is neither."""
-    return pixel_backend(load_edm(path, device, dtype), device)
+    network = load_edm(path, device, dtype)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    return pixel_backend(network, device)

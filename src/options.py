@@ -6,15 +6,16 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
 import torch
+from click.core import ParameterSource
 
-from src.files import nearest
+from src.files import from_json, nearest
 from src.seeds import parse_seeds
 
 P = ParamSpec("P")
@@ -137,10 +138,7 @@ class BoolFlag(click.Option):
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """The command, with every error that it raises as one line; `--debug` raises it as it is.
-
-    Goes below the click decorators, next to the function.
-    """
+    """The function, with every error that it raises as one line; `--debug` raises it as it is."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -203,10 +201,15 @@ def set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 class OneLineCommand(click.Command):
-    """A command whose usage errors, too, are one line; it has `--debug`."""
+    """A command whose usage errors, too, are one line; it has `--debug`.
+
+    What it raises is one line, too (see `one_line_errors`), and its options are understood with
+    `-` and with `_`: --dry-run, --dry_run.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.context_settings["token_normalize_func"] = lambda name: name.replace("-", "_")
         debug = click.Option(
             ["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=set_debug
         )
@@ -217,6 +220,9 @@ class OneLineCommand(click.Command):
         refuse_bytes(args)
         with one_line_usage():
             return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return one_line_errors(super().invoke)(ctx)
 
 
 class OneLineGroup(click.Group):
@@ -249,21 +255,64 @@ def refuse_bytes(arguments: Sequence[str]) -> None:
             raise click.UsageError(f"{argument!a} is not UTF-8 text")
 
 
-TEXT_OPTIONS = (
-    click.option("--prompt", multiple=True, help="A text; again for the next seed's."),
-    click.option("--prompt-file", "--prompt_file", help=".txt, one a line, or .csv (text)."),
-    click.option("--negative-prompt", "--negative_prompt", help="What guidance leads away from."),
-    click.option("--resolution", type=Resolution(), help="Of text-to-image models: 512, 768x512."),
-    click.option("--model_config", help="Diffusers folder with what a single file lacks."),
+def check_decided(ctx: click.Context, decided: Mapping[str, Any], by: str) -> None:
+    """ValueError for an option that is given and says otherwise than what decides it."""
+    for name, value in decided.items():
+        given = ctx.get_parameter_source(name) != ParameterSource.DEFAULT
+        if given and ctx.params[name] != value:
+            said = f"--{name} {ctx.params[name]} contradicts {by}, which has {value}"
+            raise ValueError(f"{said}: leave the option out")
+
+
+CONFIG = {
+    "resolution": "size",
+    "model_name_or_path": "model",
+    "model_id": "model",
+    "torch_dtype": "dtype",
+    "enable_model_cpu_offload": "cpu_offload",
+}
+"""The entries of the published code's --backend-config, and the options that they are here."""
+
+
+def set_defaults(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Let --backend-config and --use_fp16 say what other options are unless they are given."""
+    defaults = dict(ctx.default_map or {})
+    if param.name == "use_fp16" and value:
+        defaults["dtype"] = "float16"
+    elif value:
+        config = from_json(value, "--backend-config")
+        if not isinstance(config, dict) or not config.keys() <= CONFIG.keys():
+            raise click.UsageError(f"--backend-config takes {', '.join(CONFIG)}, not {value}")
+        defaults |= {CONFIG[name]: str(entry) for name, entry in config.items()}
+    ctx.default_map = defaults
+
+
+def aside(*names: str, **about: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """An option that sets the defaults of others, and is no argument of the command."""
+    return click.option(*names, is_eager=True, expose_value=False, callback=set_defaults, **about)
+
+
+MODEL_OPTIONS = (
+    click.option("--model", "--model_path", help="Folder, file, hub or shipped name."),
+    click.option("--backend", help="What the model must be: edm, ldm, sd3, flux, ..."),
+    aside("--backend-config", help='JSON such as {"resolution": 512}.'),
+    click.option("--negative-prompt", help="What guidance leads away from."),
+    click.option("--resolution", "size", type=Resolution(), help="By text: 512, 768x512."),
+    click.option("--model_config", "config", help="Diffusers folder of what a file lacks."),
     click.option("--cpu_offload", cls=BoolFlag, help="Each part on the GPU while it works."),
     click.option("--vae_tiling", cls=BoolFlag, help="Decode large images in tiles."),
     click.option("--vae_slicing", cls=BoolFlag, help="Decode one image at a time."),
     click.option("--release_encoders", cls=BoolFlag, help="Encode all texts, then free them."),
+    click.option("--channels_last", cls=BoolFlag, help="Weights in the order that GPUs prefer."),
+    click.option("--compile", cls=BoolFlag, help="Compile the network: slow to start, then fast."),
+    click.option("--dtype", type=DType(), default="auto", help="Of the network; x stays float32."),
+    aside("--use_fp16", cls=BoolFlag, help="The same as --dtype float16."),
+    click.option("--device", type=Device(), default="auto"),
 )
 
 
-def text_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options of text-to-image models."""
-    for option in reversed(TEXT_OPTIONS):
+def model_options(command: Callable[P, R]) -> Callable[P, R]:
+    """How a model is opened, and where it works."""
+    for option in reversed(MODEL_OPTIONS):
         command = option(command)
     return command

@@ -142,14 +142,15 @@ class Lines:
     """A file for tqdm where there is no terminal: the bar's state as a line, now and then."""
 
     def __init__(self) -> None:
-        self.state, self.last = "", time.monotonic()
+        self.state, self.said, self.last = "", "", time.monotonic()
 
     def write(self, text: str) -> None:
         """Take a new state, and say it if the last is old; an end of line says it at any rate."""
         self.state = text.strip() or self.state
-        if self.state and (text == "\n" or time.monotonic() - self.last >= EVERY):
+        late = text == "\n" or time.monotonic() - self.last >= EVERY
+        if late and self.state != self.said:
             sys.stderr.write(self.state + "\n")
-            self.state, self.last = "", time.monotonic()
+            self.said, self.last = self.state, time.monotonic()
 
     def flush(self) -> None:
         """Let others see it."""

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from sample import main
-from src.images import read_png
+from src.images import read_png, save_png
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +79,51 @@ def test_another_recipe_does_not_mix_into_a_folder(sample: Sample) -> None:
     )
 
 
+def test_pictures_say_what_they_are_and_the_index_follows(sample: Sample, tmp_path: Path) -> None:
+    """A run killed before its index was written leaves pictures and an old index, or none."""
+    out = tmp_path / "out"
+    sample("--num_steps", "2", "--seeds", "0-5", "--class", "1")
+    whole = (out / "samples.json").read_text()
+    index = json.loads(whole)
+    index["images"] = index["images"][:2]
+    (out / "samples.json").write_text(json.dumps(index))
+    result = sample("--num_steps", "2", "--seeds", "0", "--class", "1")
+    assert "0 of them new" in result.output
+    assert (out / "samples.json").read_text() == whole
+    (out / "samples.json").unlink()
+    sample("--num_steps", "2", "--seeds", "5", "--class", "1")
+    assert (out / "samples.json").read_text() == whole
+
+
+def test_a_picture_of_something_else_is_not_taken(sample: Sample, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "000000.png"
+    save_png(path, torch.zeros(1, 16, 16))
+    assert "choose another --outdir" in refused(sample("--num_steps", "2", "--seeds", "0"))
+    save_png(path, torch.zeros(1, 16, 16), {"recipe": {"seed": 0, "class": 2}})
+    assert "choose another --outdir" in refused(sample("--num_steps", "2", "--seeds", "0"))
+
+
+def test_a_writer_that_fails_is_one_line(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        if path.name == "000002.png":
+            raise OSError(28, "No space left on device", str(path))
+        save_png(path, torch.zeros(1, 2, 2))
+
+    monkeypatch.setattr("src.samples.save_png", full)
+    result = sample("--num_steps", "2", "--seeds", "0-5", "--batch", "2")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].endswith("000002.png: No space left on device")
+
+
+def test_a_seed_that_diverges_is_named(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(len(x)).reshape(-1, 1, 1, 1) == 1, torch.nan, x)
+
+    monkeypatch.setattr("backends.pixels.pixels", decode)
+    result = sample("--num_steps", "2", "--seeds", "7,8,9")
+    assert "seed 8 became NaN" in result.output.splitlines()[-1]
+
+
 def test_subdirs_hold_a_thousand_seeds_each(sample: Sample, tmp_path: Path) -> None:
     sample("--num_steps", "2", "--seeds", "999,1000", "--subdirs")
     assert (tmp_path / "out" / "000000" / "000999.png").exists()
@@ -89,6 +134,46 @@ def test_grid_and_trajectory(sample: Sample, tmp_path: Path) -> None:
     sample("--num_steps", "4", "--seeds", "0-3", "--grid", "--trajectory")
     assert read_png(tmp_path / "out" / "grid.png")[0].shape == (1, 34, 34)
     assert read_png(tmp_path / "out" / "trajectory" / "000001.png")[0].shape == (1, 16, 48)
+
+
+def test_the_published_spellings_are_understood(sample: Sample, tmp_path: Path) -> None:
+    written = "--grid=True --subdirs True --return_inters False --max_batch_size 2 --afs False"
+    result = sample(*written.split(), "--num_steps", "3", "--seeds", "0-3", "--use_fp16", "True")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "000000" / "000003.png").exists()
+    assert (tmp_path / "out" / "grid.png").exists()
+    assert not (tmp_path / "out" / "000000" / "trajectory").exists()
+    config = ["--backend-config", '{"torch_dtype": "bfloat16"}', "--backend", "edm"]
+    result = sample("--dry-run", *config, "--num_steps", "3")
+    assert json.loads(result.output)["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "folder"),
+    [
+        ("m-3.5-medium", ["--solver", "ipndm-3"], "m-3.5-medium/ipndm-3_nfe17"),
+        ("m-3.5-large", ["--solver", "ipndm-3"], "m-3.5-large/ipndm-3_nfe17"),
+        ("m.pkl", ["--num_steps", "3"], "m/euler_nfe2"),
+    ],
+)
+def test_the_usual_folder_keeps_the_dots_of_names(
+    tmp_path: Path, model: str, options: list[str], folder: str
+) -> None:
+    place = str(tiny_model(tmp_path / model))
+    result = CliRunner().invoke(main, ["--model", place, "--dry-run", *options])
+    assert json.loads(result.output)["outdir"] == f"samples/{folder}"
+
+
+@pytest.mark.parametrize("name", ["cifar10-5nfe", "lsun-bedroom-5nfe", "sd15-best"])
+def test_a_predictor_never_samples_another_model_in_silence(name: str) -> None:
+    error = refused(CliRunner().invoke(main, ["--predictor", name, "--dry-run"]))
+    assert "--model" in error
+
+
+def test_a_predictor_finds_its_shipped_model() -> None:
+    arguments = ["--predictor", "tiny-sd3/epd-k2-6nfe", "--dry-run", "--device", "cpu"]
+    result = CliRunner().invoke(main, arguments)
+    assert json.loads(result.output)["model"] == "tiny-sd3"
 
 
 def test_dry_run_prints_the_recipe_and_writes_nothing(sample: Sample, tmp_path: Path) -> None:
@@ -133,6 +218,9 @@ def test_an_option_against_the_predictor_names_both(
         (["--schedule_type", "flowmatch"], "flowmatch"),
         (["--schedule_type", "discrete"], "discrete"),
         (["--s_churn", "9"], "edm"),
+        (["--backend", "ldm"], "--backend ldm: the model is of edm"),
+        (["--backend-config", '{"size": 3}'], "--backend-config takes resolution"),
+        (["--prompt", "bad\udcff"], "not UTF-8"),
         (["--dtype", "float12"], "float"),
     ],
 )

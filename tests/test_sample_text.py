@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 
 import sample
 import sample_sd3
+from solvers.predictor import find_predictor, load_predictor, save_predictor
 from src.images import read_png
 from tests.backends import pipeline_twins as twins
 
@@ -78,16 +80,49 @@ def test_other_prompts_want_another_folder(run: Run) -> None:
     assert "another --outdir" in refused(run(*EULER, "--seeds", "0", "--prompt", "b"))
 
 
-def test_sd3_takes_the_predictors_resolution_and_presets(model: Path, tmp_path: Path) -> None:
-    options = ["--predictor", "sd3-512-best", "--model", str(model), "--seeds", "0"]
-    common = ["--outdir", str(tmp_path / "out"), "--dtype", "float32", "--device", "cpu"]
-    wanted = ["--prompt", "a", "--dry-run"]
-    result = CliRunner().invoke(sample_sd3.main, [*options, *common, *wanted])
-    assert "goes up to 256" in refused(result)
-    result = CliRunner().invoke(
-        sample_sd3.main, ["--model", str(model), *common, "--resolution", "64", *wanted]
-    )
-    assert "predictor is for 512 pixels" in refused(result)
+def test_a_prompt_of_a_file_is_known_by_its_number(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    file = ("--prompt-file", str(tmp_path / "p.txt"))
+    run(*EULER, *file, "--seeds", "1-4", out="seed")
+    assert subjects(tmp_path / "seed") == [(1, "b"), (2, "c"), (3, "a"), (4, "b")]
+    run(*EULER, *file, "--seeds", "1,7", "--prompts_by", "order", out="order")
+    assert subjects(tmp_path / "order") == [(1, "a"), (7, "b")]
+
+
+def test_another_range_of_seeds_does_not_give_a_picture_another_prompt(
+    run: Run, tmp_path: Path
+) -> None:
+    prompts = ("--prompt", "apple", "--prompt", "dog")
+    run(*EULER, *prompts, "--seeds", "0-3")
+    before = subjects(tmp_path / "out")
+    error = run(*EULER, *prompts, "--seeds", "1-4").output
+    assert "000001.png says prompt 'dog', this would be 'apple'" in error
+    assert subjects(tmp_path / "out") == before
+
+
+def test_what_is_easily_overlooked_is_said(run: Run) -> None:
+    output = run(*EULER, "--seeds", "0", "--prompt", "a", "--negative-prompt", "blur").output
+    assert "on a CPU the network runs in float32" in output
+    assert "the negative prompt has no effect at guidance_rate 1" in output
+
+
+def test_sd3_has_its_presets(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    options = ["--model", str(model), "--prompt-file", str(tmp_path / "p.txt"), "--seeds", "1-2"]
+    for size, words in (([], "goes up to 256"), (["--resolution", "64"], "is for 512 pixels")):
+        with pytest.raises(SystemExit):
+            sample_sd3.main([*options, *size])
+        assert words in capsys.readouterr().err
+    shipped = load_predictor(find_predictor("tiny-sd3/epd-k2-6nfe"))
+    ours = replace(shipped, recipe=replace(shipped.recipe, img_resolution=16))
+    save_predictor(ours, tmp_path / "ours.pkl")
+    place = ["--outdir", str(tmp_path / "out"), "--predictor", str(tmp_path / "ours.pkl")]
+    with pytest.raises(SystemExit) as done:
+        sample_sd3.main([*options, *place])
+    assert done.value.code == 0
+    assert subjects(tmp_path / "out") == [(1, "a"), (2, "b")]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +137,7 @@ def test_sd3_takes_the_predictors_resolution_and_presets(model: Path, tmp_path: 
         (("--prompt-file", "nowhere.txt"), r"nowhere.txt: No such file"),
         (("--afs",), "afs is for VE models"),
         (("--predictor", "sd15-best"), "is not for a flow model"),
-        (("--predictor", "sd3-512-best"), "add --resolution 512"),
+        (("--predictor", "sd3-512-best"), "the model goes up to 256"),
     ],
 )
 def test_what_does_not_fit_is_one_line(options: tuple[str, ...], words: str, run: Run) -> None:
