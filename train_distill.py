@@ -1,110 +1,99 @@
 """Distil a predictor: a model and a teacher -> a table of few parallel steps."""
 
 import dataclasses
-import os
+import functools
+import math
+import re
 import sys
-from collections.abc import Mapping
-from functools import partial
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from click.core import ParameterSource
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 from tqdm import tqdm
+from yaml import YAMLError
 
-from backends.base import SCHEDULES, Backend, ModelOptions
-from backends.load import family, find_model, load_backend
+from backends.base import Backend, ModelOptions, Prompt
+from backends.load import find_model, load_backend
 from rewards.efficientnet import load_features, prepared
+from solvers.predictor import save_predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
-from src.files import to_json
-from src.options import DTYPES, Device, Number, OneLineCommand, one_line_errors
+from src.files import nearest, read_text, to_json, write_text
+from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand, one_line_errors
+from src.runs import Run, Stop, Stopped, checkpoints, find_run, new_run, read_sealed
+from src.seeds import randint
 from src.text import read_prompts
-from training.company import Company
-from training.distances import NAMES as DISTANCES
-from training.distances import Network, compose, load_network
-from training.folders import configured, new_folder, run_folder
-from training.gradient import OBJECTIVES
-from training.jobs import make_job
-from training.run import Folder, run, start_from
-from training.settings import (
-    BACKENDS,
-    METHODS,
-    TEACHERS,
-    Config,
-    calls_and_rows,
-    check_batch,
-    resolved,
-)
-from training.stop import Stop, Stopped
-from training.task import Surroundings, make_task
+from training.distances import load_network
+from training.distill import Model, Problem, best_sampler, learn, make_problem, predictor_of
+from training.plots import draw_losses, draw_table
+from training.settings import GRADIENT_ALONE, Settings, preset, resolved
+from training.student import rmse
 from training.teacher import Cache, fingerprint
 
-PUBLISHED_TEACHERS = {"dpm": "dpm2"}
+CONFIG = "config.yaml"
 FEATURES = "efficientnet-lite0"
-Positive = Number(0, min_open=True)
-COUNT = click.IntRange(1)
+MOVABLE = ("model", "prompts", "features", "model_config", "init")
+"""Settings that may differ where a run goes on: files may have moved."""
+SETTINGS: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(Settings) if f.name != "device"
+}
+BACKENDS = ("auto", "edm", "analytic", "ldm", "sd3", "flux")
 
 
-class Teacher(click.Choice):
-    """A teacher by our name or the published one."""
+@dataclass(frozen=True)
+class Backbone:
+    """What a command distils, besides its Settings."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(PUBLISHED_TEACHERS.get(value, value), param, ctx)
+    model: str = "fashion-mnist-32"
+    backend: str = "auto"
+    preset: str | None = None
+    prompts: str | None = None
+    label: int | None = None
+    negative_prompt: str | None = None
+    resolution: int | None = None
+    model_config: str | None = None
+    features: str | None = None
+    dtype: str = "float32"
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with an option for each of the settings."""
+    for field in reversed(dataclasses.fields(Settings)):
+        about = field.metadata
+        names, flag = about["names"] or (f"--{field.name}",), about["kind"] is click.BOOL
+        names = (f"--{field.name}/--no-{field.name}",) if flag else names
+        kind = {"cls": BoolFlag} if flag else {"type": about["kind"]}
+        option = click.option(
+            *names, field.name, default=field.default, help=about["help"], **kind
+        )
+        command = command if field.name == "device" else option(command)
+    return command
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--preset", help="A published predictor's settings (cifar10-5nfe).")
-@click.option("--model", default=Config.model, help="Folder, EDM .pkl, or a shipped name.")
+@click.option("--model", default=Backbone.model, help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="What it must be.")
-@click.option("--method", type=click.Choice(METHODS), default=Config.method)
-@click.option("--num_steps", type=click.IntRange(2), default=4, help="Grid points.")
-@click.option("--num_points", type=click.IntRange(1, 8), default=2, help="K, parallel points.")
-@click.option("--solver", "--sampler_stu", default="epd", help="epd, epd-BASE or epd-multistep.")
-@click.option("--max_order", type=click.IntRange(1, 4), help="Of the base.")
-@click.option("--teacher", "--sampler_tea", type=Teacher(TEACHERS), default="heun")
-@click.option("--M", "M", type=click.IntRange(0), help="Points it adds in an interval.")
-@click.option("--teacher_substeps", type=COUNT, default=1, help="Steps between its points.")
-@click.option("--schedule_type", type=click.Choice(SCHEDULES), help="How the grid is spaced.")
-@click.option("--schedule_rho", type=Positive, help="Its exponent.")
-@click.option("--afs/--no-afs", default=None, help="Analytic first step; usual for VE.")
-@click.option("--scale_dir", type=Number(0, 1), help="Reach of direction scales; fit: free.")
-@click.option("--scale_time", type=Number(0, 1), help="Reach of time scales; fit: free.")
-@click.option("--fcn", is_flag=True, help="No direction scale in the last interval.")
-@click.option("--known", default=0, help="Slopes already evaluated that join EPD's mixture.")
-@click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
 @click.option("--prompts", "--prompt_path", help="A text file, one prompt a line.")
 @click.option("--negative_prompt", help="What guidance leads away from.")
-@click.option("--resolution", type=COUNT, help="Of text-to-image models, in pixels.")
+@click.option("--resolution", type=click.IntRange(1), help="Of text-to-image models, in pixels.")
 @click.option("--model_config", help="Diffusers folder with what a single file lacks.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")
-@click.option("--total_kimg", type=Positive, help="Thousands of trajectories.")
-@click.option("--batch", type=COUNT, default=32, help="Over all processes.")
-@click.option("--batch_gpu", "--batch-gpu", type=COUNT, help="At once in a process.")
-@click.option("--lr", type=Positive, help="Of Adam.")
-@click.option("--coslr/--no-coslr", default=True, help="Cosine decay of the learning rate.")
-@click.option("--objective", type=click.Choice(OBJECTIVES), help="What a gradient is of.")
-@click.option("--distance", type=click.Choice(DISTANCES), default="l2")
-@click.option("--last_distance", type=click.Choice(DISTANCES), help="At the end; else the same.")
 @click.option("--features", help=f"TorchScript file, or {FEATURES}, for their distances.")
-@click.option("--alpha", type=Number(0), default=10.0, help="Weight of features.")
-@click.option("--published_loss", is_flag=True, help="Weigh features as the published code does.")
-@click.option("--lbfgs", type=click.IntRange(0), default=0, help="Starts of L-BFGS, for Adam.")
-@click.option("--rounds", type=click.IntRange(0), help="Of a fit's refinement; more is better.")
-@click.option("--learn_grid/--no-learn_grid", default=None, help="The noise levels as well.")
-@click.option("--try_schedules", is_flag=True, default=None, help="A fit takes the best of three.")
-@click.option("--robust", is_flag=True, help="Refine once more by a loss for stray samples.")
-@click.option("--checkpointing", is_flag=True, help="Gradients in less memory, more time.")
-@click.option("--validation", type=COUNT, default=32, help="Trajectories apart from training.")
-@click.option("--fine_steps", type=click.IntRange(3), default=33, help="Of the fine solution.")
-@click.option("--tick", type=Positive, default=1.0, help="Thousands between checkpoints.")
-@click.option("--seed", type=click.IntRange(0), default=0)
-@click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the network."
-)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32")
+@click.option("--total_kimg", type=Number(0, min_open=True), help="samples, in thousands.")
+@click.option("--guidance_type", type=click.Choice(["uncond", "cfg"]), help="As the rate says.")
+@settings_options
 @click.option("--teacher-cache", type=click.Path(path_type=Path), help="Keep trajectories here.")
-@click.option("--cache_gb", type=Positive, default=4.0, help="Its largest size.")
+@click.option("--cache_gb", type=Number(0, min_open=True), default=4.0, help="Its largest size.")
 @click.option("--resume", help="A run's folder, a checkpoint, or latest.")
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: exps/00001-WHAT.")
 @click.option("--device", type=Device(), default="auto")
@@ -122,141 +111,235 @@ def main(
     torchrun --nproc_per_node=2 train_distill.py --method gradient --total_kimg 2
     """  # noqa: D301
     given = {n for n in options if ctx.get_parameter_source(n) != ParameterSource.DEFAULT}
-    path = run_folder(resume) if resume else None
-    config = configured(options, given, path)
-    check_ranges(ctx, config)
-    if dry_run and config.preset and "model" not in given:
-        echo(resolved(config, is_flow=is_flow(config)), {"model": None})
+    folder = find_run(resume, Path("exps"), settings=CONFIG) if resume else None
+    backbone, settings = configured(options, given, folder)
+    if dry_run and backbone.preset and backbone.model == Backbone.model:
+        flow = backbone.backend in FLOW_BACKENDS or settings.schedule == "flowmatch"
+        click.echo(to_json(vars(backbone) | vars(resolved(settings, flow=flow)), 2))
         return
-    check_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
-    device = torch.device("cpu") if dry_run else ranks.init(options["device"])
-    config, around = surroundings(config, given, options | {"dry_run": dry_run}, device)
     stop = Stop()
-    around = dataclasses.replace(around, poll=stop.poll)
-    task = make_task(config, around)
-    network = network_of(config, around.backend)
-    silent = dry_run or not ranks.is_first()
-    bar = tqdm(desc=config.method, unit="it", disable=silent, delay=1)
-    company = Company(
-        ranks=around.ranks,
-        rank=around.rank,
-        reduce=ranks.all_reduce_sum,
-        agree=stop.agree,
-        tell=partial(tell, bar),
-        network=network,
-    )
-    job = make_job(task, company)
-    if dry_run:
-        echo(config, {"sigmas": task.student.plan.sigmas})
-        return
-    folder = open_folder(config, path, outdir, resume)
-    try:
-        with stop.listening():
-            run(job, task, company, folder, stop)
-    except Stopped:
-        ranks.close()
-        sys.exit(128 + (stop.signal or 15))
-    finally:
-        bar.close()
-    calls, rows = calls_and_rows(config)
-    folder.log(f"{calls} sequential calls, {rows} rows an image: {folder.path / 'predictor.pkl'}")
-    ranks.close()
-
-
-def check_ranges(ctx: click.Context, config: Config) -> None:
-    """ValueError where a setting, of a file say, is not what its option takes."""
-    for option in ctx.command.params:
-        value = getattr(config, option.name or "", None)
-        try:
-            option.type_cast_value(ctx, value)
-        except click.UsageError as error:
-            raise ValueError(f"{option.name} {value!r}: {error.message}") from error
-
-
-def is_flow(config: Config) -> bool:
-    """Whether settings are those of flow matching, where no model is at hand."""
-    return config.backend in FLOW_BACKENDS or config.schedule_type == "flowmatch"
-
-
-def surroundings(
-    config: Config, given: set[str], options: Mapping[str, Any], device: torch.device
-) -> tuple[Config, Surroundings]:
-    """The model and what else there is; the settings resolved for it."""
-    if config.preset and "model" not in given and config.model == Config.model:
-        raise ValueError(f"preset {config.preset} needs its network: give --model PATH")
-    path = find_model(config.model)
-    resolved(config, is_flow=is_flow(config))
-    prompts = read_prompts(config.prompts) if config.prompts else ()
-    cache = None if options["dry_run"] else options["teacher_cache"]
+    device = torch.device("cpu") if dry_run else ranks.init(options["device"])
+    cache = None if dry_run else options["teacher_cache"]
     if cache:
-        cache = Cache(cache, int(options["cache_gb"] * 1e9), partial(click.echo, err=True))
-        cache.check()
-    about = ModelOptions(
-        size=(config.resolution, config.resolution) if config.resolution else None,
-        negative_prompt=config.negative_prompt,
-        config=config.model_config,
-    )
-    backend = load_backend(str(path), device=device, dtype=DTYPES[config.dtype], options=about)
-    found = family(backend)
-    if config.backend not in ("auto", found):
-        raise ValueError(f"backend {config.backend} is not that of {path}: it is {found}")
-    flow = backend.levels.process.name == "flow"
-    config = dataclasses.replace(config, backend=found)
-    config = resolved(config, is_flow=flow, shape=backend.latent_shape)
-    return config, Surroundings(
-        backend,
-        fingerprint=fingerprint(path) if cache else "",
-        cache=cache,
-        prompts=prompts,
-        rank=ranks.rank(),
-        ranks=ranks.world_size(),
-    )
+        cache = Cache(
+            cache, int(options["cache_gb"] * 1e9), functools.partial(click.echo, err=True)
+        )
+    backend, model = opened(backbone, settings, device, cache, stop)
+    if settings.name == Settings.name:
+        settings = replace(settings, name=backbone.model.rstrip("/").rpartition("/")[2])
+    problem = make_problem(model, settings)
+    if dry_run:
+        levels = {"backend": backend.family, "sigmas": problem.student.sigmas}
+        click.echo(to_json(vars(backbone) | vars(problem.settings) | levels, 2))
+        return
+    run = open_run(backbone, problem.settings, folder, outdir)
+    with stop.listening():
+        try:
+            distil(problem, run, stop, resume)
+        except Stopped:
+            run.log("stopped: go on with --resume")
+            sys.exit(stop.exit_status)
+        finally:
+            ranks.close()
 
 
-def network_of(config: Config, backend: Backend) -> Network | None:
-    """The network of features on what a state decodes to, loaded once."""
-    if not {"inception", "features"} & {config.distance, config.last_distance}:
-        return None
-    if config.features is None:
-        raise ValueError("inception and features need their network: give --features FILE")
-    if config.features == FEATURES:
-        maps = load_features(backend.device).maps
-        return compose(backend.decode, lambda images: maps(prepared(images)).mean((2, 3)))
-    network = load_network(config.features, backend.device)
-    if "inception" in (config.distance, config.last_distance):
-        return compose(backend.decode, lambda images: inception(network, images))
-    return compose(backend.decode, network)
+def distil(problem: Problem, run: Run, stop: Stop, resume: str | None) -> None:
+    """Learn tick by tick, writing what each gives into the run's folder."""
+    state, tick, started = {}, 0, time.monotonic()
+    if resume and checkpoints(run.folder):
+        path, content = newest(run, resume)
+        for name, was in content["settings"].items():
+            if name not in MOVABLE and vars(problem.settings).get(name, was) != was:
+                raise ValueError(f"{path} was made with {name} {was}: mend {CONFIG}")
+        state, tick = content["state"], content["ticks"]
+        run.log(f"going on from {path.name}")
+    run.rewind(tick)
+    for tick, (what, metrics) in enumerate(learn(problem, state), tick + 1):  # noqa: B020
+        stop.held = True
+        sampler = best_sampler(problem, state)
+        metrics |= {"rmse_teacher": rmse(sampler, problem.validation)}
+        metrics |= {"rmse_fine": rmse(sampler, problem.reference)}
+        metrics |= {"seconds": time.monotonic() - started}
+        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        said = ", ".join(f"{n} {v:.5g}" for n, v in finite.items() if v is not None)
+        run.log(f"tick {tick}, {what}: {said}")
+        run.measure(tick, finite)
+        if run.writes:
+            for name in (f"predictor-{tick:05d}.pkl", "predictor.pkl"):
+                save_predictor(predictor_of(problem, state), run.folder / name)
+        settings = dataclasses.asdict(problem.settings)
+        run.save(tick, {"ticks": tick, "settings": settings, "state": state})
+        stop.held = False
+        stop.poll()
+    if run.writes:
+        predictor = predictor_of(problem, state)
+        draw_table(predictor, best_sampler(problem, state).sigmas, run.folder / "table.png")
+        draw_losses(run.metrics.read(), run.folder / "loss.png")
+        cost = f"{predictor.nfe} sequential calls, {predictor.evaluations} rows an image"
+        run.log(f"{cost}: predictor.pkl")
 
 
-def inception(network: Any, images: torch.Tensor) -> torch.Tensor:
-    """Features of NVIDIA's TorchScript Inception: images [B, C, H, W] in [0, 1] -> [B, 2048]."""
-    return network(images.expand(-1, 3, -1, -1) * 255, return_features=True)
+def newest(run: Run, resume: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that is asked for by its name, or the newest that is whole."""
+    if resume.endswith(".pt"):
+        return Path(resume), read_sealed(resume)
+    return run.newest()
 
 
-def tell(bar: Any, name: str, value: float) -> None:
-    """A number beside the bar."""
-    bar.set_postfix({name: f"{value:.4g}"})
-    bar.update()
+def configured(
+    options: Mapping[str, Any], given: set[str], folder: Path | None
+) -> tuple[Backbone, Settings]:
+    """The settings of a run that goes on, or of a preset under those that were given.
+
+    Raises ValueError where an explicit option is not that of the run.
+    """
+    kimg, values = options["total_kimg"], dict(options)
+    if kimg is not None:
+        values, given = values | {"samples": max(1, round(kimg * 1000))}, {*given, "samples"}
+    if "name" in given and "model" not in given:
+        values["model"] = options["name"]
+    if options["guidance_type"] == "uncond" and options["guidance_rate"] != 1:
+        raise ValueError("guidance_type uncond is guidance_rate 1")
+    if folder:
+        values = going_on(values, given, read_config(folder / CONFIG))
+    elif options["preset"]:
+        values |= {n: v for n, v in preset(options["preset"]).items() if n not in given}
+        if options["method"] == "fit":
+            idle = {*GRADIENT_ALONE, "last_distance"} - given
+            values |= {n: SETTINGS[n] for n in idle}
+    return split(values)
 
 
-def open_folder(
-    config: Config, path: Path | None, outdir: Path | None, resume: str | None
-) -> Folder:
+def split(values: Mapping[str, Any]) -> tuple[Backbone, Settings]:
+    """Values by their names as those of the backbone and those of the settings."""
+    backbone = {n: values[n] for n in vars(Backbone()) if n in values}
+    return Backbone(**backbone), Settings(**{n: values[n] for n in SETTINGS if n in values})
+
+
+def going_on(options: Mapping[str, Any], given: set[str], run: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run; ValueError for an explicit option that is not the run's."""
+    asked = {n: v for part in split({n: options[n] for n in given}) for n, v in vars(part).items()}
+    if "samples" in given:
+        asked["samples"] = max(1, round(asked["samples"] / run["batch"])) * run["batch"]
+    for name in sorted(given & run.keys()):
+        if asked[name] != run[name]:
+            raise ValueError(f"--{name} {asked[name]}: the run has {run[name]}, leave it out")
+    return run
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a run; ValueError for a file that is missing or holds other names."""
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
+    names = [*vars(Backbone()), *SETTINGS]
+    for name in content if isinstance(content, dict) else ["?"]:
+        if name not in names:
+            near = nearest(str(name), names)
+            raise ValueError(f"{path}: unknown setting {name!r}, did you mean {near}?")
+    return content
+
+
+def open_run(
+    backbone: Backbone, settings: Settings, folder: Path | None, outdir: Path | None
+) -> Run:
     """Where the run writes: a new folder, the given one, or the one that it goes on in."""
     text = ""
-    if ranks.is_first():
-        if path and resume and resume.endswith(".pt"):
-            start_from(Path(resume), path)
-        text = str(path or new_folder(config, outdir))
-    place = Path(ranks.gather_objects(text)[0])
-    return Folder(place, partial(tqdm.write, file=sys.stderr), ranks.is_first())
+    if ranks.is_first() and folder is None:
+        if outdir and (outdir / CONFIG).exists():
+            raise ValueError(f"{outdir} has a run already: --resume {outdir}, or another --outdir")
+        what = f"{Path(backbone.model).stem}-{settings.num_steps}-{settings.solver}"
+        what = re.sub(r"[^A-Za-z0-9._-]", "-", f"{what}-k{settings.points}")
+        folder = outdir or new_run(what)
+        values = vars(backbone) | {n: v for n, v in vars(settings).items() if n != "device"}
+        write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(values)))
+    text = ranks.gather_objects(str(folder))[0]
+    return Run(Path(text), functools.partial(tqdm.write, file=sys.stderr), ranks.is_first())
 
 
-def echo(config: Config, more: Mapping[str, Any]) -> None:
-    """The settings as JSON."""
-    calls, rows = calls_and_rows(config)
-    counts = {"trajectories": config.trajectories, "nfe": calls, "evaluations": rows}
-    click.echo(to_json(dataclasses.asdict(config) | counts | dict(more), 2))
+def opened(
+    backbone: Backbone, settings: Settings, device: torch.device, cache: Cache | None, stop: Stop
+) -> tuple[Backend, Model]:
+    """The backend, and what of it is distilled.
+
+    Raises ValueError where it is not the one that is asked for, or features lack their network.
+    """
+    if backbone.preset and backbone.model == Backbone.model:
+        raise ValueError(f"preset {backbone.preset} needs its network: give --model PATH")
+    if backbone.label is not None and backbone.prompts:
+        raise ValueError("give either classes or prompts, not both")
+    path = find_model(backbone.model)
+    prompts = read_prompts(backbone.prompts) if backbone.prompts else ()
+    size = (backbone.resolution, backbone.resolution) if backbone.resolution else None
+    about = ModelOptions(size, backbone.negative_prompt, backbone.model_config)
+    dtype = DTYPES[backbone.dtype]
+    backend = load_backend(str(path), device=device, dtype=dtype, options=about)
+    if backbone.backend not in ("auto", backend.family):
+        raise ValueError(f"backend {backbone.backend} is not that of {path}: it is {backend.family}")
+
+    def prompt_of(seed: int) -> Prompt:
+        if prompts:
+            return prompts[int(randint([seed], len(prompts), stream="prompt"))]
+        return backend.usual_prompt(seed) if backbone.label is None else backbone.label
+
+    levels, plain = backend.levels, {n: v for n, v in vars(backbone).items() if v is not None}
+    flow = levels.process.name == "flow"
+    recipe = {
+        "backend": backend.family,
+        "img_resolution": round(math.sqrt(math.prod(backend.size))),
+        "sigma_min": levels.sigma_min,
+        "sigma_max": levels.sigma_max,
+        "flowmatch_shift": levels.shift if flow else None,
+        "flowmatch_mu": levels.mu if flow else None,
+        "source": "train_distill.py",
+    }
+    key = {"model": fingerprint(path) if cache else "", "dtype": str(backend.dtype)}
+    key |= {"prompts": list(prompts), "class": backbone.label}
+    key |= {"negative_prompt": backbone.negative_prompt}
+    model = Model(
+        backend.denoise,
+        levels,
+        backend.shape,
+        lambda seeds: backend.encode([prompt_of(seed) for seed in seeds]),
+        backend.guide,
+        features_of(backbone, settings, backend),
+        backend.device,
+        backend.dtype,
+        cache,
+        key,
+        recipe,
+        plain,
+        functools.partial(agreed, stop),
+        stop.poll,
+    )
+    return backend, model
+
+
+def agreed(stop: Stop, tensor: Tensor) -> Tensor:
+    """The sum over ranks, where none of them is to stop."""
+    stop.agree()
+    return ranks.all_reduce_sum(tensor)
+
+
+def features_of(
+    backbone: Backbone, settings: Settings, backend: Backend
+) -> Callable[[Tensor], Tensor] | None:
+    """The network of features on what a state decodes to, loaded once."""
+    distances = {settings.distance, settings.last_distance}
+    if not {"inception", "features"} & distances:
+        return None
+    if backbone.features is None:
+        raise ValueError("inception and features need their network: give --features FILE")
+    if backbone.features == FEATURES:
+        maps = load_features(backend.device).maps
+        return lambda x: maps(prepared(backend.decode(x))).mean((2, 3))
+    network: Callable[..., Tensor] = load_network(backbone.features, backend.device)
+    if "inception" in distances:  # NVIDIA's TorchScript
+        return lambda x: network(
+            backend.decode(x).expand(-1, 3, -1, -1) * 255, return_features=True
+        )
+    return lambda x: network(backend.decode(x))
 
 
 if __name__ == "__main__":

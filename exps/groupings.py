@@ -30,7 +30,7 @@ from src.intervals import Estimate, mean_of
 from src.options import Device, OneLineCommand, SeedList, one_line_errors
 from src.runs import Metrics
 from training.checkpoint import checkpoints
-from training.pictures import save
+from src.figures import save
 from training.ppo.config import load_config
 from training.ppo.data import predictor_of, prompts_of
 from training.ppo.launch import make_task

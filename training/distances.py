@@ -2,28 +2,24 @@
 
 Shapes: B samples, * one sample, x [B, *] -> [B]. All are differentiable in the student, and
 treat the teacher as constant. Features are of images, so a network of features is given what
-decodes a state (`compose`).
+decodes a state.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from training.distill import Distance, squared
+from training.student import Distance, squared
 
 Network = Callable[[Tensor], Tensor]
-NAMES = ("l2", "huber", "inception", "features", "lpips-like")
+NAMES = ("l2", "huber", "inception", "features")
 HUBER = 0.00054
 """c / sqrt(numbers of a sample) of the pseudo-Huber distance (Song & Dhariwal, below)."""
-WIDTHS = (16, 32, 64)
-TINY = 1e-10
 
 
 def huber(student: Tensor, teacher: Tensor) -> Tensor:
@@ -57,62 +53,7 @@ class FeatureDistance:
         return self.alpha * difference.sum(1)
 
 
-@dataclass(frozen=True)
-class LayerDistance:
-    """Differences of unit-length features at several layers, averaged over places and layers.
-
-    The form of LPIPS (Zhang et al. 2018, arXiv:1801.03924, Eq. 1) with all channel weights 1,
-    on the layers of `network`: x [B, *] -> features [B, C, *] each. It is not the metric LPIPS,
-    which needs its trained networks: with `random_layers` it compares local texture and edges.
-    """
-
-    network: Callable[[Tensor], Sequence[Tensor]]
-
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = [unit(layer) for layer in self.network(teacher)]
-        found = [unit(layer) for layer in self.network(student)]
-        pairs = zip(found, wanted, strict=True)
-        layers = [(a - b).square().sum(1).flatten(1).mean(1) for a, b in pairs]
-        return torch.stack(layers).mean(0)
-
-
-def unit(features: Tensor) -> Tensor:
-    """Features [B, C, *] of length 1 over C."""
-    return features * (features.square().sum(1, keepdim=True) + TINY).rsqrt()
-
-
-def random_layers(x: Tensor, *, seed: int = 0) -> list[Tensor]:
-    """Three layers of a fixed random convolutional network: x [B, *] -> [B, C, *] each.
-
-    A latent of d dimensions besides its channels is convolved over all of them (d = 1 to 3;
-    vectors count as one channel of places), 3 wide, stride 2 after the first, leaky ReLU.
-    """
-    if x.ndim == 2:
-        x = x.unsqueeze(1)
-    convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}.get(x.ndim)
-    if convolve is None:
-        raise ValueError(f"lpips-like is for samples of 1 to 4 dimensions, not {x.ndim - 1}")
-    layers = []
-    for i, kernel in enumerate(random_kernels(x.shape[1], x.ndim - 2, seed)):
-        x = F.leaky_relu(convolve(x, kernel.to(x), stride=1 if i == 0 else 2, padding=1), 0.2)
-        layers.append(x)
-    return layers
-
-
-@lru_cache(maxsize=8)
-def random_kernels(channels: int, dimensions: int, seed: int) -> tuple[Tensor, ...]:
-    """Orthogonal-like Gaussian kernels [C_out, C_in, 3...] by a generator of their own."""
-    generator, kernels = torch.Generator().manual_seed(seed), []
-    for width in WIDTHS:
-        shape = (width, channels, *[3] * dimensions)
-        fan_in = math.prod(shape[1:])
-        kernels.append(torch.randn(shape, generator=generator) * math.sqrt(2 / fan_in))
-        channels = width
-    return tuple(kernels)
-
-
-def load_network(path: str | Path, device: torch.device) -> Network:
+def load_network(path: str | Path, device: torch.device) -> Callable[..., Tensor]:
     """A network of features from a TorchScript file, frozen and on its device.
 
     Raises ValueError naming a file that is missing or is no TorchScript.
@@ -131,16 +72,6 @@ def load_network(path: str | Path, device: torch.device) -> Network:
     return network.eval()
 
 
-def compose(decode: Network, network: Network) -> Network:
-    """Features of what a state decodes to."""
-    return partial(decoded_features, decode, network)
-
-
-def decoded_features(decode: Network, network: Network, x: Tensor) -> Tensor:
-    """network(decode(x))."""
-    return network(decode(x))
-
-
 def distance_named(
     name: str, network: Network | None = None, *, alpha: float = 1.0, as_published: bool = False
 ) -> Distance:
@@ -153,8 +84,6 @@ def distance_named(
             return squared
         case "huber":
             return huber
-        case "lpips-like":
-            return LayerDistance(random_layers)
         case "inception" | "features" if network is not None:
             return FeatureDistance(network, alpha, as_published)
         case "inception" | "features":

@@ -8,9 +8,9 @@ changes what is learned.
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,40 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers.field import Condition, Denoiser, Field
 from solvers.integrate import Step
-from training.distill import Batch, Distance, final_loss, squared
-from training.refine import Student, squared_error
+from src.ranks import all_reduce_sum
+from training.student import Batch, Distance, Reduce, Student, rmse, squared
 
-Objective = Literal["per-step", "final", "end-to-end"]
 OBJECTIVES = ("per-step", "final", "end-to-end")
-Reduce = Callable[[Tensor], Tensor]
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over ranks where there is one rank."""
-    return tensor
-
-
-@dataclass(frozen=True)
-class Checkpointed:
-    """A denoiser that keeps nothing for the way back and computes again instead."""
-
-    denoiser: Denoiser
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> x0 [B, *], with the memory of one call at a time."""
-        if not torch.is_grad_enabled():
-            return self.denoiser(x, sigma, cond)
-        x0 = checkpoint(
-            self.denoiser, x, sigma, cond, use_reentrant=False, preserve_rng_state=False
-        )
-        assert isinstance(x0, Tensor)
-        return x0
-
-
-def checkpointed(batch: Batch) -> Batch:
-    """The batch, its network called with gradient checkpointing."""
-    slope = dataclasses.replace(batch.field, denoiser=Checkpointed(batch.field.denoiser))
-    return dataclasses.replace(batch, field=slope)
 
 
 @dataclass(frozen=True)
@@ -66,21 +36,12 @@ class GradientOptions:
 
     lr: float = 0.2
     coslr: bool = True  # to 0 by a half cosine
-    objective: Objective = "per-step"
+    objective: str = "per-step"
     distance: Distance = squared
     last: Distance | None = None
     ema: float = 0.9  # of the numbers, an update
     bad_budget: int = 10  # updates that may be skipped for NaN or infinity
-    reduce: Reduce = alone
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr {self.lr} is out of range: above 0")
-        if self.objective not in OBJECTIVES:
-            choices = ", ".join(OBJECTIVES)
-            raise ValueError(f"unknown objective {self.objective!r}: choose from {choices}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema {self.ema} is out of range: 0 to below 1")
+    reduce: Reduce = all_reduce_sum
 
 
 @dataclass
@@ -100,8 +61,7 @@ class Learner:
     adam: torch.optim.Adam = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        if self.student.grid:
-            raise ValueError("a gradient does not reach the time grid: use --method fit")
+        assert not self.student.grid, "a gradient does not reach the noise levels"
         self.theta = self.theta.detach().double().cpu().clone().requires_grad_()
         self.ema, self.best = self.theta.detach().clone(), self.theta.detach().clone()
         self.adam = torch.optim.Adam([self.theta], lr=self.options.lr)
@@ -124,10 +84,11 @@ class Learner:
 
     def each_interval(self, parts: Sequence[Batch], count: int) -> float:
         """An update after every interval, the gradient cut between them."""
-        plan, total = self.student.plan, 0.0
-        runs = [plan.run(self.step, part.field, part.x, detach=True) for part in parts]
-        for i in range(plan.intervals):
-            distance = self.distance_at(i + 1 == plan.intervals)
+        total, sampler = 0.0, self.student.sampler(self.theta)
+        sampler = dataclasses.replace(sampler, solver=self.step)
+        runs = [sampler.states(part.field, part.x, detach=True) for part in parts]
+        for i in range(self.student.intervals):
+            distance = self.distance_at(i + 1 == self.student.intervals)
             pairs = zip(runs, parts, strict=True)
             loss = self.update((distance(next(run), p.targets[i]) for run, p in pairs), count)
             total += loss
@@ -135,32 +96,28 @@ class Learner:
                 break
         return total
 
+    def step(self, field: Field, step: Step) -> Tensor:
+        """The student's step by the numbers as they are now."""
+        table, _ = self.student.decode(self.theta)
+        return self.student.solver(table.to(step.now.x))(field, step)
+
     def whole(self, parts: Sequence[Batch], count: int) -> float:
         """One update, through the whole trajectory."""
         return self.update((self.trajectory_loss(part) for part in parts), count)
 
     def trajectory_loss(self, part: Batch) -> Tensor:
         """The loss [B] of the end, or of all states."""
-        plan = self.student.plan
+        states = list(self.student.sampler(self.theta).states(part.field, part.x))
         if self.options.objective == "final":
-            table = self.student.decode(self.theta)[1]
-            return final_loss(plan, table, part, self.distance_at(True))
-        states = plan.run(self.step, part.field, part.x)
-        losses = [
-            self.distance_at(i == plan.intervals)(state, target)
-            for i, (state, target) in enumerate(zip(states, part.targets, strict=True), 1)
-        ]
+            return self.distance_at(True)(states[-1], part.targets[-1])
+        pairs = enumerate(zip(states, part.targets, strict=True), 1)
+        losses = [self.distance_at(i == len(states))(x, target) for i, (x, target) in pairs]
         return torch.stack(losses).sum(0)
 
     def distance_at(self, is_end: bool) -> Distance:
         """The distance between states, or at the end."""
         last = self.options.last
         return last if is_end and last is not None else self.options.distance
-
-    def step(self, field: Field, step: Step) -> Tensor:
-        """The student's step by the numbers as they are now."""
-        plan, table = self.student.decode(self.theta)
-        return plan.solver(table, step.now.x)(field, step)
 
     def update(self, losses: Iterable[Tensor], count: int) -> float:
         """Adam by the summed gradient of losses [B] of all parts -> the loss a sample."""
@@ -202,11 +159,9 @@ class Learner:
                 self.error, self.best = error, candidate.clone()
         return errors[0]
 
-    @torch.no_grad()
     def error_of(self, theta: Tensor, batches: Sequence[Batch]) -> float:
         """The root mean squared error of the end, over all ranks' batches."""
-        total, count = self.options.reduce(squared_error(self.student, theta, batches)).tolist()
-        return (total / count) ** 0.5
+        return rmse(self.student.sampler(theta), batches, self.options.reduce)
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, as tensors and numbers."""
@@ -230,3 +185,26 @@ class Learner:
         self.adam.load_state_dict(state["adam"])
         self.seen, self.updates = state["seen"], state["updates"]
         self.skipped, self.error = state["skipped"], state["error"]
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A denoiser that keeps nothing for the way back and computes again instead."""
+
+    denoiser: Denoiser
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        """x [B, *] at sigma [B] -> x0 [B, *], with the memory of one call at a time."""
+        if not torch.is_grad_enabled():
+            return self.denoiser(x, sigma, cond)
+        x0 = checkpoint(
+            self.denoiser, x, sigma, cond, use_reentrant=False, preserve_rng_state=False
+        )
+        assert isinstance(x0, Tensor)
+        return x0
+
+
+def checkpointed(batch: Batch) -> Batch:
+    """The batch, its network called with gradient checkpointing."""
+    slope = dataclasses.replace(batch.field, denoiser=Checkpointed(batch.field.denoiser))
+    return dataclasses.replace(batch, field=slope)

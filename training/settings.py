@@ -1,93 +1,125 @@
-"""What a distillation is told, and what it may be told: plain values, checked before any work."""
+"""What is distilled, and how: one set of settings for the command and for Python.
+
+Each field says its range and its help; `train_distill.py` makes its options of them. None is
+"the usual one", which `resolved` fills in for a model.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from solvers.catalog import SOLVERS, parse_name
-from solvers.recipe import BASES, Recipe, check_recipe
-from training.distances import NAMES as DISTANCES
-from training.gradient import OBJECTIVES
-from training.search import HISTORY
+import click
 
-METHODS = ("gradient", "fit", "fit+gradient")
+from solvers.predictor import find_predictor, load_predictor
+from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe, one_of
+from solvers.sampler import SOLVERS, parse_name
+from src.files import nearest
+from src.options import Number
+from training.gradient import OBJECTIVES
+
+METHODS = ("fit", "gradient")
 TEACHERS = ("heun", "dpm2", "euler", "ipndm", "dpmpp", "edm")
-BACKENDS = ("auto", "edm", "analytic", "ldm", "sd3", "flux")
-DEFAULT_METHOD = "fit"
-"""The one that measures best."""
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gradient": {"total_kimg": 10.0, "M": 3, "scale_dir": 0.05, "scale_time": 0.05},
-    "fit": {"learn_grid": True, "rounds": 2},
-    "fit+gradient": {"total_kimg": 2.0, "learn_grid": True, "lr": 0.01, "objective": "final"},
-}
-"""By method, of the options that were not given."""
-FIT_NUMBERS, FIT_LEAST, FIT_MOST = 1 << 15, 32, 4096
-"""A fit learns from trajectories of so many numbers, within bounds: two minutes on a CPU."""
-COMMON: dict[str, Any] = {
-    **{"learn_grid": False, "lr": 0.2, "objective": "per-step", "rounds": 6},
-    "try_schedules": False,
-}
-IDLE = {
-    "fit": ("objective", "lr", "lbfgs", "checkpointing", "features", "published_loss"),
-    "gradient": ("rounds", "robust"),
-}
-"""By method, the options that it has no use for."""
+PUBLISHED = {("teacher", "dpm"): "dpm2", ("solver", "ipndm"): "epd-ipndm"}
+"""What the published code calls a setting's value."""
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
+FLOW_SCHEDULES = ("flowmatch", "logit")
 """The first is the usual one; a fit tries all of them."""
+GRADIENT_ALONE = ("objective", "lr", "coslr", "checkpointing", "published_loss")
+FIT_ALONE = ("rounds", "robust")
+MANY, AT_ONCE, SMALL = 1 << 27, 1 << 17, 1 << 10
+"""Numbers of latents, squared, to learn from; of latents at once; of a latent that is small."""
+COUNT = click.IntRange(1)
+POSITIVE = Number(0, min_open=True)
+REACH = Number(0, 1)
+TEXT = click.STRING
+FEW_STEPS = 6
+"""Below so many grid points, published pixel models learn from the end alone."""
+
+
+def setting(default: Any, kind: click.ParamType, about: str, *names: str) -> Any:
+    """A field with its default, its range, its help, and its option where that is another."""
+    return dataclasses.field(
+        default=default, metadata={"kind": kind, "help": about, "names": names}
+    )
 
 
 @dataclass(frozen=True)
-class Config:
-    """The options of train_distill.py under their names; None is "the usual one"."""
+class Settings:
+    """What to distil, and from how much; the defaults are what measured best.
 
-    model: str = "fashion-mnist-32"
-    backend: str = "auto"
-    preset: str | None = None
-    num_steps: int = 4
-    num_points: int = 2
-    solver: str = "epd"
-    max_order: int | None = None
-    teacher: str = "heun"
-    M: int | None = None
-    teacher_substeps: int = 1
-    schedule_type: str | None = None
-    schedule_rho: float | None = None
-    afs: bool | None = None
-    scale_dir: float | None = None
-    scale_time: float | None = None
-    fcn: bool = False
-    known: int = 0
-    guidance_rate: float = 1.0
-    prompts: str | None = None
-    label: int | None = None
-    negative_prompt: str | None = None
-    resolution: int | None = None
-    model_config: str | None = None
-    method: str = DEFAULT_METHOD
-    objective: str | None = None
-    distance: str = "l2"
-    last_distance: str | None = None
-    features: str | None = None
-    published_loss: bool = False
-    alpha: float = 10.0
-    total_kimg: float | None = None
-    batch: int = 32
-    batch_gpu: int | None = None
-    lr: float | None = None
-    coslr: bool = True
-    lbfgs: int = 0
-    rounds: int | None = None
-    learn_grid: bool | None = None
-    try_schedules: bool | None = None
-    robust: bool = False
-    checkpointing: bool = False
-    validation: int = 32
-    fine_steps: int = 33
-    tick: float = 1.0
-    seed: int = 0
-    dtype: str = "float32"
+    Raises ValueError, naming the setting, for a value out of its range.
+    """
+
+    nfe: int | None = setting(None, COUNT, "Sequential calls, for num_steps.")
+    num_steps: int | None = setting(None, click.IntRange(2), "Grid points; usual: 4.")
+    points: int = setting(2, click.IntRange(1, 8), "K, parallel points.", "--num_points")
+    solver: str | None = setting(
+        None, TEXT, "epd, epd-BASE or epd-multistep; usual: epd, by nfe epd-multistep.",
+        "--solver", "--sampler_stu",
+    )  # fmt: skip
+    max_order: int | None = setting(None, click.IntRange(1, 4), "Of the base.")
+    predict_x0: bool = setting(True, click.BOOL, "Data prediction of a dpmpp base.")
+    lower_order_final: bool = setting(True, click.BOOL, "Lower orders at the end of that base.")
+    afs: bool | None = setting(None, click.BOOL, "Analytic first step; usual for EPD on VE.")
+    scale_dir: float | None = setting(None, REACH, "How far direction scales go; fit: free.")
+    scale_time: float | None = setting(None, REACH, "How far time scales go; fit: free.")
+    scale_time_ends: float | None = setting(None, REACH, "The same at both ends of the grid.")
+    fcn: bool = setting(False, click.BOOL, "No direction scale in the last interval.")
+    schedule: str | None = setting(
+        None, TEXT, "How the grid is spaced; a fit tries several.", "--schedule_type"
+    )
+    schedule_rho: float | None = setting(None, POSITIVE, "Its exponent.")
+    sigma_min: float | None = setting(None, POSITIVE, "Last noise level; usual: the model's.")
+    sigma_max: float | None = setting(None, POSITIVE, "First noise level; usual: the model's.")
+    guidance_rate: float = setting(1.0, Number(0), "1 is no guidance.")
+    teacher: str = setting(
+        "heun", click.Choice([*TEACHERS, "dpm"]), "", "--teacher", "--sampler_tea"
+    )
+    M: int | None = setting(None, click.IntRange(0), "Points it adds in an interval.", "--M")
+    teacher_substeps: int = setting(1, COUNT, "Steps between its points.")
+    fine_steps: int = setting(49, click.IntRange(3), "Grid points of the fine solution.")
+    method: str | None = setting(None, click.Choice(METHODS), "Usual: fit; with lr: gradient.")
+    distance: str = setting("l2", TEXT, "What is made small: see README; sums as l2+0.1*features.")
+    last_distance: str | None = setting(None, TEXT, "At the end; else the same.")
+    alpha: float = setting(10.0, Number(0), "Weight of features in a gradient.")
+    published_loss: bool = setting(False, click.BOOL, "Weigh them as the published code does.")
+    samples: int | None = setting(None, COUNT, "Trajectories to learn from; or --total_kimg.")
+    judges: int | None = setting(None, COUNT, "Others to choose by; usual: half as many.")
+    validation: int = setting(32, COUNT, "Others that only measure.")
+    batch: int | None = setting(None, COUNT, "Trajectories at once, over all processes.")
+    batch_gpu: int | None = setting(
+        None, COUNT, "At once in a process.", "--batch_gpu", "--batch-gpu"
+    )
+    positions: int = setting(17, click.IntRange(2, 129), "G, places that a fit tries.")
+    learn_grid: bool | None = setting(None, click.BOOL, "The noise levels as well; usual in fits.")
+    try_schedules: bool | None = setting(None, click.BOOL, "A fit takes the best of several.")
+    rounds: int | None = setting(None, click.IntRange(0), "Of a fit's refinement.")
+    robust: bool | None = setting(None, click.BOOL, "Refine also by a loss for stray samples.")
+    init: str | None = setting(None, TEXT, "A predictor to start from, in place of a fit.")
+    objective: str | None = setting(None, click.Choice(OBJECTIVES), "What a gradient is of.")
+    lr: float | None = setting(None, POSITIVE, "Of Adam; usual: 0.2.")
+    coslr: bool | None = setting(None, click.BOOL, "Cosine decay of it; usual.")
+    checkpointing: bool = setting(False, click.BOOL, "Gradients in less memory, more time.")
+    tick: float = setting(1.0, POSITIVE, "Thousands of a gradient between checkpoints.")
+    seed: int = setting(0, click.IntRange(0), "")
+    device: str = setting("cpu", TEXT, "")
+    name: str = setting("unknown", TEXT, "Of the data, for the recipe.", "--dataset_name")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = PUBLISHED.get((field.name, value), value)
+            if value is None and field.default is None:
+                continue
+            try:
+                typed = field.metadata["kind"].convert(value, None, None)
+            except (click.UsageError, TypeError) as error:
+                said = error.message if isinstance(error, click.UsageError) else "it is empty"
+                raise ValueError(f"{field.name} {value} is out of range: {said}") from error
+            object.__setattr__(self, field.name, typed)
 
     @property
     def multistep(self) -> bool:
@@ -100,15 +132,12 @@ class Config:
 
         Raises ValueError for a name that is none, and for one that EPD cannot stand on.
         """
-        if self.solver == "epd" or self.multistep:
+        if self.solver in ("epd", "epd-multistep", None):
             return "euler", None
         if not self.solver.startswith("epd-"):
-            raise ValueError(
-                f"unknown student {self.solver!r}: epd, epd-multistep or epd-BASE (epd-ipndm, say)"
-            )
+            raise ValueError(f"unknown solver {self.solver!r}: epd, epd-multistep or epd-BASE")
         base, order = parse_name(self.solver.removeprefix("epd-"))
-        if base not in BASES:
-            raise ValueError(f"EPD cannot stand on {base}: choose from {', '.join(BASES)}")
+        one_of("base", base, BASES)
         return base, order
 
     @property
@@ -116,178 +145,256 @@ class Config:
         """The teacher's intervals in each of the student's, where M says so; else 0."""
         return 0 if self.M is None else (self.M + 1) * self.teacher_substeps
 
-    @property
-    def schedules(self) -> tuple[str, ...]:
-        """The names of those to be tried, the usual one first."""
-        assert self.schedule_type is not None
-        return VE_SCHEDULES if self.try_schedules else (self.schedule_type,)
 
-    @property
-    def trajectories(self) -> int:
-        """How many there are to learn from, whole batches."""
-        assert self.total_kimg is not None
-        return max(1, round(self.total_kimg * 1000 / self.batch)) * self.batch
+def resolved(settings: Settings, *, flow: bool, shape: Sequence[int] = ()) -> Settings:
+    """The settings with the usual ones filled in, for a VE or a flow model, and checked.
 
-    @property
-    def uses_gradient(self) -> bool:
-        """Whether anything is back-propagated."""
-        return "gradient" in self.method
-
-
-def resolved(config: Config, *, is_flow: bool, shape: Sequence[int] = ()) -> Config:
-    """The options with the usual ones filled in, for a VE or a flow model, and checked.
-
-    A fit learns from the more trajectories the fewer numbers a latent of `shape` has.
+    `shape` is that of a latent, where it is known: of fewer numbers, more trajectories.
 
     Raises ValueError in one line where they contradict each other or the model.
     """
-    one_of("method", config.method, METHODS)
-    enough = FIT_NUMBERS // math.prod(shape or (FIT_NUMBERS,))
-    filled: dict[str, Any] = {"total_kimg": max(FIT_LEAST, min(FIT_MOST, enough)) / 1000}
-    filled |= {**COMMON, **DEFAULTS[config.method], **usual_grid(config, is_flow)}
-    filled["last_distance"] = config.distance
-    if config.multistep:
-        filled.pop("scale_dir", None)
-    given = {n: v for n, v in dataclasses.asdict(config).items() if v is not None}
-    config = dataclasses.replace(config, **{n: v for n, v in filled.items() if n not in given})
-    check_student(config, is_flow)
-    check_teacher(config)
-    check_known(config)
-    check_method(config)
-    check_idle(config)
-    return config
+    settings = adopted(settings)
+    given = {n: v for n, v in vars(settings).items() if v is not None}
+    solver = settings.solver or ("epd-multistep" if settings.nfe else "epd")
+    method = settings.method or ("gradient" if settings.lr or settings.objective else "fit")
+    usual = usual_grid(dataclasses.replace(settings, solver=solver), flow)
+    usual |= usual_gradient(solver) if method == "gradient" else usual_fit(settings, shape)
+    usual |= {"solver": solver, "method": method, "last_distance": settings.distance}
+    settings = dataclasses.replace(settings, **{**usual, **given})
+    assert settings.batch
+    assert settings.samples
+    batch = min(settings.batch, settings.samples)
+    samples = max(1, round(settings.samples / batch)) * batch
+    judges = settings.judges or max(batch, samples // 2)
+    assert settings.num_steps
+    calls = 1 if settings.multistep else 1 + SOLVERS[settings.base[0]].calls
+    nfe = calls * (settings.num_steps - 1) - bool(settings.afs)
+    settings = dataclasses.replace(
+        settings, batch=batch, samples=samples, judges=judges, nfe=nfe
+    )
+    check(settings, flow)
+    return settings
 
 
-def usual_grid(config: Config, is_flow: bool) -> dict[str, Any]:
-    """Schedule, AFS and order where they were not given."""
-    base, order = config.base
-    schedule = config.schedule_type or ("flowmatch" if is_flow else VE_SCHEDULES[0])
-    orders = SOLVERS[base].orders
+def adopted(settings: Settings) -> Settings:
+    """The settings with those of the predictor that they start from.
+
+    Raises ValueError where they are for another solver or grid than that predictor.
+    """
+    if settings.init is None:
+        return settings
+    recipe = load_predictor(find_predictor(settings.init)).recipe
+    solver = recipe.solver if recipe.base == "euler" else f"epd-{recipe.base}"
+    own = {"solver": solver, "num_steps": recipe.num_steps, "afs": recipe.afs}
+    own |= {"max_order": recipe.max_order}
+    for name, value in own.items():
+        if getattr(settings, name) not in (None, value):
+            raise ValueError(f"{name} {getattr(settings, name)}: {settings.init} has {value}")
+    if settings.points < recipe.num_points:
+        raise ValueError(f"points {settings.points}: {settings.init} has {recipe.num_points}")
+    return dataclasses.replace(settings, **own)
+
+
+def usual_grid(settings: Settings, flow: bool) -> dict[str, Any]:
+    """Grid points, schedule, AFS and order where they were not given.
+
+    Raises ValueError for a number of calls that the solver cannot make.
+    """
+    base, order = settings.base
+    schedule = settings.schedule or (FLOW_SCHEDULES if flow else VE_SCHEDULES)[0]
+    afs, num_steps = settings.afs, settings.num_steps or 4
+    if settings.nfe and settings.multistep:
+        num_steps = settings.nfe + 1 + bool(afs)
+    elif settings.nfe:
+        calls = 1 + SOLVERS[base].calls
+        choices = [False, True] if flow else [True, False]
+        fitting = [a for a in choices if afs in (None, a) and not (settings.nfe + a) % calls]
+        if not fitting or settings.nfe + fitting[0] < calls:
+            said = f"{settings.solver} cannot make {settings.nfe} calls"
+            raise ValueError(f"{said}: change nfe by 1")
+        afs = fitting[0]
+        num_steps = (settings.nfe + afs) // calls + 1
+    if settings.nfe and settings.num_steps not in (None, num_steps):
+        raise ValueError(f"nfe {settings.nfe} needs num_steps {num_steps}: give one of them")
+    several = len(SOLVERS[base].orders) > 1
     return {
-        "schedule_type": schedule,
+        "num_steps": num_steps,
+        "schedule": schedule,
         "schedule_rho": {"polynomial": 7.0}.get(schedule, 1.0),
-        "afs": not is_flow and not config.multistep,
-        "max_order": order or (SOLVERS[base].default_order if len(orders) > 1 else 3),
-        "batch_gpu": config.batch,
+        "afs": not flow and not settings.multistep if afs is None else afs,
+        "max_order": order or (SOLVERS[base].default_order if several else 3),
     }
 
 
-def check_student(config: Config, is_flow: bool) -> None:
-    """ValueError for a student that cannot be, before anything is loaded."""
-    _, order = config.base
-    if order and order != config.max_order:
-        raise ValueError(f"{config.solver} and max_order {config.max_order} disagree: give one")
-    if config.afs and is_flow:
-        raise ValueError("afs is for VE models: flow matching has no analytic first step")
-    if config.afs and config.multistep:
-        raise ValueError("epd-multistep needs no afs: its first call places itself")
-    if config.schedule_type == "flowmatch" and not is_flow:
-        fitting = "take time_uniform, polynomial or logsnr"
-        raise ValueError(f"schedule_type flowmatch is not for a VE model: {fitting}")
-    if config.multistep and (config.fcn or config.scale_dir):
-        raise ValueError("epd-multistep has no direction scales: leave out fcn and scale_dir")
-    process = "flow" if is_flow else "ve"
-    check_recipe(dataclasses.replace(recipe_of(config), process=process))
+def usual_gradient(solver: str) -> dict[str, Any]:
+    """The published way, of what was not given."""
+    scales = {} if solver == "epd-multistep" else {"scale_dir": 0.05, "scale_time": 0.05}
+    return scales | {
+        **{"samples": 10_000, "batch": 32, "M": 3, "objective": "per-step", "lr": 0.2},
+        **{"coslr": True, "learn_grid": False, "try_schedules": False},
+    }
 
 
-def check_teacher(config: Config) -> None:
-    """ValueError for a teacher that is unknown, or no finer than its student."""
-    one_of("teacher", config.teacher, TEACHERS)
-    calls = SOLVERS[config.teacher].calls * config.every
-    student = 1 if config.multistep else 2
-    if config.every and calls <= student:
-        said = f"{config.teacher} with M {config.M} makes {calls} calls an interval"
+def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
+    """How much work a fit is given, by the numbers of a latent.
+
+    Small latents need many trajectories and rounds: their error lies in the few samples that
+    pass near a fork of the flow, and those are what a table that generalises must have seen
+    enough of. Large ones need few, whose numbers are many and whose evaluations are dear.
+    """
+    numbers = math.prod(shape) or 1
+    small = numbers < SMALL
+    one = settings.schedule or settings.M is not None or settings.init
+    return {
+        "samples": within(64, MANY // numbers**2, 4096),
+        "batch": within(16, AT_ONCE // numbers, 1024),
+        "rounds": 15 if small else 4,
+        "robust": small,
+        "learn_grid": True,
+        "try_schedules": not one,
+    }
+
+
+def within(least: int, value: int, most: int) -> int:
+    """The value, held within bounds."""
+    return max(least, min(value, most))
+
+
+def check(settings: Settings, flow: bool) -> None:
+    """ValueError for what cannot be served, before any work."""
+    s, afs_needs = settings, "flow matching has no analytic first step"
+    schedules = FLOW_SCHEDULES if flow else (*VE_SCHEDULES, "discrete")
+    if s.schedule in FLOW_SCHEDULES and not flow:
+        raise ValueError(f"schedule {s.schedule} is not for a VE model: take {schedules[0]}")
+    one_of("schedule", s.schedule or "", schedules)
+    _, order = s.base
+    multistep_scales = s.multistep and (s.fcn or s.scale_dir or s.scale_time_ends)
+    clashes = (
+        (order and order != s.max_order, f"{s.solver} and max_order {s.max_order} disagree"),
+        (s.afs and flow, f"afs is for VE models: {afs_needs}"),
+        (multistep_scales, f"{s.solver} has free scales: leave out fcn, scale_dir and ends"),
+        (
+            s.method == "fit" and s.fcn,
+            "fcn is for --method gradient: a fit has free weights there",
+        ),
+        (
+            s.method == "gradient" and (s.learn_grid or s.try_schedules),
+            "learn_grid and try_schedules need a fit: a gradient does not reach the time grid",
+        ),
+        (
+            s.try_schedules and s.M is not None,
+            "try_schedules has a teacher without M: leave one out",
+        ),
+        (
+            flow and (s.sigma_max or 0) > 1,
+            f"sigma_max {s.sigma_max} is out of range: flow matching starts at 1 or below",
+        ),
+    )
+    for clash, said in clashes:
+        if clash:
+            raise ValueError(said)
+    for name in FIT_ALONE if s.method == "gradient" else GRADIENT_ALONE:
+        if getattr(s, name) not in (None, False):
+            raise ValueError(f"{name} {getattr(s, name)} does nothing in --method {s.method}")
+    check_teacher(s)
+    check_recipe(dataclasses.replace(recipe_of(s), process="flow" if flow else "ve"))
+
+
+def check_teacher(settings: Settings) -> None:
+    """ValueError for a teacher that is no finer than its student."""
+    calls = SOLVERS[settings.teacher].calls * settings.every
+    student = 1 if settings.multistep else 2
+    if settings.every and calls <= student:
+        said = f"{settings.teacher} with M {settings.M} makes {calls} calls an interval"
         raise ValueError(f"{said}, the student {student}: raise --M, the teacher must be finer")
 
 
-def check_known(config: Config) -> None:
-    """ValueError where known slopes cannot join the mixture."""
-    most = 0 if config.multistep else HISTORY  # parallel multistep has them anyway
-    if not 0 <= config.known <= most:
-        raise ValueError(
-            f"known {config.known} is out of range: 0 to {most} slopes join {config.solver}"
-        )
-    if config.known and (config.fcn or config.scale_dir is not None):
-        raise ValueError(f"known {config.known} needs free weights: no gradient, scale_dir or fcn")
-
-
-def check_idle(config: Config) -> None:
-    """ValueError for an option that the method has no use for."""
-    usual = {f.name: f.default for f in dataclasses.fields(Config)}
-    usual |= COMMON | DEFAULTS[config.method]
-    for name in IDLE.get(config.method, ()):
-        value = getattr(config, name)
-        if value != usual[name]:
-            raise ValueError(f"{name} {value} does nothing in --method {config.method}: leave it")
-
-
-def check_method(config: Config) -> None:
-    """ValueError for what a method cannot serve."""
-    one_of("objective", str(config.objective), OBJECTIVES)
-    for name in (config.distance, config.last_distance or config.distance):
-        one_of("distance", name, DISTANCES)
-        if not config.uses_gradient and name != "l2":
-            raise ValueError(f"fit minimises squares: --distance {name} needs a gradient method")
-    if config.try_schedules and (config.M is not None or config.schedule_type == "flowmatch"):
-        raise ValueError("try_schedules is for VE models, and has a teacher without M")
-    if config.method == "gradient" and (config.learn_grid or config.try_schedules):
-        raise ValueError("learn_grid needs a fit: a gradient does not reach the time grid")
-    if config.learn_grid and config.objective != "final" and config.uses_gradient:
-        raise ValueError(f"objective {config.objective} needs --no-learn_grid: its states move")
-    if config.fcn and config.method != "gradient":
-        raise ValueError(f"fcn is for --method gradient: {config.method} has free weights there")
-    if config.label is not None and config.prompts is not None:
-        raise ValueError("give either classes or prompts, not both")
-
-
-def check_batch(config: Config, ranks: int) -> int:
+def at_once(settings: Settings, ranks: int) -> int:
     """The samples that a rank takes at once; ValueError where the batch does not divide."""
-    if config.batch % ranks:
-        raise ValueError(f"batch {config.batch} does not divide by {ranks} ranks")
-    mine = config.batch // ranks
-    at_once = min(config.batch_gpu or mine, mine)
-    if mine % at_once:
-        said = f"batch {config.batch} over {ranks} ranks is {mine} each"
-        raise ValueError(f"{said}, which batch_gpu {at_once} does not divide")
-    return at_once
+    assert settings.batch
+    if settings.batch % ranks:
+        raise ValueError(f"batch {settings.batch} does not divide by {ranks} ranks")
+    mine = settings.batch // ranks
+    count = min(settings.batch_gpu or mine, mine)
+    if mine % count:
+        said = f"batch {settings.batch} over {ranks} ranks is {mine} each"
+        raise ValueError(f"{said}, which batch_gpu {count} does not divide")
+    return count
 
 
-def calls_and_rows(config: Config) -> tuple[int, int]:
-    """Network calls one after another, and rows, for an image of the student."""
-    n = config.num_steps - 1
-    if config.multistep:
-        return n, n * config.num_points
-    base = SOLVERS[config.base[0]].calls
-    afs = int(bool(config.afs))
-    return (1 + base) * n - afs, (1 + config.num_points * base) * n - afs
-
-
-def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError with the choices."""
-    if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
-
-
-def recipe_of(config: Config) -> Recipe:
+def recipe_of(settings: Settings) -> Recipe:
     """The recipe of a predictor that is learned so, but for what only the model knows."""
-    assert config.schedule_type is not None
-    free = config.scale_dir is None
+    s = settings
+    assert s.num_steps
+    assert s.schedule
+    free = s.scale_dir is None
     return Recipe(
-        num_steps=config.num_steps,
-        num_points=config.num_points,
-        schedule_type=config.schedule_type,
-        schedule_rho=config.schedule_rho or 1.0,
-        backend="edm" if config.backend == "auto" else config.backend,
-        solver="epd-multistep" if config.multistep else "epd",
-        base=config.base[0],
-        max_order=config.max_order or 3,
-        guidance_type="cfg" if config.guidance_rate != 1 else None,
-        guidance_rate=config.guidance_rate,
-        afs=bool(config.afs),
-        scale_dir=1.0 if free and not config.multistep else config.scale_dir or 0.0,
-        scale_time=config.scale_time or 0.0,
-        fcn=config.fcn,
-        teacher=config.teacher,
-        M=config.M,
-        alpha=config.alpha if config.uses_gradient else None,
+        num_steps=s.num_steps,
+        num_points=s.points,
+        schedule_type="flowmatch" if s.schedule == "logit" else s.schedule,
+        schedule_rho=s.schedule_rho or 1.0,
+        dataset_name=s.name,
+        solver="epd-multistep" if s.multistep else "epd",
+        base=s.base[0],
+        max_order=s.max_order or 3,
+        predict_x0=s.predict_x0,
+        lower_order_final=s.lower_order_final,
+        guidance_type="cfg" if s.guidance_rate != 1 else None,
+        guidance_rate=s.guidance_rate,
+        afs=bool(s.afs),
+        scale_dir=1.0 if free and not s.multistep else s.scale_dir or 0.0,
+        scale_time=s.scale_time or 0.0,
+        fcn=s.fcn,
+        teacher=s.teacher,
+        M=s.M,
+        alpha=s.alpha if s.method == "gradient" else None,
+        training={n: v for n, v in vars(s).items() if v is not None},
     )
+
+
+# --- the published settings ---------------------------------------------------------------
+
+
+def preset_names() -> list[str]:
+    """The names of all presets: those of the shipped predictors that the papers' authors made."""
+    paths = (Path(__file__).resolve().parent.parent / "exps").glob("*/*.pkl")
+    return sorted(p.stem for p in paths if "metadata" in load_predictor(p).recipe.training)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings, by their names, that repeat a published predictor, and its `backend`.
+
+    They are read off its recipe; what its file does not say is stated here, from the papers
+    (EPD-Solver, arXiv:2507.14797, Sec. 4 and its released runs).
+
+    Raises ValueError, with the nearest name, for an unknown one.
+    """
+    names = preset_names()
+    if name not in names:
+        raise ValueError(
+            f"unknown preset {name[:200]!r}: did you mean {nearest(name[:200], names)}?"
+        )
+    recipe = load_predictor(find_predictor(name)).recipe
+    pixels = recipe.backend == "edm"
+    return {
+        **{
+            n: getattr(recipe, n) for n in ("num_steps", "max_order", "teacher", "M", "afs", "fcn")
+        },
+        **{n: getattr(recipe, n) for n in ("scale_dir", "scale_time", "guidance_rate")},
+        "method": "gradient",
+        "backend": recipe.backend,
+        "points": recipe.num_points,
+        "solver": "epd" if recipe.base == "euler" else f"epd-{recipe.base}",
+        "teacher_substeps": 2,
+        "schedule": recipe.schedule_type,
+        "schedule_rho": recipe.schedule_rho,
+        "resolution": recipe.img_resolution if recipe.backend in FLOW_BACKENDS else None,
+        "alpha": 10.0 if recipe.alpha is None else recipe.alpha,
+        "last_distance": "inception" if pixels else "l2",
+        "published_loss": True,
+        "objective": "final" if pixels and recipe.num_steps < FEW_STEPS else "per-step",
+        "samples": 10_000,
+        "batch": 32 if pixels else 8,  # the released runs made 313 to 1,250 updates
+        "lr": 0.2,
+        "coslr": True,
+    }

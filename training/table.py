@@ -1,7 +1,7 @@
 """Tables as free numbers: what a gradient, or a difference quotient, may change.
 
 A form reads a flat vector theta [P] of unconstrained numbers as a table (`decode`,
-differentiable) and finds the theta of a given table (`encode`). N intervals, K points, H slopes.
+differentiable) and gives the theta of a table (`encode`). N intervals, K points, H slopes.
 """
 
 import math
@@ -11,8 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from solvers.epd import NONE_KNOWN, Directions
-from solvers.multistep import MultistepTable
+from solvers.epd import Directions, MultistepTable, Table
 
 T = TypeVar("T", Directions, MultistepTable)
 EDGE = 6.0
@@ -38,7 +37,8 @@ class PublishedForm:
     """The raw parameters of the published predictors (EPD-Solver, arXiv:2507.14797, Sec. 3).
 
     r = sigmoid, weight = softmax, scales 2 sigmoid(p / 2) reach + 1 - reach; a reach of 0
-    switches a scale off, and `fcn` the direction scale of the last interval.
+    switches a scale off, and `fcn` the direction scale of the last interval. `time_at_ends` is
+    the reach of the time scales in the first and the last interval, where it is another.
     """
 
     intervals: int
@@ -46,21 +46,29 @@ class PublishedForm:
     scale_dir: float = 0.0
     scale_time: float = 0.0
     fcn: bool = False
+    time_at_ends: float | None = None
+
+    @property
+    def time_reach(self) -> Tensor | None:
+        """The reach [N, 1] of the time scales; None where none is learned."""
+        reach = torch.full((self.intervals, 1), self.scale_time, dtype=torch.float64)
+        if self.time_at_ends is not None:
+            reach[[0, -1]] = self.time_at_ends
+        return reach if bool(reach.any()) else None
 
     def encode(self, table: Directions) -> Tensor:
-        if table.history:
-            raise ValueError(f"known slopes need free weights, and the table has {table.history}")
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
+        reach = self.time_reach
         parts = [logit(r), weight.clamp(min=LEAST_WEIGHT).log()]
-        parts += [around_one_raw(time_scale, self.scale_time)] if self.scale_time else []
+        parts += [] if reach is None else [around_one_raw(time_scale, reach)]
         parts += [around_one_raw(dir_scale, self.scale_dir)] if self.scale_dir else []
         return torch.cat([part.flatten() for part in parts])
 
     def decode(self, theta: Tensor) -> Directions:
         parts = list(theta.reshape(-1, self.intervals, self.points))
         r, weight = parts.pop(0).sigmoid(), parts.pop(0).softmax(-1)
-        one = torch.ones_like(r)
-        time_scale = around_one(parts.pop(0), self.scale_time) if self.scale_time else one
+        one, reach = torch.ones_like(r), self.time_reach
+        time_scale = one if reach is None else around_one(parts.pop(0), reach.to(theta))
         dir_scale = around_one(parts.pop(0), self.scale_dir) if self.scale_dir else one
         if self.fcn:
             dir_scale = torch.cat([dir_scale[:-1], one[-1:]])
@@ -69,84 +77,68 @@ class PublishedForm:
 
 @dataclass(frozen=True)
 class FreeForm:
-    """EPD with weight * dir_scale a number of any sign, and a free time scale if asked.
-
-    With a `history` also its known slopes, those left out that are not known yet.
-    """
+    """EPD with weight * dir_scale a number of any sign, and a free time scale if asked."""
 
     intervals: int
     points: int
     time: bool = True
-    history: int = 0
-    calls: int = 1  # of the base, an interval
-    afs: bool = False
-
-    @property
-    def known(self) -> Tensor:
-        """Which of `known` [N, H] are used: an interval leaves 1 + calls K, 1 less with AFS."""
-        n = torch.arange(self.intervals)
-        count = 1 + n * (1 + self.calls * self.points) - n.clamp(max=int(self.afs))
-        return torch.arange(self.history) < count[:, None]
 
     def encode(self, table: Directions) -> Tensor:
-        r, weight, time_scale, dir_scale, *known = (
-            t.detach().double().cpu() for t in table.tensors()
-        )
+        r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
         parts = [logit(r), weight * dir_scale, *([time_scale.log()] if self.time else [])]
-        if self.history:
-            empty = torch.zeros(self.intervals, self.history, dtype=torch.float64)
-            parts.append((known[0] if known else empty)[self.known])
         return torch.cat([part.flatten() for part in parts])
 
     def decode(self, theta: Tensor) -> Directions:
-        known = NONE_KNOWN
-        if self.history:
-            used = self.known.to(theta.device)
-            theta, coefficients = theta.tensor_split([-int(used.sum())])
-            known = theta.new_zeros(used.shape).masked_scatter(used, coefficients)
-        r, mix, *rest = theta.reshape(-1, self.intervals, self.points)
+        r, mix, *time = theta.reshape(-1, self.intervals, self.points)
         size = mix.abs().sum(-1, keepdim=True).clamp(min=1e-12)
-        scale = torch.where(mix < 0, -size, size)
-        time_scale = rest[0].exp() if rest else torch.ones_like(r)
-        return Directions(r.sigmoid(), mix.abs() / size, time_scale, scale, known)
+        time_scale = time[0].exp() if time else torch.ones_like(r)
+        return Directions(
+            r.sigmoid(), mix.abs() / size, time_scale, torch.where(mix < 0, -size, size)
+        )
 
 
 @dataclass(frozen=True)
 class MultistepForm:
-    """Parallel multistep; coefficients of slopes that are not known yet are left out."""
+    """Parallel multistep; coefficients of slopes that are not there yet are left out.
+
+    With `afs` the first interval makes no call, so that only its `b` is learned.
+    """
 
     intervals: int
     points: int
     history: int
     time: bool = True
+    afs: bool = False
 
     @property
-    def known(self) -> Tensor:
-        """Which of a and b [N, H] are used: before interval n there are 1 + n K slopes."""
-        count = 1 + self.points * torch.arange(self.intervals)
-        return torch.arange(self.history) < count[:, None]
+    def used(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of a [N, H], of the points' numbers [N, K] and of b [N, H] are learned.
+
+        Before interval n there are the free slope and those of the calls so far, K each.
+        """
+        calls = (torch.arange(self.intervals) - int(self.afs)).clamp(min=0)
+        there = torch.arange(self.history) < (1 + self.points * calls)[:, None]
+        calling = torch.ones(self.intervals, self.points, dtype=torch.bool)
+        calling[: int(self.afs)] = False
+        return there & calling[:, :1], calling, there
 
     def encode(self, table: MultistepTable) -> Tensor:
         a, r, weight, b, scale = (t.detach().double().cpu() for t in table.tensors())
-        time = [scale.log().flatten()] if self.time else []
-        known = self.known
-        return torch.cat([a[known], logit(r).flatten(), weight.flatten(), b[known], *time])
+        in_a, points, in_b = self.used
+        time = [scale[points].log()] if self.time else []
+        return torch.cat([a[in_a], logit(r)[points], weight[points], b[in_b], *time])
 
     def decode(self, theta: Tensor) -> MultistepTable:
-        known = self.known.to(theta.device)
-        used, grid = int(known.sum()), self.intervals * self.points
-        sizes = [used, grid, grid, used, *([grid] if self.time else [])]
-        a, r, weight, b, *rest = theta.split(sizes)
-        shape = (self.intervals, self.points)
-        empty = theta.new_zeros(known.shape)
-        scale = rest[0].exp() if rest else torch.ones_like(r)
-        return MultistepTable(
-            empty.masked_scatter(known, a),
-            r.sigmoid().reshape(shape),
-            weight.reshape(shape),
-            empty.masked_scatter(known, b),
-            scale.reshape(shape),
+        masks = [mask.to(theta.device) for mask in self.used]
+        in_a, points, in_b = masks
+        order = [in_a, points, points, in_b, *([points] if self.time else [])]
+        parts = theta.split([int(mask.sum()) for mask in order])
+        a, r, weight, b, *time = (
+            theta.new_zeros(mask.shape).masked_scatter(mask, part)
+            for mask, part in zip(order, parts, strict=True)
         )
+        scale = time[0].exp() if time else torch.ones_like(r)
+        return MultistepTable(a, torch.where(points, r.sigmoid(), r), weight, b, scale)
 
 
 def logit(r: Tensor) -> Tensor:
@@ -154,14 +146,14 @@ def logit(r: Tensor) -> Tensor:
     return torch.logit(r.clamp(0, 1)).clamp(-EDGE, EDGE)
 
 
-def around_one(raw: Tensor, reach: float) -> Tensor:
+def around_one(raw: Tensor, reach: Tensor | float) -> Tensor:
     """2 sigmoid(raw / 2) reach + 1 - reach."""
     return 2 * (raw / 2).sigmoid() * reach + 1 - reach
 
 
-def around_one_raw(scale: Tensor, reach: float) -> Tensor:
-    """The number whose `around_one` is nearest to `scale`."""
-    return 2 * logit((scale - 1) / (2 * reach) + 0.5)
+def around_one_raw(scale: Tensor, reach: Tensor | float) -> Tensor:
+    """The number whose `around_one` is nearest to `scale`; 0 where the reach is 0."""
+    return 2 * logit(((scale - 1) / (2 * reach)).nan_to_num(nan=0.0) + 0.5)
 
 
 # --- grids --------------------------------------------------------------------------------
@@ -183,3 +175,49 @@ def raw_to_grid(raw: Tensor, first: float, last: float) -> tuple[float, ...]:
     way = shares.cumsum(0)[:-1]
     inner = (math.log(first) + way * math.log(last / first)).exp()
     return (first, *inner.tolist(), last)
+
+
+# --- starts -------------------------------------------------------------------------------
+
+
+def even_table(intervals: int, points: int, history: int = 0) -> Table:
+    """A table by hand: points spread evenly and of one weight, every scale 1.
+
+    With a history it is one of parallel multistep that begins as a midpoint rule.
+    """
+    r = (torch.arange(points, dtype=torch.float64) + 1) / (points + 1)
+    r, one = r.expand(intervals, -1), torch.ones(intervals, points, dtype=torch.float64)
+    if not history:
+        return Directions(r, one / points, one, one)
+    none = torch.zeros(intervals, history, dtype=torch.float64)
+    newest = none.clone()
+    newest[0, 0] = 1
+    newest[1:, 1] = 1
+    return MultistepTable(newest, r, one / points, none, one)
+
+
+def widened(table: Table, points: int) -> Table:
+    """The same steps by a table of K points, K at least as many as there are.
+
+    The new points weigh nothing yet, so that nothing but rows are added. They come first, as
+    slopes of earlier calls are counted from the last point to the first.
+    """
+    n, k = table.r.shape
+    assert points >= k
+    r, weight, scale = (t.double() for t in (table.r, table.weight, table.time_scale))
+    more = (torch.arange(points - k, dtype=torch.float64) + 1) / (points - k + 1)
+    none, one = torch.zeros(n, points - k).double(), torch.ones(n, points - k).double()
+    r, weight = torch.cat([more.expand(n, -1), r], 1), torch.cat([none, weight], 1)
+    scale = torch.cat([one, scale], 1)
+    if isinstance(table, Directions):
+        return Directions(r, weight, scale, torch.cat([one, table.dir_scale.double()], 1))
+    old = torch.arange(1, table.a.shape[1])
+    new = 1 + (old - 1) // k * points + (old - 1) % k
+    coefficients = []
+    for given in (table.a.double(), table.b.double()):
+        wide = torch.zeros_like(given)
+        wide[:, 0] = given[:, 0]
+        there = new < given.shape[1]
+        wide[:, new[there]] = given[:, old[there]]
+        coefficients.append(wide)
+    return MultistepTable(coefficients[0], r, weight, coefficients[1], scale)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from solvers.field import Field
-from solvers.integrate import Solver
-from training.checkpoint import read_sealed, write_sealed
-from training.distill import Batch, teacher_states
+from solvers.sampler import Sampler
+from src.runs import read_sealed, write_sealed
+from training.student import Batch
 
 CHUNK = 1 << 20
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
@@ -27,16 +28,16 @@ ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 @dataclass(frozen=True)
 class Teacher:
-    """A solver on a fine grid, and the levels of that grid whose states are targets."""
+    """A sampler on a fine grid, and the levels of that grid whose states are targets."""
 
-    solver: Solver
-    sigmas: tuple[float, ...]
+    sampler: Sampler
     stops: tuple[float, ...]
 
+    @torch.no_grad()
     def targets(self, slope: Field, x: Tensor) -> tuple[Tensor, ...]:
         """The states [B, *] at the stops, from x at the first level; no graph."""
-        states = teacher_states(self.solver, slope, x, self.sigmas)
-        by_level = zip(self.sigmas[1:], states, strict=True)
+        states = self.sampler.states(slope, x)
+        by_level = zip(self.sampler.sigmas[1:], states, strict=True)
         return tuple(state for level, state in by_level if level in self.stops)
 
 
@@ -45,15 +46,14 @@ class Cache:
     """Trajectories on the disk: one sealed file each, the oldest going when there are too many.
 
     What a trajectory depends on is its key and lies in the file as well. `say` hears of every
-    file that is damaged, and made again.
+    file that is damaged, and made again. Raises ValueError where the folder cannot be used.
     """
 
     folder: Path
     max_bytes: int = 4 << 30
     say: Callable[[str], object] = lambda _text: None
 
-    def check(self) -> None:
-        """ValueError, before any work, where the folder cannot be used."""
+    def __post_init__(self) -> None:
         probe = self.folder / ".writable.pt"
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"the teacher cache {self.folder} is a file: give a folder")
@@ -91,17 +91,15 @@ class Cache:
 
     def evict(self) -> None:
         """Drop what was not used for longest until the rest fits."""
-        found = []
+        entries = []
         for path in self.folder.glob("*.pt"):
             if not ENTRY.fullmatch(path.name):  # half written by another rank, or not ours
                 continue
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another rank's work
                 stat = path.stat()
-            except FileNotFoundError:  # another rank's work
-                continue
-            found.append((stat.st_mtime_ns, stat.st_size, path))
-        size = sum(entry[1] for entry in found)
-        for _, bytes_, path in sorted(found):
+                entries.append((stat.st_mtime_ns, stat.st_size, path))
+        size = sum(entry[1] for entry in entries)
+        for _, bytes_, path in sorted(entries):
             if size <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)
@@ -109,68 +107,47 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Batches by their seeds: noise, condition, and where the teacher takes them."""
+class Batches(Sequence[Batch]):
+    """Batches by their seeds, with where the teacher takes them.
+
+    Targets are made when first asked for, then kept in the CPU's memory; with a cache they are
+    read from the disk each time instead, and take no memory. `levels` are those of the
+    teacher's stops that are wanted, if not all.
+    """
 
     start: Callable[[Sequence[int]], tuple[Field, Tensor]]  # seeds -> field, x [B, *]
     teacher: Teacher
-    about: Mapping[str, Any] = field(default_factory=dict)  # all that a trajectory depends on
-    cache: Cache | None = None
-
-    def batch(self, seeds: Sequence[int]) -> Batch:
-        """One batch, its targets on the device of x."""
-        slope, x = self.start(seeds)
-        if self.cache is None:
-            return Batch(slope, x, self.teacher.targets(slope, x))
-        key = {**self.about, "seeds": list(seeds)}
-        states = self.cache.get(key, lambda: self.teacher.targets(slope, x))
-        return Batch(slope, x, tuple(state.to(x.device) for state in states))
-
-
-@dataclass(frozen=True)
-class Batches(Sequence[Batch]):
-    """Batches that are made when first asked for, then kept in the CPU's memory.
-
-    With a cache they are read from the disk each time instead, and take no memory. `levels`
-    are those of the teacher's stops that are wanted, if not all.
-    """
-
-    source: Source
     parts: tuple[tuple[int, ...], ...]
+    about: Mapping[str, Any] = field(default_factory=dict)  # what a target depends on but seeds
+    cache: Cache | None = None
     levels: tuple[float, ...] | None = None
-    kept: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
+    kept: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self.one(i) for i in range(*index.indices(len(self)))]
-        return self.one(range(len(self))[index])
+            return [self.one(part) for part in self.parts[index]]
+        return self.one(self.parts[index])
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.one(i) for i in range(len(self)))
+        return map(self.one, self.parts)
 
-    def one(self, i: int) -> Batch:
-        """Batch i."""
-        if self.source.cache is not None:
-            batch = self.source.batch(self.parts[i])
-            return Batch(batch.field, batch.x, self.wanted(batch.targets))
-        slope, x = self.source.start(self.parts[i])
-        if i not in self.kept:
-            self.kept[i] = tuple(t.cpu() for t in self.source.teacher.targets(slope, x))
-        return Batch(slope, x, tuple(target.to(x.device) for target in self.wanted(self.kept[i])))
-
-    def wanted(self, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The targets at the wanted levels."""
-        if self.levels is None:
-            return targets
-        at = dict(zip(self.source.teacher.stops, targets, strict=True))
-        return tuple(at[level] for level in self.levels)
-
-    def at(self, levels: tuple[float, ...]) -> "Batches":
-        """The same batches, sharing what is kept, with targets at these levels."""
-        return Batches(self.source, self.parts, levels, self.kept)
+    def one(self, seeds: tuple[int, ...]) -> Batch:
+        """The batch of some seeds, its targets on the device of x."""
+        slope, x = self.start(seeds)
+        targets = self.kept.get(seeds)
+        if targets is None and self.cache:
+            about = {**self.about, "seeds": list(seeds)}
+            targets = self.cache.get(about, lambda: self.teacher.targets(slope, x))
+        elif targets is None:
+            targets = tuple(target.cpu() for target in self.teacher.targets(slope, x))
+            self.kept[seeds] = targets
+        if self.levels is not None:
+            at = dict(zip(self.teacher.stops, targets, strict=True))
+            targets = tuple(at[level] for level in self.levels)
+        return Batch(slope, x, tuple(target.to(x.device) for target in targets))
 
 
 def in_parts(seeds: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
@@ -184,14 +161,9 @@ def fingerprint(path: Path) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
         total.update(file.relative_to(path).as_posix().encode() + b"\0")
-        total.update(file_hash(file))
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while part := content.read(CHUNK):
+                digest.update(part)
+        total.update(digest.digest())
     return total.hexdigest()
-
-
-def file_hash(path: Path) -> bytes:
-    """The SHA-256 of a file's content, read a megabyte at a time."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            total.update(part)
-    return total.digest()

@@ -46,13 +46,14 @@ LEARNED = {
     "fashion": ["epd-k2-5nfe", "epd-ipndm-k3-3nfe", "epd-multistep-k2-5nfe"],
     "emoji": ["epd-k2-6nfe", "ppo-6nfe-best", "epd-k2-10nfe"],
 }
-FIT = "--method fit --num_steps 4 --num_points 2 --validation 64 --rounds 1 --seed 0"
+FIT = "--method fit --num_steps 4 --num_points 2 --validation 64 --rounds 1 --seed 0 --batch 32 "
+FIT += "--total_kimg 0.672 --schedule_type time_uniform --fine_steps 33 --robust False"
 TABLES = {
     "fit": f"{FIT} --solver epd",
     "fit-multistep": f"{FIT} --solver epd-multistep --no-learn_grid",
     "gradient": "--method gradient --objective final --num_steps 4 --num_points 2 --M 3 "
     "--teacher_substeps 2 --total_kimg 0.256 --batch 32 --validation 64 --scale_dir 0.05 "
-    "--scale_time 0.05 --lr 0.2 --seed 0",
+    "--scale_time 0.05 --lr 0.2 --seed 0 --fine_steps 33",
 }
 PPO = (
     "ppo.steps=3 ppo.rollout_batch_size=8 ppo.minibatch_size=8 ppo.eval_interval=3 "

@@ -1,6 +1,7 @@
 """A small student, its teacher and batches on an exact mixture, for the tests of training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from backends.mixture import Mixture, mixture_backend
 from solvers.classic import Euler, Heun
 from solvers.field import Field
 from solvers.process import VE
+from solvers.sampler import Sampler
 from src.seeds import randn
-from training.distill import Batch, Plan
-from training.refine import Student
-from training.table import PublishedForm
-from training.teacher import Source, Teacher
+from training.student import Batch, Student
+from training.table import PublishedForm, even_table
+from training.teacher import Batches, Cache, Teacher, in_parts
 
 SHAPE = (1, 3, 3)
 EVERY = 4
@@ -27,32 +28,28 @@ def model() -> Backend:
 
 
 def student(intervals: int = 3, points: int = 2) -> Student:
-    sigmas = model().levels.grid("time_uniform", intervals + 1)
-    plan = Plan(tuple(sigmas.tolist()), base=Euler(), afs=True)
-    return Student(plan, PublishedForm(intervals, points, 0.05, 0.05))
+    sigmas = tuple(model().levels.grid("time_uniform", intervals + 1).tolist())
+    return Student(sigmas, PublishedForm(intervals, points, 0.05, 0.05), Euler(), afs=True)
 
 
 def start(intervals: int = 3, points: int = 2) -> Tensor:
-    r = torch.tensor([(k + 1) / (points + 1) for k in range(points)]).logit()
-    zero = torch.zeros(intervals, points)
-    return torch.cat([r.expand(intervals, -1).flatten(), *[zero.flatten()] * 3]).double()
+    return student(intervals, points).encode(even_table(intervals, points))
 
 
-def source(intervals: int = 3) -> Source:
-    backend = model()
-    fine = backend.levels.grid("time_uniform", EVERY * intervals + 1)
+def batches(seeds: Sequence[int], size: int = 8, cache: Cache | None = None) -> Batches:
+    denoise = model().denoise
+    grid = tuple(model().levels.grid("time_uniform", EVERY * 3 + 1).tolist())
 
     def begin(seeds: Sequence[int]) -> tuple[Field, Tensor]:
-        return Field(backend), randn(seeds, SHAPE, stream="train") * fine[0].item()
+        return Field(denoise), randn(seeds, SHAPE, stream="train") * grid[0]
 
-    grid = tuple(fine.tolist())
-    return Source(begin, Teacher(Heun(), grid, grid[EVERY::EVERY]), {"teacher": "heun"})
-
-
-def batch(first: int = 0, count: int = 8, intervals: int = 3) -> Batch:
-    return source(intervals).batch(range(first, first + count))
+    teacher = Teacher(Sampler(Heun(), grid), grid[EVERY::EVERY])
+    return Batches(begin, teacher, in_parts(seeds, size), {"teacher": "heun"}, cache)
 
 
-def halves(whole: Batch) -> list[Batch]:
-    parts = zip(whole.x.chunk(2), *(t.chunk(2) for t in whole.targets), strict=True)
-    return [Batch(whole.field, x, tuple(targets)) for x, *targets in parts]
+def batch(first: int = 0, count: int = 8) -> Batch:
+    return batches(range(first, first + count), count)[0]
+
+
+def cached(folder: Path, said: list[str] | None = None, max_bytes: int = 1 << 30) -> Cache:
+    return Cache(folder, max_bytes, ([] if said is None else said).append)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from solvers.classic import DPM2, IPNDM, Euler
-from solvers.epd import Directions
+from solvers.epd import Directions, Table
 from solvers.field import Condition, Field
 from solvers.integrate import integrate
-from solvers.multistep import MultistepTable
 from solvers.process import FLOW
-from training.distill import Batch, Plan, last_state, table_rmse, teacher_states
-from training.fit import FitOptions, fit
-from training.grams import Normal, best_free, best_shares, gram, subsets
+from training.fit import HISTORY, FitOptions, fit
+from training.gram import Normal, best_free, best_shares, gram, subsets
+from training.student import Batch, Student, last_state, rmse
+from training.table import FreeForm, MultistepForm
 
 SIGMAS = (10.0, 3.0, 0.8, 0.1)
 
@@ -34,11 +34,17 @@ def data(*shape: int, seed: int = 0, sigmas: tuple[float, ...] = SIGMAS) -> Batc
     parts = [torch.linspace(a, b, 17)[:-1] for a, b in pairwise(logs.tolist())]
     fine = torch.cat([*parts, logs[-1:]]).exp()
     fine[0] = sigmas[0]
-    return Batch(Field(curved), x, teacher_states(DPM2(), Field(curved), x, fine, every=16))
+    states = tuple(integrate(DPM2(), Field(curved), x, fine))
+    return Batch(Field(curved), x, states[15::16])
 
 
-EPD_PLAN = Plan(SIGMAS, base=Euler())
-MULTISTEP_PLAN = Plan(SIGMAS)
+EPD_STUDENT = Student(SIGMAS, FreeForm(3, 2), Euler())
+MULTISTEP = Student(SIGMAS, MultistepForm(3, 2, HISTORY))
+BOTH = pytest.mark.parametrize("student", [EPD_STUDENT, MULTISTEP], ids=["epd", "multistep"])
+
+
+def error(student: Student, table: Table, batch: Batch) -> float:
+    return rmse(student.holding(table), [batch])
 
 
 def test_gram_is_the_matrix_of_inner_products() -> None:
@@ -92,8 +98,8 @@ def test_a_midpoint_student_is_found_from_its_own_states() -> None:
     r = torch.full((3, 1), 0.5, dtype=torch.float64)
     one = torch.ones_like(r)
     batch = data(64, 6)
-    teacher = tuple(EPD_PLAN.states(Directions(r, one, one, one), batch))
-    found = fit(EPD_PLAN, [replace(batch, targets=teacher)], FitOptions(1, 33))
+    teacher = tuple(EPD_STUDENT.holding(Directions(r, one, one, one)).states(batch.field, batch.x))
+    found = fit(EPD_STUDENT, [replace(batch, targets=teacher)], FitOptions(1, 33))
     assert isinstance(found, Directions)
     assert torch.equal(found.r, r)
     assert torch.allclose(found.weight * found.dir_scale, one, atol=1e-3)
@@ -102,36 +108,36 @@ def test_a_midpoint_student_is_found_from_its_own_states() -> None:
 def test_adams_bashforth_is_found_by_a_multistep_fit() -> None:
     batch = data(64, 6)
     states = tuple(integrate(IPNDM(3), batch.field, batch.x, SIGMAS))
-    found = fit(MULTISTEP_PLAN, [replace(batch, targets=states)], FitOptions(1, 9))
-    error = table_rmse(MULTISTEP_PLAN, found, [replace(batch, targets=states)])
-    assert error < 0.1 * (states[-1] - batch.targets[-1]).square().mean().sqrt().item()
+    found = fit(MULTISTEP, [replace(batch, targets=states)], FitOptions(1, 9))
+    left = rmse(MULTISTEP.holding(found), [replace(batch, targets=states)])
+    assert left < 0.1 * (states[-1] - batch.targets[-1]).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN])
-def test_a_fit_beats_its_hand_made_base_on_fresh_noise(plan: Plan) -> None:
+@BOTH
+def test_a_fit_beats_its_hand_made_base_on_fresh_noise(student: Student) -> None:
     options = FitOptions(2, 17)
-    table = fit(plan, [data(96, 5)], options)
+    table = fit(student, [data(96, 5)], options)
     fresh = data(96, 5, seed=1)
     sigmas = torch.tensor(SIGMAS)
     *_, euler = integrate(Euler(), fresh.field, fresh.x, sigmas)
     by_hand = (euler - fresh.targets[-1]).square().mean().sqrt().item()
-    assert table_rmse(plan, table, [fresh]) < by_hand / 3
+    assert error(student, table, fresh) < by_hand / 3
 
 
-@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN])
-def test_batches_and_ranks_change_nothing(plan: Plan) -> None:
+@BOTH
+def test_batches_and_ranks_change_nothing(student: Student) -> None:
     whole = data(48, 5)
     parts = [
         Batch(whole.field, whole.x[i : i + 12], tuple(t[i : i + 12] for t in whole.targets))
         for i in range(0, 48, 12)
     ]
-    one, many = (fit(plan, b, FitOptions(2, 9)) for b in ([whole], parts))
+    one, many = (fit(student, b, FitOptions(2, 9)) for b in ([whole], parts))
     for a, b in zip(one.tensors(), many.tensors(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN])
-def test_no_graph_is_built_and_no_more_than_k_rows_are_asked_at_once(plan: Plan) -> None:
+@BOTH
+def test_no_graph_is_built_and_no_more_than_k_rows_are_asked_at_once(student: Student) -> None:
     rows: list[int] = []
     weight = torch.ones((), requires_grad=True)
 
@@ -141,34 +147,8 @@ def test_no_graph_is_built_and_no_more_than_k_rows_are_asked_at_once(plan: Plan)
         assert not x0.requires_grad
         return x0
 
-    fit(plan, [replace(data(8, 3), field=Field(network))], FitOptions(3, 10))
+    fit(student, [replace(data(8, 3), field=Field(network))], FitOptions(3, 10))
     assert max(rows) == 8 * 3
-
-
-@pytest.mark.parametrize("plan", [EPD_PLAN, replace(EPD_PLAN, afs=True, base=IPNDM(2))])
-@pytest.mark.parametrize("scales", [(1.0,), (0.9, 1.0, 1.1)])
-def test_known_slopes_lower_the_error_of_a_fit(plan: Plan, scales: tuple[float, ...]) -> None:
-    batch = data(96, 5)
-    plain, known = (
-        fit(plan, [batch], FitOptions(1, 17, time_scales=scales, known=count)) for count in (0, 3)
-    )
-    assert isinstance(known, Directions)
-    assert known.known.shape == (3, 3)
-    assert table_rmse(plan, known, [batch]) <= table_rmse(plan, plain, [batch])
-
-
-def test_a_fit_finds_the_coefficients_of_known_slopes() -> None:
-    r = torch.full((3, 1), 0.5, dtype=torch.float64)
-    one = torch.ones_like(r)
-    given = torch.tensor([[0.2, 0, 0], [-0.3, 0.1, 0.2], [0.4, -0.2, 0.1]], dtype=torch.float64)
-    batch = data(96, 6)
-    teacher = tuple(EPD_PLAN.states(Directions(r, one, one, one, given), batch))
-    batch = replace(batch, targets=teacher)
-    found = fit(EPD_PLAN, [batch], FitOptions(1, 33, known=3))
-    start = (teacher[-1] - batch.x).square().mean().sqrt().item()
-    assert isinstance(found, Directions)
-    assert found.known[0, 1:].tolist() == [0, 0]
-    assert table_rmse(EPD_PLAN, found, [batch]) < 1e-3 * start
 
 
 def test_time_scales_are_chosen_among_those_given() -> None:
@@ -176,16 +156,15 @@ def test_time_scales_are_chosen_among_those_given() -> None:
         return curved(x, sigma / 1.1, cond)
 
     right = data(64, 6)
-    plan = Plan(SIGMAS, base=Euler())
     batch = replace(right, field=Field(told_wrong))
-    plain = fit(plan, [batch], FitOptions(2, 17))
-    scaled = fit(plan, [batch], FitOptions(2, 17, time_scales=(0.9, 1.0, 1.1)))
+    plain = fit(EPD_STUDENT, [batch], FitOptions(2, 17))
+    scaled = fit(EPD_STUDENT, [batch], FitOptions(2, 17, time_scales=(0.9, 1.0, 1.1)))
     assert set(scaled.time_scale.flatten().tolist()) <= {0.9, 1.0, 1.1}
-    assert table_rmse(plan, scaled, [batch]) < table_rmse(plan, plain, [batch])
+    assert error(EPD_STUDENT, scaled, batch) < error(EPD_STUDENT, plain, batch)
 
 
 def test_bounded_scales_keep_weights_on_the_simplex() -> None:
-    table = fit(EPD_PLAN, [data(64, 6)], FitOptions(2, 17, scale_dir=0.05))
+    table = fit(EPD_STUDENT, [data(64, 6)], FitOptions(2, 17, scale_dir=0.05))
     assert isinstance(table, Directions)
     assert torch.allclose(table.weight.sum(1), torch.ones(3, dtype=torch.float64))
     assert bool((table.weight >= 0).all())
@@ -193,39 +172,10 @@ def test_bounded_scales_keep_weights_on_the_simplex() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 12), (16, 2, 7), (8, 1, 2, 3, 3)])
-@pytest.mark.parametrize("plan", [EPD_PLAN, MULTISTEP_PLAN, replace(MULTISTEP_PLAN, process=FLOW)])
-def test_latents_may_have_any_shape(plan: Plan, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("student", [EPD_STUDENT, MULTISTEP, replace(MULTISTEP, process=FLOW)])
+def test_latents_may_have_any_shape(student: Student, shape: tuple[int, ...]) -> None:
     sigmas = (1.0, 0.6, 0.3, 0.05)
     batch = data(*shape, sigmas=sigmas)
-    plan = replace(plan, sigmas=sigmas)
-    table = fit(plan, [batch], FitOptions(2, 7))
-    assert last_state(plan, table, batch).shape == shape
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"points": 0}, "points 0 is out of range"),
-        ({"points": 3, "positions": 3}, "positions 3 must be above points"),
-        ({"scale_dir": 2.0}, "scale_dir 2.0 is out of range"),
-        ({"time_scales": (1.0, 0.0)}, "factors above 0"),
-        ({"history": 6}, "history 6 is out of range"),
-        ({"known": 6}, "known 6 is out of range"),
-        ({"known": 1, "scale_dir": 0.05}, "known 1 needs free weights"),
-    ],
-)
-def test_options_that_cannot_be_served_are_refused(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FitOptions(**wrong)  # pyright: ignore[reportArgumentType]
-
-
-def test_a_teacher_grid_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="5 intervals is no multiple of 2"):
-        teacher_states(Euler(), Field(curved), torch.ones(1, 2), (6, 5, 4, 3, 2, 1), every=2)
-
-
-def test_a_plan_refuses_the_other_kind_of_table() -> None:
-    table = fit(EPD_PLAN, [data(8, 3)], FitOptions(1, 5))
-    with pytest.raises(ValueError, match="parallel multistep cannot read"):
-        last_state(MULTISTEP_PLAN, table, data(8, 3))
-    assert not isinstance(table, MultistepTable)
+    student = replace(student, sigmas=sigmas)
+    table = fit(student, [batch], FitOptions(2, 7))
+    assert last_state(student.holding(table), batch).shape == shape

@@ -7,22 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers.classic import IPNDM, Euler, Heun
-from solvers.epd import Directions, evaluated
+from solvers.classic import IPNDM, Euler
+from solvers.epd import Directions, Table
 from solvers.field import Condition, Field
-from solvers.integrate import Solver, Step
-from training.distill import Batch, Plan, Table, last_state, table_rmse
+from solvers.sampler import Sampler
 from training.fit import HISTORY, FitOptions, fit
-from training.grams import gram
-from training.memo import Memo
-from training.refine import RefineOptions, Student, gauss_newton, normal_products, steps_of
+from training.gram import gram
+from training.refine import (
+    CachedDenoiser,
+    RefineOptions,
+    gauss_newton,
+    normal_products,
+    steps_of,
+)
+from training.student import Batch, Student, last_state, rmse
 from training.table import (
-    Form,
     FreeForm,
     MultistepForm,
     PublishedForm,
     grid_to_raw,
     raw_to_grid,
+    widened,
 )
 
 SIGMAS = (10.0, 3.0, 0.8, 0.1)
@@ -39,35 +44,29 @@ def data(count: int = 24, seed: int = 0) -> Batch:
     x = torch.randn(count, 5, generator=generator, dtype=torch.float64) * SIGMAS[0]
     fine = torch.tensor([SIGMAS[0], SIGMAS[-1]], dtype=torch.float64).log()
     sigmas = torch.linspace(fine[0], fine[1], 200, dtype=torch.float64).exp().tolist()
-    *_, end = Plan((*SIGMAS[:1], *sigmas[1:]), base=Euler()).run(IPNDM(4), Field(curved), x)
+    *_, end = Sampler(IPNDM(4), (*SIGMAS[:1], *sigmas[1:])).states(Field(curved), x)
     return Batch(Field(curved), x, (end,) * N)
 
 
-FORMS: list[tuple[Plan, Form]] = [
-    (Plan(SIGMAS, base=Euler(), afs=True), FreeForm(N, K)),
-    (Plan(SIGMAS, base=Euler(), afs=True), FreeForm(N, K, history=4, afs=True)),
-    (Plan(SIGMAS, base=IPNDM(2)), PublishedForm(N, K, 0.05, 0.2)),
-    (Plan(SIGMAS), MultistepForm(N, K, HISTORY)),
+STUDENTS = [
+    Student(SIGMAS, FreeForm(N, K), Euler(), afs=True),
+    Student(SIGMAS, PublishedForm(N, K, 0.05, 0.2, time_at_ends=0.25), IPNDM(2)),
+    Student(SIGMAS, MultistepForm(N, K, HISTORY)),
 ]
+EACH = pytest.mark.parametrize("student", STUDENTS, ids=["free", "published", "multistep"])
 
 
-def plain(points: int) -> Directions:
-    one = torch.ones(N, points, dtype=torch.float64)
-    return Directions(one / 2, one / points, one, one)
+def greedy(student: Student, batch: Batch) -> Table:
+    reach = student.form.scale_dir if isinstance(student.form, PublishedForm) else None
+    return fit(student, [batch], FitOptions(K, 9, reach))
 
 
-def greedy(plan: Plan, form: Form, batch: Batch) -> Table:
-    reach = form.scale_dir if isinstance(form, PublishedForm) else None
-    known = form.history if isinstance(form, FreeForm) else 0
-    return fit(plan, [batch], FitOptions(K, 9, reach, known=known))
-
-
-@pytest.mark.parametrize(("plan", "form"), FORMS)
-def test_decoding_what_was_encoded_gives_the_same_steps(plan: Plan, form: Form) -> None:
-    theta = form.encode(greedy(plan, form, data()))
-    again = form.encode(form.decode(theta))
+@EACH
+def test_decoding_what_was_encoded_gives_the_same_steps(student: Student) -> None:
+    theta = student.encode(greedy(student, data()))
+    again = student.encode(student.decode(theta)[0])
     assert torch.allclose(again, theta, atol=1e-3)
-    ends = [last_state(plan, form.decode(t), data()) for t in (theta, again)]
+    ends = [last_state(student.sampler(t), data()) for t in (theta, again)]
     assert torch.allclose(ends[0], ends[1], rtol=1e-3)
 
 
@@ -83,50 +82,8 @@ def test_weights_of_any_sign_survive_the_free_form() -> None:
 
 
 def test_multistep_leaves_out_slopes_that_are_not_known_yet() -> None:
-    known = MultistepForm(4, 1, HISTORY).known
+    known = MultistepForm(4, 1, HISTORY).used[0]
     assert known.sum(1).tolist() == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("form", "counts"),
-    [
-        (FreeForm(4, 1, history=HISTORY), [1, 3, 5, 5]),
-        (FreeForm(4, 1, history=HISTORY, afs=True), [1, 2, 4, 5]),
-        (FreeForm(3, 1, history=HISTORY, calls=2), [1, 4, 5]),
-        (FreeForm(3, 2, history=2), [1, 2, 2]),
-    ],
-)
-def test_epd_leaves_out_slopes_that_are_not_known_yet(form: FreeForm, counts: list[int]) -> None:
-    assert form.known.sum(1).tolist() == counts
-
-
-def test_a_table_without_known_slopes_has_zeros_for_them() -> None:
-    form = FreeForm(N, K, history=2)
-    assert torch.equal(form.decode(form.encode(plain(K))).known, torch.zeros(N, 2).double())
-
-
-def test_the_published_form_refuses_known_slopes() -> None:
-    table = replace(plain(K), known=torch.ones(N, 1))
-    with pytest.raises(ValueError, match="known slopes need free weights"):
-        PublishedForm(N, K).encode(table)
-
-
-@pytest.mark.parametrize("base", [Euler(), Heun()], ids=repr)
-@pytest.mark.parametrize("afs", [False, True])
-def test_the_slopes_that_a_form_counts_are_those_that_a_step_knows(
-    base: Solver, afs: bool
-) -> None:
-    plan, x = Plan(SIGMAS, base=base, afs=afs), data(2).x
-    found: list[int] = []
-    form = FreeForm(N, 1, history=HISTORY, calls=2 if base == Heun() else 1, afs=afs)
-    solver = plan.solver(form.decode(form.encode(plain(1))), x)
-
-    def watching(field: Field, step: Step) -> Tensor:
-        found.append(len(evaluated(step)))
-        return solver(field, step)
-
-    list(plan.run(watching, Field(curved), x))
-    assert found == form.known.sum(1).tolist()
 
 
 def test_grids_survive_and_always_fall() -> None:
@@ -136,38 +93,37 @@ def test_grids_survive_and_always_fall() -> None:
     assert all(a > b for a, b in pairwise(wild))
 
 
-@pytest.mark.parametrize(("plan", "form"), FORMS)
-def test_difference_quotients_agree_with_the_gradient(plan: Plan, form: Form) -> None:
+@EACH
+def test_difference_quotients_agree_with_the_gradient(student: Student) -> None:
     batch = data(6)
-    student = Student(plan, form)
-    theta = student.encode(greedy(plan, form, batch))
+    theta = student.encode(greedy(student, batch))
     nudge = torch.full_like(theta, 1e-7)
     products = normal_products(student, theta, batch, nudge)
     moving = theta.clone().requires_grad_()
-    loss = (last_state(*student.decode(moving), batch) - batch.targets[-1]).square().sum() / 2
+    loss = (last_state(student.sampler(moving), batch) - batch.targets[-1]).square().sum() / 2
     (slope,) = torch.autograd.grad(loss, moving)
     assert torch.allclose(
         -products[:-1, -1], slope, rtol=1e-3, atol=1e-5 * slope.abs().max().item()
     )
 
 
-def test_a_memo_asks_only_for_rows_that_changed() -> None:
+def test_a_cached_denoiser_asks_only_for_rows_that_changed() -> None:
     rows: list[int] = []
 
     def counted(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         rows.append(len(x))
         return curved(x, sigma, cond)
 
-    memo = Memo(counted)
+    cached = CachedDenoiser(counted)
     x, sigma = torch.randn(4, 3), torch.ones(4)
     cond = Condition({"y": torch.arange(4)})
-    first = memo(x, sigma, cond)
-    memo.again()
+    first = cached(x, sigma, cond)
+    cached.again()
     other = x.clone()
     other[2] += 1
-    assert torch.equal(memo(other, sigma, cond), curved(other, sigma, None))
-    memo.again()
-    assert torch.equal(memo(x, sigma, cond), first)
+    assert torch.equal(cached(other, sigma, cond), curved(other, sigma, None))
+    cached.again()
+    assert torch.equal(cached(x, sigma, cond), first)
     assert rows == [4, 1]
 
 
@@ -180,50 +136,43 @@ def test_an_undamped_step_solves_a_linear_problem() -> None:
 
 
 @pytest.mark.parametrize(("grid", "robust"), [(False, ()), (True, (4.0,))])
-@pytest.mark.parametrize(("plan", "form"), FORMS)
+@EACH
 def test_refinement_beats_the_greedy_table_on_fresh_noise(
-    plan: Plan, form: Form, grid: bool, robust: tuple[float, ...]
+    student: Student, grid: bool, robust: tuple[float, ...]
 ) -> None:
-    student, batch, fresh = Student(plan, form, grid), data(64), data(64, seed=9)
-    table = greedy(plan, form, batch)
-    before = table_rmse(*student.decode(student.encode(table)), [fresh])
-    theta = gauss_newton(
-        student, student.encode(table), [batch], RefineOptions(rounds=4, robust=robust)
-    )
-    assert table_rmse(*student.decode(theta), [fresh]) < before
+    student, batch, fresh = replace(student, grid=grid), data(64), data(64, seed=9)
+    start = student.encode(greedy(student, batch))
+    theta = gauss_newton(student, start, [batch], RefineOptions(rounds=4, robust=robust))
+    assert rmse(student.sampler(theta), [fresh]) < rmse(student.sampler(start), [fresh])
 
 
 def test_refinement_never_worsens_what_it_is_judged_by() -> None:
-    plan, form = FORMS[0]
-    student, batch = Student(plan, form), data(2)
-    judges = [data(32, seed=5)]
-    theta = student.encode(greedy(plan, form, batch))
-    before = table_rmse(*student.decode(theta), judges)
+    student, batch, judges = STUDENTS[0], data(2), [data(32, seed=5)]
+    theta = student.encode(greedy(student, batch))
     better = gauss_newton(student, theta, [batch], RefineOptions(3), judges=judges)
-    assert table_rmse(*student.decode(better), judges) <= before
+    assert rmse(student.sampler(better), judges) <= rmse(student.sampler(theta), judges)
 
 
 def test_ranks_sum_to_one_run() -> None:
-    plan, form = FORMS[3]
-    student, whole = Student(plan, form), data(16)
-    halves = [
-        replace(whole, x=whole.x[s], targets=tuple(t[s] for t in whole.targets))
-        for s in (slice(8), slice(8, 16))
-    ]
-    theta = student.encode(greedy(plan, form, whole))
+    student, whole = STUDENTS[2], data(16)
+    halves = [whole.part(slice(8)), whole.part(slice(8, 16))]
+    theta = student.encode(greedy(student, whole))
     one, two = (gauss_newton(student, theta, b, RefineOptions(2)) for b in ([whole], halves))
     assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
 def test_a_table_that_runs_away_is_not_taken() -> None:
-    plan, form = FORMS[0]
-
     def fragile(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        x0 = curved(x, sigma, cond)
-        return torch.where(x.abs() > 40, torch.nan, x0)
+        return torch.where(x.abs() > 40, torch.nan, curved(x, sigma, cond))
 
     batch = replace(data(16), field=Field(fragile))
-    student = Student(plan, form)
-    theta = student.encode(greedy(plan, form, data(16)))
-    found = gauss_newton(student, theta, [batch], RefineOptions(2))
-    assert bool(found.isfinite().all())
+    theta = STUDENTS[0].encode(greedy(STUDENTS[0], data(16)))
+    better = gauss_newton(STUDENTS[0], theta, [batch], RefineOptions(2))
+    assert bool(better.isfinite().all())
+
+
+@pytest.mark.parametrize("student", [STUDENTS[0], STUDENTS[2]])
+def test_a_wider_table_takes_the_same_steps(student: Student) -> None:
+    table = fit(student, [data()], FitOptions(1, 9))
+    ends = [last_state(student.holding(t), data()) for t in (table, widened(table, 2))]
+    assert torch.allclose(ends[0], ends[1])

@@ -9,26 +9,29 @@ import torch
 
 from solvers.field import Field
 from solvers.integrate import integrate
-from tests.training.students import EVERY, SHAPE, model, source
-from training.teacher import Batches, Cache, Source, fingerprint, in_parts
+from tests.training.students import EVERY, SHAPE, batch, batches, cached, model
+from training.student import Batch
+from training.teacher import Cache, fingerprint
 
 
-def cached(folder: Path, said: list[str] | None = None, max_bytes: int = 1 << 30) -> Source:
-    heard = [] if said is None else said
-    return dataclasses.replace(source(), cache=Cache(folder, max_bytes, heard.append))
+def through(
+    folder: Path, seeds: range, said: list[str] | None = None, most: int = 1 << 30
+) -> Batch:
+    """A batch by way of a cache."""
+    return batches(seeds, len(seeds), cached(folder, said, most))[0]
 
 
 def test_targets_are_the_states_at_the_students_levels() -> None:
-    made = source().batch(range(4))
-    teacher = source().teacher
-    states = list(integrate(teacher.solver, Field(model()), made.x, teacher.sigmas))
+    made = batch(0, 4)
+    sampler = batches(range(4)).teacher.sampler
+    states = list(integrate(sampler.solver, Field(model().denoise), made.x, sampler.sigmas))
     wanted = states[EVERY - 1 :: EVERY]
     assert len(made.targets) == 3
     assert all(torch.equal(a, b) for a, b in zip(made.targets, wanted, strict=True))
 
 
 def test_targets_carry_no_graph_and_are_float32() -> None:
-    target = source().batch(range(2)).targets[-1]
+    target = batch(0, 2).targets[-1]
     assert (target.dtype, target.requires_grad, target.shape) == (
         torch.float32,
         False,
@@ -37,48 +40,47 @@ def test_targets_carry_no_graph_and_are_float32() -> None:
 
 
 def test_a_cache_gives_the_same_trajectories_without_the_network(tmp_path: Path) -> None:
-    first = cached(tmp_path).batch(range(4))
-    again = cached(tmp_path).batch(range(4))
+    first = through(tmp_path, range(4))
+    again = through(tmp_path, range(4))
     assert all(torch.equal(a, b) for a, b in zip(first.targets, again.targets, strict=True))
     assert again.field.tally.calls == 0
     assert first.field.tally.calls > 0
 
 
 def test_other_seeds_or_settings_are_other_entries(tmp_path: Path) -> None:
-    one = cached(tmp_path)
-    one.batch([0, 1])
-    one.batch([1, 0])
-    dataclasses.replace(one, about={"teacher": "dpm2"}).batch([0, 1])
+    one = batches(range(2), 2, cached(tmp_path))
+    assert one[0].targets
+    assert one.one((1, 0)).targets
+    assert dataclasses.replace(one, about={"teacher": "dpm2"})[0].targets
     assert len(list(tmp_path.glob("*.pt"))) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
 def test_a_damaged_entry_is_made_again_and_said_so(tmp_path: Path, damage: str) -> None:
     said: list[str] = []
-    wanted = cached(tmp_path, said).batch(range(4))
+    wanted = through(tmp_path, range(4), said)
     (path,) = tmp_path.glob("*.pt")
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     half = bytes(content[: len(content) // 2])
     path.write_bytes({"cut": half, "bit": bytes(content), "empty": b""}[damage])
-    found = cached(tmp_path, said).batch(range(4))
+    found = through(tmp_path, range(4), said)
     assert torch.equal(found.targets[-1], wanted.targets[-1])
     assert len(said) == 1
     assert "making it again" in said[0]
-    assert cached(tmp_path, said).batch(range(4)).field.tally.calls == 0
+    assert through(tmp_path, range(4), said).field.tally.calls == 0
 
 
 def test_the_oldest_go_when_the_cache_is_full(tmp_path: Path) -> None:
-    cached(tmp_path).batch([0])
+    through(tmp_path, range(1))
     (entry,) = tmp_path.glob("*.pt")
     size = entry.stat().st_size
     for i, seed in enumerate(range(1, 4)):
         os.utime(entry, (i, i))
-        small = cached(tmp_path, max_bytes=int(2.5 * size))
-        small.batch([seed])
+        through(tmp_path, range(seed, seed + 1), most=int(2.5 * size))
         entry = max(tmp_path.glob("*.pt"), key=lambda p: p.stat().st_mtime_ns)
     assert len(list(tmp_path.glob("*.pt"))) == 2
-    assert cached(tmp_path).batch([3]).field.tally.calls == 0
+    assert through(tmp_path, range(3, 4)).field.tally.calls == 0
 
 
 def test_what_is_not_its_own_is_left_alone_by_a_full_cache(tmp_path: Path) -> None:
@@ -86,31 +88,31 @@ def test_what_is_not_its_own_is_left_alone_by_a_full_cache(tmp_path: Path) -> No
     others = [tmp_path / "model.pt", tmp_path / f".{'0' * 40}.0123.tmp.pt"]
     for other in others:
         other.write_bytes(b"0" * 1000)
-    cached(tmp_path, max_bytes=1).batch([0])
+    through(tmp_path, range(1), most=1)
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
 def test_a_foreign_pickle_in_the_cache_is_not_opened(tmp_path: Path) -> None:
     said: list[str] = []
-    wanted = cached(tmp_path).batch(range(2))
+    wanted = through(tmp_path, range(2))
     (path,) = tmp_path.glob("*.pt")
     path.write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
-    assert torch.equal(cached(tmp_path, said).batch(range(2)).targets[-1], wanted.targets[-1])
+    assert torch.equal(through(tmp_path, range(2), said).targets[-1], wanted.targets[-1])
     assert "making it again" in said[0]
 
 
 def test_a_cache_that_is_a_file_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: give a folder"):
-        Cache(tmp_path / "file").check()
+        Cache(tmp_path / "file")
 
 
 def test_batches_ask_the_teacher_once() -> None:
-    batches = Batches(source(), in_parts(range(6), 4))
-    first, second = [b.targets[-1] for b in batches], [b.targets[-1] for b in batches]
+    six = batches(range(6), 4)
+    first, second = [b.targets[-1] for b in six], [b.targets[-1] for b in six]
     assert [len(t) for t in first] == [4, 2]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert batches[1].field.tally.calls == 0
+    assert six[1].field.tally.calls == 0
 
 
 def test_a_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def best_shares(
     """
     size = choices.shape[1]
     low, high = sums
-    found = []
+    mixes = []
     for k in range(1, size + 1):
         faces = choices[:, list(combinations(range(size), k))].reshape(-1, k)
         faces = faces.unique(dim=0)
@@ -113,10 +113,10 @@ def best_shares(
         for total in {low, high}:
             need = (total - free.sum(-1)) / pull.sum(-1)
             c = free + need[:, None] * pull
-            found.append(pick(faces, c, errors(normal, a, q, c), (c >= 0).all(-1)))
+            mixes.append(pick(faces, c, errors(normal, a, q, c), (c >= 0).all(-1)))
         inside = (free >= 0).all(-1) & (free.sum(-1) >= low) & (free.sum(-1) <= high)
-        found.append(pick(faces, free, errors(normal, a, q, free), inside))
-    return min(found, key=lambda mix: mix.error)
+        mixes.append(pick(faces, free, errors(normal, a, q, free), inside))
+    return min(mixes, key=lambda mix: mix.error)
 
 
 def blocks(normal: Normal, choices: Tensor) -> tuple[Tensor, Tensor]:

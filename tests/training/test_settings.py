@@ -1,0 +1,113 @@
+"""Settings: what is usual, what does not go together, and the published ones by name."""
+
+import pytest
+
+from solvers.predictor import find_predictor, load_predictor
+from training.settings import Settings, at_once, preset, preset_names, recipe_of, resolved
+
+
+def settings(**options: object) -> Settings:
+    return resolved(Settings(**options), flow=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_there_is_a_preset_for_each_published_predictor() -> None:
+    names = preset_names()
+    assert len(names) == 43
+    assert {"cifar10-5nfe", "ffhq-9nfe-ipndm", "sd3-1024-best", "flux-start"} <= set(names)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_makes_the_recipe_of_its_predictor(name: str) -> None:
+    predictor = load_predictor(find_predictor(name))
+    published = predictor.recipe
+    values = {n: v for n, v in preset(name).items() if n not in ("backend", "resolution")}
+    ours = resolved(Settings(**values), flow=published.schedule_type == "flowmatch")
+    entries = "num_steps num_points schedule_type schedule_rho solver base max_order afs"
+    entries += " scale_dir scale_time fcn teacher M guidance_rate"
+    for entry in entries.split():
+        assert getattr(recipe_of(ours), entry) == getattr(published, entry), entry
+    assert ours.nfe == predictor.nfe
+    assert preset(name)["backend"] == published.backend
+
+
+def test_few_steps_of_pixels_learn_from_the_end_and_more_by_the_step() -> None:
+    assert preset("cifar10-7nfe")["objective"] == "final"
+    assert preset("cifar10-9nfe")["objective"] == "per-step"
+    assert preset("sd15-best")["objective"] == "per-step"
+    assert preset("sd3-512-best")["resolution"] == 512
+    assert preset("cifar10-5nfe")["resolution"] is None
+
+
+@pytest.mark.parametrize("name", ["cifar10-5nf", "../../etc/passwd", "fashion-mnist-32", ""])
+def test_an_unknown_preset_is_one_line_with_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match="did you mean") as caught:
+        preset(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nfe": 0}, "nfe 0 is out of range"),
+        ({"points": 9}, "points 9 is out of range"),
+        ({"num_steps": 1}, "num_steps 1 is out of range"),
+        ({"lr": 0.0}, "lr 0.0 is out of range"),
+        ({"objective": "last"}, "objective last is out of range"),
+        ({"teacher": "hoin"}, "teacher hoin is out of range"),
+        ({"teacher": "euler", "M": 0}, "the teacher must be finer"),
+        ({"solver": "epd-unipc"}, "unknown base 'unipc'"),
+        ({"solver": "epd-edm"}, "unknown base 'edm'"),
+        ({"solver": "epd-ipmdn"}, "did you mean ipndm"),
+        ({"solver": "heun"}, "unknown solver 'heun'"),
+        ({"solver": "epd-heun", "nfe": 4}, "epd-heun cannot make 4 calls"),
+        ({"nfe": 5, "num_steps": 4}, "nfe 5 needs num_steps 6"),
+        ({"solver": "epd-ipndm-3", "max_order": 2}, "disagree"),
+        ({"solver": "epd-dpmpp", "max_order": 4}, "max_order 4"),
+        ({"schedule": "flowmatch"}, "not for a VE model"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"method": "gradient", "learn_grid": True}, "does not reach the time grid"),
+        ({"fcn": True}, "--method gradient"),
+        ({"lr": 0.1, "method": "fit"}, "lr 0.1 does nothing in --method fit"),
+        ({"method": "gradient", "robust": True}, "robust True does nothing"),
+        ({"try_schedules": True, "M": 3}, "without M"),
+        ({"solver": "epd-multistep", "scale_dir": 0.1}, "free scales"),
+        ({"init": "nowhere.pkl"}, "nowhere.pkl"),
+        ({"init": "epd-k2-5nfe", "solver": "epd-ipndm"}, "solver epd-ipndm: epd-k2-5nfe has epd"),
+        ({"init": "epd-k2-5nfe", "points": 1}, "points 1: epd-k2-5nfe has 2"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        settings(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_usual_student_follows_what_is_counted() -> None:
+    assert (settings(num_steps=4).solver, settings(num_steps=4).nfe) == ("epd", 5)
+    assert (settings(nfe=5).solver, settings(nfe=5).num_steps) == ("epd-multistep", 6)
+    assert (settings(nfe=4, solver="epd").afs, settings(nfe=5, solver="epd").afs) == (False, True)
+    assert settings(solver="epd-ipndm-2").max_order == 2
+    assert settings(solver="ipndm").solver == "epd-ipndm"
+
+
+def test_a_learning_rate_asks_for_a_gradient() -> None:
+    assert (settings().method, settings(lr=0.1).method) == ("fit", "gradient")
+    assert settings(solver="epd-multistep", method="gradient").scale_dir is None
+
+
+def test_a_flow_model_has_no_afs_and_its_own_schedule() -> None:
+    flow = resolved(Settings(), flow=True)
+    assert (flow.afs, flow.schedule) == (False, "flowmatch")
+    with pytest.raises(ValueError, match="no analytic first step"):
+        resolved(Settings(afs=True), flow=True)
+    with pytest.raises(ValueError, match=r"sigma_max 80.0 is out of range"):
+        resolved(Settings(sigma_max=80.0), flow=True)
+
+
+def test_a_batch_divides_by_ranks_and_by_what_fits() -> None:
+    assert at_once(settings(samples=64, batch=32, batch_gpu=8), 2) == 8
+    assert at_once(settings(samples=64, batch=32), 4) == 8
+    with pytest.raises(ValueError, match="batch 32 does not divide by 3 ranks"):
+        at_once(settings(samples=64, batch=32), 3)
+    with pytest.raises(ValueError, match="batch_gpu 5 does not divide"):
+        at_once(settings(samples=64, batch=32, batch_gpu=5), 1)
