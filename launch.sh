@@ -32,7 +32,7 @@ score-sd15      score what sample-sd15 made, or one or two folders against each 
 score-sd3-512   the same for sample-sd3-512
 score-sd3-1024  the same for sample-sd3-1024
 score-flux      the same for sample-flux
-parity          compare rewards and distances with the packages that they follow, in an environment of their own
+parity          compare rewards and distances with the recorded numbers of the packages that they follow
 check           what CI runs: lint, then test
 lint            ruff, pyright and the import contracts; with --fix, format and mend what can be
 help            this list
@@ -234,7 +234,7 @@ case $command in
   score-flux) score flux "$@" ;;
   doctor) run -m rewards.doctor "$@" ;;
   weights) run -m rewards.fetch "$@" ;;
-  parity) run -m tests.parity "$@" ;;
+  parity) run -m pytest tests/rewards/test_parity.py "$@" ;;
   test) tests "$@" ;;
   lint) lint "$@" ;;
   check)

@@ -61,7 +61,7 @@ class Names(click.ParamType):
 @click.option("--seeds", type=SeedList(), default="0-255")
 @click.option("--batch", type=click.IntRange(1), default=64)
 @click.option("--reference", type=click.Path(path_type=Path), help="Statistics to measure FD by.")
-@click.option("--reward", "names", multiple=True, help="Repeatable: clip, hps, brisque, ...")
+@click.option("--reward", "names", multiple=True, help="Repeatable: clip, hps, ...")
 @click.option(
     "--weights", type=NamedPath(), multiple=True, help="Where the rewards' are; repeatable."
 )

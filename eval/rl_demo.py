@@ -38,7 +38,7 @@ from src.runs import Metrics
 from src.text import read_prompts
 
 CONFIG = ROOT / "training" / "ppo" / "cfgs" / "tiny_sd3.yaml"
-JUDGES = ("efficientnet-minilm", "brisque")
+JUDGES = ("efficientnet-minilm",)
 SHOWN = 10
 BATCH = 16
 BEST = "export/network-snapshot-export-best.pkl"

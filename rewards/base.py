@@ -10,22 +10,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from src.images import to_bytes
+from rewards.pixels import to_levels
 
 
 class Reward(Protocol):
-    """Scores images under prompts. Any function of this shape is one."""
+    """Scores images under prompts. Any function of this shape is one.
+
+    Those of this folder let a gradient through to the images, see `has_gradient`; what their
+    scores hang on is `rewards.fingerprint.fingerprint`.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B prompts -> [B], in own units, higher is better."""
         ...
 
 
-@torch.no_grad()
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "reward") -> Tensor:
-    """-> [B] float32: the scores of images [B, 3, H, W] in [0, 1], each under its prompt.
+    """The scores [B], float32, of images [B, 3, H, W] in [0, 1], each under its prompt.
 
-    Images are rounded to bytes first, so that an image in memory scores as its PNG does.
+    Images are rounded to bytes first, so that an image in memory scores as its PNG does. Where
+    the images ask for a gradient, the scores have one; it passes through the rounding as if
+    nothing was rounded.
 
     Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats or
     hold NaN, for another number of prompts, and for a result that is not B finite numbers.
@@ -33,7 +38,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
     check_images(images, prompts)
     if not len(images):
         return images.new_zeros(0, dtype=torch.float32)
-    scores = reward(to_bytes(images).to(torch.float32) / 255, prompts)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        scores = reward(to_levels(images.float() * 255) / 255, prompts)
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{name} must return a tensor [{len(images)}], not {got}")
@@ -47,7 +53,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
 
 
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError unless these are RGB images with one prompt each."""
+    """ValueError unless these are RGB images of finite numbers, with one prompt each."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"rewards take floats [B, 3, H, W], not {images.dtype} {list(images.shape)}: "
@@ -55,6 +61,26 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
         )
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}")
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        wrong = (~finite).nonzero()[:, 0].tolist()
+        low = images.dtype in (torch.float16, torch.bfloat16)
+        raise ValueError(
+            f"image {wrong[0]} of {len(images)} (and {len(wrong) - 1} more) holds NaN or infinity"
+            + (f": it was made in {images.dtype}, try float32" if low else "")
+        )
+
+
+def has_gradient(reward: Reward, device: torch.device | str = "cpu") -> bool:
+    """Whether training may follow the gradient of a reward, tried on one small noisy picture."""
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = noise.to(device).requires_grad_()
+    with torch.enable_grad():
+        scores = score(reward, image, ["a picture"])
+        if not scores.requires_grad:
+            return False
+        (slope,) = torch.autograd.grad(scores.sum(), image, allow_unused=True)
+    return slope is not None and bool(slope.any())
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,115 @@
-"""CLIP score (arXiv:2104.08718, without its factor 2.5): the cosine in ViT-L/14 of OpenAI.
+"""The rewards of the CLIP family: `clip`, `hps`, `pickscore` and `aesthetic`.
 
-Any other model of open_clip or transformers serves as well, from its folder.
+CLIP score: arXiv:2104.08718, without its factor 2.5. HPS v2 and v2.1: Wu et al. 2023,
+arXiv:2306.09341. PickScore: Kirstain et al. 2023, arXiv:2305.01569. Aesthetic predictor v2: LAION.
+B images, D channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from rewards.open_clip_towers import CONFIG, known_config, load_folder, load_state
-from rewards.registry import Shelf
-from rewards.states import read_state
-from rewards.towers import Cosine, Towers
-from rewards.transformers_towers import load_clip_folder
+from rewards.registry import Loader
+from rewards.states import fill, read_state, renamed
+from rewards.towers import (
+    OPEN_CLIP,
+    Cosine,
+    Towers,
+    clip_folder,
+    known_config,
+    open_clip_folder,
+    open_clip_towers,
+)
 
-MODEL = "ViT-L-14-quickgelu"
+VIT_L, VIT_H = "ViT-L-14-quickgelu", "ViT-H-14"
+UNUSED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+"""Beside the weights in OpenAI's own files."""
+WIDTHS = (1024, 128, 64, 16, 1)
+PLACES = (0, 2, 4, 6, 7)  # of the linear layers; the others were dropout
 
 
-def load(shelf: Shelf) -> Cosine:
-    """-> the reward, a cosine."""
-    return Cosine(shared(shelf))
+def load_clip(loader: Loader) -> Cosine:
+    """The reward `clip`: the cosine in ViT-L/14 of OpenAI, or any CLIP, about 0.15 to 0.35."""
+    return Cosine(shared(loader))
 
 
-def shared(shelf: Shelf) -> Towers:
-    """-> the one model of `clip` and `aesthetic`."""
-    path, setup = shelf.path("clip"), shelf.setup
-    return shelf.get(("clip", path), lambda: load_towers(path, setup.device, setup.amp))
+def load_hps(loader: Loader, config: Mapping[str, Any] | None = None) -> Cosine:
+    """The reward `hps`, about 0.2 to 0.35. config: sections of another open_clip model.
+
+    As CLIP does, it looks at the centre square; the package hpsv2 puts a picture that is not
+    square between black bars.
+    """
+    path, setup = loader.path("hps"), loader.setup
+    state = read_state(path)
+    sections = config or known_config(VIT_H)
+    return Cosine(open_clip_towers(state, sections, str(path), setup.device, setup.amp))
+
+
+def load_pickscore(loader: Loader) -> Cosine:
+    """The reward `pickscore`: exp(logit_scale) * cosine, about 15 to 26."""
+    towers = clip_folder(loader.path("pickscore"), loader.setup.device, loader.setup.amp)
+    return Cosine(towers, towers.logit_scale)
+
+
+def load_aesthetic(loader: Loader) -> "Aesthetic":
+    """The reward `aesthetic`, on the model that `clip` uses too."""
+    path, towers = loader.path("aesthetic"), shared(loader)
+    device = loader.setup.device
+    head = fill(lambda: LinearStack(towers.width), read_state(path), str(path), device)
+    return Aesthetic(towers, head)
+
+
+def shared(loader: Loader) -> Towers:
+    """The one model of `clip` and `aesthetic`."""
+    path, setup = loader.path("clip"), loader.setup
+    return loader.get(("clip", path), lambda: load_towers(path, setup.device, setup.amp))
 
 
 def load_towers(
     path: Path, device: torch.device, amp: bool, config: Mapping[str, Any] | None = None
 ) -> Towers:
-    """-> the towers of an open_clip folder, a transformers folder, or a file of weights.
+    """The towers of an open_clip folder, a transformers folder, or a file of weights.
 
+    A file may be OpenAI's own, which is TorchScript: its tensors are read, its code is not.
     config: sections of the open_clip model that a file is of; ViT-L/14 with OpenAI's activation.
     """
-    if (path / CONFIG).is_file():
-        return load_folder(path, device, amp)
+    if (path / OPEN_CLIP).is_file():
+        return open_clip_folder(path, device, amp)
     if path.is_dir():
-        return load_clip_folder(path, device, amp)
-    state = read_state(path, inside="state_dict")
-    return load_state(state, config or known_config(MODEL), str(path), device, amp)
+        return clip_folder(path, device, amp)
+    state = renamed(read_state(path), {}, UNUSED)
+    return open_clip_towers(state, config or known_config(VIT_L), str(path), device, amp)
+
+
+@dataclass(frozen=True)
+class Aesthetic:
+    """1 to 10, whatever the prompt: a Reward."""
+
+    towers: Towers
+    head: "LinearStack"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As Reward."""
+        return self.head(self.towers.images(images)).to(images.device)
+
+
+class LinearStack(nn.Module):
+    """The head of ImageReward and the aesthetic predictor: linear layers, nothing between.
+
+    [B, D] -> [B], under the names `layers.N` of the published files.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        ends = zip((width, *WIDTHS), WIDTHS, strict=False)
+        self.layers = nn.Sequential(*(nn.Identity() for _ in range(PLACES[-1] + 1)))
+        for i, (inputs, outputs) in zip(PLACES, ends, strict=True):
+            self.layers[i] = nn.Linear(inputs, outputs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B]."""
+        return self.layers(features).squeeze(-1)

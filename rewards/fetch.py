@@ -1,27 +1,26 @@
-"""Fetch public weights from the hub: python -m rewards.fetch NAME...
+"""Fetch public weights from the hub: python -m rewards.fetch NAME..."""
 
-What would be fetched, how much, under which licence and to where is told first. Files come
-whole or not at all: a stopped one goes on from its `.part`, a finished one is checked by size and
-by the SHA-256 that the hub, or our table, tells.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
-from urllib.parse import urlsplit
 
 import click
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-from rewards.intact import RECORD, recorded, sha256
-from rewards.weights import WEIGHTS, Weight, known, origin, place
-from src.files import write_json
+from rewards.weights import (
+    WEIGHTS,
+    Weight,
+    lookup,
+    origin,
+    place,
+    read_record,
+    sha256,
+    write_record,
+)
 from src.options import OneLineCommand, one_line_errors
 
 TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
@@ -30,14 +29,14 @@ TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 
 @dataclass(frozen=True)
 class Item:
-    """One file: where it is, where it goes, and what it must be. sha256 may be unknown, ""."""
+    """One file of a repository, where it goes, and what it must be; sha256 may be "", unknown."""
 
     weights: str
-    url: str
+    name: str
+    revision: str
     to: Path
     size: int
     sha256: str
-    etag: str
 
 
 @click.command(cls=OneLineCommand)
@@ -47,16 +46,18 @@ class Item:
 def main(names: tuple[str, ...], yes: bool) -> None:
     """Fetch the weights of these NAMES; without any, list them.
 
-    Example: bash launch.sh weights clip aesthetic
+    What would be fetched, how much and to where is said first. A stopped fetch goes on where it
+    was. Example: bash launch.sh weights clip aesthetic
     """
     if not names:
-        click.echo("\n".join(line(name, weight) for name, weight in WEIGHTS.items()))
+        for name, weight in WEIGHTS.items():
+            click.echo(f"{name:<13} {weight.about} [{weight.repo or origin(name)}]")
         return
     items = [item for name in dict.fromkeys(names) for item in plan(name)]
     wanted = [item for item in items if not is_there(item)]
     for item in items:
-        told = f"{item.size:,} B" if item in wanted else "is there"
-        click.echo(f"{item.to}: {told}, {WEIGHTS[item.weights].licence}, {item.url}")
+        size = f"{item.size:,} B" if item in wanted else "is there"
+        click.echo(f"{item.to}: {size}, {WEIGHTS[item.weights].about}")
     if not wanted:
         return
     total = sum(item.size for item in wanted)
@@ -67,43 +68,33 @@ def main(names: tuple[str, ...], yes: bool) -> None:
         click.echo(f"{item.to}: fetched and checked")
 
 
-def line(name: str, weight: Weight) -> str:
-    """-> a line of the list."""
-    where = weight.repo or origin(name)
-    return f"{name:<13} {weight.size:<8} {weight.licence:<26} {weight.what} [{where}]"
-
-
 def plan(name: str) -> list[Item]:
-    """-> the files of the weights of that name. Asks the hub, fetches nothing.
+    """The files of the weights of that name, as the hub describes them; fetches nothing.
 
     ValueError, in one line: an unknown name, weights that the hub does not have, no connection,
     a licence that has to be accepted first.
     """
-    weight = known(name)
+    weight = lookup(name)
     if not weight.repo:
         raise ValueError(f"{name} is not on the hub: get {place(name)}: {origin(name)}")
     with one_line(name, weight):
-        return [item(name, weight, file) for file in files(weight)]
-
-
-def files(weight: Weight) -> Sequence[str]:
-    """-> the names of its files, patterns resolved by the hub's list."""
-    if not any("*" in file for file in weight.files):
-        return weight.files
-    listed = HfApi().list_repo_files(weight.repo)
-    return [f for f in listed if any(fnmatch(f, pattern) for pattern in weight.files)]
-
-
-def item(name: str, weight: Weight, file: str) -> Item:
-    """-> one file, with what the hub tells about it."""
-    url = hf_hub_url(weight.repo, file)
-    told = get_hf_file_metadata(url)
-    if told.size is None:
-        raise ValueError(f"{url}: its size is not told")
-    etag = told.etag or ""
-    of_table = weight.sha256 if file == weight.files[0] else ""
-    to = place(name) / file if weight.is_folder else place(name)
-    return Item(name, url, to, told.size, of_table or (etag if len(etag) == 64 else ""), etag)
+        info = HfApi().model_info(weight.repo, files_metadata=True)
+    files = {file.rfilename: file for file in info.siblings or ()}
+    patterns = weight.wanted
+    if any("*" not in p and p not in files for p in patterns):
+        raise ValueError(f"{name}: {page(weight)} has not all of {', '.join(patterns)}")
+    chosen = [file for n, file in files.items() if any(fnmatch(n, p) for p in patterns)]
+    return [
+        Item(
+            name,
+            file.rfilename,
+            info.sha or "main",
+            place(name) / file.rfilename if weight.is_folder else place(name),
+            file.size or 0,
+            weight.sha256 or (file.lfs.sha256 if file.lfs else ""),
+        )
+        for file in chosen
+    ]
 
 
 def is_there(item: Item) -> bool:
@@ -111,8 +102,8 @@ def is_there(item: Item) -> bool:
     if not item.to.exists():
         return False
     size = item.to.stat().st_size
-    known = recorded(item.to.parent).get(item.to.name, {}).get("sha256", item.sha256)
-    if size != item.size or (item.sha256 and known != item.sha256):
+    digest = read_record(item.to).get("sha256") or (sha256(item.to) if item.sha256 else "")
+    if size != item.size or (item.sha256 and digest != item.sha256):
         raise ValueError(f"{item.to} is another file ({size} B, not {item.size}): move it away")
     return True
 
@@ -123,44 +114,38 @@ def fetch(item: Item) -> None:
     ValueError, in one line, where the connection fails (what came is kept for the next time) or
     the file is not what it must be (it is deleted).
     """
-    part = item.to.with_name(f".{item.to.name}.{item.etag[:12]}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with one_line(item.weights, WEIGHTS[item.weights]), part.open("ab") as file:
-        url, headers = source(item.url)
-        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=item.size)
-    size, digest = part.stat().st_size, sha256(part)
+    weight = WEIGHTS[item.weights]
+    folder = place(item.weights) if weight.is_folder else item.to.parent
+    with one_line(item.weights, weight):
+        path = Path(
+            hf_hub_download(weight.repo, item.name, revision=item.revision, local_dir=folder)
+        )
+    size, digest = path.stat().st_size, sha256(path)
     if size != item.size or (item.sha256 and digest != item.sha256):
-        part.unlink()
-        raise ValueError(f"{item.url}: what came has another SHA-256 ({digest}): try again")
-    part.replace(item.to)
-    entry = {item.to.name: {"size": size, "sha256": digest, "from": item.url}}
-    write_json(item.to.parent / RECORD, {**recorded(item.to.parent), **entry})
+        path.unlink()
+        raise ValueError(f"{item.to}: what came has another SHA-256 ({digest}): try again")
+    path.replace(item.to)
+    write_record(item.to, {"size": size, "sha256": digest, "from": f"{weight.repo}/{item.name}"})
 
 
-def source(url: str) -> tuple[str, dict[str, str]]:
-    """-> where the hub sends us, and headers: the token is for the hub alone."""
-    headers = build_hf_headers()
-    location = get_hf_file_metadata(url).location
-    if urlsplit(location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)
-    return location, headers
+def page(weight: Weight) -> str:
+    """The repository's page."""
+    return f"{constants.ENDPOINT}/{weight.repo}"
 
 
 @contextmanager
 def one_line(name: str, weight: Weight) -> Iterator[None]:
     """Turn what may go wrong on the way into a ValueError of one line."""
-    page = f"{constants.ENDPOINT}/{weight.repo}"
     try:
         yield
     except GatedRepoError as error:
         raise ValueError(
-            f"{name}: accept its licence at {page}, log in with `hf auth login`, then try again"
+            f"{name}: accept its licence at {page(weight)}, log in with `hf auth login`, "
+            "then try again"
         ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{name}: {page} has not all of {', '.join(weight.files)}") from error
     except TRANSPORT as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: {page} cannot be read: {told}") from error
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: {page(weight)} cannot be read: {why}") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """ImageReward v1.0 (Xu et al. 2023, arXiv:2304.05977): BLIP reads the prompt while it looks.
 
 The published networks are those of transformers under other names, so the published state dict
-is renamed and loaded into them. B images, L tokens, D channels.
+is renamed and loaded into them. B images, P prompts, L tokens.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rewards.heads import LinearStack
-from rewards.registry import Shelf
+from rewards.clip import LinearStack
+from rewards.pixels import Preprocess
+from rewards.registry import Loader
 from rewards.states import State, fill, read_state, renamed, within
-from rewards.towers import Look, TextCache, half
+from rewards.towers import TextCache, autocast, half_for
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw score over the authors' images; the score is measured in these."""
@@ -38,7 +39,7 @@ UNUSED = ("vision_proj.weight", "vision_proj.bias", "text_proj.weight", "text_pr
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BlipSizes:
     """Of the networks; the published ones are ViT-L/16 and BERT-base."""
 
     image: int = 224
@@ -54,10 +55,10 @@ class Sizes:
     tokens: int = 35  # prompts are cut or filled to these
 
 
-class Networks(nn.Module):
+class Blip(nn.Module):
     """The image tower, the text tower that asks it, and the head."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlipSizes) -> None:
         super().__init__()
         vision = transformers.BlipVisionConfig(
             hidden_size=sizes.vision_width,
@@ -84,56 +85,60 @@ class Networks(nn.Module):
         self.head = LinearStack(sizes.text_width)
 
     def forward(self, pixels: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S], tokens and which of them are there [B, L] -> raw scores [B]."""
+        """Pixels [B, 3, S, S], tokens and which of them are there [B, L] -> [B, text_width]."""
         seen = self.vision(pixels).last_hidden_state
         read = self.text(tokens, attention_mask=present, encoder_hidden_states=seen)
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.head(read.last_hidden_state[:, 0].float())
+        return read.last_hidden_state[:, 0]
 
 
 @dataclass(frozen=True)
 class ImageReward:
     """About -2 to 2, signed: a Reward. It is the package's value, without a shift for training."""
 
-    networks: Networks
+    networks: Blip
     tokens: TextCache  # P prompts -> [P, 2, L]: tokens, and which of them are there
-    look: Look
+    preprocess: Preprocess
     device: torch.device
     amp: bool
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As Reward."""
         tokens, present = self.tokens(prompts).to(self.device).unbind(1)
-        with half(self.device, self.amp):
-            raw = self.networks(self.look(images.to(self.device)), tokens, present)
-        return ((raw - MEAN) / STD).to(images.device)
+        pixels = self.preprocess(images.to(self.device))
+        with autocast(self.device, self.amp):
+            features = self.networks(pixels, tokens, present)
+        return ((self.networks.head(features.float()) - MEAN) / STD).to(images.device)
 
 
-def load(shelf: Shelf, sizes: Sizes | None = None) -> ImageReward:
-    """-> the reward."""
-    path, bert, setup = shelf.path("imagereward"), shelf.path("bert"), shelf.setup
-    sizes = sizes or Sizes()
+def load(loader: Loader, sizes: BlipSizes | None = None) -> ImageReward:
+    """The reward `imagereward`."""
+    path, bert, setup = loader.path("imagereward"), loader.path("bert"), loader.setup
+    sizes = sizes or BlipSizes()
     tokens = TextCache(tokenizer(bert, sizes))
-    networks = load_state(read_state(path), sizes, str(path), setup.device)
-    return ImageReward(networks, tokens, Look(sizes.image), setup.device, setup.amp)
+    networks = load_state(read_state(path), sizes, str(path), setup.device, setup.amp)
+    return ImageReward(networks, tokens, Preprocess(sizes.image), setup.device, setup.amp)
 
 
-def load_state(state: State, sizes: Sizes, source: str, device: torch.device) -> Networks:
-    """-> the networks with the tensors of the published state dict."""
-    return fill(lambda: Networks(sizes), converted(state), source, device)
+def load_state(
+    state: State, sizes: BlipSizes, source: str, device: torch.device, amp: bool = False
+) -> Blip:
+    """The networks with the tensors of the published state dict; the head stays float32."""
+    half = half_for(device, amp)
+    networks = fill(lambda: Blip(sizes), converted(state), source, device, half)
+    networks.head.float()
+    return networks
 
 
 def converted(state: State) -> dict[str, Tensor]:
-    """The published names -> those of `Networks`; what the score does not use is left out."""
+    """The published names -> those of `Blip`; what the score does not use is left out."""
     vision = renamed(within(state, "blip.visual_encoder."), VISION)
-    told = {f"vision.{in_block(name)}": value for name, value in vision.items()}
+    new = {f"vision.{in_block(name)}": value for name, value in vision.items()}
     text = renamed(within(state, "blip.text_encoder."), {}, ("position_ids",))
-    told |= {f"text.{name}": value for name, value in text.items()}
-    told |= {f"head.{name}": value for name, value in within(state, "mlp.").items()}
-    known = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+    new |= {f"text.{name}": value for name, value in text.items()}
+    new |= {f"head.{name}": value for name, value in within(state, "mlp.").items()}
+    parts = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
     rest = renamed(state, {}, UNUSED)
-    return told | {n: v for n, v in rest.items() if not n.startswith(known)}
+    return new | {n: v for n, v in rest.items() if not n.startswith(parts)}
 
 
 def in_block(name: str) -> str:
@@ -143,23 +148,18 @@ def in_block(name: str) -> str:
     return name
 
 
-def tokenizer(path: Path, sizes: Sizes) -> Any:
-    """-> P prompts -> [P, 2, L] by the vocabulary at a folder or a vocab.txt."""
+def tokenizer(path: Path, sizes: BlipSizes) -> Any:
+    """P prompts -> [P, 2, L] by the vocabulary in a folder, or beside a vocab.txt."""
     folder = path.parent if path.is_file() else path
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise ValueError(f"{folder}: it has neither vocab.txt nor tokenizer.json of BERT")
     own: Any = transformers.BertTokenizer.from_pretrained(folder, local_files_only=True)
     if len(own) > sizes.vocabulary:
         raise ValueError(f"{folder}: {len(own)} tokens, more than the {sizes.vocabulary} known")
+    options = {"padding": "max_length", "truncation": True, "max_length": sizes.tokens}
 
     def tokenise(prompts: Sequence[str]) -> Tensor:
-        told = own(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=sizes.tokens,
-            return_tensors="pt",
-        )
-        return torch.stack([told.input_ids, told.attention_mask], 1)
+        tokens = own(list(prompts), return_tensors="pt", **options)
+        return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
 
     return tokenise

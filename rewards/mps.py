@@ -1,7 +1,8 @@
 """MPS, the overall score (Zhang et al. 2024, arXiv:2405.14705): CLIP ViT-H/14 under a condition.
 
 Image tokens look at those text tokens of the prompt that have to do with the condition, in a
-stack of cross-attention. B images, P prompts, L text tokens, D channels.
+stack of cross-attention. B images, P prompts, Q image tokens (queries), L text tokens (context),
+D channels, h heads of c channels. Names of parameters are those of the published file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from rewards.mps_block import Stack
-from rewards.registry import Shelf
-from rewards.states import State, fill, read_module, renamed
-from rewards.towers import Look, TextCache, half
-from rewards.transformers_towers import Tokenise, padded_tokenizer
+from rewards.pixels import Preprocess
+from rewards.registry import Loader
+from rewards.states import State, fill, read_state, renamed
+from rewards.towers import TextCache, Tokenise, autocast, half_for, padded_tokenizer
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
@@ -49,32 +49,138 @@ CLIP_H: dict[str, Any] = {
         "hidden_act": "gelu",
     },
 }
-STACK = {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MPSSizes:
     """Of the networks: the sections of transformers' CLIPConfig, and the arguments of Stack."""
 
     clip: Mapping[str, Any]
     stack: Mapping[str, int]
 
 
-PUBLISHED = Sizes(CLIP_H, STACK)
+PUBLISHED = MPSSizes(
+    CLIP_H, {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
+)
 
 
-class Networks(nn.Module):
+# --- the stack: image tokens ask, text tokens answer; no norm and no projection has a bias ----
+
+
+class Stack(nn.Module):
+    """Layers of a cross block and a self block, each added to what it gets."""
+
+    def __init__(
+        self,
+        dim: int = 1024,
+        layer_num: int = 4,
+        dim_head: int = 64,
+        heads: int = 16,
+        ff_mult: int = 4,
+    ) -> None:
+        super().__init__()
+        sizes = (dim, dim_head, heads, ff_mult)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.ModuleDict({"fn": kind(*sizes)}) for kind in (Cross, Parallel))
+            for _ in range(layer_num)
+        )
+
+    def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """Queries [B, Q, D], context [B, L, D], mask [B, L] (0 or -inf) -> [B, Q, D]."""
+        for layer in self.layers:
+            cross, own = (block.get_submodule("fn") for block in layer.children())
+            queries = queries + cross(queries, context, mask)
+            queries = queries + own(queries)
+        return queries
+
+
+class Cross(nn.Module):
+    """Attention of normed queries to the context, and a feed-forward of them beside it."""
+
+    def __init__(self, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = ff_mult * dim
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.ff = nn.Sequential(
+            nn.Linear(dim, 2 * inner, bias=False), SwiGLU(), nn.Linear(inner, dim, bias=False)
+        )
+
+    def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """As Stack, without the sum."""
+        normed = self.norm(queries)
+        q = self.to_q(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(context).chunk(2, -1)
+        return self.to_out(attend(q, k, v, mask)) + self.ff(normed)
+
+
+class Parallel(nn.Module):
+    """Attention of the queries to each other and a feed-forward, by one projection."""
+
+    def __init__(self, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = ff_mult * dim
+        self.widths = [heads * dim_head, dim_head, dim_head, 2 * inner]
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.widths), bias=False)
+        self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(inner, dim, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, Q, D] -> [B, Q, D], without the sum."""
+        q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.widths, -1)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.attn_out(attend(rotate(q), rotate(k), v, None)) + self.ff_out(ff)
+
+
+class SwiGLU(nn.Module):
+    """silu(second half) * first half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[*, 2 C] -> [*, C]."""
+        first, second = x.chunk(2, -1)
+        return F.silu(second) * first
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B, h, Q, c] and one head of keys and values [B, L, c] -> [B, Q, h c]."""
+    bias = None if mask is None else mask[:, None, None].to(q.dtype)
+    mixed = F.scaled_dot_product_attention(
+        q, *(x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v)), attn_mask=bias
+    )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary embedding of the positions [*, N, c], by halves (Su et al., arXiv:2104.09864)."""
+    n, c = x.shape[-2:]
+    rate = 10000 ** (-torch.arange(0, c, 2, device=x.device, dtype=torch.float32) / c)
+    angle = torch.arange(n, device=x.device, dtype=torch.float32)[:, None] * rate
+    angle = torch.cat([angle, angle], -1)
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return x * angle.cos().to(x.dtype) + turned * angle.sin().to(x.dtype)
+
+
+# --- the score ------------------------------------------------------------------------------
+
+
+class MPSNetworks(nn.Module):
     """CLIP and the stack, by the names of the published file."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: MPSSizes) -> None:
         super().__init__()
         self.model: Any = transformers.CLIPModel(transformers.CLIPConfig(**sizes.clip))
         self.cross_model = Stack(**sizes.stack)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Tokens [P, L] -> [P, L + 1, D]: those of the text, and its embedding at last."""
-        told = self.model.text_model(tokens)
-        both = torch.cat([told.last_hidden_state, told.pooler_output[:, None]], 1)
+        text = self.model.text_model(tokens)
+        both = torch.cat([text.last_hidden_state, text.pooler_output[:, None]], 1)
         return self.model.text_projection(both)
 
     def see(self, pixels: Tensor) -> Tensor:
@@ -98,9 +204,9 @@ def relevant(tokens: Tensor, condition: Tensor) -> Tensor:
 class MPS:
     """exp(logit_scale) * cosine of the prompt and what the image makes of it: a Reward."""
 
-    networks: Networks
+    networks: MPSNetworks
     tokenise: Tokenise
-    look: Look
+    preprocess: Preprocess
     device: torch.device
     amp: bool
     condition: str = CONDITION
@@ -110,30 +216,32 @@ class MPS:
         """B prompts -> [B, L + 1, D]."""
         return TextCache(self._read, size=256)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As Reward."""
         text, condition = self.texts(prompts), self.texts([self.condition])[0, :-1]
-        mask, pixels = relevant(text[:, :-1], condition), self.look(images.to(self.device))
-        with half(self.device, self.amp):
+        mask, pixels = relevant(text[:, :-1], condition), self.preprocess(images.to(self.device))
+        with autocast(self.device, self.amp):
             return self.networks(pixels, text, mask).float().to(images.device)
 
     def _read(self, prompts: Sequence[str]) -> Tensor:
-        with half(self.device, self.amp):
+        with autocast(self.device, self.amp):
             return self.networks.read(self.tokenise(prompts).to(self.device)).float()
 
 
-def load(shelf: Shelf, sizes: Sizes = PUBLISHED) -> MPS:
-    """-> the reward."""
-    path, setup = shelf.path("mps"), shelf.setup
-    networks = load_state(read_module(path), sizes, str(path), setup.device)
-    text = networks.model.config.text_config
+def load(loader: Loader, sizes: MPSSizes = PUBLISHED) -> MPS:
+    """The reward `mps`, of the published file, which is a whole pickled module."""
+    path, setup = loader.path("mps"), loader.setup
+    networks = load_state(read_state(path), sizes, str(path), setup.device, setup.amp)
+    text, vision = networks.model.config.text_config, networks.model.config.vision_config
     tokenise = padded_tokenizer(text.max_position_embeddings, text.vocab_size, path)
-    look = Look(networks.model.config.vision_config.image_size, middle=int)
-    return MPS(networks, tokenise, look, setup.device, setup.amp)
+    return MPS(
+        networks, tokenise, Preprocess(vision.image_size, middle=int), setup.device, setup.amp
+    )
 
 
-def load_state(state: State, sizes: Sizes, source: str, device: torch.device) -> Networks:
-    """-> the networks with the tensors of the published module."""
+def load_state(
+    state: State, sizes: MPSSizes, source: str, device: torch.device, amp: bool = False
+) -> MPSNetworks:
+    """The networks with the tensors of the published module."""
     kept = renamed(state, {}, UNUSED)
-    return fill(lambda: Networks(sizes), kept, source, device)
+    return fill(lambda: MPSNetworks(sizes), kept, source, device, half_for(device, amp))

@@ -1,60 +1,209 @@
-"""Images as CLIP and BLIP want them, made on the device that they are on.
+"""Images as CLIP and BLIP want them: what Pillow's resize makes, to the byte, on any device.
 
-Pillow's bicubic resize is two passes, along rows and then along columns, each rounded to bytes;
-so is this one. It computes in float64: the results differ where Pillow's own weights, of 22 bits,
-decide which way a half goes, by one byte level in less than one of a thousand pixels.
+Pillow resizes along rows and then along columns (its newest versions do tall images the other way
+round); its weights are whole numbers of 2^-22, and each pass is rounded to bytes. Such sums are
+exact in float64, in any order. Only the part of the result that is kept is computed, from the
+part of the image that it needs. A gradient passes through the roundings as if they were not
+there. B images, C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's (arXiv:2103.00020), and BLIP's."""
-Middle = Callable[[float], int]
-"""Half of what is cut off -> where the rest begins."""
-PART = 16  # images that are resized at once, for the memory of float64
+ONE = 1 << 22
+PIXELS = 1 << 22
+"""Of images that are resized at once, for the memory of float64."""
+BLOCK = 16
+"""Pixels of a row that are made by one product with a matrix: few, as a filter is narrow."""
+Box = tuple[int, int, int, int]
+"""Top, left, height and width of a part."""
+Blocks = tuple[tuple[slice, Tensor | None], ...]
+"""The pixels that a few new ones are made of, and their weights in units of 2^-22; None: 1."""
 
 
-def prepare(
-    images: Tensor,
-    size: int,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
-    middle: Middle = round,
-) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], float32: resized, cropped, normalised.
+@dataclass(frozen=True)
+class Preprocess:
+    """What an image tower takes: squares of `size` pixels, normalised by `mean` and `std`.
 
-    The short side becomes `size` (antialiased bicubic), then the centre is cut out: Resize and
-    CenterCrop of torchvision, or with `middle` int, of transformers, whose centre of an odd rest
-    may lie a pixel before. Images are rounded to bytes first.
+    mode: `shortest` resizes the short side to `resize` (0: `size`) and cuts out the centre,
+    `squash` resizes both sides, `longest` the long one, with bars of grey level `fill` beside.
+    middle: half of what is cut off -> where the rest begins; round as in torchvision, int as in
+    transformers.
     """
-    parts = (images.to(torch.float32) * 255).round().split(PART)
-    square = torch.cat([crop(resize(part, size), size, middle) for part in parts]) / 255
-    centre, spread = (square.new_tensor(v)[:, None, None] for v in (mean, std))
-    return (square - centre) / spread
+
+    size: int
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    mode: str = "shortest"
+    resize: int = 0
+    interpolation: str = "bicubic"
+    fill: int = 0
+    middle: Callable[[float], int] = round
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], float32."""
+        at_once = max(1, PIXELS // images[0, 0].numel())
+        parts = (to_levels(part.float() * 255) for part in images.split(at_once))
+        square = torch.cat([self.square(part) for part in parts]) / 255
+        mean, std = (square.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (square - mean) / std
+
+    def square(self, levels: Tensor) -> Tensor:
+        """Byte levels [B, C, H, W] -> [B, C, size, size]."""
+        height, width = levels.shape[-2:]
+        size = self.size
+        if self.mode == "longest":
+            to = [max(1, round(side * size / max(height, width))) for side in (height, width)]
+            part = resize(levels, (to[0], to[1]), (0, 0, to[0], to[1]), self.interpolation)
+            square = levels.new_full((*levels.shape[:2], size, size), self.fill)
+            top, left = ((size - side) // 2 for side in to)
+            square[..., top : top + to[0], left : left + to[1]] = part
+            return square
+        to = (size, size)
+        if self.mode == "shortest":
+            short, new = min(height, width), self.resize or size
+            to = (new * height // short, new * width // short)
+        top, left = (self.middle((side - size) / 2) for side in to)
+        return resize(levels, to, (top, left, size, size), self.interpolation)
 
 
-def resize(levels: Tensor, size: int) -> Tensor:
-    """Byte levels [B, C, H, W] -> the short side is `size`, the long one in proportion, cut."""
-    height, width = levels.shape[-2:]
-    short = min(height, width)
-    to = size * height // short, size * width // short
-    return one_pass(one_pass(levels, (height, to[1])), to)
+def to_levels(x: Tensor) -> Tensor:
+    """The byte levels, 0 to 255, nearest to x, halves up.
 
-
-def one_pass(levels: Tensor, to: tuple[int, int]) -> Tensor:
-    """Resize to (height, width); halves are rounded up, as Pillow does."""
-    if levels.shape[-2:] == to:
+    Its gradient is that of x from 0 to 255, both ends included, and nothing outside.
+    """
+    levels = (x + 0.5).floor().clamp(0, 255)
+    if not x.requires_grad:
         return levels
-    made = F.interpolate(levels.double(), size=to, mode="bicubic", antialias=True)
-    return (made + 0.5).floor().clamp(0, 255).float()
+    return torch.where((x >= 0) & (x <= 255), x + (levels - x).detach(), levels)
 
 
-def crop(images: Tensor, size: int, middle: Middle = round) -> Tensor:
-    """The centre [B, C, size, size] of images that are at least as large."""
-    top, left = (middle((side - size) / 2) for side in images.shape[-2:])
-    return images[..., top : top + size, left : left + size]
+def resize(
+    levels: Tensor, to: tuple[int, int], box: Box, interpolation: str = "bicubic"
+) -> Tensor:
+    """Byte levels [B, C, H, W], resized to (height, width) -> the part `box` of the result."""
+    top, left, height, width = box
+    rows = filters(levels.shape[-2], to[0], top, height, interpolation)
+    columns = filters(levels.shape[-1], to[1], left, width, interpolation)
+    first, last = rows[0][0].start, rows[-1][0].stop
+    part = one_pass(levels[..., first:last, :], columns)
+    return one_pass(part.mT, rows, first).mT
+
+
+def one_pass(levels: Tensor, blocks: Blocks, first: int = 0) -> Tensor:
+    """Byte levels [*, n] of the pixels from `first` on -> those of the pixels of all blocks."""
+    parts = []
+    for needed, weights in blocks:
+        part = levels[..., needed.start - first : needed.stop - first]
+        if weights is not None:
+            sums = part.double() @ weights.to(part.device).mT / ONE
+            part = to_levels(sums).to(levels.dtype)
+        parts.append(part)
+    return torch.cat(parts, -1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # they are kept, and serve gradients too
+def filters(old: int, new: int, start: int, count: int, name: str) -> Blocks:
+    """What `count` pixels from `start` on are made of, in a row that goes from `old` to `new`.
+
+    As in Pillow's Resample.c: the filter is widened where the row shrinks.
+    """
+    if old == new:
+        return ((slice(start, start + count), None),)
+    reach, shape = FILTERS[name]
+    wide = max(old / new, 1.0)
+    blocks = []
+    for at in range(start, start + count, BLOCK):
+        made = torch.arange(at, min(at + BLOCK, start + count), dtype=torch.float64)[:, None]
+        centre = (made + 0.5) * (old / new)
+        first = (centre - reach * wide + 0.5).trunc().clamp(min=0)
+        last = (centre + reach * wide + 0.5).trunc().clamp(max=old)
+        needed = slice(int(first[0]), int(last[-1]))
+        x = torch.arange(needed.start, needed.stop, dtype=torch.float64)
+        weights = shape(((x - centre + 0.5) * (1 / wide)).abs()).where(
+            (first <= x) & (x < last), 0
+        )
+        weights = weights / weights.sum(1, keepdim=True) * ONE
+        blocks.append((needed, (weights + 0.5 * weights.sign()).trunc()))
+    return tuple(blocks)
+
+
+def bilinear(x: Tensor) -> Tensor:
+    """Of distances in pixels."""
+    return (1 - x).clamp(min=0)
+
+
+def bicubic(x: Tensor) -> Tensor:
+    """Keys' with a = -1/2."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return torch.where(x < 1, near, far.where(x < 2, 0))
+
+
+def lanczos(x: Tensor) -> Tensor:
+    """Of three lobes."""
+    return (torch.sinc(x) * torch.sinc(x / 3)).where(x < 3, 0)
+
+
+FILTERS = {"bilinear": (1, bilinear), "bicubic": (2, bicubic), "lanczos": (3, lanczos)}
+BY_NUMBER = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, as in the files of transformers."""
+
+
+def by_open_clip(content: Mapping[str, Any], size: int, source: Path) -> Preprocess:
+    """What open_clip's preprocess_cfg says; ValueError where that is not served."""
+    usual = Preprocess(size)
+    made = Preprocess(
+        size,
+        tuple(content.get("mean", MEAN)),
+        tuple(content.get("std", STD)),
+        mode=content.get("resize_mode", usual.mode),
+        interpolation=content.get("interpolation", usual.interpolation),
+        fill=content.get("fill_color", usual.fill),
+    )
+    return checked(made, source)
+
+
+def by_transformers(content: Mapping[str, Any], size: int, source: Path) -> Preprocess:
+    """What preprocessor_config.json says; ValueError, naming it, where it is not served."""
+    to, crop = content.get("size", size), content.get("crop_size", size)
+    edge = to.get("shortest_edge", 0) if isinstance(to, dict) else to
+    sides = {size} if edge else {to.get("height"), to.get("width")}
+    crops = set(crop.values()) if isinstance(crop, dict) else {crop}
+    cut = content.get("do_center_crop", True)
+    if not content.get("do_resize", True) or not content.get("do_rescale", True):
+        raise ValueError(f"{source}: only images that are resized and rescaled are served")
+    if sides != {size} or (edge and (not cut or edge < size)) or (cut and crops != {size}):
+        raise ValueError(f"{source}: it does not make images of {size}x{size}, as the model takes")
+    normal = content.get("do_normalize", True)
+    made = Preprocess(
+        size,
+        tuple(content.get("image_mean", MEAN) if normal else (0.0,) * 3),
+        tuple(content.get("image_std", STD) if normal else (1.0,) * 3),
+        mode="shortest" if edge else "squash",
+        resize=edge,
+        interpolation=BY_NUMBER.get(content.get("resample", 3), "other"),
+        middle=int,
+    )
+    return checked(made, source)
+
+
+def checked(made: Preprocess, source: Path) -> Preprocess:
+    """The same, if it is served."""
+    if made.mode not in ("shortest", "squash", "longest"):
+        raise ValueError(f"{source}: resize_mode {made.mode!r} is not served")
+    if made.interpolation not in FILTERS:
+        raise ValueError(f"{source}: only the resizes {', '.join(FILTERS)} are served")
+    if len(made.mean) != 3 or len(made.std) != 3 or not isinstance(made.fill, int):
+        raise ValueError(f"{source}: mean and std need three numbers each, the fill one")
+    return made

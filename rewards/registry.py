@@ -6,8 +6,9 @@ together share what they have in common.
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,7 +27,8 @@ class Setup:
     """How rewards are loaded.
 
     paths: where the weights are, by the names of `rewards.weights`; they go before the
-    environment's variables and the default places. amp: half precision where it is safe.
+    environment's variables and the default places. amp: weights and products in half precision;
+    not on a CPU, where it is many times slower.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -35,7 +37,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Loader:
     """A setup, and the models that were loaded for it."""
 
     setup: Setup
@@ -54,12 +56,13 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A reward's module, which has `load(shelf) -> Reward`, and the weights that it reads.
+    """A reward's module, the function `load(loader) -> Reward` in it, the weights that it reads.
 
     about: what its number is; by_prompt: whether it looks at the prompt.
     """
 
     module: str
+    load: str
     weights: tuple[str, ...]
     about: str
     by_prompt: bool = True
@@ -67,74 +70,81 @@ class Adapter:
 
 ADAPTERS = {
     "hps": Adapter(
-        "rewards.hps",
+        "rewards.clip",
+        "load_hps",
         ("hps",),
         "HPS v2.1, a cosine, about 0.2 to 0.35: which of two images people prefer for a prompt",
     ),
     "pickscore": Adapter(
-        "rewards.pickscore",
+        "rewards.clip",
+        "load_pickscore",
         ("pickscore",),
         "PickScore v1, a logit, about 15 to 26: what users of a web page picked for a prompt",
     ),
     "imagereward": Adapter(
         "rewards.imagereward",
+        "load",
         ("imagereward", "bert"),
         "ImageReward v1.0, signed, about -2 to 2: experts' ranks of images for a prompt, "
         "normalised to mean 0 and deviation 1",
     ),
     "clip": Adapter(
         "rewards.clip",
+        "load_clip",
         ("clip",),
         "cosine of image and prompt in a CLIP, ViT-L/14 by default, about 0.15 to 0.35",
     ),
     "aesthetic": Adapter(
-        "rewards.aesthetic",
+        "rewards.clip",
+        "load_aesthetic",
         ("clip", "aesthetic"),
         "LAION's aesthetic predictor v2, 1 to 10, whatever the prompt",
         by_prompt=False,
     ),
     "mps": Adapter(
         "rewards.mps",
+        "load",
         ("mps",),
         "MPS, a logit, about 5 to 20: what people prefer under its default condition",
     ),
     "efficientnet-minilm": Adapter(
         "rewards.efficientnet_minilm",
+        "load",
         ("efficientnet", "minilm"),
         "cosine of the prompt's sentence embedding with the one guessed from the image, for "
         "emoji: about 0.55 for the right name, 0.25 for another; no training sees it",
     ),
-    "brisque": Adapter(
-        "rewards.brisque",
-        (),
-        "minus BRISQUE, about -100 (bad) to 0 (good): how natural the grain is, whatever the "
-        "prompt",
-        by_prompt=False,
-    ),
 }
+GONE = {"brisque": "no model of grain is served any more: efficientnet-minilm, clip or aesthetic"}
 
 
 def load_reward(name: str, setup: Setup | None = None) -> Reward:
-    """-> the reward of that name; see load_rewards."""
+    """The he reward of that name; see load_rewards."""
     return load_rewards([name], setup)[name]
 
 
 def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, Reward]:
-    """-> the rewards by name. All weights are checked before the first is loaded.
+    """The he rewards by name. All weights are checked before the first is loaded.
 
     Raises ValueError, in one line, for an unknown name, a missing or wrong file of weights, and
     a library that is not installed.
     """
     names = list(dict.fromkeys(names))
     wanted = {name: parse(name) for name in names}
-    shelf = Shelf(setup or Setup())
-    files_of(names, shelf.setup.paths)
-    loaded = {single: _load(single, shelf) for single in singles(names)}
+    setup = setup or Setup()
+    if setup.amp and setup.device.type == "cpu":
+        logging.getLogger(__name__).warning(
+            "rewards: half precision is off on a CPU: slower there"
+        )
+        setup = replace(setup, amp=False)
+    loader = Loader(setup)
+    files_of(names, loader.setup.paths)
+    loaded = {single: _load(single, loader) for single in singles(names)}
     return {name: _reward(name, wanted[name], loaded) for name in names}
 
 
 def singles(names: Iterable[str]) -> list[str]:
-    """-> the rewards that these are made of, each once, sorted; ValueError as `parse`."""
+    """The he rewards that these are made of, each once, sorted; ValueError as `parse`."""
     return sorted({single for name in names for single in parse(name)})
 
 
@@ -143,8 +153,8 @@ def files_of(names: Iterable[str], paths: Mapping[str, str | Path]) -> dict[str,
 
     ValueError, in one line, for an unknown reward and for weights that are missing or wrong.
     """
-    known = [ADAPTERS[single] for single in singles(names) if single in ADAPTERS]
-    return require([weights for adapter in known for weights in adapter.weights], paths)
+    adapters = [ADAPTERS[single] for single in singles(names) if single in ADAPTERS]
+    return require([weights for adapter in adapters for weights in adapter.weights], paths)
 
 
 def parse(name: str) -> dict[str, float]:
@@ -155,9 +165,9 @@ def parse(name: str) -> dict[str, float]:
     if name == MULTI:
         return dict.fromkeys(RANGES, 1.0)
     if not name.startswith(MULTI + ":"):
-        return {_known(name): 1.0}
+        return {_checked(name): 1.0}
     parts = [part.rpartition("=") for part in name.removeprefix(MULTI + ":").split(",")]
-    weights = {_known(single): _weight(value, name) for single, _, value in parts}
+    weights = {_checked(single): _weight(value, name) for single, _, value in parts}
     if len(weights) < len(parts) or not any(weights.values()):
         raise ValueError(f"{name!r} must name each reward once, with a weight above zero")
     return {single: weight for single, weight in weights.items() if weight}
@@ -173,13 +183,15 @@ def _weight(value: str, name: str) -> float:
     return weight
 
 
-def _known(name: str) -> str:
+def _checked(name: str) -> str:
     if name in ADAPTERS or ":" in name:
         return name
-    known = [*ADAPTERS, MULTI]
+    if name in GONE:
+        raise ValueError(f"the reward {name!r} is gone: {GONE[name]}")
+    names = [*ADAPTERS, MULTI]
     raise ValueError(
-        f"no reward {name!r}: did you mean {nearest(name, known)}? "
-        f"There are {', '.join(known)}, and your own as module:function"
+        f"no reward {name!r}: did you mean {nearest(name, names)}? "
+        f"There are {', '.join(names)}, and your own as module:function"
     )
 
 
@@ -189,12 +201,12 @@ def _reward(name: str, weights: dict[str, float], loaded: dict[str, Reward]) -> 
     return WeightedSum({single: loaded[single] for single in weights}, weights, RANGES)
 
 
-def _load(name: str, shelf: Shelf) -> Reward:
+def _load(name: str, loader: Loader) -> Reward:
     if name not in ADAPTERS:
         return _own(name)
     try:
-        adapter = importlib.import_module(ADAPTERS[name].module)
-        return cast(Callable[[Shelf], Reward], adapter.load)(shelf)
+        module = importlib.import_module(ADAPTERS[name].module)
+        return cast(Callable[[Loader], Reward], getattr(module, ADAPTERS[name].load))(loader)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name} needs the package {error.name}: pip install -r requirements.txt"
@@ -205,13 +217,13 @@ def _own(name: str) -> Reward:
     """`module:function`, importable from the current folder or the environment."""
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        own = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{name!r} is no function, but of type {type(found).__name__}")
+    if not callable(own):
+        raise ValueError(f"{name!r} is no function, but of type {type(own).__name__}")
     try:
-        inspect.signature(found).bind("images", "prompts")
+        inspect.signature(own).bind("images", "prompts")
     except TypeError as error:
         raise ValueError(f"{name!r} must take (images, prompts): {error}") from error
-    return cast(Reward, found)
+    return cast(Reward, own)

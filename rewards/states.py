@@ -6,59 +6,31 @@ and a full-size network can be checked against a list of names and shapes withou
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from solvers.persistence import Persistent, read_persistent
+from src.pickles import read_tensors
 
 M = TypeVar("M", bound=nn.Module)
 State = Mapping[str, Tensor]
 
 
-def read_state(path: Path, inside: str | None = None) -> dict[str, Tensor]:
-    """-> the tensors of a .safetensors or torch.save file by name.
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name: .safetensors, torch.save, a whole module, TorchScript.
 
-    inside: the key under which a torch.save file has them; they may also be on top. ValueError,
-    in one line with the path, for another file.
+    Nothing of a file is run, see src.pickles. They may lie under the key `state_dict`.
+    ValueError, in one line with the path, for another file.
     """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    found = read_persistent(path)
-    if inside is not None and isinstance(found, dict) and inside in found:
-        found = found[inside]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f"{path}: this is no state dict (names of tensors and nothing else)")
-    return found
-
-
-def read_module(path: Path) -> dict[str, Tensor]:
-    """-> the state dict of a whole pickled module, nothing of which is run or imported."""
-    found = read_persistent(path, foreign="inert")
-    if not isinstance(found, Persistent):
-        raise ValueError(f"{path}: this is no pickled module, but a {type(found).__name__}")
-    return dict(_tensors(found, ""))
-
-
-def _tensors(module: Any, prefix: str) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers under a pickled module, by their dotted names."""
-    state = module.state if isinstance(module, Persistent) else {}
-    own = {**_entries(state, "_parameters"), **_entries(state, "_buffers")}
-    found = [(prefix + name, value) for name, value in own.items() if isinstance(value, Tensor)]
-    for name, child in _entries(state, "_modules").items():
-        found += _tensors(child, f"{prefix}{name}.")
-    return found
-
-
-def _entries(state: Any, name: str) -> dict[str, Any]:
-    found = state.get(name) if isinstance(state, dict) else None
-    return found if isinstance(found, dict) else {}
+    if path.suffix != ".safetensors":
+        return read_tensors(path)
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def renamed(state: State, names: Mapping[str, str], unused: tuple[str, ...] = ()) -> State:
@@ -66,12 +38,12 @@ def renamed(state: State, names: Mapping[str, str], unused: tuple[str, ...] = ()
 
     Names that end in one of `unused` are left out.
     """
-    told = {}
+    new = {}
     for name, value in state.items():
         if not name.endswith(unused or ("\0",)):
             old = next((old for old in names if name.startswith(old)), "")
-            told[names.get(old, "") + name[len(old) :]] = value
-    return told
+            new[names.get(old, "") + name[len(old) :]] = value
+    return new
 
 
 def within(state: State, prefix: str) -> dict[str, Tensor]:
@@ -79,18 +51,43 @@ def within(state: State, prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def fill(build: Callable[[], M], state: State, source: str, device: torch.device) -> M:
-    """-> the network of `build` with all of the state and nothing else, float32, for inference.
+def fill(
+    build: Callable[[], M],
+    state: State,
+    source: str,
+    device: torch.device,
+    half: torch.dtype | None = None,
+) -> M:
+    """The network of `build` with all of the state and nothing else, float32, for inference.
 
-    ValueError, in one line that starts with `source`, where names or shapes differ.
+    half: the type of the matrices, which autocast would turn into it at every call; all else
+    stays float32. ValueError, in one line that starts with `source`, where names or shapes
+    differ.
     """
     with torch.device("meta"):
         network = build()
-    state = {name: v.to(device, torch.float32) for name, v in state.items()}
     check(state, network.state_dict(), source)
-    network.load_state_dict(state, assign=True, strict=True)
+    matrices = weights_of_products(network) if half else set()
+
+    def ready(name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value.to(device)
+        return value.to(device, half if name in matrices else torch.float32)
+
+    network.load_state_dict({n: ready(n, v) for n, v in state.items()}, assign=True, strict=True)
     complete(network, device)
     return network.eval().requires_grad_(False)
+
+
+def weights_of_products(network: nn.Module) -> set[str]:
+    """The names of weights of linear layers, convolutions and attention: nearly all numbers."""
+    kinds = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention: "in_proj_weight"}
+    return {
+        f"{name}.{weight}"
+        for name, module in network.named_modules()
+        for kind, weight in kinds.items()
+        if isinstance(module, kind)
+    }
 
 
 def check(state: State, wanted: State, source: str) -> None:
@@ -102,9 +99,9 @@ def check(state: State, wanted: State, source: str) -> None:
         "not known": [name for name in state if name not in wanted],
         "of another shape": [f"{n} {shape[n]}, not {list(wanted[n].shape)}" for n in differ],
     }
-    told = [f"{len(names)} {what} ({names[0]})" for what, names in faults.items() if names]
-    if told:
-        raise ValueError(f"{source}: these are other weights: {', '.join(told)}")
+    said = [f"{len(names)} {what} ({names[0]})" for what, names in faults.items() if names]
+    if said:
+        raise ValueError(f"{source}: these are other weights: {', '.join(said)}")
 
 
 def complete(network: nn.Module, device: torch.device) -> None:

@@ -1,20 +1,31 @@
-"""Image and text towers of the CLIP family behind one face, and the cosine of their embeddings.
+"""Models of the CLIP family, of open_clip and of transformers, behind one face.
 
-B images, P distinct prompts, D channels.
+Built from their configs without downloading anything. B images, P prompts, D channels.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from rewards.pixels import MEAN, STD, Middle, prepare
+from rewards.pixels import Preprocess, by_open_clip, by_transformers
+from rewards.states import State, fill, read_state, renamed
+from src.files import read_json
 
+OPEN_CLIP = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PREPROCESSOR = "preprocessor_config.json"
+WEIGHTS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
+TOKENIZERS = ("tokenizer.json", "vocab.json")
 PART = 64  # prompts that are encoded at once
+Tokenise = Callable[[Sequence[str]], Tensor]
+"""P prompts -> tokens [P, L]."""
 
 
 @dataclass
@@ -23,45 +34,32 @@ class TextCache:
 
     encode: Callable[[Sequence[str]], Tensor]
     size: int = 4096
-    known: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> [B, *], the distinct new ones encoded together."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
+        new = [p for p in dict.fromkeys(prompts) if p not in self.rows]
         for start in range(0, len(new), PART):
             part = new[start : start + PART]
-            rows = self.encode(part)
-            self.known.update((p, row.clone()) for p, row in zip(part, rows, strict=True))
-        found = torch.stack([self.known[p] for p in prompts])
+            with torch.inference_mode(False), torch.no_grad():  # rows serve gradients, too
+                rows = self.encode(part)
+            self.rows.update((p, row.clone()) for p, row in zip(part, rows, strict=True))
+        result = torch.stack([self.rows[p] for p in prompts])
         for prompt in prompts:
-            self.known.move_to_end(prompt)
-        while len(self.known) > self.size:
-            self.known.popitem(last=False)
-        return found
-
-
-@dataclass(frozen=True)
-class Look:
-    """What an image tower takes: squares of `size` pixels, normalised."""
-
-    size: int
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    middle: Middle = round
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> [B, 3, size, size]."""
-        return prepare(images, self.size, self.mean, self.std, self.middle)
+            self.rows.move_to_end(prompt)
+        while len(self.rows) > self.size:
+            self.rows.popitem(last=False)
+        return result
 
 
 @dataclass(frozen=True)
 class Towers:
     """Two towers into one space of `width` channels. Embeddings have length 1, in float32.
 
-    see: what `look` made -> [B, D]; read: P prompts -> [P, D]; both of any length.
+    see: what `preprocess` made -> [B, D]; read: P prompts -> [P, D]; both of any length.
     """
 
-    look: Look
+    preprocess: Preprocess
     see: Callable[[Tensor], Tensor]
     read: Callable[[Sequence[str]], Tensor]
     width: int
@@ -76,12 +74,13 @@ class Towers:
 
     def images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D]."""
-        with half(self.device, self.amp):
-            seen = self.see(self.look(images.to(self.device)))
+        pixels = self.preprocess(images.to(self.device))
+        with autocast(self.device, self.amp):
+            seen = self.see(pixels)
         return F.normalize(seen.float(), dim=-1)
 
     def _read(self, prompts: Sequence[str]) -> Tensor:
-        with half(self.device, self.amp):
+        with autocast(self.device, self.amp):
             return F.normalize(self.read(prompts).float(), dim=-1)
 
 
@@ -92,14 +91,185 @@ class Cosine:
     towers: Towers
     scale: float = 1.0
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As Reward."""
         cosines = (self.towers.images(images) * self.towers.texts(prompts)).sum(-1)
         return (self.scale * cosines).to(images.device)
 
 
-def half(device: torch.device, amp: bool) -> torch.autocast:
-    """Autocast to float16 on a GPU, bfloat16 elsewhere; or none."""
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp)
+def half_type(device: torch.device) -> torch.dtype:
+    """float16 on a GPU, bfloat16 elsewhere."""
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """Products in half precision where `amp` asks for it."""
+    return torch.autocast(device.type, dtype=half_type(device), enabled=amp)
+
+
+# --- open_clip ------------------------------------------------------------------------------
+
+
+def open_clip() -> Any:
+    """The library, imported when it is asked for."""
+    import open_clip as library  # noqa: PLC0415
+
+    return library
+
+
+def known_config(name: str) -> dict[str, Any]:
+    """The sections of a model that open_clip knows by name."""
+    config = open_clip().get_model_config(name)
+    assert config is not None, name
+    return config
+
+
+def open_clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
+    """The towers of a folder with open_clip_config.json, its weights and its tokenizer."""
+    config = read_json(folder / OPEN_CLIP)
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise ValueError(f"{folder / OPEN_CLIP}: it has no object 'model_cfg'")
+    path, model = weights_in(folder, OPEN_CLIP_WEIGHTS), config["model_cfg"]
+    text, size = model.get("text_cfg", {}), model.get("vision_cfg", {}).get("image_size", 224)
+    tokens: Any = None
+    if text.get("hf_tokenizer_name"):
+        tokens = open_clip().get_tokenizer(f"local-dir:{folder}")
+    preprocess = by_open_clip(config.get("preprocess_cfg") or {}, size, folder / OPEN_CLIP)
+    return open_clip_towers(read_state(path), model, str(path), device, amp, tokens, preprocess)
+
+
+def open_clip_towers(
+    state: State,
+    config: Mapping[str, Any],
+    source: str,
+    device: torch.device,
+    amp: bool = False,
+    tokens: Tokenise | None = None,
+    preprocess: Preprocess | None = None,
+) -> Towers:
+    """The towers of a config and a state dict; CLIP's own tokenizer and pixels by default."""
+    network: Any = fill(lambda: build(config), state, source, device, half_for(device, amp))
+    length = config.get("text_cfg", {}).get("context_length", 77)
+    tokenise = tokens or open_clip().SimpleTokenizer(context_length=length)
+    return Towers(
+        preprocess or Preprocess(config["vision_cfg"]["image_size"]),
+        network.encode_image,
+        lambda prompts: network.encode_text(tokenise(list(prompts)).to(device)),
+        int(network.visual.output_dim),
+        exponential(network.logit_scale),
+        device,
+        amp,
+    )
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """An untrained model. ValueError for a config that open_clip does not know."""
+    sections = {name: value for name, value in config.items() if name != "custom_text"}
+    custom = config.get("custom_text") or "hf_model_name" in config.get("text_cfg", {})
+    kind = open_clip().CustomTextCLIP if custom else open_clip().CLIP
+    try:
+        return kind(**sections)
+    except TypeError as error:
+        raise ValueError(f"this open_clip config is not known: {error}") from error
+
+
+# --- transformers ---------------------------------------------------------------------------
+
+
+def transformers() -> Any:
+    """The library, imported when it is asked for."""
+    import transformers as library  # noqa: PLC0415
+
+    return library
+
+
+def clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
+    """The towers of a folder with config.json and weights of transformers' CLIPModel.
+
+    Without a tokenizer in it, CLIP's own is used; its preprocessor_config.json is followed where
+    there is one. ValueError, in one line, for another folder.
+    """
+    config, path = clip_config(folder), weights_in(folder, WEIGHTS)
+    network = clip_model(read_state(path), config, str(path), device, amp)
+    text, size = config.text_config, config.vision_config.image_size
+    tokenise = folder_tokenizer(folder, text.max_position_embeddings, text.vocab_size)
+    pixels = folder / PREPROCESSOR
+    preprocess = by_transformers(read_json(pixels) if pixels.is_file() else {}, size, pixels)
+
+    def see(images: Tensor) -> Tensor:
+        return network.visual_projection(network.vision_model(images).pooler_output)
+
+    def read(prompts: Sequence[str]) -> Tensor:
+        tokens = tokenise(prompts).to(device)
+        return network.text_projection(network.text_model(tokens).pooler_output)
+
+    scale = exponential(network.logit_scale)
+    return Towers(preprocess, see, read, network.projection_dim, scale, device, amp)
+
+
+def clip_config(folder: Path) -> Any:
+    """The CLIPConfig of a folder; ValueError for one of another model."""
+    path = folder / "config.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("model_type") != "clip":
+        raise ValueError(f"{path}: its model_type is not clip")
+    try:
+        return transformers().CLIPConfig.from_dict(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def clip_model(
+    state: State, config: Any, source: str, device: torch.device, amp: bool = False
+) -> Any:
+    """The CLIPModel of a config with the tensors of a state dict; old files have positions."""
+    kept = renamed(state, {}, (".position_ids",))
+    half = half_for(device, amp)
+    return fill(lambda: transformers().CLIPModel(config), kept, source, device, half)
+
+
+def folder_tokenizer(folder: Path, length: int, vocabulary: int) -> Tokenise:
+    """The folder's tokenizer, else CLIP's own: P prompts -> [P, length]."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return padded_tokenizer(length, vocabulary, folder)
+    own = transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    options = {"padding": "max_length", "truncation": True, "max_length": length}
+    return lambda prompts: own(list(prompts), return_tensors="pt", **options).input_ids
+
+
+def padded_tokenizer(length: int, vocabulary: int, source: object) -> Tokenise:
+    """CLIP's own tokenizer as transformers has it: filled up with the end of text."""
+    own = open_clip().SimpleTokenizer(context_length=length)
+    if vocabulary < own.vocab_size:
+        raise ValueError(
+            f"{source}: it has {vocabulary} tokens, fewer than CLIP's, and no tokenizer of its "
+            f"own: put {TOKENIZERS[0]} into it"
+        )
+
+    def tokenise(prompts: Sequence[str]) -> Tensor:
+        tokens = own(list(prompts))
+        after = torch.arange(length) > tokens.argmax(1, keepdim=True)
+        return tokens.masked_fill(after, own.eot_token_id)
+
+    return tokenise
+
+
+# --- both -----------------------------------------------------------------------------------
+
+
+def weights_in(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that a folder has; ValueError where it has none."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: it has neither {' nor '.join(names)}")
+    return path
+
+
+def half_for(device: torch.device, amp: bool) -> torch.dtype | None:
+    """The type of matrices, None for float32."""
+    return half_type(device) if amp else None
+
+
+def exponential(scale: Tensor) -> float:
+    """Of the learnt logarithm of a scale; 1 for one without numbers."""
+    return 1.0 if scale.is_meta else float(scale.exp())

@@ -24,6 +24,7 @@ from tests.tiny import tiny_model
 FEW = ("--solvers", "euler,heun", "--nfe", "2", "--schedules", "flowmatch", "--fine", "3")
 SEEDS = ("--seeds", "0-3", "--batch", "3", "--shown", "2", "--device", "cpu")
 PROMPTS = ("a red fox", "two cats")
+RED = "tests.eval.pictures:redness"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_the_files_hold_rewards_with_intervals_and_paths_from_here(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ("--model", str(place / "sd3"), *TEXT[2:])
-    done = run(place, monkeypatch, *model, *CLIP, "--reward", "brisque")
+    done = run(place, monkeypatch, *model, *CLIP, "--reward", RED)
     assert done.exit_code == 0, done.output
     text = (place / "out/results.json").read_text()
     assert str(place) not in text
@@ -62,9 +63,9 @@ def test_the_files_hold_rewards_with_intervals_and_paths_from_here(
         "p.txt",
         {"clip": "clip"},
     )
-    assert about["rewards"] == ["clip", "brisque"]
+    assert about["rewards"] == ["clip", RED]
     for one in (*content["scores"], content["fine"]):
-        for reward in ("clip", "brisque"):
+        for reward in ("clip", RED):
             estimate = one["rewards"][reward]
             assert estimate["low"] <= estimate["value"] <= estimate["high"]
         assert one["rmse_low"] <= one["rmse"] <= one["rmse_high"]
@@ -80,15 +81,15 @@ def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: 
     assert [job.prompt for job in jobs] == [*PROMPTS, *PROMPTS]
     (euler,) = variants("euler", 2, ["flowmatch"], backend.levels, 2.0)
     study = Study(backend, jobs, fine_solution(backend.levels, 3, 2.0), batch=4)
-    rewards = {"brisque": load_reward("brisque")}
+    rewards = {RED: load_reward(RED)}
     fine = solve_finely(study, rewards=rewards)
     (found,) = measure(study, [euler], fine, rewards=rewards)
     made = next(generate(backend, euler.method, jobs, batch=4)).images
-    seen = score(rewards["brisque"], made, [""] * 4).double()
-    assert found.rewards["brisque"].value == pytest.approx(seen.mean().item())
-    gain = (seen - fine.rewards["brisque"]).mean().item()
-    assert found.gains["brisque"].value == pytest.approx(gain)
-    assert torch.isfinite(fine.rewards["brisque"]).all()
+    seen = score(rewards[RED], made, [""] * 4).double()
+    assert found.rewards[RED].value == pytest.approx(seen.mean().item())
+    gain = (seen - fine.rewards[RED]).mean().item()
+    assert found.gains[RED].value == pytest.approx(gain)
+    assert torch.isfinite(fine.rewards[RED]).all()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,6 @@ def test_what_cannot_be_judged_is_an_error_of_one_line(
 def test_rewards_that_ignore_prompts_judge_any_model(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = run(place, monkeypatch, *CLASSES, "--reward", "brisque")
+    done = run(place, monkeypatch, *CLASSES, "--reward", RED)
     assert done.exit_code == 0, done.output
-    assert "brisque" in done.output
+    assert RED in done.output

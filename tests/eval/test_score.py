@@ -23,6 +23,7 @@ from rewards.base import Reward
 from src.images import read_png, save_png
 from src.stats import Estimate
 from tests.eval.pictures import brightness, image, redness, refused, sampled
+from tests.rewards.twins import head_state, write_open_clip_folder
 
 ROOT = Path(__file__).parents[2]
 BRIGHT, RED = "tests.eval.pictures:brightness", "tests.eval.pictures:redness"
@@ -185,7 +186,11 @@ def test_the_published_spellings_are_understood(tmp_path: Path) -> None:
 
 def test_a_reward_that_reads_no_prompt_needs_none(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", image(0, height=64, width=64))
-    done = run(tmp_path, "--reward", "brisque")
+    write_open_clip_folder(tmp_path / "w")
+    torch.save(head_state(16), tmp_path / "w" / "head.pth")
+    files = (f"clip={tmp_path / 'w'}", f"aesthetic={tmp_path / 'w' / 'head.pth'}")
+    weights = (part for file in files for part in ("--weights", file))
+    done = run(tmp_path, "--reward", "aesthetic", *weights)
     assert done.exit_code == 0, done.output
 
 

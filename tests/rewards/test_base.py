@@ -1,18 +1,24 @@
-"""Calling rewards, summing them, and finding them by name."""
+"""Calling rewards, their gradients, sums, batches, and finding them by name."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rewards.base import RANGES, Range, WeightedSum, score
-from rewards.registry import load_reward, load_rewards, parse
-from tests.rewards.twins import PROMPTS, images
+from rewards.base import RANGES, Range, Reward, WeightedSum, has_gradient, score
+from rewards.registry import Setup, load_reward, load_rewards, parse
+from rewards.scorer import names_of, score_all
+from tests.rewards.twins import PROMPTS, images, write_open_clip_folder
 
 
 def brightness(batch: Tensor, _prompts: Sequence[str]) -> Tensor:
     return batch.mean((1, 2, 3))
+
+
+def last_digit(batch: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.tensor([float(p[-1]) for p in prompts]).to(batch.device)
 
 
 def wrong_shape(batch: Tensor, _prompts: Sequence[str]) -> Tensor:
@@ -23,45 +29,79 @@ def no_numbers(_batch: Tensor, _prompts: Sequence[str]) -> Tensor:
     return torch.tensor([1.0, float("nan"), 2.0, float("nan")])
 
 
+def with_nan(dtype: torch.dtype) -> Tensor:
+    batch = images().to(dtype)
+    batch[2, 1, 3, 4] = float("nan")
+    return batch
+
+
 def test_an_image_in_memory_scores_as_its_bytes() -> None:
     batch = images()
     assert torch.equal(score(brightness, batch + 0.4 / 255, PROMPTS), brightness(batch, PROMPTS))
+    wide = images() * 3 - 1
+    assert torch.equal(
+        score(brightness, wide, PROMPTS), score(brightness, wide.clamp(0, 1), PROMPTS)
+    )
 
 
-def test_no_images_have_no_scores() -> None:
-    assert score(brightness, images(0), []).shape == (0,)
+@pytest.mark.parametrize(
+    ("batch", "prompts", "reward", "words"),
+    [
+        (torch.zeros(4, 1, 8, 8), PROMPTS, brightness, r"floats \[B, 3, H, W\], not .*grey"),
+        (torch.zeros(4, 4, 8, 8), PROMPTS, brightness, r"floats \[B, 3, H, W\]"),
+        (torch.zeros(3, 8, 8), PROMPTS, brightness, r"floats \[B, 3, H, W\]"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), PROMPTS, brightness, "floats.*uint8"),
+        (with_nan(torch.float32), PROMPTS, brightness, r"image 2 of 4 .* holds NaN or infinity$"),
+        (with_nan(torch.float16), PROMPTS, brightness, "image 2 of 4 .*float16, try float32"),
+        (images(), ["one"], brightness, "4 images need as many prompts, not 1"),
+        (images(), "four", brightness, "4 images need as many prompts"),
+        (images(), PROMPTS, wrong_shape, r"mine must return a tensor \[4\], not \[4, 3\]"),
+        (images(), PROMPTS, no_numbers, r"mine gave nan for image 1 of 4 \(and 1 more\)"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_in_a_line(
+    batch: Tensor, prompts: Sequence[str], reward: Reward, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        score(reward, batch, prompts, "mine")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 4, 8, 8), (3, 8, 8)])
-def test_grey_and_transparent_images_are_refused_in_a_line(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"rewards take floats \[B, 3, H, W\], not .*grey"):
-        score(brightness, torch.zeros(shape), PROMPTS)
+# --- gradients --------------------------------------------------------------------------------
 
 
-def test_bytes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"floats.*uint8"):
-        score(brightness, torch.zeros(4, 3, 8, 8, dtype=torch.uint8), PROMPTS)
+def test_a_gradient_passes_where_the_images_ask_for_one() -> None:
+    batch = images().requires_grad_()
+    scores = score(brightness, batch, PROMPTS)
+    (slope,) = torch.autograd.grad(scores.sum(), batch)
+    assert torch.allclose(slope, torch.full_like(slope, 1 / slope[0].numel()))
+    assert not score(brightness, images(), PROMPTS).requires_grad
 
 
-def test_an_image_with_nan_is_refused() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        score(brightness, images() * float("nan"), PROMPTS)
+def test_it_is_said_which_rewards_have_a_gradient(tmp_path: Path) -> None:
+    folder = write_open_clip_folder(tmp_path / "clip")
+    clip = load_reward("clip", Setup(paths={"clip": folder}))
+    assert has_gradient(brightness)
+    assert has_gradient(clip)
+    assert has_gradient(WeightedSum({"clip": clip}, {"clip": 1.0}, RANGES))
+    assert not has_gradient(lambda batch, _: (batch > 0.5).float().mean((1, 2, 3)))
+    assert not has_gradient(lambda batch, _: batch.detach().mean((1, 2, 3)))
 
 
-@pytest.mark.parametrize("prompts", [["one"], "four"])
-def test_another_number_of_prompts_is_refused(prompts: Sequence[str]) -> None:
-    with pytest.raises(ValueError, match="4 images need as many prompts"):
-        score(brightness, images(), prompts)
+def test_following_the_gradient_of_clip_raises_its_score(tmp_path: Path) -> None:
+    folder = write_open_clip_folder(tmp_path / "clip")
+    clip = load_reward("clip", Setup(paths={"clip": folder}))
+    with torch.inference_mode():  # sampling comes first: its embeddings must serve training
+        before = score(clip, images(), PROMPTS)
+    batch = images().requires_grad_()
+    scores = score(clip, batch, PROMPTS)
+    assert torch.allclose(scores.detach(), before, atol=1e-6)
+    (slope,) = torch.autograd.grad(scores.sum(), batch)
+    after = score(clip, batch.detach() + 0.05 * slope.sign(), PROMPTS)
+    assert (after > before).all()
 
 
-def test_a_result_of_the_wrong_shape_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"mine must return a tensor \[4\], not \[4, 3\]"):
-        score(wrong_shape, images(), PROMPTS, "mine")
-
-
-def test_a_result_with_nan_names_the_image() -> None:
-    with pytest.raises(ValueError, match=r"mine gave nan for image 1 of 4 \(and 1 more\)"):
-        score(no_numbers, images(), PROMPTS, "mine")
+# --- sums and batches -------------------------------------------------------------------------
 
 
 def test_a_weighted_sum_is_the_mean_of_scores_in_a_common_range() -> None:
@@ -70,17 +110,44 @@ def test_a_weighted_sum_is_the_mean_of_scores_in_a_common_range() -> None:
     both = WeightedSum(rewards, {"pickscore": 1.0, "imagereward": 3.0}, RANGES)
     expected = (20.8 / 26 - 3 * 1.5 / 10) / 4
     assert both(images(), PROMPTS).tolist() == pytest.approx([expected] * 4)
+    other = WeightedSum({"mine": brightness}, {"mine": 2.0}, {"other": Range(5.0)})
+    assert torch.equal(other(images(), PROMPTS), brightness(images(), PROMPTS))
 
 
 def test_every_range_keeps_the_order_and_the_sign() -> None:
-    for to in RANGES.values():
-        assert to.scale > 0
-        assert to.shift == 0
+    assert all(to.scale > 0 and to.shift == 0 for to in RANGES.values())
 
 
-def test_a_range_that_is_not_named_is_the_score_itself() -> None:
-    one = WeightedSum({"mine": brightness}, {"mine": 2.0}, {"other": Range(5.0)})
-    assert torch.equal(one(images(), PROMPTS), brightness(images(), PROMPTS))
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_every_image_is_scored_under_its_prompt_in_any_batch(batch: int) -> None:
+    given, prompts = images(7), [f"prompt {i}" for i in range(7)]
+    rewards: dict[str, Reward] = {"bright": brightness, "digit": last_digit}
+    scores = score_all(rewards, given, prompts, batch=batch)
+    assert torch.allclose(scores["bright"], given.mean((1, 2, 3)))
+    assert scores["digit"].tolist() == list(range(7))
+    assert score_all(rewards, given[:0], [], batch=batch)["bright"].shape == (0,)
+    with pytest.raises(ValueError, match="7 images need as many prompts, not 6"):
+        score_all(rewards, given, prompts[:6], batch=batch)
+
+
+def test_a_sum_comes_with_its_parts_and_what_is_shared_is_computed_once() -> None:
+    calls: list[int] = []
+
+    def counted(batch: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(len(batch))
+        return brightness(batch, prompts)
+
+    parts: dict[str, Reward] = {"bright": counted, "digit": last_digit}
+    weighted = WeightedSum(parts, {"bright": 1.0, "digit": 3.0}, {"digit": Range(0.1)})
+    rewards: dict[str, Reward] = {"multi": weighted, "bright": counted}
+    scores = score_all(rewards, images(), ["1", "2", "3", "4"])
+    assert calls == [4]
+    assert list(names_of(rewards)) == ["multi", "bright", "digit"]
+    assert set(scores) == {"multi", "bright", "digit"}
+    assert torch.allclose(scores["multi"], (scores["bright"] + 0.3 * scores["digit"]) / 4)
+
+
+# --- names ------------------------------------------------------------------------------------
 
 
 def test_names_become_weights_and_zero_weights_go() -> None:
@@ -90,7 +157,7 @@ def test_names_become_weights_and_zero_weights_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "words"),
     [
         ("clp", "did you mean clip"),
         ("multi:clp=1", "did you mean clip"),
@@ -99,12 +166,17 @@ def test_names_become_weights_and_zero_weights_go() -> None:
         ("multi:clip=x", "weight 'x'"),
         ("multi:clip=0", "a weight above zero"),
         ("multi:clip=1,clip=2", "each reward once"),
+        ("brisque", "'brisque' is gone: .*efficientnet-minilm"),
+        ("no_such_module:f", "cannot be imported"),
+        (f"{__name__}:nothing", "cannot be imported"),
+        (f"{__name__}:RANGES", "is no function"),
+        (f"{__name__}:with_nan", r"must take \(images, prompts\)"),
     ],
 )
-def test_a_wrong_name_is_refused_in_a_line(name: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as caught:
-        parse(name)
-    assert "\n" not in str(caught.value)
+def test_a_wrong_name_is_refused_in_a_line(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        load_reward(name)
+    assert "\n" not in str(error.value)
 
 
 def test_a_function_of_your_own_is_a_reward() -> None:
@@ -114,9 +186,3 @@ def test_a_function_of_your_own_is_a_reward() -> None:
     expected = brightness(images(), PROMPTS)
     assert torch.equal(score(rewards[name], images(), PROMPTS), expected)
     assert torch.allclose(score(rewards[sums], images(), PROMPTS), expected)
-
-
-@pytest.mark.parametrize("name", ["no_such_module:f", f"{__name__}:nothing", f"{__name__}:RANGES"])
-def test_what_cannot_be_imported_or_called_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be imported|is no function"):
-        load_reward(name)

@@ -1,8 +1,10 @@
-"""`clip`, `aesthetic` and `hps` on twins in open_clip's layouts, and at full size."""
+"""`clip`, `hps`, `pickscore` and `aesthetic` on twins in the published layouts."""
 
 import json
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +15,74 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rewards import aesthetic, clip, hps
-from rewards.base import score
-from rewards.open_clip_towers import build, known_config, load_state
-from rewards.pixels import MEAN, STD
-from rewards.registry import Setup, Shelf, load_rewards
-from rewards.towers import Cosine, TextCache
-from tests.rewards.test_pixels import by_pillow
+from rewards import clip
+from rewards.base import Reward, score
+from rewards.mps import CLIP_H
+from rewards.registry import Loader, Setup, load_rewards
+from rewards.towers import (
+    Cosine,
+    TextCache,
+    clip_folder,
+    clip_model,
+    known_config,
+    open_clip_towers,
+    padded_tokenizer,
+)
 from tests.rewards.twins import (
     OPEN_CLIP,
     PROMPTS,
+    by_pillow,
     head_state,
     images,
     letters_tokenizer,
     open_clip_state,
+    pictures,
+    transformers,
+    write_clip_folder,
     write_open_clip_folder,
 )
 
+CPU, META = torch.device("cpu"), torch.device("meta")
 
-def shelf(**paths: Path) -> Shelf:
-    return Shelf(Setup(paths=paths))
+
+def loader(**paths: Path) -> Loader:
+    return Loader(Setup(paths=paths))
 
 
 @torch.no_grad()
-def by_open_clip(state: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings of length 1 from open_clip's own calls."""
-    network = open_clip.CLIP(**OPEN_CLIP).eval()
+def by_open_clip(
+    state: dict[str, Tensor], pixels: Tensor, config: dict[str, Any] = OPEN_CLIP
+) -> Tensor:
+    """The cosines of open_clip's own calls."""
+    network = open_clip.CLIP(**config).eval()
     network.load_state_dict(state)
     tokens = open_clip.get_tokenizer("ViT-L-14")(PROMPTS)
     seen = network.encode_image(pixels, normalize=True)
-    return seen, network.encode_text(tokens, normalize=True)
+    return (seen * network.encode_text(tokens, normalize=True)).sum(-1)
+
+
+@torch.no_grad()
+def by_transformers(model: Any, tokens: Tensor) -> Tensor:
+    """The logits of transformers on the pixels of its own processor."""
+    processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
+    pixels = processor(pictures(images()), return_tensors="pt").pixel_values
+    return model(input_ids=tokens, pixel_values=pixels).logits_per_image.diagonal()
+
+
+def near(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- open_clip --------------------------------------------------------------------------------
 
 
 def test_the_score_of_a_folder_is_the_cosine_of_open_clip_on_pillows_pixels(
     tmp_path: Path,
 ) -> None:
     folder = write_open_clip_folder(tmp_path / "clip")
-    middle, spread = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    plain = by_pillow(images(), 32) * spread + middle
-    seen, read = by_open_clip(
-        load_file(folder / "open_clip_model.safetensors"), (plain - 0.5) / 0.25
-    )
-    ours = score(clip.load(shelf(clip=folder)), images(), PROMPTS)
-    torch.testing.assert_close(ours, (seen * read).sum(-1), rtol=1e-4, atol=1e-5)
+    pixels = by_pillow(images(), 32, [0.5] * 3, [0.25] * 3)
+    expected = by_open_clip(load_file(folder / "open_clip_model.safetensors"), pixels)
+    near(score(clip.load_clip(loader(clip=folder)), images(), PROMPTS), expected)
 
 
 def test_a_tokenizer_in_an_open_clip_folder_is_used(tmp_path: Path) -> None:
@@ -68,60 +95,128 @@ def test_a_tokenizer_in_an_open_clip_folder_is_used(tmp_path: Path) -> None:
     network.load_state_dict(open_clip_state(config))
     tokens = own(PROMPTS, padding="max_length", max_length=20, return_tensors="pt").input_ids
     expected = network.encode_text(tokens, normalize=True)
-    ours = clip.load(shelf(clip=tmp_path)).towers.texts(PROMPTS)
-    torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
+    near(clip.load_clip(loader(clip=tmp_path)).towers.texts(PROMPTS), expected.detach())
 
 
 def test_hps_reads_the_state_dict_of_the_published_layout(tmp_path: Path) -> None:
-    path = tmp_path / "HPS_v2.1_compressed.pt"
-    state = open_clip_state()
+    path, state = tmp_path / "HPS_v2.1_compressed.pt", open_clip_state()
     torch.save({"epoch": 1, "state_dict": {k: v.half() for k, v in state.items()}}, path)
-    seen, read = by_open_clip(
-        {k: v.half().float() for k, v in state.items()}, by_pillow(images(), 32)
-    )
-    ours = score(hps.load(shelf(hps=path), OPEN_CLIP), images(), PROMPTS)
-    torch.testing.assert_close(ours, (seen * read).sum(-1), rtol=1e-4, atol=1e-5)
+    rounded = {k: v.half().float() for k, v in state.items()}
+    ours = score(clip.load_hps(loader(hps=path), OPEN_CLIP), images(), PROMPTS)
+    near(ours, by_open_clip(rounded, by_pillow(images(), 32)))
 
 
-def test_the_aesthetic_score_is_the_head_on_clips_embedding(tmp_path: Path) -> None:
-    folder = write_open_clip_folder(tmp_path / "clip")
-    path, head = tmp_path / "head.pth", head_state(16)
-    torch.save(head, path)
-    shared = shelf(clip=folder, aesthetic=path)
-    x = clip.load(shared).towers.images(images())
-    for place in (0, 2, 4, 6, 7):
-        x = F.linear(x, head[f"layers.{place}.weight"], head[f"layers.{place}.bias"])
-    ours = score(aesthetic.load(shared), images(), PROMPTS)
-    torch.testing.assert_close(ours, x[:, 0], rtol=1e-4, atol=1e-5)
+def test_openais_own_file_is_read_as_tensors_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**OPEN_CLIP, "quick_gelu": True}
+    network, state = open_clip.CLIP(**config).eval(), open_clip_state(config)
+    network.load_state_dict(state)
+    network.register_buffer("input_resolution", torch.tensor(32))  # as that file has
+    given = {"encode_image": torch.zeros(1, 3, 32, 32), "encode_text": torch.zeros(1, 77).long()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace_module(network, given, check_trace=False)
+        torch.jit.save(traced, tmp_path / "ViT-L-14.pt")
+    monkeypatch.setattr(torch.jit, "load", None)
+    monkeypatch.setattr(clip, "known_config", lambda _: config)
+    ours = score(clip.load_clip(loader(clip=tmp_path)), images(), PROMPTS)
+    near(ours, by_open_clip(state, by_pillow(images(), 32), config))
 
 
-def test_clip_and_aesthetic_share_one_model(tmp_path: Path) -> None:
-    path = tmp_path / "head.pth"
-    torch.save(head_state(16), path)
-    paths = {"clip": write_open_clip_folder(tmp_path / "clip"), "aesthetic": path}
+def test_the_aesthetic_score_is_the_head_on_the_embedding_that_clip_has(tmp_path: Path) -> None:
+    head = head_state(16)
+    torch.save(head, tmp_path / "head.pth")
+    paths = {"clip": write_open_clip_folder(tmp_path / "clip"), "aesthetic": tmp_path / "head.pth"}
     rewards: dict[str, Any] = dict(load_rewards(["clip", "aesthetic"], Setup(paths=paths)))
     assert rewards["clip"].towers is rewards["aesthetic"].towers
+    x = rewards["clip"].towers.images(images())
+    for place in (0, 2, 4, 6, 7):
+        x = F.linear(x, head[f"layers.{place}.weight"], head[f"layers.{place}.bias"])
+    near(score(rewards["aesthetic"], images(), PROMPTS), x[:, 0])
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Cosine:
+# --- transformers -----------------------------------------------------------------------------
+
+
+def pickscore(folder: Path) -> Cosine:
+    return clip.load_pickscore(loader(pickscore=folder))
+
+
+def test_pickscore_is_the_logit_of_transformers_on_its_own_pixels(tmp_path: Path) -> None:
+    model = write_clip_folder(tmp_path)
+    expected = by_transformers(model, open_clip.get_tokenizer("ViT-H-14")(PROMPTS))
+    near(score(pickscore(tmp_path), images(), PROMPTS), expected)
+
+
+def test_a_tokenizer_and_a_preprocessor_in_the_folder_are_used(tmp_path: Path) -> None:
+    own = letters_tokenizer()
+    own.save_pretrained(tmp_path)
+    model = write_clip_folder(tmp_path, len(own))
+    tokens = own(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    near(score(pickscore(tmp_path), images(), PROMPTS), by_transformers(model, tokens))
+    other = {"size": 40, "crop_size": 32, "image_mean": [0.9] * 3, "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(other))
+    processor = transformers.CLIPImageProcessorPil(**other)
+    pixels = processor(pictures(images()), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model(input_ids=tokens, pixel_values=pixels).logits_per_image.diagonal()
+    near(score(pickscore(tmp_path), images(), PROMPTS), expected)
+
+
+def test_long_prompts_are_cut_and_short_ones_filled_with_the_end_of_text() -> None:
+    tokens = padded_tokenizer(77, 49408, "")(["word " * 100, "a"])
+    assert tokens.shape == (2, 77)
+    assert tokens[0, [0, -1]].tolist() == [49406, 49407]
+    assert tokens[1].tolist() == [49406, 320] + [49407] * 75
+
+
+# --- all of them ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> dict[str, Callable[[bool], Reward]]:
+    """An open_clip and a transformers model, in half precision where asked."""
+    write_clip_folder(tmp_path)
     state = open_clip_state()
-    return Cosine(load_state(state, OPEN_CLIP, "tiny", torch.device("cpu"), False), 10.0)
+    return {
+        "open_clip": lambda amp: Cosine(open_clip_towers(state, OPEN_CLIP, "", CPU, amp), 10.0),
+        "transformers": lambda amp: Cosine(clip_folder(tmp_path, CPU, amp), 10.0),
+    }
 
 
-def test_a_batch_scores_as_its_images_one_by_one(tiny: Cosine) -> None:
-    alone = [score(tiny, images()[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
-    together = score(tiny, images(), PROMPTS)
+@pytest.mark.parametrize("name", ["open_clip", "transformers"])
+def test_a_batch_scores_as_its_images_one_by_one_and_half_precision_stays_near(
+    name: str, twins: dict[str, Callable[[bool], Reward]]
+) -> None:
+    reward, given = twins[name](False), images(4, 50, 33)
+    together = score(reward, given, PROMPTS)
+    alone = [score(reward, given[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    halved = score(twins[name](True), given, PROMPTS)
+    assert halved.dtype == torch.float32
+    assert 0 < (halved - together).abs().max() < 0.5
 
 
-def test_half_precision_stays_near(tiny: Cosine) -> None:
-    state = open_clip_state()
-    amp = Cosine(load_state(state, OPEN_CLIP, "tiny", torch.device("cpu"), True), 10.0)
-    whole = score(tiny, images(), PROMPTS)
-    near = score(amp, images(), PROMPTS)
-    assert near.dtype == torch.float32
-    assert 0 < (near - whole).abs().max() < 0.5
+def test_half_precision_halves_the_matrices_and_nothing_else(tmp_path: Path) -> None:
+    write_clip_folder(tmp_path)
+    config = transformers.CLIPConfig.from_pretrained(tmp_path)
+    network = clip_model(load_file(tmp_path / "model.safetensors"), config, "", CPU, amp=True)
+    kinds = {name: p.dtype for name, p in network.named_parameters()}
+    assert kinds["text_projection.weight"] == torch.bfloat16
+    assert kinds["vision_model.embeddings.patch_embedding.weight"] == torch.bfloat16
+    assert kinds["text_model.embeddings.token_embedding.weight"] == torch.float32
+    assert kinds["logit_scale"] == kinds["text_model.final_layer_norm.weight"] == torch.float32
+
+
+def test_half_precision_is_off_on_a_cpu_and_a_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_open_clip_folder(tmp_path / "clip")
+    with caplog.at_level(logging.WARNING):
+        rewards: Any = load_rewards(["clip"], Setup(amp=True, paths={"clip": folder}))
+    assert not rewards["clip"].towers.amp
+    assert caplog.messages == ["rewards: half precision is off on a CPU: slower there"]
 
 
 def test_each_distinct_prompt_is_encoded_once() -> None:
@@ -136,74 +231,56 @@ def test_each_distinct_prompt_is_encoded_once() -> None:
     assert cache(["bb", "a"]).tolist() == [[2], [1]]
     assert asked == [["a", "bb"]]
     assert cache(["ccc", "a", "dddd"]).tolist() == [[3], [1], [4]]
-    assert len(cache.known) == 2
+    assert len(cache.rows) == 2
 
 
 @pytest.mark.parametrize(
     ("model", "parameters"), [("ViT-H-14", 986_109_441), ("ViT-L-14-quickgelu", 427_616_513)]
 )
-def test_the_published_sizes_load_strictly(model: str, parameters: int) -> None:
-    meta = torch.device("meta")
-    with meta:
+def test_the_sizes_of_open_clip_are_the_published_ones(model: str, parameters: int) -> None:
+    with META:
         state = open_clip.CLIP(**known_config(model)).state_dict()
     assert sum(v.numel() for v in state.values()) == parameters
-    towers = load_state(state, known_config(model), "full", meta, False)
-    assert towers.look.size == 224
-    one = next(iter(state))
-    with pytest.raises(ValueError, match=rf"^full: these are other weights: 1 missing \({one}\)$"):
-        load_state(
-            {k: v for k, v in state.items() if k != one}, known_config(model), "full", meta, False
-        )
+    assert open_clip_towers(state, known_config(model), "full", META).preprocess.size == 224
 
 
-def test_the_names_of_vit_h_are_those_of_the_published_file() -> None:
-    with torch.device("meta"):
-        names = build(known_config("ViT-H-14")).state_dict()
-    shape = {name: list(v.shape) for name, v in names.items()}
-    assert shape["visual.conv1.weight"] == [1280, 3, 14, 14]
-    assert shape["visual.positional_embedding"] == [257, 1280]
-    assert shape["visual.proj"] == [1280, 1024]
-    assert shape["visual.transformer.resblocks.31.mlp.c_fc.weight"] == [5120, 1280]
-    assert shape["transformer.resblocks.23.attn.in_proj_weight"] == [3072, 1024]
-    assert shape["text_projection"] == [1024, 1024]
-    assert shape["token_embedding.weight"] == [49408, 1024]
+def test_the_sizes_of_pickscore_are_the_published_ones() -> None:
+    config = transformers.CLIPConfig(**CLIP_H)
+    with META:
+        state = transformers.CLIPModel(config).state_dict()
+    assert sum(v.numel() for v in state.values()) == 986_109_441
+    old = {**state, "text_model.embeddings.position_ids": torch.zeros(1, 77, device=META)}
+    clip_model(old, config, "full", META)
 
 
-def test_other_weights_are_refused_in_a_line(tmp_path: Path) -> None:
+def test_wrong_folders_and_files_are_refused_in_a_line(tmp_path: Path) -> None:
+    def refused(folder: Path, words: str) -> None:
+        with pytest.raises(ValueError, match=words) as error:
+            clip.load_towers(folder, CPU, False, OPEN_CLIP)
+        assert "\n" not in str(error.value)
+
     state = open_clip_state()
     state["visual.proj"] = state["visual.proj"][:, :8].clone()
-    state["more"] = torch.zeros(1)
-    path = tmp_path / "hps.pt"
-    torch.save(state, path)
-    with pytest.raises(
-        ValueError,
-        match=r"hps\.pt: these are other weights: 1 not known \(more\), "
+    torch.save({**state, "more": torch.zeros(1)}, tmp_path / "a.pt")
+    refused(
+        tmp_path / "a.pt",
+        r"a\.pt: these are other weights: 1 not known \(more\), "
         r"1 of another shape \(visual\.proj \[24, 8\], not \[24, 16\]\)$",
-    ):
-        hps.load(shelf(hps=path), OPEN_CLIP)
-
-
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    )
+    write_clip_folder(tmp_path, 600)
+    refused(tmp_path, r"600 tokens, fewer than CLIP's.*tokenizer\.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    refused(tmp_path, r"config\.json: its model_type is not clip")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
-    with pytest.raises(ValueError, match=r"neither open_clip_model\.safetensors nor"):
-        clip.load_towers(tmp_path, torch.device("cpu"), False)
+    refused(tmp_path, r"neither open_clip_model\.safetensors nor")
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    refused(tmp_path, "it has no object 'model_cfg'")
 
 
-def test_a_library_that_is_not_installed_is_told_in_a_line(
+def test_a_library_that_is_not_installed_is_said_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(open_clip_state(), tmp_path / "hps.pt")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ValueError, match="hps needs the package open_clip: pip install"):
         load_rewards(["hps"], Setup(paths={"hps": tmp_path / "hps.pt"}))
-
-
-def test_the_weights_of_all_rewards_are_checked_before_one_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"^missing weights: clip: .*; hps: .*EPD_HPS") as caught:
-        load_rewards(["multi:clip=1,hps=1,aesthetic=0"])
-    assert "aesthetic" not in str(caught.value)
-    assert "\n" not in str(caught.value)

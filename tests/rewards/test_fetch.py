@@ -1,6 +1,7 @@
 """Fetching weights from a small hub on this machine."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -15,23 +16,39 @@ from click.testing import CliRunner, Result
 from huggingface_hub import close_session, constants
 
 from rewards.fetch import main
-from rewards.intact import RECORD, recorded
+from rewards.weights import RECORD, read_record
 
 ROOT = Path(__file__).parents[2]
-HPS = "/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt"
-BERT = "/google-bert/bert-base-uncased/resolve/main/"
+HPS = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+BERT = "google-bert/bert-base-uncased"
 CONTENT = bytes(range(256)) * 40
 
 
 @dataclass
 class Hub:
-    """Files by their paths, as the hub serves them, and the ranges that were asked for."""
+    """Files by repository and name, as the hub serves them, and what was fetched."""
 
     url: str
     files: dict[str, bytes]
-    gated: set[str] = field(default_factory=set)
-    asked: list[tuple[str, str | None]] = field(default_factory=list)
+    gated: bool = False
+    fetched: list[str] = field(default_factory=list)
     false_hash: bool = False
+
+    def info(self, repo: str) -> bytes:
+        """What the hub says of a repository."""
+        siblings = [
+            {
+                "rfilename": name.removeprefix(repo + "/"),
+                "size": len(content),
+                "lfs": {"size": len(content), "sha256": self.hash(content), "pointerSize": 1},
+            }
+            for name, content in self.files.items()
+            if name.startswith(repo + "/")
+        ]
+        return json.dumps({"id": repo, "sha": "0" * 40, "siblings": siblings}).encode()
+
+    def hash(self, content: bytes) -> str:
+        return hashlib.sha256(b"other" if self.false_hash else content).hexdigest()
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -40,34 +57,30 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_HEAD(self) -> None:
-            self.answer(None)
+            self.answer()
 
         def do_GET(self) -> None:
-            if "/resolve/" in self.path:
-                hub.asked.append((self.path, self.headers["Range"]))
-            content = self.answer(self.headers["Range"])
-            self.wfile.write(content)
+            self.wfile.write(self.answer())
 
-        def answer(self, part: str | None) -> bytes:
-            content = hub.files.get(self.path)
-            if content is None or self.path in hub.gated:
+        def answer(self) -> bytes:
+            path = self.path.partition("?")[0].strip("/")
+            content = hub.info(path[11:]) if path.startswith("api/models/") else None
+            if "/resolve/" in path:
+                repo, _, rest = path.partition("/resolve/")
+                content = hub.files.get(f"{repo}/{rest.partition('/')[2]}")
+                hub.fetched += [path] if self.command == "GET" else []
+            if content is None or hub.gated:
                 self.send_response(404 if content is None else 403)
                 code = "EntryNotFound" if content is None else "GatedRepo"
                 self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return b""
-            start = int(part.removeprefix("bytes=").rstrip("-")) if part else 0
-            self.send_response(206 if part else 200)
-            digest = hashlib.sha256(b"other" if hub.false_hash else content).hexdigest()
-            self.send_header("ETag", f'"{digest}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(len(content) - start))
-            if part:
-                span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                self.send_header("Content-Range", span)
+                content = b""
+            else:
+                self.send_response(200)
+                self.send_header("ETag", f'"{hub.hash(content)}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            return content[start:]
+            return content
 
     return Handler
 
@@ -87,7 +100,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """-> the folder of weights; this process talks to the small hub."""
+    """The folder of weights; this process talks to the small hub."""
     monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     talk_to(hub.url, monkeypatch)
@@ -97,6 +110,7 @@ def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def talk_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     close_session()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -108,12 +122,12 @@ def fetch(*arguments: str) -> Result:
 
 
 def test_a_file_comes_through_hf_endpoint(hub: Hub, tmp_path: Path) -> None:
-    told = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    told |= {"EPD_WEIGHTS": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    env |= {"EPD_WEIGHTS": str(tmp_path), "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-m", "rewards.fetch", "hps", "--yes"],
         cwd=ROOT,
-        env={**os.environ, **told},
+        env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -123,34 +137,21 @@ def test_a_file_comes_through_hf_endpoint(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "hps" / "HPS_v2.1_compressed.pt").read_bytes() == CONTENT
 
 
-def test_a_file_is_told_checked_recorded_and_not_fetched_again(hub: Hub, here: Path) -> None:
+def test_a_file_is_announced_checked_recorded_and_not_fetched_again(hub: Hub, here: Path) -> None:
+    asked = fetch("hps")
+    assert asked.exit_code == 1
+    assert "Fetch 1 files" in asked.output
+    assert "10,240 B, HPS v2.1" in asked.output
+    assert hub.fetched == []
+    assert not (here / "hps").exists()
     done = fetch("hps", "--yes")
     assert done.exit_code == 0, done.output
     path = here / "hps" / "HPS_v2.1_compressed.pt"
     assert path.read_bytes() == CONTENT
-    assert "10,240 B, Apache-2.0" in done.output
-    assert sorted(p.name for p in path.parent.iterdir()) == [RECORD, path.name]
-    assert recorded(path.parent)[path.name]["sha256"] == hashlib.sha256(CONTENT).hexdigest()
+    assert (path.parent / RECORD).is_file()
+    assert read_record(path)["sha256"] == hashlib.sha256(CONTENT).hexdigest()
     assert "is there" in fetch("hps", "--yes").output
-    assert len(hub.asked) == 1
-
-
-def test_nothing_is_fetched_without_a_yes(hub: Hub, here: Path) -> None:
-    done = fetch("hps")
-    assert done.exit_code == 1
-    assert "Fetch 1 files" in done.output
-    assert hub.asked == []
-    assert not (here / "hps").exists()
-
-
-def test_a_stopped_fetch_goes_on_where_it_was(hub: Hub, here: Path) -> None:
-    etag = hashlib.sha256(CONTENT).hexdigest()
-    part = here / "hps" / f".HPS_v2.1_compressed.pt.{etag[:12]}.part"
-    part.parent.mkdir()
-    part.write_bytes(CONTENT[:4000])
-    assert fetch("hps", "--yes").exit_code == 0
-    assert hub.asked == [(HPS, "bytes=4000-")]
-    assert (part.parent / "HPS_v2.1_compressed.pt").read_bytes() == CONTENT
+    assert len(hub.fetched) == 1
 
 
 def test_a_file_with_another_hash_is_thrown_away(hub: Hub, here: Path) -> None:
@@ -158,36 +159,41 @@ def test_a_file_with_another_hash_is_thrown_away(hub: Hub, here: Path) -> None:
     done = fetch("hps", "--yes")
     assert done.exit_code == 1
     assert "what came has another SHA-256" in done.output
-    assert list((here / "hps").iterdir()) == []
+    assert not list((here / "hps").glob("*.pt"))
 
 
-def test_another_file_in_its_place_is_left_alone(here: Path) -> None:
+@pytest.mark.parametrize("content", [b"mine", CONTENT[::-1]])
+def test_another_file_in_its_place_is_left_alone(here: Path, content: bytes) -> None:
     path = here / "hps" / "HPS_v2.1_compressed.pt"
     path.parent.mkdir()
-    path.write_bytes(b"mine")
-    assert "is another file (4 B, not 10240): move it away" in fetch("hps", "--yes").output
-    assert path.read_bytes() == b"mine"
+    path.write_bytes(content)
+    assert "is another file" in fetch("hps", "--yes").output
+    assert path.read_bytes() == content
 
 
-def test_a_folder_of_files_is_fetched(hub: Hub, here: Path) -> None:
+def test_folders_and_renamed_files_are_fetched(hub: Hub, here: Path) -> None:
     names = ("vocab.txt", "tokenizer_config.json", "tokenizer.json")
-    hub.files |= {BERT + name: name.encode() for name in names}
-    done = fetch("bert", "--yes")
+    hub.files |= {f"{BERT}/{name}": name.encode() for name in (*names, "model.safetensors")}
+    hub.files["trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"] = b"head"
+    done = fetch("bert", "aesthetic", "--yes")
     assert done.exit_code == 0, done.output
     assert {n: (here / "bert" / n).read_text() for n in names} == {n: n for n in names}
+    assert not (here / "bert" / "model.safetensors").exists()
+    assert (here / "aesthetic/sac+logos+ava1-l14-linearMSE.pth").read_bytes() == b"head"
 
 
 @pytest.mark.usefixtures("here")
-def test_what_goes_wrong_is_told_in_a_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.gated = {HPS}
-    for name, url, told in (
-        ("hps", hub.url, "accept its licence at"),
-        ("bert", hub.url, "has not all of vocab.txt"),
-        ("mps", hub.url, "mps is not on the hub: get"),
-        ("hps", "http://127.0.0.1:9", "cannot be read"),
+def test_what_goes_wrong_is_said_in_a_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, url, gated, words in (
+        ("bert", hub.url, False, "has not all of vocab.txt"),
+        ("mps", hub.url, False, "mps is not on the hub: get"),
+        ("hsp", hub.url, False, "did you mean hps"),
+        ("hps", hub.url, True, "accept its licence at"),
+        ("hps", "http://127.0.0.1:9", False, "cannot be read"),
     ):
+        hub.gated = gated
         talk_to(url, monkeypatch)
         done = fetch(name, "--yes")
         assert done.exit_code == 1
-        assert told in done.output
+        assert words in done.output
         assert done.output.count("\n") == 1, done.output

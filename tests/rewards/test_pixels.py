@@ -1,51 +1,132 @@
-"""Resize, crop and normalise, against Pillow and torchvision."""
+"""Resize, crop and normalise, against Pillow, open_clip and transformers."""
 
-import numpy as np
+import resource
+from pathlib import Path
+from typing import Any
+
+import open_clip
 import pytest
 import torch
+import transformers as library
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
-from rewards.pixels import MEAN, STD, prepare, resize
-from tests.rewards.twins import images
+from rewards.pixels import FILTERS, MEAN, STD, Preprocess, by_open_clip, by_transformers, resize
+from tests.rewards.twins import by_pillow, images, pictures
 
-SIZES = [(64, 64), (512, 512), (300, 200), (200, 333), (32, 225), (224, 224), (225, 224)]
-
-
-def by_pillow(batch: Tensor, size: int) -> Tensor:
-    path = transforms.Compose(
-        [
-            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    pixels = (batch * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    made = [path(Image.fromarray(np.ascontiguousarray(p))) for p in pixels]
-    return torch.stack([m for m in made if isinstance(m, Tensor)])
+transformers: Any = library
+SIZES = [(64, 64), (512, 512), (300, 200), (200, 333), (32, 225), (224, 224), (225, 224), (1, 1)]
+HERE = Path("preprocessor_config.json")
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_it_is_pillows_resize_to_a_byte_level_in_one_of_a_thousand_pixels(
-    height: int, width: int
-) -> None:
+def test_it_is_torchvisions_and_pillows_to_the_byte(height: int, width: int) -> None:
     batch = images(2, height, width)
-    ours, theirs = prepare(batch, 224), by_pillow(batch, 224)
-    assert ours.shape == (2, 3, 224, 224)
-    levels = (ours - theirs).abs() * torch.tensor(STD)[:, None, None] * 255
-    assert levels.max() < 1.01
-    assert (levels > 0.01).float().mean() < 1e-3
+    batch[:, :, : height // 2] = batch[:, :, : height // 2].round()  # hard edges overshoot
+    ours = Preprocess(224)(batch)
+    torch.testing.assert_close(ours, by_pillow(batch, 224), rtol=0, atol=1e-6)
 
 
-def test_what_bicubic_overshoots_is_cut_to_the_range_of_images() -> None:
-    edge = torch.zeros(1, 3, 16, 16)
-    edge[..., 8:] = 255
-    assert resize(edge, 64).aminmax() == (0, 255)
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_filter_is_pillows_and_a_part_is_cut_from_the_whole(name: str) -> None:
+    (picture,) = pictures(images(1, 90, 130))
+    kind = getattr(Image.Resampling, name.upper())
+    whole = pil_to_tensor(picture.resize((61, 40), kind)).float()
+    levels = images(1, 90, 130) * 255
+    assert torch.equal(resize(levels, (40, 61), (0, 0, 40, 61), name)[0], whole)
+    assert torch.equal(resize(levels, (40, 61), (7, 9, 20, 30), name)[0], whole[:, 7:27, 9:39])
+
+
+@pytest.mark.parametrize("shape", [(4, 3000), (3000, 4), (1, 100_000)])
+def test_a_strip_takes_no_more_memory_than_it_has_pixels(shape: tuple[int, int]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = Preprocess(224)(images(1, *shape))
+    assert made.shape == (1, 3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_a_batch_is_made_as_its_images_one_by_one() -> None:
+    batch = images(5, 50, 70)
+    alone = [Preprocess(32)(image[None]) for image in batch]
+    assert torch.equal(Preprocess(32)(batch), torch.cat(alone))
+
+
+def test_a_gradient_goes_through_the_roundings() -> None:
+    batch = images(1, 40, 30).requires_grad_()
+    plain = Preprocess(16, mean=(0.0,) * 3, std=(1.0,) * 3)
+    (slope,) = torch.autograd.grad(plain(batch).sum(), batch)
+    assert slope.sum().item() == pytest.approx(3 * 16 * 16, rel=1e-3)  # each pixel's weights: 1
+    assert torch.equal(plain(batch).detach(), plain(batch.detach()))
+
+
+def by_open_clips(config: dict[str, Any], batch: Tensor) -> Tensor:
+    cfg = open_clip.transform.PreprocessCfg(size=32, **config)
+    path: Any = open_clip.transform.image_transform_v2(cfg, is_train=False)
+    return torch.stack([path(picture) for picture in pictures(batch)])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        {"interpolation": "bilinear"},
+        {"resize_mode": "squash"},
+        {"resize_mode": "longest", "fill_color": 7},
+    ],
+)
+@pytest.mark.parametrize("shape", [(50, 70), (40, 36), (20, 21), (33, 32)])
+def test_what_an_open_clip_folder_states_is_followed(
+    config: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    batch = images(2, *shape)
+    ours = by_open_clip(config, 32, HERE)(batch)
+    torch.testing.assert_close(ours, by_open_clips(config, batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+        {"size": 32, "crop_size": 32, "image_mean": [0.5] * 3, "image_std": [0.2] * 3},
+        {"size": {"shortest_edge": 41}, "crop_size": 32, "resample": 2},
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False, "resample": 1},
+        {"size": 32, "crop_size": 32, "do_normalize": False},
+    ],
+)
+@pytest.mark.parametrize("shape", [(50, 70), (40, 36), (20, 21)])
+def test_what_a_transformers_folder_states_is_followed(
+    config: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    batch = images(2, *shape)
+    theirs = transformers.CLIPImageProcessorPil(**config)(pictures(batch), return_tensors="pt")
+    ours = by_transformers(config, 32, HERE)(batch)
+    torch.testing.assert_close(ours, theirs.pixel_values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"size": {"shortest_edge": 64}, "crop_size": 64}, "does not make images of 32x32"),
+        ({"size": {"height": 32, "width": 48}}, "does not make images of 32x32"),
+        ({"size": 32, "do_center_crop": False}, "does not make images of 32x32"),
+        ({"size": 20, "crop_size": 32}, "does not make images of 32x32"),
+        ({"size": 32, "crop_size": 32, "resample": 0}, "only the resizes bilinear, bicubic"),
+        ({"size": 32, "crop_size": 32, "do_rescale": False}, "resized and rescaled"),
+        ({"size": 32, "crop_size": 32, "image_mean": [0.5]}, "three numbers each"),
+    ],
+)
+def test_what_is_not_served_is_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{words}"):
+        by_transformers(config, 32, HERE)
+
+
+def test_an_unknown_resize_of_open_clip_is_refused() -> None:
+    with pytest.raises(ValueError, match="resize_mode 'best' is not served"):
+        by_open_clip({"resize_mode": "best"}, 32, HERE)
 
 
 def test_an_image_of_the_right_size_is_only_normalised() -> None:
     batch = images(1, 224, 224)
     middle, spread = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    assert torch.equal(prepare(batch, 224), (batch - middle) / spread)
+    assert torch.equal(Preprocess(224)(batch), (batch - middle) / spread)

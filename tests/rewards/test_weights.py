@@ -1,6 +1,6 @@
-"""The table of weights, where they are looked for, and the doctor that looks at all."""
+"""The table of weights, where they are looked for, what is wrong with files, and the doctor."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,21 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from rewards import doctor
-from rewards.intact import RECORD, fault, sha256
-from rewards.registry import ADAPTERS
-from rewards.weights import REWARDS, WEIGHTS, find, place, require, variable
+from rewards.registry import ADAPTERS, Setup, load_rewards
+from rewards.weights import (
+    REWARDS,
+    WEIGHTS,
+    broken,
+    find,
+    place,
+    places,
+    require,
+    sha256,
+    variable,
+    write_record,
+)
+
+Write = Callable[[Path], object]
 
 
 @pytest.fixture(autouse=True)
@@ -20,130 +32,238 @@ def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in WEIGHTS:
         monkeypatch.delenv(variable(name), raising=False)
     monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rewards.weights.packaged", lambda _: None)
+    monkeypatch.setattr("rewards.weights.packaged", lambda _: [])
 
 
-def saved(path: Path, name: str = "a") -> Path:
+def saved(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: torch.arange(1000.0)}, path)
+    torch.save({"a": torch.arange(1000.0)}, path)
     return path
 
 
-def test_every_reward_has_its_weights_in_the_table() -> None:
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    save_file({"a": torch.arange(9.0)}, path / "model.safetensors")
+    return path
+
+
+def in_hub_cache(repo: str, *files: str) -> Path:
+    """Files as the hub's own cache has them."""
+    root = Path("cache") / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    for name in files:
+        path = root / "snapshots" / ("0" * 40) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        if path.suffix == ".safetensors":
+            save_file({"a": torch.zeros(1)}, path)
+    return root.absolute() / "snapshots" / ("0" * 40)
+
+
+def test_every_line_of_the_table_says_where_to_get_it() -> None:
     assert {w for adapter in ADAPTERS.values() for w in adapter.weights} == set(REWARDS)
-
-
-def test_every_line_says_where_to_get_it() -> None:
     for name, weight in WEIGHTS.items():
         assert bool(weight.by_hand) != bool(weight.repo or weight.package), name
         assert bool(weight.package) == bool(weight.inside), name
-        assert bool(weight.repo) == bool(weight.files), name
-        assert "://" not in f"{weight.repo}{weight.by_hand}{weight.what}", name
+        assert "B, " in weight.about, f"{name} has neither size nor licence"
         assert len(weight.sha256) in (0, 64), name
 
 
-def test_what_a_command_was_told_goes_before_the_environment_and_the_default(
+# --- where they are ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("hps", "weights/HPS_v2.1_compressed.pt"),
+        ("pickscore", "weights/PickScore_v1"),
+        ("imagereward", "weights/ImageReward.pt"),
+        ("imagereward", ".cache/ImageReward/ImageReward.pt"),
+        ("clip", "weights/clip"),
+        ("clip", "weights/clip/ViT-L-14.pt"),
+        ("clip", ".cache/clip/ViT-L-14.pt"),
+        ("aesthetic", "weights/sac+logos+ava1-l14-linearMSE.pth"),
+        ("mps", "weights/MPS_overall_checkpoint.pth"),
+        ("edm-cifar10", "src/cifar10/edm-cifar10-32x32-uncond-vp.pkl"),
+        ("edm-imagenet", "src/imagenet/edm-imagenet-64x64-cond-adm.pkl"),
+        ("lsun-bedroom", "src/lsun_bedroom_ldm/model.ckpt"),
+        ("sd15", "src/ms_coco/v1-5-pruned-emaonly.ckpt"),
+    ],
+)
+def test_they_are_where_the_published_readme_and_other_packages_put_them(
+    name: str, at: str, tmp_path: Path
+) -> None:
+    assert find(name) is None
+    path = tmp_path / at
+    if path.suffix in ("", ".0"):
+        folder(path)
+    elif path.suffix == ".pkl":
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"\x80\x04N.")
+    else:
+        saved(path)
+    where = find(name)
+    assert where is not None
+    assert where.absolute() == path
+
+
+def test_the_hubs_cache_has_files_folders_and_pipelines(tmp_path: Path) -> None:
+    sd15 = in_hub_cache(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "model_index.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    )
+    assert find("sd15") == sd15
+    clip = in_hub_cache("openai/clip-vit-large-patch14", "config.json", "model.safetensors")
+    assert find("clip") == clip
+    assert find("bert") is None
+    assert find("bert", {"bert": tmp_path}) == tmp_path
+
+
+def test_what_a_command_says_goes_before_the_environment_and_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find("hps") is None
     default = saved(place("hps"))
     assert find("hps") == default
     by_variable = saved(tmp_path / "v" / "HPS_v2.1_compressed.pt")
     monkeypatch.setenv("EPD_HPS", str(by_variable.parent))
     assert find("hps") == by_variable
-    told = saved(tmp_path / "t.pt")
-    assert find("hps", {"hps": told}) == told
+    given = saved(tmp_path / "t.pt")
+    assert find("hps", {"hps": given}) == given
 
 
-def test_a_path_that_is_told_and_not_there_is_refused(tmp_path: Path) -> None:
+def test_of_two_places_the_one_that_is_whole_counts() -> None:
+    first, second = places("hps")
+    first.parent.mkdir(parents=True)
+    first.write_bytes(b"")
+    assert find("hps") == first
+    saved(second)
+    assert find("hps") == second
+
+
+# --- what is wrong with them ------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    saved(path)
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def cut_tensors(path: Path) -> None:
+    save_file({"a": torch.arange(1000.0)}, path)
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+BROKEN: list[tuple[str, Write, str]] = [
+    ("a.pt", lambda p: p.write_bytes(b""), "empty"),
+    ("a.pt", lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "LFS"),
+    ("a.pt", lambda p: p.write_bytes(b"<!DOCTYPE html><html>"), "web page"),
+    ("a.pt", cut, "cut short"),
+    ("a.safetensors", cut_tensors, "cut short"),
+    ("a.pkl", lambda p: p.write_bytes(b"\x80\x04N"), "cut short"),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "words"), BROKEN)
+def test_what_is_no_whole_file_is_said(
+    name: str, write: Write, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    write(path)
+    assert words in broken(path)
+    with pytest.raises(ValueError, match=words):
+        require(["hps"], {"hps": path})
+    (tmp_path / "config.json").write_text("{}")
+    assert f"{name}: " in broken(tmp_path)
+
+
+def test_a_folder_needs_a_config_and_weights_or_a_vocabulary(tmp_path: Path) -> None:
+    assert "no weights" in broken(tmp_path)
+    saved(tmp_path / "pytorch_model.bin")
+    assert "no config.json" in broken(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert broken(tmp_path) == ""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("a\n")
+    assert broken(tmp_path / "words") == ""
+
+
+def test_all_that_is_missing_is_named_with_size_source_option_and_places() -> None:
+    words = (
+        r"^missing weights: hps: HPS v2\.1.*4 GB.*launch\.sh weights hps.*--weights hps=PATH"
+        r".*EPD_HPS.*weights/hps/HPS_v2\.1_compressed\.pt, .*hub's cache\); mps: .*Kwai-Kolors"
+    )
+    with pytest.raises(ValueError, match=words) as error:
+        load_rewards(["multi:hps=1,mps=1,aesthetic=0"])
+    assert "aesthetic" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["hps", "clip", "aesthetic", "imagereward", "mps", "pickscore"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.write_bytes(b"no weights at all"),
+        lambda p: torch.save({"of.another.network": torch.zeros(3)}, p),
+        lambda p: torch.save([1, 2, 3], p),
+    ],
+    ids=["junk", "other", "numbers"],
+)
+def test_whatever_a_file_is_the_error_is_a_line_that_names_it(
+    name: str, write: Write, tmp_path: Path
+) -> None:
+    path = tmp_path / "w" / "weights.pt"
+    path.parent.mkdir()
+    write(path)
+    (path.parent / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    paths = {"bert": path.parent, "clip": path, name: path}
+    with pytest.raises(ValueError, match=r"weights\.pt") as error:
+        load_rewards([name], Setup(paths=paths))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_names_and_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hps: no such file or folder: .*none"):
         find("hps", {"hps": tmp_path / "none"})
-
-
-def test_all_that_is_missing_is_told_at_once_with_how_to_get_it() -> None:
-    with pytest.raises(
-        ValueError, match=r"^missing weights: hps: .*launch\.sh weights hps.*; mps:"
-    ):
-        require(["hps", "mps"])
-
-
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="no weights 'hsp': did you mean hps"):
         require([], {"hsp": "x"})
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"", "empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-        (b"<!DOCTYPE html><html>", "web page"),
-    ],
-)
-def test_what_is_no_file_of_weights_is_wrong(tmp_path: Path, content: bytes, told: str) -> None:
-    path = tmp_path / "a.pt"
-    path.write_bytes(content)
-    assert told in fault(path)
-    with pytest.raises(ValueError, match=told):
-        require(["hps"], {"hps": path})
+# --- the doctor -------------------------------------------------------------------------------
 
 
-def test_files_that_are_cut_short_are_wrong(tmp_path: Path) -> None:
-    tensors, torches = tmp_path / "a.safetensors", saved(tmp_path / "a.pth")
-    save_file({"a": torch.arange(1000.0)}, tensors)
-    for path in (tensors, torches):
-        assert fault(path) == ""
-        path.write_bytes(path.read_bytes()[:-50])
-        assert "cut short" in fault(path)
-
-
-def test_a_folder_needs_a_config_and_weights_or_a_vocabulary(tmp_path: Path) -> None:
-    assert "no weights" in fault(tmp_path)
-    saved(tmp_path / "pytorch_model.bin")
-    assert "no config.json" in fault(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert fault(tmp_path) == ""
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.txt").write_text("a\n")
-    assert fault(tmp_path / "words") == ""
-
-
-def test_the_doctor_tells_what_is_found_missing_and_wrong() -> None:
+def test_the_doctor_says_what_is_found_missing_and_wrong_and_every_place() -> None:
+    assert CliRunner().invoke(doctor.main).exit_code == 0
     saved(place("hps"))
     place("imagereward").parent.mkdir()
     place("imagereward").write_bytes(b"<html>")
     result = CliRunner().invoke(doctor.main)
-    told = {line.split()[0]: line.split()[1] for line in result.output.splitlines() if " " in line}
-    assert (told["hps"], told["imagereward"], told["clip"]) == ("found", "wrong", "missing")
-    assert {told[name] for name in WEIGHTS} == {"found", "missing", "wrong"}
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line[:2] == "  "}
+    states = {name: lines[name].split()[1] for name in WEIGHTS}
+    assert (states["hps"], states["imagereward"], states["clip"]) == ("found", "wrong", "missing")
+    assert all(str(path) in lines["clip"] for path in places("clip"))
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == f"Error: 1 of {len(WEIGHTS)} are wrong: see above"
 
 
-def test_the_doctor_is_content_where_nothing_is_wrong() -> None:
-    assert CliRunner().invoke(doctor.main).exit_code == 0
-
-
 def test_a_file_that_changed_since_it_was_fetched_is_wrong() -> None:
     path = saved(place("hps"))
-    record = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}}
-    (path.parent / RECORD).write_text(json.dumps(record))
-    assert doctor.state("hps", thoroughly=True)[0] == "found"
-    saved(path, name="b")
-    assert doctor.state("hps")[0] == "found"
-    assert "SHA-256" in doctor.state("hps", thoroughly=True)[1]
-    record[path.name]["size"] = 7
-    (path.parent / RECORD).write_text(json.dumps(record))
-    assert doctor.state("hps") == (
-        "wrong",
-        f"{path}: it has {path.stat().st_size} bytes, but 7 were fetched",
-    )
+    write_record(path, {"size": path.stat().st_size, "sha256": sha256(path)})
+    assert doctor.examine("hps", thoroughly=True)[0] == "found"
+    write_record(path, {"size": path.stat().st_size, "sha256": "0" * 64})
+    assert doctor.examine("hps")[0] == "found"
+    assert "SHA-256" in doctor.examine("hps", thoroughly=True)[1]
+    write_record(path, {"size": 7, "sha256": "0" * 64})
+    assert "but 7 were fetched" in doctor.examine("hps")[1]
 
 
 def test_a_file_with_another_hash_than_the_tables_is_wrong_when_read() -> None:
-    path = place("sd15")
-    path.parent.mkdir()
-    save_file({"a": torch.zeros(3)}, path)
-    assert doctor.state("sd15")[0] == "found"
-    assert "not that of the published file" in doctor.state("sd15", thoroughly=True)[1]
+    place("sd15").parent.mkdir()
+    save_file({"a": torch.zeros(3)}, place("sd15"))
+    assert doctor.examine("sd15")[0] == "found"
+    assert "not that of the published file" in doctor.examine("sd15", thoroughly=True)[1]

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import family, find_model, load_backend
 from backends.methods import check_fit, predictor_method
-from rewards.intact import fault
 from rewards.registry import ADAPTERS, Setup, load_rewards, parse
 from rewards.scorer import names_of, score_all
-from rewards.weights import BACKBONES, require
+from rewards.weights import BACKBONES, broken, require
 from solvers.predictor import Predictor
 from src import ranks
 from src.files import to_json
@@ -127,7 +126,7 @@ def check_rewards(config: Config) -> None:
 def check_model(config: Config) -> None:
     """ValueError for a model that is not here, or plainly not whole."""
     path = find_model(local_model(config.model.model))
-    wrong = fault(path) if path.exists() else ""
+    wrong = broken(path) if path.exists() else ""
     if wrong:
         raise ValueError(f"model.model {path}: {wrong}")
     if config.model.backend_options.model_config:

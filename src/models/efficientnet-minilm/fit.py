@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from eval.machine import provenance
 from rewards.efficientnet import Features, load_features
-from rewards.efficientnet_minilm import MATRIX, SIDE
-from rewards.minilm import load_minilm
+from rewards.efficientnet_minilm import MATRIX, SIDE, load_minilm
 from rewards.weights import require
 from src.emoji import load_emoji, load_pictures, shifted
 from src.files import write_atomically, write_json

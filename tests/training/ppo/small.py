@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from rewards import hps
+from rewards import clip
 from solvers.predictor import Predictor, find_predictor, load_predictor, save_predictor
 from tests.backends import pipeline_twins
 from tests.rewards.twins import OPEN_CLIP, open_clip_state
@@ -34,7 +34,7 @@ SMALL = {
 def small_hps(patch: pytest.MonkeyPatch) -> None:
     """HPS is of the twin's size for a while."""
     sections: Any = lambda _name: OPEN_CLIP  # noqa: E731
-    patch.setattr(hps, "known_config", sections)
+    patch.setattr(clip, "known_config", sections)
 
 
 def write_twins(name: str, folder: Path) -> None:
