@@ -118,12 +118,11 @@ class BoolFlag(click.Option):
     For commands without arguments, as a word after the flag is taken for its value.
     """
 
-    def __init__(self, declarations: list[str], default: bool | None = False, **rest: Any) -> None:
-        names = [name.partition("/") for name in declarations]
-        on, off = [n for n, _, _ in names], [n for _, _, n in names if n]
-        rest |= {"type": click.BOOL, "flag_value": True, "default": default, "is_flag": False}
-        super().__init__(on, **rest, metavar="[BOOL]")
-        self.secondary_opts = off
+    def __init__(self, *args: Any, **attrs: Any) -> None:
+        names = [name.partition("/") for name in args[0]]
+        attrs = {"default": False, **attrs, "type": click.BOOL, "flag_value": True}
+        super().__init__([on for on, _, _ in names], **attrs, is_flag=False, metavar="[BOOL]")
+        self.secondary_opts = [off for _, _, off in names if off]
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)
@@ -287,15 +286,12 @@ def set_defaults(ctx: click.Context, param: click.Parameter, value: Any) -> None
     ctx.default_map = defaults
 
 
-def aside(*names: str, **about: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """An option that sets the defaults of others, and is no argument of the command."""
-    return click.option(*names, is_eager=True, expose_value=False, callback=set_defaults, **about)
-
-
+ASIDE: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": set_defaults}
+"""Of an option that sets the defaults of others, and is no argument of the command."""
 MODEL_OPTIONS = (
     click.option("--model", "--model_path", help="Folder, file, hub or shipped name."),
     click.option("--backend", help="What the model must be: edm, ldm, sd3, flux, ..."),
-    aside("--backend-config", help='JSON such as {"resolution": 512}.'),
+    click.option("--backend-config", help='JSON such as {"resolution": 512}.', **ASIDE),
     click.option("--negative-prompt", help="What guidance leads away from."),
     click.option("--resolution", "size", type=Resolution(), help="By text: 512, 768x512."),
     click.option("--model_config", "config", help="Diffusers folder of what a file lacks."),
@@ -306,7 +302,7 @@ MODEL_OPTIONS = (
     click.option("--channels_last", cls=BoolFlag, help="Weights in the order that GPUs prefer."),
     click.option("--compile", cls=BoolFlag, help="Compile the network: slow to start, then fast."),
     click.option("--dtype", type=DType(), default="auto", help="Of the network; x stays float32."),
-    aside("--use_fp16", cls=BoolFlag, help="The same as --dtype float16."),
+    click.option("--use_fp16", cls=BoolFlag, help="The same as --dtype float16.", **ASIDE),
     click.option("--device", type=Device(), default="auto"),
 )
 

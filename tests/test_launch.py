@@ -1,24 +1,74 @@
-"""launch.sh without its work: nothing here installs anything."""
+"""launch.sh without its work: it installs nothing, and Python tells what it is asked."""
 
 import os
+import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-LAUNCH = Path(__file__).parents[1] / "launch.sh"
+import sample
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch.sh"
 
 
-def launch(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    *arguments: str,
+    cwd: Path = ROOT,
+    script: Path = LAUNCH,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["/usr/bin/env", "bash", str(LAUNCH), *arguments],
+        ["/usr/bin/env", "bash", str(script), *arguments],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """The error, which must be one line."""
+    result = launch(*arguments, environment=environment)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("launch.sh: ")
+    return result.stderr
+
+
+def environment_that_answers(folder: Path, pip: str) -> Path:
+    """An environment whose pip install is the shell code `pip`; all else is told, and succeeds."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "pyvenv.cfg").write_text("")
+    python = folder / "bin" / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        f'  *"pip install"*) {pip} ;;\n'
+        '  *"pip "* | *version_info*) ;;\n  *sha256*) echo hash ;;\n  *) echo "$*" ;;\nesac\n'
+    )
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment in which everything is installed."""
+    folder = environment_that_answers(tmp_path / "an environment", "exit 1")
+    (folder / "requirements.sha256").write_text("hash")
+    return folder
+
+
+def asked(venv: Path, *arguments: str, **more: str) -> str:
+    """The arguments that Python was given."""
+    here = {"EPD_WEIGHTS": str(venv), "EPD_VENV": str(venv)}
+    result = launch(*arguments, environment={**here, **more})
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
 
 
 @pytest.mark.parametrize("arguments", [(), ("help",), ("--help",)])
@@ -27,72 +77,47 @@ def test_it_lists_its_sub_commands_from_any_folder(
 ) -> None:
     result = launch(*arguments, cwd=tmp_path)
     assert result.returncode == 0
-    listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert {"setup", "demo", "test", "bench", "doctor", "weights", "check"} <= set(listed)
-
-
-def test_every_listed_sub_command_is_known(tmp_path: Path) -> None:
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("  ")]
+    listed = {words[0] for words in lines}
+    assert {"setup", "demo", "test", "bench", "doctor", "weights", "check"} <= listed
     branches = LAUNCH.read_text().split("case $command in")[1]
-    for line in launch(cwd=tmp_path).stdout.splitlines():
-        if line.startswith("  "):
-            assert f"  {line.split()[0]}" in branches
+    assert all(f"  {name}" in branches for name in listed if name != "options")
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"), [("tset", "test"), ("dmeo", "demo"), ("Setup", "setup")]
 )
-def test_an_unknown_sub_command_names_the_nearest(tmp_path: Path, typed: str, meant: str) -> None:
-    result = launch(typed, cwd=tmp_path)
-    assert result.returncode == 1
-    assert f"did you mean '{meant}'?" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_an_unknown_sub_command_names_the_nearest(typed: str, meant: str) -> None:
+    assert f"did you mean '{meant}'?" in refused(typed)
 
 
-def test_a_machine_without_python_is_told_so_in_one_line(tmp_path: Path) -> None:
-    result = launch("setup", cwd=tmp_path, EPD_VENV=str(tmp_path / "v"), EPD_PYTHON="/no/python")
-    assert result.returncode == 1
-    assert result.stderr.startswith("launch.sh: no Python 3.10 or newer")
-    assert result.stderr.count("\n") == 1
+def test_a_machine_without_python_is_told_so(tmp_path: Path) -> None:
+    error = refused("setup", EPD_VENV=str(tmp_path / "v"), EPD_PYTHON="/no/python")
+    assert "no Python 3.10 or newer" in error
 
 
-def test_a_python_without_venv_is_told_so_in_one_line(tmp_path: Path) -> None:
+def test_a_python_without_venv_is_told_so(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\ncase "$2" in *venv*) exit 1;; esac\n')
     fake.chmod(0o755)
-    result = launch("setup", cwd=tmp_path, EPD_VENV=str(tmp_path / "v"), EPD_PYTHON=str(fake))
-    assert result.returncode == 1
-    assert "apt install python3-venv" in result.stderr
-    assert result.stderr.count("\n") == 1
+    error = refused("setup", EPD_VENV=str(tmp_path / "v"), EPD_PYTHON=str(fake))
+    assert "apt install python3-venv" in error
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    result = launch("setup", cwd=tmp_path, EPD_VENV=str(tmp_path / "home"))
-    assert result.returncode == 1
-    assert "no virtual environment" in result.stderr
+    assert "no virtual environment" in refused("setup", EPD_VENV=str(tmp_path / "home"))
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["letter.txt"]
-
-
-def environment_that_answers(folder: Path, pip: str) -> Path:
-    """An environment whose pip install is the shell code `pip`; the other calls succeed."""
-    (folder / "bin").mkdir(parents=True)
-    (folder / "pyvenv.cfg").write_text("")
-    python = folder / "bin" / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *"pip install"*) {pip};; *sha256*) echo hash;; esac\n'
-    )
-    python.chmod(0o755)
-    return folder
 
 
 def test_packages_are_installed_once_and_again_only_when_interrupted(tmp_path: Path) -> None:
     venv = environment_that_answers(tmp_path / "v", f"echo x >> {tmp_path}/installs")
     for _ in range(2):
-        assert launch("setup", cwd=tmp_path, EPD_VENV=str(venv)).returncode == 0
+        assert launch("setup", environment={"EPD_VENV": str(venv)}).returncode == 0
     assert (tmp_path / "installs").read_text() == "x\n"
     (venv / "requirements.sha256").unlink()
-    launch("setup", cwd=tmp_path, EPD_VENV=str(venv))
+    launch("setup", environment={"EPD_VENV": str(venv)})
     assert (tmp_path / "installs").read_text() == "x\nx\n"
 
 
@@ -108,8 +133,79 @@ def test_an_install_that_fails_is_one_line_and_leaves_no_stamp(
     tmp_path: Path, pip: str, says: str
 ) -> None:
     venv = environment_that_answers(tmp_path / "v", pip)
-    result = launch("test", cwd=tmp_path, EPD_VENV=str(venv))
+    result = launch("test", environment={"EPD_VENV": str(venv)})
     assert result.returncode == 1
     assert says in result.stderr.splitlines()[-1]
     assert len(result.stderr.splitlines()) == 2  # what it began, and why it stopped
     assert not (venv / "requirements.sha256").exists()
+
+
+def test_a_folder_with_spaces_and_cdpath_lead_nowhere_else(tmp_path: Path) -> None:
+    """`bash repo/launch.sh` works in its own folder though CDPATH has another `my repo`."""
+    for place in ("here", "elsewhere"):
+        (tmp_path / place / "my repo").mkdir(parents=True)
+    shutil.copy(LAUNCH, tmp_path / "here" / "my repo")
+    (tmp_path / "here" / "my repo" / "requirements.txt").write_text("")
+    environment_that_answers(tmp_path / "here" / "my repo" / ".venv", "true")
+    result = launch(
+        *("doctor", "a b"),
+        cwd=tmp_path / "here",
+        script=Path("my repo/launch.sh"),
+        environment={"CDPATH": str(tmp_path / "elsewhere"), "EPD_VENV": ".venv"},
+    )
+    assert result.stdout == "-m rewards.doctor a b\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("train-sd15", "sd15"),
+        ("train-sd3-512", "sd3_512"),
+        ("train-sd3-1024", "sd3_1024"),
+        ("train-flux", "flux_dev"),
+    ],
+)
+def test_training_takes_its_file_and_hands_options_on(command: str, name: str, venv: Path) -> None:
+    training = f"-m training.ppo.launch --config training/ppo/cfgs/{name}.yaml --max-steps 3"
+    assert asked(venv, command, "--max-steps", "3") == training
+    several = asked(venv, command, "--max-steps", "3", EPD_RANKS="2")
+    assert several == f"-m src.ranks --master_port=12345 --nproc_per_node=2 {training}"
+    assert (ROOT / "training" / "ppo" / "cfgs" / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3-512", "sd3-1024", "flux"])
+def test_sampling_options_are_those_of_sample_py(name: str, venv: Path) -> None:
+    words = asked(venv, f"sample-{name}", "--predictor", "ours.pkl").split()
+    assert words[:3] == ["sample.py", "--predictor", f"{name}-best"]
+    assert words[-2:] == ["--predictor", "ours.pkl"]
+    done = CliRunner().invoke(sample.main, [*words[1:], "--dry-run"])
+    assert "no file and no shipped predictor 'ours.pkl'" in done.output
+
+
+def test_a_model_is_taken_from_where_weights_put_it(venv: Path) -> None:
+    hub = "--model stabilityai/stable-diffusion-3-medium-diffusers "
+    assert hub in asked(venv, "sample-sd3-512")
+    (venv / "stable-diffusion-3-medium-diffusers").mkdir()
+    place = f"--model {venv}/stable-diffusion-3-medium-diffusers "
+    assert place in asked(venv, "sample-sd3-512")
+    assert "--model /mine " in asked(venv, "sample-sd3-512", EPD_SD3="/mine")
+
+
+def test_scoring_takes_the_sampled_folder_or_those_given(venv: Path) -> None:
+    assert asked(venv, "score-flux").startswith("-m eval.score samples/flux --reward hps")
+    assert asked(venv, "score-flux", "a", "b").startswith("-m eval.score a b --reward hps")
+
+
+def test_the_demos_commands_are_those_that_people_type(venv: Path, tmp_path: Path) -> None:
+    """In a copy, as the demo empties its folder."""
+    shutil.copy(LAUNCH, tmp_path)
+    (tmp_path / "requirements.txt").write_text("")
+    (tmp_path / "samples" / "demo" / "fashion" / "1").mkdir(parents=True)
+    here = {"EPD_VENV": str(venv)}
+    result = launch("demo", "--device", "cpu", script=tmp_path / "launch.sh", environment=here)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("sample.py")]
+    assert len(lines) == 7
+    for line in lines:
+        done = CliRunner().invoke(sample.main, [*line.split()[1:], "--dry-run"])
+        assert done.exit_code == 0, done.output

@@ -61,3 +61,48 @@ def test_two_processes_split_the_work_and_add_up() -> None:
     assert first["sum"] == second["sum"] == [3.0, 20.0]
     assert first["mine"] == [1.0, 10.0]
     assert (first["first"], second["first"]) == (True, False)
+
+
+PROGRESS = """
+import sys
+from src import ranks
+ranks.EVERY = 0.3
+import time
+with ranks.progress(4, "image") as bar:
+    for _ in range(4):
+        time.sleep(0.11)
+        bar.update()
+"""
+
+
+def test_progress_in_a_log_is_a_few_lines() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRESS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("4/4 images in 00:00")
+    assert 1 <= len(lines) <= 3
+    assert "\r" not in done.stderr
+
+
+def test_an_error_of_a_rank_stays_the_last_line(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import click\n"
+        "from src.options import OneLineCommand\n"
+        "@click.command(cls=OneLineCommand)\n"
+        "def main() -> None:\n"
+        "    raise MemoryError\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "src.ranks", "--standalone", "--nproc_per_node=2", str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: the memory is full")
+    assert done.stderr.count("Error") == 1
