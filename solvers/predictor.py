@@ -66,6 +66,13 @@ OF_KNOWN = ("a", "b", "known")
 """Of these names are [N, H]; all others are [N, K]."""
 WEIGHT_TOLERANCE = 1e-4
 MAX_JSON = 64 << 20
+IN_RUN = (
+    "predictor.pkl",
+    "export/network-snapshot-export-best.pkl",
+    "network-snapshot-*.pkl",
+    "export/network-snapshot-*.pkl",
+)
+"""Where a run of stage 1 or 2, ours or the published code's, keeps its best or last predictor."""
 EXPS = Path(__file__).resolve().parent.parent / "exps"
 
 
@@ -338,17 +345,22 @@ def is_row(row: object) -> bool:
 
 
 def find_predictor(name: str, exps: Path = EXPS) -> Path:
-    """The file of a predictor: a path as it is, a folder of a run, or a name within exps/.
+    """The file of a predictor: a path, a run's folder or its number, or a name within exps/.
 
-    `cifar10-5nfe` and `cifar10/cifar10-5nfe` find exps/cifar10/cifar10-5nfe.pkl.
+    `cifar10-5nfe` and `cifar10/cifar10-5nfe` find exps/cifar10/cifar10-5nfe.pkl, `2` the best or
+    last predictor of the run exps/00002-...
 
     Raises ValueError where there is none, with the nearest names, or several have that name.
     """
     given = Path(name)
     if given.is_file():
         return given
-    if (given / "predictor.pkl").is_file():
-        return given / "predictor.pkl"
+    runs = sorted(exps.glob(f"{int(name):05d}-*/")) if re.fullmatch("[0-9]{1,9}", name) else []
+    if len(runs) > 1:
+        raise ValueError(f"run {name} may be {' or '.join(run.name for run in runs)}: say which")
+    for pattern in IN_RUN:
+        if files := sorted((runs[0] if runs else given).glob(pattern)):
+            return files[-1]
     shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("*.pkl")}
     wanted = name.removesuffix(".pkl").removeprefix("exps/").rstrip("/")
     found = [k for k in shipped if k == wanted or k.removesuffix("/predictor") == wanted]

@@ -489,6 +489,27 @@ def test_a_name_that_two_predictors_share_is_refused(tmp_path: Path) -> None:
 # --- command line ---------------------------------------------------------------------------
 
 
+def test_a_run_is_its_folder_or_its_number(tmp_path: Path) -> None:
+    for file in (
+        "00002-cifar10-4-5-epd/network-snapshot-000005.pkl",
+        "00002-cifar10-4-5-epd/network-snapshot-000010.pkl",
+        "00011-ours/predictor-00001.pkl",
+        "00011-ours/predictor.pkl",
+        "20260101-120000-ppo/export/network-snapshot-export-step000100.pkl",
+        "20260101-120000-ppo/export/network-snapshot-export-best.pkl",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert find_predictor("2", tmp_path).name == "network-snapshot-000010.pkl"
+    assert find_predictor(f"{tmp_path}/00002-cifar10-4-5-epd/").name.endswith("-000010.pkl")
+    assert find_predictor("11", tmp_path) == tmp_path / "00011-ours" / "predictor.pkl"
+    stage_2 = find_predictor(str(tmp_path / "20260101-120000-ppo"))
+    assert stage_2.name == "network-snapshot-export-best.pkl"
+    assert "'3'" in refused(lambda: find_predictor("3", tmp_path))
+    (tmp_path / "00002-again").mkdir()
+    assert "say which" in refused(lambda: find_predictor("2", tmp_path))
+
+
 def test_show_prints_the_settings_and_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "cifar10-5nfe"]) == 0
     text = capsys.readouterr().out
