@@ -139,15 +139,19 @@ class ParallelMultistep:
     """Steps by a learned table: e = sum_j a_j h_j places K points, whose slopes move x.
 
     x_next = x + h (sum_k weight_k d_k + sum_j b_j h_j). Needs no slope at x itself, so the
-    loop never evaluates it. Put the table where the samples are (`table.to(x)`) first.
+    loop never evaluates it. With `afs` the first step makes no call: there b_0 times the free
+    slope is all. Put the table where the samples are (`table.to(x)`) first.
     """
 
     table: MultistepTable
     process: Process = VE
+    afs: bool = False
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         now, known = step.now, known_slopes(step, self.process)
         a, r, weight, b, scale = rows_at(self.table.tensors(), step.index, now.x.ndim)
+        if self.afs and step.index == 0:
+            return now.x + step.h * combined(b, known)
         x, sigma = placed(step, combined(a, known), r)
         d = field(x, sigma, scale * sigma, point_rates(self.table, step.index))
         mix = (weight * d).sum(1, keepdim=True)

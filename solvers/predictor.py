@@ -87,10 +87,10 @@ class Predictor:
     def nfe(self) -> int:
         """Network calls one after another for an image.
 
-        2 an interval, 1 less with AFS; parallel multistep makes 1 an interval.
+        2 an interval, parallel multistep 1; 1 less with AFS.
         """
         if self.recipe.solver == "epd-multistep":
-            return self.recipe.num_steps - 1
+            return self.recipe.num_steps - 1 - self.recipe.afs
         calls = 1 + SOLVERS[self.recipe.base].calls
         return calls * (self.recipe.num_steps - 1) - self.recipe.afs
 
@@ -98,7 +98,7 @@ class Predictor:
     def evaluations(self) -> int:
         """Rows through the network for an image: every one of the K points counts."""
         if self.recipe.solver == "epd-multistep":
-            return self.recipe.num_points * (self.recipe.num_steps - 1)
+            return self.recipe.num_points * (self.recipe.num_steps - 1 - self.recipe.afs)
         rows = 1 + self.recipe.num_points * SOLVERS[self.recipe.base].calls
         return rows * (self.recipe.num_steps - 1) - self.recipe.afs
 
@@ -106,7 +106,7 @@ class Predictor:
         """The solver that takes these steps; bases of one order do not look at `max_order`."""
         recipe = self.recipe
         if isinstance(self.table, MultistepTable):
-            return ParallelMultistep(self.table, process)
+            return ParallelMultistep(self.table, process, recipe.afs)
         ordered = len(SOLVERS[recipe.base].orders) > 1
         options = SolverOptions(
             order=recipe.max_order if ordered else None,

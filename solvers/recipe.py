@@ -117,8 +117,6 @@ def check_levels(recipe: Recipe) -> None:
             raise ValueError(f"{name} {level} is out of range: above 0")
     if low is not None and high is not None and low >= high:
         raise ValueError(f"sigma_min {low} is not below sigma_max {high}")
-    if recipe.afs and recipe.solver == "epd-multistep":
-        raise ValueError("afs is on for epd-multistep, whose first call places itself")
     if recipe.afs and for_flow(recipe):
         reason = "flow matching has no analytic first step"
         raise ValueError(f"afs is on for {recipe.backend}, {recipe.schedule_type}: {reason}")

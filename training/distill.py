@@ -215,7 +215,9 @@ def make_batches(
 def check_answer(batches: Batches) -> None:
     """ValueError for a network that does not answer with finite numbers in a tensor like x."""
     slope, x = batches.start(batches.parts[0][:2])
-    answer = slope.denoiser(x, x.new_full((len(x),), batches.teacher.sampler.sigmas[0]), slope.cond)
+    answer = slope.denoiser(
+        x, x.new_full((len(x),), batches.teacher.sampler.sigmas[0]), slope.cond
+    )
     shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
     if shape != tuple(x.shape):
         raise ValueError(f"the denoiser gives {shape} for x {tuple(x.shape)}: give one like x")

@@ -169,9 +169,7 @@ def resolved(settings: Settings, *, flow: bool, shape: Sequence[int] = ()) -> Se
     assert settings.num_steps
     calls = 1 if settings.multistep else 1 + SOLVERS[settings.base[0]].calls
     nfe = calls * (settings.num_steps - 1) - bool(settings.afs)
-    settings = dataclasses.replace(
-        settings, batch=batch, samples=samples, judges=judges, nfe=nfe
-    )
+    settings = dataclasses.replace(settings, batch=batch, samples=samples, judges=judges, nfe=nfe)
     check(settings, flow)
     return settings
 

@@ -84,7 +84,7 @@ class Student:
     def solver(self, table: Table) -> Solver:
         """The step of a table; ValueError for a base that EPD cannot stand on."""
         if isinstance(table, MultistepTable):
-            return ParallelMultistep(table, self.process)
+            return ParallelMultistep(table, self.process, self.afs)
         assert self.base is not None
         return EPD(table, self.base)
 

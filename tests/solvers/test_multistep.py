@@ -12,6 +12,7 @@ from solvers.integrate import Step, integrate
 from solvers.multistep import MultistepTable, ParallelMultistep, known_slopes
 from solvers.predictor import Predictor, Recipe, load_predictor, save_predictor, validate
 from solvers.process import FLOW, VE
+from solvers.schedules import NoiseLevels
 
 SIGMAS = (10.0, 4.0, 1.5, 0.5, 0.1)
 N = len(SIGMAS) - 1
@@ -140,9 +141,14 @@ def test_its_predictor_counts_one_call_an_interval() -> None:
     assert (predictor().nfe, predictor().evaluations) == (N, 2 * N)
 
 
-def test_a_predictor_with_afs_or_too_many_slopes_is_refused() -> None:
-    with pytest.raises(ValueError, match="afs is on for epd-multistep"):
-        validate(predictor(afs=True))
+def test_with_afs_the_first_step_is_free() -> None:
+    free = predictor(afs=True)
+    assert (free.nfe, free.evaluations) == (N - 1, 2 * (N - 1))
+    sampler = validate(free).sampler(NoiseLevels(VE, 0.002, 80.0))
+    assert (sampler.calls, sampler.rows) == (free.nfe, free.evaluations)
+
+
+def test_a_predictor_of_too_many_slopes_is_refused() -> None:
     t = table(0.5, 2)
     wide = MultistepTable(torch.zeros(N, 6), t.r, t.weight, t.b, t.time_scale)
     with pytest.raises(ValueError, match=r"a has the shape \[4, 6\]"):
