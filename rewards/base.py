@@ -43,8 +43,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{name} must return a tensor [{len(images)}], not {got}")
-    wrong = (~scores.isfinite()).nonzero()[:, 0].tolist()
-    if wrong:
+    if not scores.isfinite().all():
+        wrong = (~scores.isfinite()).nonzero()[:, 0].tolist()
         raise ValueError(
             f"{name} gave {scores[wrong[0]].item()} for image {wrong[0]} of {len(images)} "
             f"(and {len(wrong) - 1} more): try it without --amp, and check its weights"

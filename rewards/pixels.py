@@ -92,8 +92,9 @@ def resize(
 ) -> Tensor:
     """Byte levels [B, C, H, W], resized to (height, width) -> the part `box` of the result."""
     top, left, height, width = box
-    rows = filters(levels.shape[-2], to[0], top, height, interpolation)
-    columns = filters(levels.shape[-1], to[1], left, width, interpolation)
+    (old_height, old_width), device = levels.shape[-2:], levels.device
+    rows = filters(old_height, to[0], top, height, interpolation, device)
+    columns = filters(old_width, to[1], left, width, interpolation, device)
     first, last = rows[0][0].start, rows[-1][0].stop
     part = one_pass(levels[..., first:last, :], columns)
     return one_pass(part.mT, rows, first).mT
@@ -105,7 +106,7 @@ def one_pass(levels: Tensor, blocks: Blocks, first: int = 0) -> Tensor:
     for needed, weights in blocks:
         part = levels[..., needed.start - first : needed.stop - first]
         if weights is not None:
-            sums = part.double() @ weights.to(part.device).mT / ONE
+            sums = part.double() @ weights.mT / ONE
             part = to_levels(sums).to(levels.dtype)
         parts.append(part)
     return torch.cat(parts, -1)
@@ -113,7 +114,7 @@ def one_pass(levels: Tensor, blocks: Blocks, first: int = 0) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # they are kept, and serve gradients too
-def filters(old: int, new: int, start: int, count: int, name: str) -> Blocks:
+def filters(old: int, new: int, start: int, count: int, name: str, device: torch.device) -> Blocks:
     """What `count` pixels from `start` on are made of, in a row that goes from `old` to `new`.
 
     As in Pillow's Resample.c: the filter is widened where the row shrinks.
@@ -134,7 +135,7 @@ def filters(old: int, new: int, start: int, count: int, name: str) -> Blocks:
             (first <= x) & (x < last), 0
         )
         weights = weights / weights.sum(1, keepdim=True) * ONE
-        blocks.append((needed, (weights + 0.5 * weights.sign()).trunc()))
+        blocks.append((needed, (weights + 0.5 * weights.sign()).trunc().to(device)))
     return tuple(blocks)
 
 

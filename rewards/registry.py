@@ -119,12 +119,12 @@ GONE = {"brisque": "no model of grain is served any more: efficientnet-minilm, c
 
 
 def load_reward(name: str, setup: Setup | None = None) -> Reward:
-    """The he reward of that name; see load_rewards."""
+    """The reward of that name; see load_rewards."""
     return load_rewards([name], setup)[name]
 
 
 def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, Reward]:
-    """The he rewards by name. All weights are checked before the first is loaded.
+    """The rewards by name. All weights are checked before the first is loaded.
 
     Raises ValueError, in one line, for an unknown name, a missing or wrong file of weights, and
     a library that is not installed.
@@ -144,12 +144,12 @@ def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, 
 
 
 def singles(names: Iterable[str]) -> list[str]:
-    """The he rewards that these are made of, each once, sorted; ValueError as `parse`."""
+    """The rewards that these are made of, each once, sorted; ValueError as `parse`."""
     return sorted({single for name in names for single in parse(name)})
 
 
 def files_of(names: Iterable[str], paths: Mapping[str, str | Path]) -> dict[str, Path]:
-    """-> where the weights of these rewards are, by their names; all are checked.
+    """Where the weights of these rewards are, by their names; all are checked.
 
     ValueError, in one line, for an unknown reward and for weights that are missing or wrong.
     """
@@ -158,7 +158,7 @@ def files_of(names: Iterable[str], paths: Mapping[str, str | Path]) -> dict[str,
 
 
 def parse(name: str) -> dict[str, float]:
-    """-> the single rewards of a name, with their weights; those of weight zero are left out.
+    """The single rewards of a name, with their weights; those of weight zero are left out.
 
     ValueError for an unknown name, or weights that are negative, all zero or no numbers.
     """

@@ -14,7 +14,7 @@ from rewards.base import Reward, WeightedSum, score
 def score_all(
     rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[str], *, batch: int = 64
 ) -> dict[str, Tensor]:
-    """-> the scores [N] of every reward, by name, each in its own units.
+    """The scores [N] of every reward, by name, each in its own units.
 
     A WeightedSum comes with its parts, under their own names; what several sums share, or is
     asked for by itself as well, is computed once.
@@ -31,17 +31,17 @@ def score_all(
 def score_batch(
     rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """-> the same of one batch, at once."""
+    """The same of one batch, at once."""
     singles: dict[str, Reward] = {}
     for name, reward in rewards.items():
         singles |= reward.rewards if isinstance(reward, WeightedSum) else {name: reward}
-    known = {name: score(reward, images, prompts, name) for name, reward in singles.items()}
-    sums = {n: r.mean(known) for n, r in rewards.items() if isinstance(r, WeightedSum)}
-    return known | sums
+    parts = {name: score(reward, images, prompts, name) for name, reward in singles.items()}
+    sums = {n: r.mean(parts) for n, r in rewards.items() if isinstance(r, WeightedSum)}
+    return parts | sums
 
 
 def names_of(rewards: Mapping[str, Reward]) -> list[str]:
-    """-> the names that `score_all` gives scores of, what was asked for first."""
+    """The names that `score_all` gives scores of, what was asked for first."""
     names = list(rewards)
     for reward in rewards.values():
         names += reward.rewards if isinstance(reward, WeightedSum) else []

@@ -199,12 +199,12 @@ def variable(name: str) -> str:
 
 def place(name: str) -> Path:
     """Where the weights of that name go when they are fetched."""
-    return Path(os.environ.get(ROOT) or "weights") / lookup(name).place
+    return places(name)[0]
 
 
 def places(name: str) -> list[Path]:
     """All paths where the weights of that name are looked at, the first one first."""
-    root, weight = Path(os.environ.get(ROOT) or "weights"), lookup(name)
+    root, weight = Path(os.environ.get(ROOT) or "weights").expanduser(), lookup(name)
     tried = dict.fromkeys((weight.place, Path(weight.place).name, *weight.also))
     return [Path(p).expanduser() if p.startswith(("~", "src/")) else root / p for p in tried]
 
@@ -219,9 +219,10 @@ def find(name: str, paths: Mapping[str, str | Path] | None = None) -> Path | Non
     weight = lookup(name)
     given = (paths or {}).get(name) or os.environ.get(variable(name))
     if given:
-        if not Path(given).exists():
+        path = Path(given).expanduser()
+        if not path.exists():
             raise ValueError(f"{name}: no such file or folder: {given}")
-        return inside(Path(given), weight)
+        return inside(path, weight)
     there = [inside(path, weight) for path in places(name) if path.exists()]
     there += [*cached(weight), *packaged(weight)]
     return next((path for path in there if not broken(path)), there[0] if there else None)
@@ -246,7 +247,9 @@ def cached(weight: Weight) -> Iterator[Path]:
         path = None if "*" in name else try_to_load_from_cache(weight.repo, name)
         if isinstance(path, str):
             folder = weight.is_folder or name == "model_index.json"
-            yield Path(path).parent if folder else Path(path)
+            where = Path(path).parent if folder else Path(path)
+            if not broken(where):  # a model may be there in part
+                yield where
 
 
 def packaged(weight: Weight) -> list[Path]:

@@ -7,10 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewards import clip, imagereward, mps
 from rewards.base import RANGES, Range, Reward, WeightedSum, has_gradient, score
-from rewards.registry import Setup, load_reward, load_rewards, parse
+from rewards.registry import Loader, Setup, load_reward, load_rewards, parse
 from rewards.scorer import names_of, score_all
-from tests.rewards.twins import PROMPTS, images, write_open_clip_folder
+from tests.pretend_gpu import pretend_gpu
+from tests.rewards.twins import (
+    BLIP,
+    MPS_SIZES,
+    OPEN_CLIP,
+    PROMPTS,
+    WORDS,
+    PublishedMPS,
+    head_state,
+    imagereward_state,
+    images,
+    open_clip_state,
+    write_clip_folder,
+    write_open_clip_folder,
+)
 
 
 def brightness(batch: Tensor, _prompts: Sequence[str]) -> Tensor:
@@ -99,6 +114,41 @@ def test_following_the_gradient_of_clip_raises_its_score(tmp_path: Path) -> None
     (slope,) = torch.autograd.grad(scores.sum(), batch)
     after = score(clip, batch.detach() + 0.05 * slope.sign(), PROMPTS)
     assert (after > before).all()
+
+
+def every_reward(folder: Path, device: str, *, amp: bool) -> dict[str, Reward]:
+    """Each on its twin."""
+    write_clip_folder(folder / "pickscore")
+    write_open_clip_folder(folder / "clip")
+    torch.save(open_clip_state(), folder / "hps.pt")
+    torch.save(head_state(16), folder / "aesthetic.pth")
+    torch.save(imagereward_state(), folder / "imagereward.pt")
+    torch.save(PublishedMPS(None), folder / "mps.pth")
+    paths = {path.stem: path for path in folder.iterdir()} | {"bert": folder}
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    loader = Loader(Setup(torch.device(device), amp, paths))
+    return {
+        "hps": clip.load_hps(loader, OPEN_CLIP),
+        "pickscore": clip.load_pickscore(loader),
+        "clip": clip.load_clip(loader),
+        "aesthetic": clip.load_aesthetic(loader),
+        "imagereward": imagereward.load(loader, BLIP),
+        "mps": mps.load(loader, MPS_SIZES),
+    }
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_on_a_gpu_no_devices_are_mixed_and_a_batch_waits_for_two_checks(
+    amp: bool, tmp_path: Path
+) -> None:
+    with pretend_gpu() as seen:
+        for name, reward in every_reward(tmp_path, "cuda", amp=amp).items():
+            batch = images(4, 50, 33).to("cuda")
+            score(reward, batch, PROMPTS)  # its texts are encoded once
+            before = sum(seen.waits.values())
+            assert score(reward, batch, PROMPTS).device.type == "cuda"
+            own = 2 + (name == "imagereward")  # transformers looks at its mask
+            assert sum(seen.waits.values()) - before == own
 
 
 # --- sums and batches -------------------------------------------------------------------------
