@@ -1,7 +1,12 @@
-"""The Noto emoji as captioned pictures: what the small text-to-image models are trained on.
+r"""The Noto emoji with their names and keywords: what the small text-to-image models learn from.
 
 Pictures (64x64, Apache-2.0) and names from the npm package emoji-datasource-google 16.0.0,
-keywords from emojilib 4.0.3; neither is needed to run a trained model.
+keywords from emojilib 4.0.3; neither is needed to run a trained model. In a folder of your choice:
+
+    npm pack emoji-datasource-google@16.0.0 emojilib@4.0.3
+    tar -xzf emoji-datasource-google-16.0.0.tgz --wildcards 'package/img/google/64/*' \
+        package/emoji.json && mv package google
+    tar -xzf emojilib-4.0.3.tgz && mv package emojilib
 """
 
 import random
@@ -13,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from src.files import read_json
 
@@ -69,10 +73,10 @@ def load_emoji(folder: Path, seed: int = 0) -> list[Emoji]:
     records = read_json(folder / "google" / "emoji.json")
     keywords = read_json(folder / "emojilib" / "dist" / "emoji-en-US.json")
     shown = [r for r in records if r["category"] != "Component" and r["has_img_google"]]
-    found = [(_described(r, keywords), r) for r in shown]
-    held_out = _held_out([emoji.names[0] for emoji, _ in found], seed)
+    bases = [(_described(r, keywords), r) for r in shown]
+    held_out = _held_out([emoji.names[0] for emoji, _ in bases], seed)
     every: list[Emoji] = []
-    for emoji, record in found:
+    for emoji, record in bases:
         base = replace(emoji, held_out=emoji.names[0] in held_out)
         every.append(base)
         variants = record.get("skin_variations", {})
@@ -85,29 +89,30 @@ def load_emoji(folder: Path, seed: int = 0) -> list[Emoji]:
 
 
 def load_pictures(folder: Path, emoji: Sequence[Emoji]) -> Tensor:
-    """-> uint8 [N, 3, 64, 64]: the pictures on white."""
+    """Return uint8 [N, 4, 64, 64]: red, green, blue, and how opaque a pixel is."""
     return torch.stack([_picture(folder / "google/img/google/64" / e.file) for e in emoji])
 
 
+def on_white(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [N, 4, H, W] -> on white, floats [N, 3, H, W] in [0, 1]."""
+    colour, opaque = pictures[:, :3] / 255, pictures[:, 3:] / 255
+    return colour * opaque + 1 - opaque
+
+
 def drawing_weights(emoji: Sequence[Emoji]) -> Tensor:
-    """-> float [N]: how often each is drawn; flags and tones seldom, everyday things often."""
+    """Return float [N]: how often each is drawn; flags and tones seldom, everyday things often."""
     shares = [WEIGHTS.get(e.category, 1.0) * (TONE_WEIGHT if e.tone else 1.0) for e in emoji]
     return torch.tensor(shares)
 
 
-def captions(emoji: Emoji, count: int, seed: int) -> list[str]:
-    """-> `count` ways to say it: first the name, then names, templates and keywords by chance."""
-    chance = random.Random(f"{seed} {emoji.file}")
-    return [emoji.name, *(_caption(emoji, chance) for _ in range(count - 1))]
-
-
-def _caption(emoji: Emoji, chance: random.Random) -> str:
+def caption(emoji: Emoji, chance: random.Random) -> str:
+    """One of the ways to say it: a name, in a template or not, or keywords."""
     name = emoji.names[0] if chance.random() < 0.75 else chance.choice(emoji.names)
-    told = [chance.choice(TEMPLATES).format(name)]
+    parts = [chance.choice(TEMPLATES).format(name)]
     few = chance.sample(emoji.keywords, min(len(emoji.keywords), chance.randint(2, 3)))
     if few and (kind := chance.random()) < 0.35:
-        told = few if kind < 0.1 else [name, *few]
-    return ", ".join(filter(None, (*told, emoji.tone)))
+        parts = few if kind < 0.1 else [name, *few]
+    return ", ".join(filter(None, (*parts, emoji.tone)))
 
 
 def _described(record: Mapping[str, Any], keywords: Mapping[str, Sequence[str]]) -> Emoji:
@@ -117,9 +122,9 @@ def _described(record: Mapping[str, Any], keywords: Mapping[str, Sequence[str]])
     plain = [_plain(word) for word in words if word != "keycap"]
     short = _plain(record["short_name"].replace("-", " "))
     names = (*plain[:1], _plain(record["name"] or ""), short)
-    told = dict.fromkeys(name for name in names if len(name) > 1)
-    others = dict.fromkeys(w for w in plain[1:] if len(w) > 2 and w not in told)
-    return Emoji(record["image"], tuple(told), tuple(others), record["category"])
+    usual = dict.fromkeys(name for name in names if len(name) > 1)
+    others = dict.fromkeys(w for w in plain[1:] if len(w) > 2 and w not in usual)
+    return Emoji(record["image"], tuple(usual), tuple(others), record["category"])
 
 
 def _plain(text: str) -> str:
@@ -136,18 +141,7 @@ def _held_out(names: Sequence[str], seed: int) -> set[str]:
 def _picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
-            drawn = image.convert("RGBA")
+            pixels = np.array(image.convert("RGBA"))
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {path}; unpack the npm package {PACKAGES[0]}") from error
-    white = Image.new("RGBA", drawn.size, "white")
-    pixels = np.array(Image.alpha_composite(white, drawn).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def shifted(pictures: Tensor, most: int, g: Generator) -> Tensor:
-    """uint8 [B, 3, H, W] -> each moved by up to `most` pixels; white comes in at the edges."""
-    wide = F.pad(pictures, (most, most, most, most), value=255)
-    size = pictures.shape[-1]
-    corners = torch.randint(0, 2 * most + 1, (len(pictures), 2), generator=g).tolist()
-    cut = [p[:, y : y + size, x : x + size] for p, (y, x) in zip(wide, corners, strict=True)]
-    return torch.stack(cut)

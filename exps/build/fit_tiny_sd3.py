@@ -1,0 +1,142 @@
+"""Train tiny-sd3's transformer on scenes; write a whole StableDiffusion3Pipeline folder.
+
+    python -m exps.build.fit_tiny_sd3 --data runs/emoji --outdir runs/sd3
+
+Rectified flow with logit-normal levels: Esser et al. 2024, arXiv:2403.03206, section 3.1. It reads
+what fit_tiny_vae and fit_tiny_clip left beside, in runs/vae and runs/clip. The rate stays level,
+so that the run can be stopped, exported and gone on with at any time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from backends.zeros import fold_zeros
+from exps.build.emoji_data import load_emoji, load_pictures
+from exps.build.fit_network import Plan, fit_network, initialise, training
+from exps.build.scenes import Stage, paint
+from exps.build.tiny_models import (
+    LATENT,
+    Parts,
+    diffusers,
+    load_part,
+    load_parts,
+    tokenise,
+    velocity,
+    write_pipeline,
+)
+from src.files import write_json
+from src.images import grid, save_png
+
+ZERO = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+ZEROS = 256  # rows, in the pipeline's default
+NO_TEXT = 0.1
+FEWER_ZEROS = 0.3  # the share with fewer rows of zeros, so that their number matters little
+POOL, POOL_STEPS = 2048, 256  # scenes that are encoded together, and the steps they serve
+SHOWN = (
+    *("red apple", "smiling face", "rocket", "dog face", "pizza", "red heart", "cat face", "sun"),
+    *("a red apple and a rocket", "banana on blue", "small tree", "fire on the left"),
+    *("cat left of dog face", "octopus on yellow", "house above automobile", "soccer ball"),
+)
+
+
+@dataclass
+class Pool:
+    """Scenes' latents and captions, the same for POOL_STEPS steps: each is drawn four times."""
+
+    parts: Parts
+    stage: Stage
+    pictures: Tensor
+    seed: int
+    number: int = -1
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def of(self, step: int) -> tuple[Tensor, Tensor]:
+        """Latents [POOL, 16, 8, 8] of the transformer's scale and tokens [POOL, L]."""
+        if self.number != step // POOL_STEPS:
+            self.number = step // POOL_STEPS
+            g = Generator().manual_seed(self.seed * 1_000_003 + self.number)
+            scenes = self.stage.draw(POOL, g)
+            self.tokens = tokenise(self.parts.tokenizer, [scene.caption for scene in scenes])
+            parts = (paint(scenes[i : i + 32], self.pictures) for i in range(0, POOL, 32))
+            self.latents = torch.cat([self.parts.encode(part) for part in parts])
+        return self.latents, self.tokens
+
+
+def drawn(step: int, g: Generator, pool: Pool, silence: Tensor, batch: int) -> tuple[Tensor, ...]:
+    """Return x0, noise, sigma, tokens and the log of the count of zeros; a tenth without text."""
+    latents, said = pool.of(step)
+    rows = torch.randint(POOL, (batch,), generator=g)
+    tokens = torch.where(torch.rand(batch, 1, generator=g) < NO_TEXT, silence, said[rows])
+    noise = torch.randn(batch, *LATENT, generator=g)
+    sigma = torch.randn(batch, generator=g).sigmoid()
+    fewer, share = torch.rand(2, batch, generator=g)
+    log_zeros = log(ZEROS) * torch.where(fewer < FEWER_ZEROS, share, 1.0)
+    return latents[rows], noise, sigma, tokens, log_zeros
+
+
+def flow_loss(parts: Parts) -> Callable[..., Tensor]:
+    """The squared error of the velocity, for a text tower."""
+
+    def loss(
+        transformer: Any, x0: Tensor, noise: Tensor, sigma: Tensor, tokens: Tensor, zeros: Tensor
+    ) -> Tensor:
+        x, read = x0 + sigma[:, None, None, None] * (noise - x0), parts.read(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            v = velocity(transformer, x, sigma, read, zeros)
+        return (v.float() - (noise - x0)).square().mean()
+
+    return loss
+
+
+@torch.no_grad()
+def sample(transformer: Any, parts: Parts, prompts: list[str], seed: int) -> Tensor:
+    """28 Euler steps with guidance 4 -> images in [0, 1]."""
+    text = parts.read(tokenise(parts.tokenizer, [*prompts, *[""] * len(prompts)]))
+    x = torch.randn(len(prompts), *LATENT, generator=Generator().manual_seed(seed))
+    zeros = torch.full((2 * len(x),), log(ZEROS))
+    for sigma, following in pairwise(torch.linspace(1, 0, 29)):
+        with torch.autocast("cpu", torch.bfloat16):
+            both = velocity(
+                transformer, x.repeat(2, 1, 1, 1), sigma.expand(len(zeros)), text, zeros
+            )
+        v, free = both.float().chunk(2)
+        x = x + (following - sigma) * (free + 4 * (v - free))
+    return parts.decode(x)
+
+
+def export(average: Any, step: int, parts: Parts, outdir: Path) -> None:
+    """The pipeline's folder, usual prompts from two seeds, and how far it has come."""
+    images = torch.cat([sample(average, parts, list(SHOWN), seed) for seed in (0, 1)])
+    save_png(outdir / "samples.png", grid(images, columns=8))
+    write_pipeline(average, parts, outdir / "tiny-sd3")
+    write_json(outdir / "state.json", {"steps": step})
+
+
+@training(Plan(50_000, 32, 5e-4, warmup=500, cooldown=0, ema_steps=1000))
+def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
+    """Train, or go on; OUTDIR/tiny-sd3 is the pipeline at any time."""
+    torch.backends.cuda.enable_flash_sdp(False)  # its backward is slow on CPUs for so few tokens
+    emoji = load_emoji(data)
+    parts = load_parts(outdir.with_name("vae") / "vae", outdir.with_name("clip") / "clip")
+    transformer = load_part(diffusers.SD3Transformer2DModel, "transformer", start).train()
+    if not start:
+        initialise(transformer, plan.seed, ZERO)
+    fold_zeros(transformer, ZEROS, 0)
+    pool = Pool(parts, Stage(emoji), load_pictures(data, emoji), plan.seed)
+    silence = tokenise(parts.tokenizer, [""])
+    draw = partial(drawn, pool=pool, silence=silence, batch=plan.batch)
+    show = partial(export, parts=parts, outdir=outdir)
+    fit_network(transformer, draw, flow_loss(parts), plan, outdir, show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The loop that trains small networks: it resumes to the bit, and threads change nothing."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from exps.build.fit_network import LOG_EVERY, Plan, fit_network, gradients, initialise, lr_at
+from src.files import read_jsonl
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def line() -> nn.Linear:
+    network = nn.Linear(3, 1)
+    nn.init.constant_(network.weight, 0.5)
+    nn.init.zeros_(network.bias)
+    return network
+
+
+def draw(_: int, g: Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 3, generator=g)
+    return x, x.sum(1, keepdim=True)
+
+
+def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (network(x) - y).square().mean()
+
+
+def test_a_run_learns_leaves_a_log_and_is_not_trained_again(tmp_path: Path) -> None:
+    steps: list[int] = []
+    plan = Plan(300, 8, 0.05, warmup=10, save_every=200)
+    average = fit_network(line(), draw, loss, plan, tmp_path, lambda _, step: steps.append(step))
+    assert float(loss(average, *draw(0, Generator().manual_seed(9)))) < 1e-3
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 300 // LOG_EVERY
+    assert steps == [200, 300]
+    again = fit_network(line(), draw, loss, plan, tmp_path, lambda _, step: steps.append(step))
+    assert torch.equal(average.get_parameter("weight"), again.get_parameter("weight"))
+    assert steps == [200, 300]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    plan = Plan(40, 8, 0.05, part=3, cooldown=0.5, save_every=10)
+    whole, parts = line(), line()
+    fit_network(whole, draw, loss, plan, tmp_path / "whole", lambda *_: None)
+
+    def failing(step: int, g: Generator) -> tuple[Tensor, Tensor]:
+        if step == 25:
+            raise KeyboardInterrupt
+        return draw(step, g)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_network(line(), failing, loss, plan, tmp_path / "parts", lambda *_: None)
+    fit_network(parts, draw, loss, plan, tmp_path / "parts", lambda *_: None)
+    assert torch.equal(whole.weight, parts.weight)
+
+
+def test_more_steps_change_nothing_that_came_before(tmp_path: Path) -> None:
+    short, long = line(), line()
+    for steps in (20, 40):
+        plan = Plan(steps, 8, 0.05, cooldown=0, save_every=20)
+        fit_network(short, draw, loss, plan, tmp_path / "short", lambda *_: None)
+    fit_network(long, draw, loss, plan, tmp_path / "long", lambda *_: None)
+    assert torch.equal(short.weight, long.weight)
+
+
+@pytest.mark.parametrize("part", [1, 3, 8])
+def test_parts_do_not_change_the_gradient(part: int) -> None:
+    whole, split = line(), line()
+    rows = draw(0, Generator().manual_seed(1))
+    loss(whole, *rows).backward()
+    with ThreadPoolExecutor(2) as pool:
+        gradients(split, loss, rows, part, pool)
+    torch.testing.assert_close(split.weight.grad, whole.weight.grad)
+
+
+def test_the_rate_rises_stays_and_falls_to_zero() -> None:
+    plan = Plan(100, 1, 0.2, warmup=10, cooldown=0.5)
+    assert [lr_at(step, plan) for step in (0, 9, 50, 75, 100)] == pytest.approx(
+        [0.02, 0.2, 0.2, 0.1, 0]
+    )
+
+
+@pytest.mark.parametrize("zero", [(), ("0.weight",)])
+def test_weights_hang_on_the_seed(zero: tuple[str, ...]) -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    initialise(network, 5, zero)
+    first = {name: p.clone() for name, p in network.named_parameters()}
+    initialise(network, 5, zero)
+    assert all(torch.equal(first[name], p) for name, p in network.named_parameters())
+    assert bool(first["0.weight"].any()) == (not zero)
+    assert bool((first["1.weight"] == 1).all())
