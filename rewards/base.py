@@ -71,12 +71,14 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
         )
 
 
-def has_gradient(reward: Reward, device: torch.device | str = "cpu") -> bool:
+def has_gradient(
+    reward: Reward, device: torch.device | str = "cpu", prompt: str = "a picture"
+) -> bool:
     """Whether training may follow the gradient of a reward, tried on one small noisy picture."""
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     image = noise.to(device).requires_grad_()
     with torch.enable_grad():
-        scores = score(reward, image, ["a picture"])
+        scores = score(reward, image, [prompt])
         if not scores.requires_grad:
             return False
         (slope,) = torch.autograd.grad(scores.sum(), image, allow_unused=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards.registry import Shelf
+from rewards.registry import Loader
 from rewards.states import fill, read_state
 
 WEIGHTS = Path(__file__).parents[1] / "src/models/fashion-mnist-judge/model.safetensors"
@@ -61,7 +61,7 @@ class ClothesClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class FashionJudge:
-    """log p(class | image), at most 0: a Reward whose prompts are classes."""
+    """ln p(class | image), at most 0: a Reward with a gradient, whose prompts are classes."""
 
     network: ClothesClassifier
     device: torch.device
@@ -74,7 +74,6 @@ class FashionJudge:
         """ln p of each class, [B, 10]; as `features`, with a gradient."""
         return F.log_softmax(self.network(self._grey(images)), -1)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As Reward; a prompt is a class by number ("7") or by name ("Sneaker")."""
         rows = torch.tensor([class_of(prompt) for prompt in prompts], device=self.device)
@@ -101,6 +100,6 @@ def load_judge(path: Path = WEIGHTS, device: torch.device | str = "cpu") -> Fash
     return FashionJudge(network.requires_grad_(False).eval(), device)
 
 
-def load(shelf: Shelf) -> FashionJudge:
+def load(loader: Loader) -> FashionJudge:
     """The reward."""
-    return load_judge(device=shelf.setup.device)
+    return load_judge(device=loader.setup.device)

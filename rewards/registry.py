@@ -114,6 +114,13 @@ ADAPTERS = {
         "cosine of the prompt's sentence embedding with the one guessed from the image, for "
         "emoji: about 0.55 for the right name, 0.25 for another; no training sees it",
     ),
+    "fashion-judge": Adapter(
+        "rewards.fashion",
+        "load",
+        (),
+        "ln p of the class that is asked for, at most 0, for Fashion-MNIST: a classifier trained "
+        "here on the same pictures, not on the model's",
+    ),
 }
 GONE = {"brisque": "no model of grain is served any more: efficientnet-minilm, clip or aesthetic"}
 

@@ -1,4 +1,4 @@
-"""Emoji as pictures and captions: names, tones, what is held out, and what a scene says of itself."""
+"""Emoji as pictures and captions: names, tones, what is held out, what a scene says of itself."""
 
 from dataclasses import replace
 from pathlib import Path

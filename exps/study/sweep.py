@@ -1,0 +1,104 @@
+"""Learning curves of stage 2 under several settings, seed by seed, at equal images.
+
+    python -m exps.study.sweep --config exps/mixture-3x4x4/groupings.yaml \
+        --vary ppo.grouping=crn,prompt,mixed --seeds 0-4 --outdir exps/mixture-3x4x4
+
+Every run is `python -m training.ppo.launch` with one value and one seed. What has ended is not run
+again.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import click
+import torch
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from backends.load import find_model
+from backends.mixture import Mixture, read_mixture
+from src.files import read_jsonl, write_atomically, write_text
+from src.options import OneLineCommand, SeedList, one_line_errors
+from src.stats import Estimate, mean_of
+
+
+def nearness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward for mixture-3x4x4: minus the squared distance to the mean of the class, in stds."""
+    mixture = shipped_mixture()
+    classes = torch.tensor([int(prompt) for prompt in prompts])
+    means, std = mixture.means[classes].clamp(-1, 1), mixture.std[classes]
+    return -(images.double() * 2 - 1 - means).square().flatten(1).mean(1) / std.square()
+
+
+@cache
+def shipped_mixture() -> Mixture:
+    """The mixture that ships."""
+    return read_mixture(find_model("mixture-3x4x4"))[0]
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """The lines of the one run under a folder; none before it has begun."""
+    files = sorted(folder.rglob("metrics.jsonl"))
+    return read_jsonl(files[-1]) if files else []
+
+
+def curve(runs: Sequence[Sequence[dict[str, float]]], name: str) -> list[tuple[int, Estimate]]:
+    """Step by step, the mean of a metric over runs and its 95 % interval; steps that all have."""
+    values: dict[int, list[float]] = {}
+    for line in (line for run in runs for line in run if name in line):
+        values.setdefault(int(line["step"]), []).append(line[name])
+    whole = {step: each for step, each in values.items() if len(each) == len(runs)}
+    return [(step, mean_of(torch.tensor(whole[step]))) for step in sorted(whole)]
+
+
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
+@click.option("--config", required=True, help="A file of training/ppo/cfgs.")
+@click.option("--vary", required=True, help="section.key=value,value,...")
+@click.option("--override", multiple=True, help="section.key=value, for all.")
+@click.option("--seeds", type=SeedList(), default="0-4")
+@click.option("--outdir", type=click.Path(path_type=Path), required=True)
+@one_line_errors
+def main(
+    config: str, vary: str, override: tuple[str, ...], seeds: list[int], outdir: Path
+) -> None:
+    """Train with every value and seed; write curves.csv and curves.png to OUTDIR."""
+    key, _, values = vary.partition("=")
+    settings = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(override)))
+    name, batch = settings.reward.type, settings.ppo.rollout_batch_size
+    rows, figure = ["value,images,gain,low,high"], Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    for value in values.split(","):
+        runs = []
+        for seed in seeds:
+            folder = outdir / "runs" / f"{value}-{seed}"
+            if not any(line["step"] >= settings.ppo.steps for line in metrics_of(folder)):
+                own = (
+                    *override,
+                    f"{key}={value}",
+                    f"run.seed={seed}",
+                    f"run.output_root={folder}",
+                )
+                command = [sys.executable, "-m", "training.ppo.launch", "--config", config]
+                subprocess.run(
+                    [*command, *(w for o in own for w in ("--override", o))], check=True
+                )
+            runs.append(metrics_of(folder))
+        line = curve(runs, f"eval/{name}_gain")
+        images = [step * batch for step, _ in line]
+        axes.plot(images, [g.value for _, g in line], marker=".", label=value)
+        axes.fill_between(images, [g.low for _, g in line], [g.high for _, g in line], alpha=0.2)
+        rows += [f"{value},{s * batch},{g.value:.6g},{g.low:.6g},{g.high:.6g}" for s, g in line]
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set(xlabel="images trained on", ylabel=f"gain of {name.rpartition(':')[2]}, held out")
+    axes.legend(title=f"{key}, {len(seeds)} seeds, 95 % intervals")
+    write_text(outdir / "curves.csv", "\n".join(rows) + "\n")
+    with write_atomically(outdir / "curves.png") as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
