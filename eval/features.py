@@ -20,17 +20,20 @@ from torch import Tensor, nn
 
 from rewards.efficientnet import PACKAGES, prepared
 from rewards.efficientnet import load_features as load_efficientnet
+from rewards.fashion import WEIGHTS as JUDGE
+from rewards.fashion import load_judge
 from rewards.fingerprint import source_hash
 from rewards.states import fill, read_state
-from rewards.weights import require
+from rewards.weights import require, sha256
 from src.files import nearest, read_json
 from src.images import to_bytes
 
-SPACES = ("inception", "efficientnet", "clip", "dinov2")
+SPACES = ("inception", "efficientnet", "clip", "dinov2", "fashion-judge")
 EFFICIENTNET = (
     "EfficientNet-lite0, pooled features [1280]; input resized to 224x224 (bicubic, antialiased, "
     "half-pixel centres), grey repeated to 3 channels, (255 x - 127) / 128"
 )
+FASHION = "the last layer's input [128] of src/models/fashion-mnist-judge, a classifier"
 INCEPTION = "Inception-v3 of 2015-12-05, pooled features [2048]: the features of FID"
 GET_INCEPTION = (
     "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's release) or NVIDIA's TorchScript"
@@ -101,6 +104,10 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
             return features.maps(prepared(images, features.side)).mean((2, 3))
 
         return FeatureSpace(name, EFFICIENTNET, efficientnet, device, PACKAGES)
+    if name == "fashion-judge":
+        return FeatureSpace(
+            name, FASHION, load_judge(device=device).features, device, sha256(JUDGE)
+        )
     return _own(name, device)
 
 

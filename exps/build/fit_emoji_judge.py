@@ -18,8 +18,7 @@ from torch import Generator, Tensor
 from exps.build.emoji_data import load_emoji, load_pictures, on_white
 from exps.build.scenes import Stage, paint
 from rewards.efficientnet import Features, load_features
-from rewards.efficientnet_minilm import SIDE
-from rewards.minilm import load_minilm
+from rewards.efficientnet_minilm import SIDE, load_minilm
 from rewards.weights import require
 from src.files import write_atomically, write_json
 

@@ -1,10 +1,8 @@
 """The features of EfficientNet-lite0, and `efficientnet-minilm` on them."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -163,35 +161,3 @@ def test_other_files_and_images_are_refused(tmp_path: Path) -> None:
     for shape in ((2, 32, 32), (2, 4, 32, 32)):
         with pytest.raises(ValueError, match="1 or 3"):
             prepared(torch.zeros(shape))
-
-
-# --- how the matrix was fitted ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fitting() -> Any:
-    spec = importlib.util.spec_from_file_location("fit_judge", module.MATRIX.with_name("fit.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # dataclasses look there
-    spec.loader.exec_module(made)
-    return made
-
-
-def test_the_ridge_has_no_downhill_left(fitting: Any) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(20, d, generator=g, dtype=torch.float64) for d in (6, 3))
-    weight, bias = (t.requires_grad_() for t in fitting.ridge(x, y, 0.1))
-    loss = (x @ weight.T + bias - y).square().sum() + 20 * 0.1 * weight.square().sum()
-    loss.backward()
-    for part in (weight, bias):
-        torch.testing.assert_close(part.grad, torch.zeros_like(part), rtol=0, atol=1e-10)
-
-
-def test_retrieval_counts_how_often_the_own_one_comes_first(fitting: Any) -> None:
-    result = fitting.retrieval(torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.3], [0.2, 0.1, 0.6]]))
-    assert result["name_of_picture_first"] == pytest.approx(2 / 3)
-    assert result["picture_of_name_first"] == 1
-    assert result["own_above_other"] == pytest.approx(5 / 6)
-    assert result["cosine_own"] == pytest.approx(1.9 / 3)
