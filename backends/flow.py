@@ -55,8 +55,14 @@ def flow_levels(config: Mapping[str, Any], tokens: int) -> NoiseLevels:
     shifts = shifts_of(config)
     if shifts.dynamic:
         return NoiseLevels(FLOW, 1 / CLOCK, 1.0, mu=shifts.mu(tokens))
-    low = shifts.shift / CLOCK / (1 + (shifts.shift - 1) / CLOCK)
-    return NoiseLevels(FLOW, low, 1.0, shift=shifts.shift)
+    return NoiseLevels(FLOW, shifted_end(config), 1.0, shift=shifts.shift)
+
+
+def shifted_end(config: Mapping[str, Any]) -> float:
+    """The level of a scheduler's first timestep, the lowest that its model was trained on."""
+    end = 1 / config.get("num_train_timesteps", CLOCK)
+    shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
+    return end if config.get("use_dynamic_shifting") else shift * end / (1 + (shift - 1) * end)
 
 
 def shifts_of(config: Mapping[str, Any]) -> Shifts:

@@ -1,6 +1,6 @@
 """Where diffusers' pipelines are opened: folders, names on the hub, single files.
 
-This module and `drop_in` alone import diffusers; `load` imports it when a model asks for it.
+This module and `scheduler` alone import diffusers; `load` imports them when a model asks.
 """
 
 import json
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from backends.any_pipeline import any_backend
 from backends.base import Backend, ModelOptions
 from backends.flux import flux_backend
 from backends.ldm import sd_backend, uncond_backend
@@ -116,15 +117,9 @@ def load_pipeline(
 
 
 def wrap(pipe: Any, device: torch.device, options: ModelOptions | None = None) -> Backend:
-    """The backend of a pipeline that is open already; ValueError for an unknown kind."""
-    return kind_of(type(pipe).__name__).backend(pipe, device, options or ModelOptions())
-
-
-def kind_of(class_name: str) -> Kind:
-    """The kind of a pipeline; ValueError for one that is not known."""
-    if class_name not in KINDS:
-        raise ValueError(f"{class_name} is not served: {', '.join(KINDS)} are")
-    return KINDS[class_name]
+    """The backend of a pipeline that is open already; ValueError for one that cannot be served."""
+    kind = KINDS.get(type(pipe).__name__)
+    return (kind.backend if kind else any_backend)(pipe, device, options or ModelOptions())
 
 
 def quiet() -> None:
@@ -140,14 +135,17 @@ def quiet() -> None:
 def opened(name: str, dtype: torch.dtype | None) -> Any:
     """The pipeline of a folder or a name; on the hub, diffusers fetches what is not cached."""
     index = read_index(name)
-    kind = kind_of(index.get("_class_name", "a folder without _class_name"))
-    lost = lacking(Path(name), index)
-    if lost:
+    class_name = index.get("_class_name", "")
+    if getattr(diffusers, str(class_name), None) is None:
+        raise ValueError(f"{name}: no pipeline of diffusers is called {str(class_name)[:80]!r}")
+    kind, missing = KINDS.get(class_name), lacking(Path(name), index)
+    if missing:
+        whole = f"the whole is {kind.source} on the hub, {kind.gigabytes} GB; " if kind else ""
         raise ValueError(
-            f"{Path(name) / lost[0]} has no weights (.safetensors): the whole is {kind.source} on "
-            f"the hub, {kind.gigabytes} GB; give the folder of a local copy with --model"
+            f"{Path(name) / missing[0]} has no weights (.safetensors): {whole}give the folder of "
+            "a local copy with --model"
         )
-    return from_folder(name, index, dtype or kind.half, {})
+    return from_folder(name, index, dtype or (kind.half if kind else torch.bfloat16), {})
 
 
 def read_index(name: str) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
 from solvers.epd import EPD, ParallelMultistep, step_rates
 from solvers.exponential import DEIS, DPMpp, UniPC
-from solvers.field import Field, Tally
-from solvers.integrate import Solver, integrate, levels
+from solvers.field import Field, Rates, Tally
+from solvers.integrate import Loop, Solver, advance, integrate, levels
 from solvers.process import VE, Level, Process
 from solvers.schedules import NoiseLevels
 
@@ -157,26 +157,53 @@ class Sampler:
         x is standard normal noise times sigmas[0]. A table moves to the device of x, once.
         `detach` cuts the gradient between steps. `field.tally` counts calls and rows.
         """
-        solver, rates = self.solver, None
-        if self.rates is not None:
-            rates = tuple((rate,) for rate in self.rates)
-        if isinstance(solver, EPD | ParallelMultistep):
-            solver = replace(solver, table=solver.table.to(x))
-            rates = step_rates(solver.table) or rates
-        sigmas: tuple[Level, ...] = self.sigmas
-        if self.grids is not None:
-            inner = self.grids[:, 1:-1].to(x).reshape(len(x), -1, *[1] * x.ndim)
-            sigmas = (sigmas[0], *inner.unbind(1), sigmas[-1])
+        at = self.at(x)
+        first, correct, rates = at.hooks()
         return integrate(
-            solver,
+            at.solver,
             field,
             x,
-            sigmas,
-            first_slope=self.process.first_slope if self.afs else None,
-            correct=solver.correct if isinstance(solver, UniPC) else None,
+            at.grid(x),
+            first_slope=first,
+            correct=correct,
             rates=rates,
             detach=detach,
         )
+
+    def advance(self, field: Field, loop: Loop) -> Loop:
+        """One step of `states`, for whoever cannot call the network from inside; see `Loop`."""
+        at = self.at(loop.x)
+        first, correct, rates = at.hooks()
+        grid = at.grid(loop.x[:, 0])
+        return advance(
+            loop, at.solver, field, grid, first_slope=first, correct=correct, rates=rates
+        )
+
+    def at(self, x: Tensor) -> "Sampler":
+        """The same with its table where x is."""
+        if not isinstance(self.solver, EPD | ParallelMultistep):
+            return self
+        return replace(self, solver=replace(self.solver, table=self.solver.table.to(x)))
+
+    def grid(self, x: Tensor) -> tuple[Level, ...]:
+        """The levels of the samples x [B, *], floats where all have the same."""
+        if self.grids is None:
+            return self.sigmas
+        inner = self.grids[:, 1:-1].to(x).reshape(len(x), -1, *[1] * x.ndim)
+        return (self.sigmas[0], *inner.unbind(1), self.sigmas[-1])
+
+    def hooks(self) -> tuple[Any, Any, tuple[Rates, ...] | None]:
+        """What the loop is told besides: the free first slope, the corrector, rates by step."""
+        rates = None if self.rates is None else tuple((rate,) for rate in self.rates)
+        if isinstance(self.solver, EPD | ParallelMultistep):
+            rates = step_rates(self.solver.table) or rates
+        correct = self.solver.correct if isinstance(self.solver, UniPC) else None
+        return self.process.first_slope if self.afs else None, correct, rates
+
+    @property
+    def own_rates(self) -> bool:
+        """Whether steps or points have guidance rates of their own."""
+        return self.rates is not None or self.hooks()[2] is not None
 
     @property
     def strongest(self) -> float:

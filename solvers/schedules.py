@@ -179,6 +179,7 @@ class NoiseLevels:
     timesteps: Timesteps | None = None
     shift: float = 1.0
     mu: float | None = None  # dynamic shift, by resolution
+    own: Callable[[int, float | None], Sequence[float]] | None = None  # (num_steps, mu): a grid
 
     def grid(
         self,
@@ -206,6 +207,8 @@ class NoiseLevels:
                 t = self.timesteps
                 rho = 1 if rho is None else rho
                 return discrete(num_steps, t.first, t.last, t.sigma_of, rho)
+            case "flowmatch" if self.own:
+                return custom(self.own(num_steps, self.mu))
             case "flowmatch" if self.process.name == "flow":
                 return flowmatch(num_steps, shift=self.shift, mu=self.mu)
             case "discrete" | "flowmatch":

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import sample
-from tests.backends import pipeline_twins as twins
+from tests import twins
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ import sample
 import sample_sd3
 from solvers.predictor import find_predictor, load_predictor, save_predictor
 from src.images import read_png
-from tests.backends import pipeline_twins as twins
+from tests import twins
 
 Run = Callable[..., Result]
 EULER = ("--solver", "euler", "--num_steps", "3")

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 import sample
 import train_distill
 from solvers.predictor import load_predictor
-from tests.backends import pipeline_twins as twins
+from tests import twins
 
 ADAM = ("--method", "gradient", "--total_kimg", "0.004", "--batch", "2", "--validation", "2")
 FEW = (*ADAM, "--fine_steps", "5", "--num_steps", "3")

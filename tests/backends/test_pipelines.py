@@ -26,7 +26,7 @@ from solvers.field import Field
 from solvers.integrate import integrate
 from solvers.predictor import find_predictor, load_predictor
 from src.seeds import randn
-from tests.backends import pipeline_twins as twins
+from tests import twins
 from tests.backends.original_layout import original, original_sd3, original_vae
 
 NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -430,8 +430,8 @@ def test_a_name_that_no_hub_gives_is_one_line() -> None:
 
 
 def test_a_pipeline_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
-    with pytest.raises(ValueError, match="AudioLDMPipeline is not served"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MadeUpPipeline"}')
+    with pytest.raises(ValueError, match="no pipeline of diffusers is called 'MadeUpPipeline'"):
         load_backend(str(tmp_path))
 
 

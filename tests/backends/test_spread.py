@@ -25,7 +25,7 @@ from solvers.process import VE
 from solvers.sampler import Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels
 from src import ranks
-from tests.backends import pipeline_twins as twins
+from tests import twins
 from tests.tiny import tiny_edm
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from backends.zeros import fold_zeros
 pytest.importorskip("diffusers")
 
 from backends import pipelines
-from tests.backends import pipeline_twins as twins
+from tests import twins
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from eval.measure import Study, measure, solve_finely
 from eval.prompted import jobs_for
 from rewards.base import score
 from rewards.registry import load_reward
-from tests.backends import pipeline_twins as twins
+from tests import twins
 from tests.rewards.twins import write_open_clip_folder
 from tests.tiny import tiny_model
 

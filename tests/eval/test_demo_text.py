@@ -13,7 +13,7 @@ from solvers.epd import Directions
 from solvers.predictor import Predictor, save_predictor
 from solvers.recipe import Recipe
 from src.images import read_png
-from tests.backends import pipeline_twins as twins
+from tests import twins
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rewards import clip
 from solvers.predictor import Predictor, find_predictor, load_predictor, save_predictor
-from tests.backends import pipeline_twins
+from tests import twins
 from tests.rewards.twins import OPEN_CLIP, open_clip_state
 from training.ppo import launch
 from training.ppo.config import load_config
@@ -39,7 +39,7 @@ def small_hps(patch: pytest.MonkeyPatch) -> None:
 
 def write_twins(name: str, folder: Path) -> None:
     """What a file needs: its model, the predictor for its size, and HPS."""
-    pipeline_twins.saved(folder / "model", pipeline_twins.MAKERS[FAMILIES[name]]())
+    twins.saved(folder / "model", twins.MAKERS[FAMILIES[name]]())
     predictor = load_predictor(find_predictor(config_of(name).data.predictor_snapshot))
     recipe = dataclasses.replace(predictor.recipe, img_resolution=SIDE)
     save_predictor(Predictor(predictor.table, recipe), folder / "start.pkl")

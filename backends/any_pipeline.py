@@ -1,0 +1,297 @@
+"""A backend of any diffusers pipeline, by its own code: no family has an adapter here.
+
+A call of the pipeline with a scheduler of one timestep is a call of the network at any levels,
+one a row; with a scheduler of none it is the way from latents to images. Prompts, guidance,
+rounding and the layout of latents stay the pipeline's. A latent is what its loop steps.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.base import Backend, ModelOptions, Prompt
+from backends.clock import Clock, clock_of, levels_of, spread_of
+from backends.families import (
+    EMBEDDED,
+    FROM_ZERO,
+    STACKED,
+    family_of,
+    guidance_name,
+    lent,
+    one_time,
+    parameters_of,
+)
+from backends.latents import prepare_vae
+from backends.text import usual_text
+from solvers.field import Condition, Denoiser
+
+
+@dataclass
+class OneCall:
+    """A scheduler whose timesteps are those of one call, or of none, and what it was handed."""
+
+    like: Any
+    clock: Clock
+    sigma: Tensor | None = None  # [R], in float64 on the CPU
+    columns: int = 1  # how often the rows stand in the network's batch
+    rows: bool = True  # whether each row has a time of its own
+    output: Tensor | None = None
+    sample: Tensor | None = None
+    mu: float | None = None
+    order: int = 1
+    init_noise_sigma: float = 1.0
+    timesteps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    sigmas: Tensor = field(default_factory=lambda: torch.zeros(2))
+
+    @property
+    def config(self) -> Any:
+        """The pipeline's own scheduler's."""
+        return self.like.config
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """Take note of how levels are told."""
+        self.mu = mu
+        if sigmas is not None and timesteps is not None:
+            self.clock = replace(self.clock, spread=spread_of(self.like, mu))
+        if self.sigma is not None:
+            t = self.clock.timesteps(self.sigma).float()
+            t = t.repeat(self.columns)[None] if self.rows else t[:1]
+            self.timesteps = t.to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """There is one call."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the network sees."""
+        assert self.sigma is not None
+        sigma = self.sigma.to(sample).repeat(len(sample) // len(self.sigma))
+        return self.clock.seen(sample, sigma)
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> tuple[Tensor]:
+        """Keep the network's output."""
+        self.output, self.sample = model_output, sample
+        return (sample,)
+
+
+@dataclass
+class Opened:
+    """A pipeline, its own scheduler, and the texts met so far."""
+
+    pipe: Any
+    options: ModelOptions
+    like: Any
+    clock: Clock
+    texts: list[str] = field(default_factory=lambda: [""])  # by the number that stands for each
+    memory: dict[str, Any] = field(default_factory=dict)  # what encode_prompt gave
+    first: dict[str, Any] = field(default_factory=dict)  # what prepare_latents took and gave
+
+    def call(
+        self, scheduler: OneCall, texts: Sequence[str], x: Tensor | None = None, **given: Any
+    ) -> Any:
+        """What the pipeline returns with this scheduler, from latents x if they are given."""
+        names = parameters_of(self.pipe)
+        usual = {"use_resolution_binning": False, "cfg_truncation": 2.0}  # none of either
+        given |= {name: value for name, value in usual.items() if name in names}
+        given |= dict(zip(("height", "width"), self.options.size or (), strict=False))
+        given |= {"prompt": list(texts), "generator": torch.Generator(self.pipe.device)}
+        parts: dict[str, Any] = {
+            "scheduler": scheduler,
+            "prepare_latents": handing(self.pipe.prepare_latents, x, self.first),
+            "encode_prompt": remembering(self.pipe.encode_prompt, self.memory),
+        }
+        with lent(self.pipe, **parts), torch.no_grad():
+            return self.pipe(**given, return_dict=False)[0]
+
+    def look(self, steps: int) -> OneCall:
+        """What the pipeline hands its scheduler for so many steps, without a network call."""
+        scheduler = OneCall(self.like, self.clock)
+        self.call(scheduler, [""], num_inference_steps=steps, output_type="latent")
+        return scheduler
+
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        """x [B, *] at sigma [B] -> E[x0 | x, sigma] [B, *]."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("a pipeline gives no gradients: learn by --method fit")
+        given = cond.given if cond else {}
+        texts = [self.texts[i] for i in given.get("prompt", torch.zeros(len(x))).int().tolist()]
+        rates = given.get("rate", torch.ones(len(x))).double()
+        rows, levels = one_time(self.pipe) is None, sigma.double().cpu()
+        kinds = (
+            rates if rows else torch.stack([rates, levels], -1)
+        )  # what one call can have one of
+        x0 = torch.empty_like(x)
+        for kind in kinds.unique(dim=0):
+            at = (kinds == kind).reshape(len(x), -1).all(-1).nonzero()[:, 0].tolist()
+            rate = rates[at[0]].item()
+            scheduler = OneCall(self.like, self.clock, levels[at], self.columns(rate), rows)
+            arguments = self.guidance(rate, len(at))
+            asked = [texts[i] for i in at]
+            self.call(scheduler, asked, x[at], output_type="latent", **arguments)
+            assert scheduler.output is not None
+            x0[at] = scheduler.clock.clean(x[at], sigma[at], scheduler.output)
+        return x0
+
+    def columns(self, rate: float) -> int:
+        """How often the rows stand in the network's batch."""
+        return 2 if rate > 1 and family_of(self.pipe) in STACKED else 1
+
+    def guidance(self, rate: float, rows: int) -> dict[str, Any]:
+        """The pipeline's arguments for a guidance rate, 1 being none."""
+        name, family = guidance_name(self.pipe), family_of(self.pipe)
+        if name is None:
+            return {}
+        given: dict[str, Any] = {name: rate - 1 if family in FROM_ZERO else rate}
+        negative = self.options.negative_prompt
+        if negative is None and name == "true_cfg_scale":
+            negative = ""  # such pipelines guide where there is one
+        if rate > 1 and negative is not None:
+            given["negative_prompt"] = [negative] * rows
+        return given
+
+    def guide(self, network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
+        """The denoiser under the pipeline's own guidance; ValueError for a rate that it lacks."""
+        if rate != 1 and (guidance_name(self.pipe) is None or rate < 1):
+            raise ValueError(f"guidance_rate {rate}: this pipeline has 1 (none), or more")
+
+        def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+            rates = (rate,) if cond is None or cond.rates is None else cond.rates
+            if not isinstance(rates, Tensor):
+                rates = torch.tensor(rates).repeat_interleave(len(x) // len(rates))
+            given = cond.given if cond else {}
+            return network(x, sigma, Condition({**given, "rate": rates.cpu()}))
+
+        return guided
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
+        """Texts as numbers that stand for them; the pipeline encodes each once, when asked."""
+        wrong = [p for p in prompts if not isinstance(p, str | None)]
+        if wrong:
+            raise ValueError(f"this model takes a text for every image, not {wrong[0]!r}")
+        texts = ["" if p is None else str(p) for p in prompts]
+        self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
+        return Condition({"prompt": torch.tensor([self.texts.index(text) for text in texts])})
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, *] -> images [B, 3, H, W] in [0, 1]; a video's frames side by side."""
+        scheduler = OneCall(self.like, self.clock)
+        images = self.call(scheduler, [""] * len(latents), latents, output_type="pt")
+        images = images if isinstance(images, Tensor) else torch.stack(list(images))
+        if images.ndim == 5:
+            images = torch.cat(images.unbind(1), -1)
+        return images.float().clamp(0, 1)
+
+
+def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
+    """The backend of a text-to-image or text-to-video pipeline, whose parts it shares.
+
+    Raises ValueError, with the reason, for one that cannot be asked at levels of our choice.
+    """
+    name, names = type(pipe).__name__, parameters_of(pipe)
+    clock = clock_of(pipe.scheduler)
+    if "prompt" not in names or not callable(getattr(pipe, "prepare_latents", None)):
+        raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
+    if options.encode_first:
+        raise ValueError(f"{name} keeps its text encoders: take --cpu_offload for memory")
+    if options.negative_prompt and ("negative_prompt" not in names or family_of(pipe) in EMBEDDED):
+        raise ValueError(f"{name} takes no negative prompt: its guidance is part of the network")
+    prepare_vae(pipe.vae, options)
+    opened = Opened(pipe, options, pipe.scheduler, clock)
+    try:
+        steps = names["num_inference_steps"]
+        levels = levels_of(pipe.scheduler, clock, opened.look(steps).mu)
+        first = opened.first
+        network = pipe.components.get("transformer") or pipe.unet
+        return Backend(
+            family=name,
+            denoise=opened.denoise,
+            encode=opened.encode,
+            decode=opened.decode,
+            guide=opened.guide,
+            levels=levels,
+            shape=tuple(first["latents"].shape[1:]),
+            size=(int(first.get("height", 0)), int(first.get("width", 0))),
+            device=device,
+            dtype=network.dtype,
+            usual_prompt=usual_text,
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} is not served: {type(error).__name__}: {error}") from error
+
+
+def handing(
+    prepare: Callable[..., Any], x: Tensor | None, note: dict[str, Any]
+) -> Callable[..., Any]:
+    """A pipeline's prepare_latents that gives x, where there is one, in its own dtype."""
+    signature = inspect.signature(prepare)
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        result = prepare(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs).arguments
+        latents, *others = result if isinstance(result, tuple | list) else (result,)
+        note.update({n: bound[n] for n in ("height", "width") if n in bound}, latents=latents)
+        if x is not None:
+            latents = x.to(latents.dtype, copy=True)
+        return type(result)((latents, *others)) if isinstance(result, tuple | list) else latents
+
+    return prepared
+
+
+def remembering(encode: Callable[..., Any], memory: dict[str, Any]) -> Callable[..., Any]:
+    """A pipeline's encode_prompt that encodes each text once, alone where the results can join."""
+    signature = inspect.signature(encode)
+
+    def recall(arguments: dict[str, Any]) -> Any:
+        key = repr(sorted(arguments.items()))
+        if key not in memory:
+            memory[key] = encode(**arguments)
+        return memory[key]
+
+    def encoded(*args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        texts = given.get("prompt")
+        if not isinstance(texts, list) or any(isinstance(v, Tensor) for v in given.values()):
+            return encode(*args, **kwargs)
+        each = [
+            {n: [v[i]] if listed(v, len(texts)) else v for n, v in given.items()}
+            for i in range(len(texts))
+        ]
+        result = joined([recall(one) for one in each])
+        return recall(given) if result is None else result
+
+    return encoded
+
+
+def listed(value: Any, count: int) -> bool:
+    """Whether it is a list with a text for each of so many rows."""
+    return isinstance(value, list) and len(value) == count and isinstance(value[0], str)
+
+
+def joined(parts: list[Any]) -> Any:
+    """What texts gave one by one as what they give together; None where that is not the same."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], tuple):
+        columns = [joined(list(column)) for column in zip(*parts, strict=True)]
+        absent = [c is None and p is not None for c, p in zip(columns, parts[0], strict=True)]
+        return None if any(absent) else tuple(columns)
+    if isinstance(parts[0], list):
+        return [row for part in parts for row in part]
+    if not all(isinstance(part, Tensor) and part.shape == parts[0].shape for part in parts):
+        return None
+    if len(parts[0]) == 1:
+        return torch.cat(parts)
+    same = parts[0].ndim == 2 and all(torch.equal(part, parts[0]) for part in parts)
+    return parts[0] if same else None  # FLUX's places of tokens are those of every text

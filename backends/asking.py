@@ -1,0 +1,295 @@
+"""The loop turned inside out: a pipeline calls the network, and asks a scheduler what is next.
+
+`integrate` calls its field; a pipeline calls its scheduler. So a step is taken again with the
+answers so far, up to the place where it asks for one more: the same code, the same numbers.
+
+B images, K points of a request, C copies of an image among the rows of a pipeline (K where it
+takes all points in one call, else 1). Rows are [B * C, *], the copies of an image side by side,
+as `num_images_per_prompt` lays them out; under guidance by rows the same rows follow once more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.clock import Clock
+from solvers.field import Rates, of_points
+from solvers.integrate import Loop
+from solvers.process import Level
+from solvers.sampler import Sampler
+
+
+class Asked(Exception):
+    """Raised where a step asks for an answer that is not there yet."""
+
+    def __init__(self, x: Tensor, sigma: Level, told: Level, rates: Rates | None) -> None:
+        """x [B, K, *], at levels [1 or B, K, 1...] or one, and those that the network is told."""
+        super().__init__()
+        self.x, self.sigma, self.told, self.rates = x, sigma, told, rates
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A field that gives the slopes so far, in order, and raises Asked for the next."""
+
+    slopes: list[Tensor]  # [B, K, *] each
+    heard: Callable[[Tensor], object] = lambda _d: None
+    rates: Rates | None = None
+    used: list[Tensor] = field(default_factory=list)
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Level,
+        network_sigma: Level | None = None,
+        rates: Rates | None = None,
+    ) -> Tensor:
+        """x [B, K, *] at sigma -> its slope [B, K, *]."""
+        if len(self.used) == len(self.slopes):
+            told = sigma if network_sigma is None else network_sigma
+            own = of_points(self.rates, x.shape[1]) if rates is None else rates
+            raise Asked(x, sigma, told, own)
+        d = self.slopes[len(self.used)]
+        self.used.append(d)
+        self.heard(d)
+        return d
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sampler asks of the network at once."""
+
+    interval: int
+    sigma: tuple[float, ...]  # of x at each of the K points
+    told: tuple[float, ...]  # the level that the network is told there
+    first: bool  # of its interval
+    rates: tuple[float, ...] | None = None  # guidance at each point, where the table has its own
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one point alone."""
+        return len(self.sigma) == 1
+
+
+def requests_of(sampler: Sampler) -> list[Request]:
+    """A sampler's requests in order, seen by running it on nothing."""
+    requests: list[Request] = []
+    loop, slopes = Loop.start(torch.zeros(1, 1)), []
+    while loop.index < len(sampler.sigmas) - 1:
+        try:
+            loop, slopes = sampler.advance(answering(slopes), loop), []
+        except Asked as asked:
+            sigma, told = (per_point(s, asked.x.shape[1]) for s in (asked.sigma, asked.told))
+            rates = asked.rates
+            if isinstance(rates, Tensor):
+                raise ValueError("a table for each image is for our own loop") from None
+            requests.append(Request(loop.index, sigma, told, not slopes, rates))
+            slopes = [*slopes, torch.zeros_like(asked.x)]
+    return requests
+
+
+def answering(slopes: list[Tensor]) -> Any:
+    """A field that knows these slopes."""
+    return Answers(slopes)
+
+
+def per_point(level: Level, k: int) -> tuple[float, ...]:
+    """A level for each of K points."""
+    if isinstance(level, Tensor):
+        return tuple(level.detach().reshape(-1).expand(k).tolist())
+    return (level,) * k
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the pipeline's network: a request, and which of its points it answers."""
+
+    request: Request
+    points: slice
+    blank: bool = False  # the answer is not used: x moves to where the first request is
+
+    def spread(self, levels: tuple[float, ...], copies: int) -> list[float]:
+        """The levels of the call's points, one for each copy of an image."""
+        here = levels[self.points]
+        return list(here) if len(here) == copies else [here[0]] * copies
+
+
+def calls_of(requests: list[Request], copies: int, blank: bool) -> list[Call]:
+    """The calls of a pipeline: one a request where its points are copies, else one a point.
+
+    Raises ValueError where a request's points are not as many as the copies.
+    """
+    calls = [Call(requests[0], slice(0, 1), blank=True)] if blank else []
+    for request in requests:
+        k = len(request.sigma)
+        if copies == 1:
+            calls += [Call(request, slice(i, i + 1)) for i in range(k)]
+        elif k in (1, copies):
+            calls.append(Call(request, slice(0, k)))
+        else:
+            raise ValueError(f"{k} points do not go into {copies} rows of an image")
+    return calls
+
+
+@dataclass
+class Run:
+    """Images under way: which call is next, and what the calls so far have brought.
+
+    `still` is for pipelines that hand the network x as it is: where the first request is
+    elsewhere (AFS, parallel multistep), a blank call comes first. `rate` is the guidance where the
+    second half of the rows is under the negative prompt; a table's own takes its place.
+    """
+
+    sampler: Sampler
+    clock: Clock
+    copies: int = 1
+    still: bool = False
+    rate: float | None = None
+    index: int = 0
+    first: int = 0
+    loop: Loop | None = None
+    answers: list[Tensor] = field(default_factory=list)  # of this interval, [B, K, *] each
+    points: list[Tensor] = field(default_factory=list)  # of this request, [B, 1 or K, *] each
+    rows: Tensor | None = None  # what the pipeline was handed last, exactly
+
+    def __post_init__(self) -> None:
+        requests = requests_of(self.sampler)
+        self.moved = any(sigma != self.sampler.sigmas[0] for sigma in requests[0].sigma)
+        self.calls = calls_of(requests, self.copies, self.still and self.moved)
+        self.told = self.table([c.spread(c.request.told, self.copies) for c in self.calls])
+        self.at = self.table([c.spread(c.request.sigma, self.copies) for c in self.calls])
+
+    def table(self, rows: list[list[float]]) -> Tensor:
+        """Levels [calls, C] in float64."""
+        return torch.tensor(rows, dtype=torch.float64)
+
+    @property
+    def branches(self) -> int:
+        """How often each row stands in the batch: twice under guidance by rows."""
+        return 1 if self.rate is None else 2
+
+    @property
+    def now(self) -> Call:
+        """The next call; ValueError after the last one."""
+        if self.index >= len(self.calls):
+            raise ValueError(f"all {len(self.calls)} timesteps are taken: call set_timesteps")
+        return self.calls[self.index]
+
+    @property
+    def left(self) -> int:
+        """How many calls are to come."""
+        return len(self.calls) - self.index
+
+    @property
+    def alike(self) -> bool:
+        """Whether the copies of an image are the same in the next call."""
+        return self.now.blank or self.now.request.single
+
+    @property
+    def beginnings(self) -> list[int]:
+        """The calls at which images may begin: those that open an interval."""
+        before = [None, *(call.request for call in self.calls)]
+        return [
+            i
+            for i, call in enumerate(self.calls)
+            if call.request.first and call.request is not before[i]
+        ]
+
+    def begin(self, index: int) -> None:
+        """Begin at this call; ValueError inside an interval, whose start is not there."""
+        if index not in self.beginnings:
+            n = len(self.calls)
+            strengths = ", ".join(f"{(n - j) / n:.4g}" for j in self.beginnings)
+            raise ValueError(
+                f"timestep {index} of {n} is inside an interval of the solver: "
+                f"use num_inference_steps={n} and a strength of {strengths}"
+            )
+        if index != self.first:
+            self.index, self.first, self.loop = index, index, None
+
+    def level(self) -> list[float]:
+        """The level of x in the next call, for each copy of an image."""
+        if self.loop is None or self.now.blank:
+            return [self.sampler.sigmas[self.now.request.interval]] * self.copies
+        return self.now.spread(self.now.request.sigma, self.copies)
+
+    def start(self, x: Tensor) -> Tensor:
+        """Set out from x [B, *] -> the rows of the first call, in float32."""
+        self.loop = replace(Loop.start(x), index=self.now.request.interval)
+        self.sampler = self.sampler.at(self.loop.x)
+        self.told, self.at = self.told.to(self.loop.x), self.at.to(self.loop.x)
+        self.answers, self.points = [], []
+        return self.turned()
+
+    def turned(self) -> Tensor:
+        """As far as the answers go: the rows to ask about next, or x [B, *] at the end."""
+        assert self.loop is not None
+        while self.loop.index < len(self.sampler.sigmas) - 1:
+            try:
+                self.loop = self.sampler.advance(answering(self.answers), self.loop)
+                self.answers = []
+            except Asked as asked:
+                x = self.loop.x if self.now.blank else asked.x[:, self.now.points]
+                x = x.expand(-1, self.copies, *x.shape[2:]).flatten(0, 1)
+                self.rows = torch.cat([x] * self.branches)
+                return self.rows
+        return self.loop.x.squeeze(1)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """Rows of a pipeline -> the first of each image's copies, [B, *]."""
+        return rows[: len(rows) // self.branches : self.copies]
+
+    def edited(self, sample: Tensor) -> Tensor:
+        """A pipeline's rows in float32: what it was handed, and what was done to it since."""
+        assert self.rows is not None
+        rows = torch.cat([self.rows] * (len(sample) // len(self.rows)))  # twice under guidance
+        return rows + (sample.to(rows.dtype) - rows.to(sample.dtype).to(rows.dtype))
+
+    def seen(self, sample: Tensor) -> Tensor:
+        """What the network sees of a pipeline's rows."""
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        if self.loop is not None:
+            x = self.edited(sample)
+        elif self.moved and not self.still:
+            x = replace(self, rate=None).start(x[:: self.copies])
+        told = self.told[self.index].to(x).repeat(len(x) // self.copies)
+        return self.clock.seen(x, told).to(sample.dtype)
+
+    def answer(self, sample: Tensor, output: Tensor) -> Tensor:
+        """The network's output for a pipeline's rows -> the rows of the next call, or x [B, *]."""
+        call = self.now
+        if self.loop is None:
+            x = self.start(self.images(sample))
+            x = x if self.moved and not self.still else self.edited(sample)
+        else:
+            x = self.edited(sample)
+        assert self.loop is not None
+        assert self.rows is not None
+        if call.request.first and call.points.start == 0:  # an edit of x goes on from here
+            self.loop = replace(self.loop, x=self.loop.x + self.images(x - self.rows)[:, None])
+        told, at = self.told[self.index], self.at[self.index]
+        self.index += 1
+        if not call.blank:
+            x0 = self.clock.clean(x, told.repeat(len(x) // self.copies), output)
+            d = self.guided(x, x0, call)
+            d = d / at.reshape(1, -1, *[1] * (d.ndim - 2))
+            self.points.append(d[:, :1] if call.request.single else d)
+            if call.points.stop == len(call.request.sigma):
+                self.answers.append(torch.cat(self.points, 1))
+                self.points = []
+        return self.turned()
+
+    def guided(self, x: Tensor, x0: Tensor, call: Call) -> Tensor:
+        """x - x0 of the rows, [B, C, *], the two branches mixed by the rate of each point."""
+        shape = (self.branches, -1, self.copies)
+        x, x0 = x.unflatten(0, shape), x0.unflatten(0, shape)
+        if self.rate is None:
+            return x[0] - x0[0]
+        rates = call.spread(call.request.rates or (self.rate,) * self.copies, self.copies)
+        if len(set(rates)) == 1:
+            return x[0] - x0[1].lerp(x0[0], rates[0])
+        each = zip(x0[1].unbind(1), x0[0].unbind(1), rates, strict=True)
+        return x[0] - torch.stack([null.lerp(given, rate) for null, given, rate in each], 1)

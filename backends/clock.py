@@ -1,0 +1,185 @@
+"""What a diffusers scheduler says of its model: its levels, how it tells them, what is answered.
+
+A pipeline's own scheduler (`like`) is asked, not imitated: shifts, dynamic shifts, terminal
+shifts, Karras, beta and exponential spacings, spacing of timesteps and inverted sigmas are right
+because its own `set_timesteps` made them. What a solver of ours cannot honour is refused by name.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends import flow, vp
+from solvers.process import FLOW, VE, Process
+from solvers.schedules import NoiseLevels
+
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+BETA_SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete"),
+        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete"),
+        *("KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep"),
+        *("DPMSolverSDE", "UniPCMultistep", "DEISMultistep", "SASolver"),
+    )
+)
+NEAR_NOISE = 0.99  # a first level of flow matching above this stands for pure noise
+NEAR_DATA = 0.02  # a last level of a table's grid must not leave more noise than this
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How a network is told levels, what it sees of x, and what its answers mean.
+
+    `spread` is for pipelines that tell timesteps apart from their shifted levels (CogView4):
+    what the shift multiplied the odds of a level by.
+    """
+
+    process: Process
+    prediction: str  # epsilon, v_prediction, sample; flow matching: flow
+    steps: int = flow.CLOCK
+    table: vp.Table | None = None  # of the VP process
+    inverted: bool = False  # Mochi: time runs from noise at 0 to data at 1, and so does velocity
+    spread: float = 1.0
+    clip: float | None = None  # DDIM's clip_sample
+
+    def timesteps(self, sigma: Tensor) -> Tensor:
+        """Levels [n] in float64 -> what the pipeline tells its network [n]."""
+        if self.table:
+            return self.table.sigma_inv(sigma)
+        plain = sigma / (sigma + self.spread * (1 - sigma))
+        return (1 - plain if self.inverted else plain) * self.steps
+
+    def seen(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What the network sees of x [B, *] at the levels [B] that it is told."""
+        return vp.scaled(x, sigma) if self.table else x
+
+    def clean(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
+        """The network's output for x [B, *], told the levels sigma [B], as x0 [B, *]."""
+        if not self.table:
+            return flow.clean(x, -sigma if self.inverted else sigma, output)
+        x0 = vp.clean(x, sigma, output, self.prediction)
+        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """x0 [B, *] and noise mixed at sigma [B or 1]."""
+        wide = vp.wide(sigma.to(x0), x0)
+        return self.process.alpha(wide) * x0 + wide * noise
+
+
+def clock_of(like: Any) -> Clock:
+    """The clock of a scheduler; ValueError names what cannot be served."""
+    name, config = type(like).__name__, like.config
+    refused = {
+        "rescale_betas_zero_snr": "its first level is without signal",
+        "stochastic_sampling": "it draws noise on the way",
+        "thresholding": "it thresholds every estimate",
+        "sigma_min": "it has levels of its own",
+        "sigma_max": "it has levels of its own",
+    }
+    if name not in (*FLOW_SCHEDULERS, *BETA_SCHEDULERS):
+        served = "flow matching (Euler, Heun) and the discrete VP schedulers are"
+        raise ValueError(f"{name} is not served: {served}")
+    for key, reason in refused.items():
+        if config.get(key):
+            raise ValueError(f"{name} with {key}={config[key]} is not served: {reason}")
+    prediction = config.get("prediction_type", "epsilon")
+    steps = config.get("num_train_timesteps", flow.CLOCK)
+    if config.get("use_flow_sigmas") and prediction != "flow_prediction":
+        raise ValueError(f"{name} with use_flow_sigmas needs flow_prediction, not {prediction!r}")
+    if name in FLOW_SCHEDULERS or config.get("use_flow_sigmas"):
+        return Clock(FLOW, "flow", steps, inverted=config.get("invert_sigmas", False))
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(f"{name} with timestep_type={config['timestep_type']} is not served")
+    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
+    return Clock(VE, vp.prediction_of(config), steps, vp.table_of(config), clip=clip)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A scheduler's own way from noise to data: N + 1 falling levels, N of them told."""
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    first: float  # what its pipeline multiplies noise by
+    last: float  # what its own last state is of ours: x / sqrt(1 + sigma^2) where it is VP's
+
+
+def course_of(
+    like: Any,
+    clock: Clock,
+    steps: int | None = None,
+    *,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    mu: float | None = None,
+) -> Course:
+    """What the scheduler itself would do with these arguments of set_timesteps.
+
+    Raises ValueError for arguments that it does not take.
+    """
+    own = copy.deepcopy(like)
+    given = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
+    takes = inspect.signature(own.set_timesteps).parameters
+    given = {name: value for name, value in given.items() if value is not None}
+    if "mu" not in takes:
+        given.pop("mu", None)  # pipelines hand it to schedulers that shift and those that do not
+    for name in given.keys() - takes.keys():
+        raise ValueError(f"{type(like).__name__} takes no {name}: leave them out")
+    own.set_timesteps(None if "sigmas" in given or "timesteps" in given else steps, **given)
+    times = [float(t) for t in own.timesteps]
+    if isinstance(getattr(own, "sigmas", None), Tensor):
+        levels = [float(s) for s in own.sigmas]
+        levels = [1 - s for s in levels] if clock.inverted else levels
+    else:
+        last_alpha = getattr(own, "final_alpha_cumprod", torch.ones(()))
+        alphas = torch.cat([own.alphas_cumprod[own.timesteps], last_alpha.reshape(1)])
+        levels = (1 / alphas.double() - 1).sqrt().tolist()
+    kept = [i for i, s in enumerate(levels) if i == 0 or s < levels[i - 1]]  # Heun's stand twice
+    levels = [levels[i] for i in kept]
+    first, last = float(getattr(own, "init_noise_sigma", 1.0)), 1.0
+    if clock.table and first == 1.0:
+        first, last = (1 + levels[0] ** 2) ** 0.5, (1 + levels[-1] ** 2) ** -0.5
+    return Course(tuple(levels), tuple(times[i] for i in kept[: len(levels) - 1]), first, last)
+
+
+def spread_of(like: Any, mu: float | None) -> float:
+    """What a scheduler's shift multiplies the odds sigma / (1 - sigma) by."""
+    if not like.config.get("use_dynamic_shifting"):
+        return like.config.get("shift", 1.0)
+    assert mu is not None  # pipelines that shift dynamically give it
+    return mu if like.config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def levels_of(like: Any, clock: Clock, mu: float | None = None) -> NoiseLevels:
+    """The levels of a pipeline's model; `flowmatch` is its scheduler's own spacing, at this mu."""
+    if clock.table:
+        return clock.table.levels
+    low = flow.shifted_end(like.config)
+    return NoiseLevels(FLOW, low, 1.0, mu=mu, own=partial(table_grid, like, clock))
+
+
+def table_grid(like: Any, clock: Clock, num_steps: int, mu: float | None) -> list[float]:
+    """The levels [num_steps] of a table on a flow-matching scheduler's own spacing.
+
+    A table starts at noise and ends where next to none is left, without a last step to 0. Some
+    schedulers space n calls and the 0: there, the last level is that of the first timestep.
+    """
+    *levels, _ = course_of(like, clock, num_steps, mu=mu).sigmas
+    if levels[-1] > NEAR_DATA or len(levels) != num_steps:
+        end = flow.shifted_end(like.config)
+        *levels, _ = course_of(like, clock, num_steps - 1, mu=mu).sigmas
+        levels = [*(s for s in levels if s > end), end]
+    if levels[0] > NEAR_NOISE:
+        levels[0] = 1.0
+    if len(levels) != num_steps or any(a <= b for a, b in pairwise(levels)):
+        raise ValueError(f"{type(like).__name__} has no {num_steps} falling levels: {levels}")
+    return levels

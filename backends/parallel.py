@@ -1,0 +1,395 @@
+"""Stock diffusers pipelines that take the K points of a step in one call of their network.
+
+    fast = parallel(pipe, "sd3-512-best")
+    image = fast("a red fox", height=512, width=512, guidance_scale=4.5).images[0]
+
+Points are rows of the batch: the pipeline is asked for K images instead of each, and its
+scheduler tells every row a level of its own. Where the K rows are the same (the slope at the
+start of a step) the network is run on one of them.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backends.base import ModelOptions
+from backends.families import (
+    EMBEDDED,
+    FROM_ZERO,
+    RESCALING,
+    STACKED,
+    family_of,
+    guidance_name,
+    lent,
+    one_time,
+    parameters_of,
+)
+from backends.generate import Job, generate
+from backends.load import check_fit
+from backends.pipelines import wrap
+from backends.scheduler import EPDScheduler, opened
+from solvers.predictor import Predictor
+from src.images import to_bytes
+from src.text import meet
+
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+PLACES = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")  # arguments without rows
+
+
+def parallel(
+    pipe: Any,
+    predictor: str | Predictor | Sequence[str | Predictor],
+    *,
+    points: str | None = None,
+    guidance: str | None = None,
+) -> "Parallel":
+    """A stock pipeline with a predictor, called like the pipeline with the pipeline's arguments.
+
+    `points` is "rows" or "sequence" (one after another); None is rows where the pipeline takes
+    them. guidance="rows" makes the negative prompt rows of the batch as well, mixed by the
+    predictor's solver; "pipeline" leaves it to the pipeline. None is rows where the table guides
+    by itself. Raises ValueError, with the reason, for what the pipeline cannot do.
+    """
+    learned = opened(predictor)
+    guides = any(p.table.guidance is not None for p in learned)
+    guidance = guidance or ("rows" if guides else "pipeline")
+    reason = one_time(pipe)
+    if points == "rows" and reason:
+        raise ValueError(f"{type(pipe).__name__} cannot take points as rows ({reason}): "
+                         'use points="sequence"')  # fmt: skip
+    points = points or ("sequence" if reason else "rows")
+    if guidance not in ("pipeline", "rows"):
+        raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
+    family = family_of(pipe)
+    if guidance == "rows":
+        refused = {
+            "its guidance is part of the network": family in EMBEDDED,
+            "it rescales what guidance gives": family in RESCALING,
+            reason or "": points != "rows",
+        }
+        for why in (why for why, holds in refused.items() if holds):
+            raise ValueError(f"{type(pipe).__name__} cannot take guidance as rows: {why}")
+    EPDScheduler.from_predictor(learned, like=pipe.scheduler)
+    return Parallel(pipe, tuple(learned), points, guidance == "rows")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A pipeline and predictors for it; see `parallel`."""
+
+    pipe: Any
+    learned: tuple[Predictor, ...]
+    points: str = "rows"
+    rows_of_guidance: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline returns for these arguments; the solver is the predictor's.
+
+        Raises ValueError for a number of steps that no predictor has, and a strength that would
+        begin inside a step of the solver.
+        """
+        defaults = parameters_of(self.pipe)
+        given = arguments(self.pipe, args, kwargs)
+        predictor = self.chosen(given.get("num_inference_steps"))
+        rows = self.points == "rows"
+        copies = predictor.recipe.num_points if rows else 1
+        scale, rate = guidance_of(self.pipe, given), None
+        if self.rows_of_guidance:
+            rate = scale + 1 if family_of(self.pipe) in FROM_ZERO else scale
+            given |= with_negatives(self.pipe, given)
+            scale = 0.0
+        columns = images_of(given, defaults) * copies
+        for name in (name for name in COUNTS if name in defaults):
+            given[name] = copies * given.get(name, 1)
+        if "cfg_truncation" in defaults and rows:
+            given.setdefault("cfg_truncation", 2.0)  # 1, its default, truncates nothing either
+            if given["cfg_truncation"] <= 1:
+                raise ValueError('cfg_truncation compares one time: use points="sequence"')
+        stacks = family_of(self.pipe) in STACKED and scale > 1
+        scheduler = EPDScheduler.from_predictor(
+            predictor,
+            self.pipe.scheduler,
+            points=self.points,
+            columns=columns * (2 if stacks else 1),
+        )
+        scheduler.rate = rate
+        given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
+        callback = given.get("callback_on_step_end")
+        if callback is not None and rows:
+            given["callback_on_step_end"] = per_image(callback, scheduler)
+            inputs = getattr(callback, "tensor_inputs", None)
+            if inputs is not None:
+                given["callback_on_step_end_tensor_inputs"] = inputs
+        with installed(self.pipe, scheduler):
+            return self.pipe(**given)
+
+    def chosen(self, steps: int | None) -> Predictor:
+        """The predictor with so many calls; of one predictor, None and its own numbers do."""
+        by_calls = {predictor.nfe: predictor for predictor in self.learned}
+        if len(by_calls) == 1:
+            (predictor,) = by_calls.values()
+            if steps in (None, predictor.nfe, predictor.evaluations):
+                return predictor
+        if steps not in by_calls:
+            there = ", ".join(map(str, sorted(by_calls)))
+            raise ValueError(f"num_inference_steps is {steps}: the predictors have {there}")
+        return by_calls[steps]
+
+
+def arguments(pipe: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call by name."""
+    bound = inspect.signature(pipe.__call__).bind(*args, **kwargs).arguments
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def guidance_of(pipe: Any, given: dict[str, Any]) -> float:
+    """The guidance rate of a call, in the pipeline's own counting."""
+    name = guidance_name(pipe)
+    return 1.0 if name is None else given.get(name, parameters_of(pipe)[name])
+
+
+def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that ask for the negative prompts after the others, guidance off."""
+    prompts, negatives = given.get("prompt"), given.get("negative_prompt")
+    if prompts is None:
+        raise ValueError("guidance as rows takes texts: give prompt, not its embeddings")
+    if negatives is None and pipe.config.get("force_zeros_for_empty_prompt"):
+        raise ValueError("this pipeline guides away from zeros: give negative_prompt for rows")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not isinstance(negatives, list | tuple):
+        negatives = [negatives or ""] * len(prompts)
+    off = 0.0 if family_of(pipe) in FROM_ZERO else 1.0
+    name = guidance_name(pipe) or "guidance_scale"
+    return {"prompt": [*prompts, *negatives], name: off, "negative_prompt": None}
+
+
+def images_of(given: dict[str, Any], names: Any) -> int:
+    """For how many rows a call asks."""
+    prompt = given.get("prompt")
+    if prompt is None:
+        embeds = [v for n, v in given.items() if n.startswith("prompt_embeds") and v is not None]
+        prompts = len(embeds[0]) if embeds else 1
+    else:
+        prompts = 1 if isinstance(prompt, str) else len(prompt)
+    count = next((name for name in COUNTS if name in names), None)
+    if count is None:
+        raise ValueError('this pipeline makes one image a prompt: use points="sequence"')
+    return prompts * given.get(count, 1)
+
+
+def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str, Any]]:
+    """A callback that sees a row of each image, whose edits reach all its rows."""
+
+    def called(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        rows = tensors.get("latents")
+        if rows is None:
+            return callback(pipe, step, time.reshape(-1)[0], tensors)
+        copies = scheduler.copies if scheduler.running.left else 1
+        before = scheduler.running.images(rows) if copies > 1 else rows
+        shown = before.clone()
+        changed = callback(pipe, step, time.reshape(-1)[0], {**tensors, "latents": shown})
+        edit = (changed.get("latents", shown) - before).repeat_interleave(copies, 0)
+        return {**changed, "latents": rows + torch.cat([edit] * (len(rows) // len(edit)))}
+
+    return called
+
+
+@contextmanager
+def installed(pipe: Any, scheduler: EPDScheduler) -> Iterator[None]:
+    """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards."""
+    if scheduler.copies == 1:
+        with lent(pipe, scheduler=scheduler):
+            yield
+        return
+    scheduler.prepares = True
+    handles = run_once(pipe.components.get("transformer") or pipe.unet, scheduler)
+    try:
+        parts: dict[str, Any] = {
+            "prepare_latents": laid_out(pipe.prepare_latents, scheduler),
+            "encode_prompt": side_by_side(pipe.encode_prompt),
+        }
+        cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image
+        if cut is not None:
+            parts["get_timesteps"] = lambda *args, **kwargs: as_times(*cut(*args, **kwargs))
+        with lent(pipe, scheduler=scheduler, **parts):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def side_by_side(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's encode_prompt with the copies of a prompt side by side in all that it gives.
+
+    Some (LTX, Mochi, Sana, Lumina2) lay the masks of several prompts out in another order.
+    """
+    signature = inspect.signature(encode)
+
+    def encoded(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        name = next((name for name in COUNTS if name in given), None)
+        if name is None:
+            return encode(*args, **kwargs)
+        count, given[name] = given[name], 1
+        texts = given["prompt"] if given.get("prompt_embeds") is None else given["prompt_embeds"]
+        prompts = 1 if isinstance(texts, str) else len(texts)
+        result = encode(*bound.args, **bound.kwargs)
+
+        def rows(value: Any) -> Any:
+            is_rows = isinstance(value, Tensor) and len(value) == prompts
+            return value.repeat_interleave(count, 0) if is_rows else value
+
+        return tuple(map(rows, result)) if isinstance(result, tuple) else rows(result)
+
+    return encoded
+
+
+class Times(list[Tensor]):
+    """Timesteps of which each is a row, for pipelines that ask one of them for every image."""
+
+    def __getitem__(self, at: Any) -> Any:
+        """One, or several as such a list."""
+        found = super().__getitem__(at)
+        return Times(found) if isinstance(at, slice) else found
+
+    def repeat(self, count: int) -> Tensor:
+        """The first one's first time, so often."""
+        return self[0][:1].repeat(count)
+
+
+def as_times(timesteps: Tensor, steps: int) -> tuple[Times, int]:
+    """What get_timesteps gave, with rows as they are."""
+    return Times(timesteps), steps
+
+
+def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[..., Any]:
+    """A pipeline's prepare_latents that makes one latent an image, and rows of them all."""
+    signature, copies = inspect.signature(prepare), scheduler.copies
+    branches = 2 if scheduler.rate else 1
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        counts = [name for name in COUNTS if name in bound.arguments]
+        for name in counts:
+            bound.arguments[name] //= copies
+        bound.arguments["batch_size"] //= branches if counts else branches * copies
+        result = prepare(*bound.args, **bound.kwargs)
+        latents, *others = result if isinstance(result, tuple | list) else (result,)
+        rows = [scheduler.prepare(latents)]
+        rows += [as_rows(other, len(latents)) for other in others]
+        return type(result)(rows) if isinstance(result, tuple | list) else rows[0]
+
+    def as_rows(value: Any, images: int) -> Any:
+        if not isinstance(value, Tensor) or len(value) != images or value.shape[1:] == (3,):
+            return value  # places of tokens are [S, 3]
+        return torch.cat([value.repeat_interleave(copies, 0)] * branches)
+
+    return prepared
+
+
+def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
+    """Hooks by which a network sees one of an image's rows where they are alike."""
+    copies, cut = scheduler.copies, [False]
+
+    def before(_module: Any, args: Any, kwargs: Any) -> Any:
+        cut[0] = scheduler.running.alike
+        if not cut[0]:
+            return None
+        first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        thin = partial(thinned, rows=len(first), copies=copies, listed=isinstance(first, list))
+        return thin(args), thin(kwargs)
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        if not cut[0]:
+            return None
+        if isinstance(output, tuple):
+            return (spread(output[0], copies), *output[1:])
+        return replace(output, sample=spread(output.sample, copies))
+
+    handles = [network.register_forward_pre_hook(before, with_kwargs=True)]
+    return [*handles, network.register_forward_hook(after)]
+
+
+def thinned(value: Any, *, rows: int, copies: int, listed: bool) -> Any:
+    """Arguments of a network with one of the copies of each row, at any depth.
+
+    `listed` says that the rows stand in lists.
+    """
+    thin = partial(thinned, rows=rows, copies=copies, listed=listed)
+    if isinstance(value, Tensor):
+        return value[::copies] if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {name: v if name in PLACES else thin(v) for name, v in value.items()}
+    if listed and isinstance(value, list) and len(value) == rows:
+        return value[::copies]
+    return type(value)(map(thin, value)) if isinstance(value, list | tuple) else value
+
+
+def spread(value: Any, copies: int) -> Any:
+    """Rows of a network's output, each as often as it has copies."""
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(copies, 0)
+    return [row for row in value for _ in range(copies)]
+
+
+# --- our own loop on a pipeline's parts ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParallelPipeline:
+    """A pipeline's parts under our own loop; see `parallel_pipeline`."""
+
+    pipe: Any
+    predictor: Predictor
+    options: ModelOptions
+
+    def __call__(
+        self, prompts: str | Sequence[str], seeds: Sequence[int], batch: int = 4
+    ) -> list[Image.Image]:
+        """A picture a seed, the i-th prompt for the i-th seed, again from the first.
+
+        The parts are taken as they are now, LoRA included. Raises ValueError for more prompts
+        than seeds, and for IP-Adapters, whose pictures `parallel` takes.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        network = self.pipe.components.get("transformer") or self.pipe.unet
+        if getattr(network, "encoder_hid_proj", None) is not None:
+            raise ValueError("this pipeline has an IP-Adapter: use parallel(pipe, predictor)")
+        backend = wrap(self.pipe, torch.device(self.pipe._execution_device), self.options)
+        sampler = self.predictor.sampler(backend.levels)
+        jobs = [Job(seed, prompt) for seed, prompt in meet(seeds, texts)]
+        parts = generate(backend, sampler, jobs, batch=batch)
+        return [picture(image) for part in parts for image in part.images]
+
+
+def picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as PIL has it."""
+    return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
+
+
+def parallel_pipeline(
+    pipe: Any,
+    predictor: str | Predictor,
+    *,
+    size: tuple[int, int] | None = None,
+    negative_prompt: str | None = None,
+) -> ParallelPipeline:
+    """A stock pipeline's parts with a predictor, for prompts and seeds; all K points in one call.
+
+    Raises ValueError where the predictor was learned for another process or resolution than
+    the model's at `size` (height, width).
+    """
+    options = ModelOptions(size=size, negative_prompt=negative_prompt)
+    backend = wrap(pipe, torch.device(pipe._execution_device), options)
+    (learned,) = opened(predictor)
+    check_fit(learned.recipe, backend)
+    learned.sampler(backend.levels)
+    return ParallelPipeline(pipe, learned, options)

@@ -1,0 +1,371 @@
+"""Learned and hand-made solvers as a scheduler of stock diffusers pipelines.
+
+    pipe.scheduler = EPDScheduler.from_predictor("sd3-512-best", like=pipe.scheduler)
+    image = pipe("a red fox", height=512, width=512, guidance_scale=4.5).images[0]
+
+takes the K points of a step one after another, as timesteps of their own; `parallel` takes them
+in one call (`backends.parallel`). `EPDScheduler.from_solver("unipc-2", like=pipe.scheduler)` is
+any solver of ours on the levels of the pipeline's own scheduler.
+"""
+
+import glob
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers as library
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from backends import flow
+from backends.asking import Run
+from backends.clock import (
+    BETA_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    Clock,
+    clock_of,
+    course_of,
+    levels_of,
+    spread_of,
+)
+from solvers.predictor import (
+    Predictor,
+    find_predictor,
+    from_content,
+    load_predictor,
+    to_content,
+    validate,
+)
+from solvers.process import FLOW
+from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
+from solvers.sampler import Sampler, SolverOptions, make_solver
+
+diffusers: Any = library  # its own annotations are not those of what it returns
+SD = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ms_coco/ldm": ("DDIMScheduler", SD | {"beta_start": 0.00085, "beta_end": 0.012}),
+    "lsun_bedroom_ldm/ldm": ("DDIMScheduler", SD | {"beta_start": 0.0015, "beta_end": 0.0195}),
+    "ms_coco/sd3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "ms_coco/flux": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"shift": 3.0, "use_dynamic_shifting": True},
+    ),
+}
+"""The schedulers of the published models, by their predictors' data set and backend."""
+POINTS = ("sequence", "rows")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class EPDScheduler(SchedulerMixin, ConfigMixin):
+    """A predictor, or a solver by name, as a scheduler.
+
+    A predictor decides its timesteps: of a call's `num_inference_steps`, `sigmas` and `timesteps`
+    only the number matters, and that only to choose among several predictors. A solver by name
+    takes the levels that the pipeline's own scheduler makes of all of them.
+    """
+
+    order = 1
+    _compatibles: ClassVar = [*FLOW_SCHEDULERS, *BETA_SCHEDULERS]
+
+    @register_to_config
+    def __init__(
+        self,
+        predictors: Sequence[Mapping[str, Any]] = (),
+        solver: str | None = None,
+        like_class: str = "FlowMatchEulerDiscreteScheduler",
+        like_config: Mapping[str, Any] | None = None,
+        points: str = "sequence",
+        columns: int | None = None,
+    ) -> None:
+        """`predictors` are contents of their JSON files; `like_*` is the pipeline's scheduler.
+
+        With points="rows" each timestep is a row of `columns` levels, one for every row of the
+        network's batch, and the pipeline is called with K copies of each image side by side
+        (num_images_per_prompt); `parallel` does both. Raises ValueError for what is not served.
+        """
+        if bool(predictors) == bool(solver):
+            raise ValueError("give predictors or a solver: use from_predictor or from_solver")
+        if points not in POINTS:
+            raise ValueError(f"points is {points!r}: sequence or rows")
+        self.like = getattr(diffusers, like_class).from_config(dict(like_config or {}))
+        self.clock = clock_of(self.like)
+        self.learned = [validate(from_content(dict(content))) for content in predictors]
+        for predictor in self.learned:
+            check_like(predictor.recipe, self.like, self.clock)
+        if solver:
+            make_solver(solver, SolverOptions(process=self.clock.process))
+        self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
+        self.num_inference_steps: int | None = None
+        self.under_way: Run | None = None
+        self.noise_sigma: float | None = None
+        self.last_scale = 1.0
+        self.prepares = False  # whether `prepare` will be called
+        self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave
+        self.rate: float | None = None  # of guidance by rows
+        self.whole = False  # whether the last step gives all rows, or one of each image
+        theirs = {k: v for k, v in self.like.config.items() if not k.startswith("_")}
+        self.register_to_config(**theirs)  # pipelines read them
+
+    @classmethod
+    def from_predictor(
+        cls,
+        predictor: str | Predictor | Sequence[str | Predictor],
+        like: Any = None,
+        *,
+        points: str = "sequence",
+        columns: int | None = None,
+    ) -> "EPDScheduler":
+        """A scheduler of predictors: each a value, a file, a name within exps/, or a pattern.
+
+        `like` is the pipeline's own scheduler, which knows the model's levels; without it they
+        are those of the published SD 1.5, LSUN, SD3 or FLUX. Of several, `num_inference_steps`
+        chooses by the number of sequential calls. Raises ValueError for a predictor of another
+        kind of model, or a scheduler that is not served.
+        """
+        learned = opened(predictor)
+        name, config = published(learned[0].recipe) if like is None else plain_like(like)
+        # by name: what is given by place, diffusers' configs take for a default
+        return cls(
+            predictors=[as_plain(p) for p in learned],
+            like_class=name,
+            like_config=config,
+            points=points,
+            columns=columns,
+        )
+
+    @classmethod
+    def from_solver(cls, solver: str, like: Any) -> "EPDScheduler":
+        """A solver by name ("euler", "unipc-2") on the levels that `like` would take."""
+        name, config = plain_like(like)
+        return cls(solver=solver, like_class=name, like_config=config)
+
+    # --- what pipelines ask for -----------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Start images, at the resolution's `mu`; see the class for what else counts."""
+        both = sigmas is not None and timesteps is not None
+        clock = replace(self.clock, spread=spread_of(self.like, mu)) if both else self.clock
+        asked = next((len(s) for s in (sigmas, timesteps) if s is not None), num_inference_steps)
+        exact: dict[float, float] = {}
+        copies = 1
+        if self.learned:
+            predictor = self.chosen(asked)
+            recipe = predictor.recipe
+            mu = mu if recipe.flowmatch_mu is None else recipe.flowmatch_mu
+            sampler = predictor.sampler(levels_of(self.like, clock, mu))
+            self.noise_sigma = sampler.sigmas[0] if clock.table else 1.0
+            copies = recipe.num_points if own(self, "points") == "rows" else 1
+        else:
+            course = course_of(self.like, clock, asked, sigmas=sigmas, timesteps=timesteps, mu=mu)
+            # of orders up to 2 as theirs, which count the last step, to 0, among those to lower
+            options = SolverOptions(process=clock.process, lower_order_final=course.sigmas[-1] > 0)
+            solver = make_solver(own(self, "solver"), options)
+            sampler = Sampler(solver, course.sigmas, clock.process)
+            exact = dict(zip(course.sigmas, course.timesteps, strict=False))
+            self.noise_sigma, self.last_scale = course.first, course.last
+        if self.rate is None and sampler.own_rates:
+            raise ValueError("this predictor guides by itself: use parallel(pipe, predictor)")
+        still = clock.table is None and not self.prepares
+        run = Run(sampler, clock, copies, still, self.rate)
+        told = [
+            [exact.get(level, t) for level, t in zip(row, times, strict=True)]
+            for row, times in zip(run.told.tolist(), times_of(run), strict=True)
+        ]
+        rows = torch.tensor(told, dtype=torch.float32, device=device)
+        columns = own(self, "columns") or copies
+        self.timesteps = rows[:, 0] if copies == 1 else rows.repeat(1, columns // copies)
+        self.sigmas = torch.tensor([*run.at[:, 0].tolist(), sampler.sigmas[-1]])
+        # pipelines that hand over sigmas or timesteps count ours from then on
+        self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
+        self.under_way = run
+        self.place()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this timestep; ValueError inside an interval, whose start is not there."""
+        calls, asked = len(self.timesteps), self.num_inference_steps
+        if begin_index and asked != calls:
+            raise ValueError(
+                f"num_inference_steps {asked} and a strength below 1, but this solver takes "
+                f"{calls} timesteps: give num_inference_steps={calls}"
+            )
+        self.running.begin(begin_index)
+        self.place()
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the network sees of a pipeline's rows."""
+        return self.running.seen(sample)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: Any = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The next place that the network is asked at, or, after the last call, the image."""
+        run = self.running
+        following = run.answer(sample, model_output)
+        following = (following if run.left else following * self.last_scale).to(
+            sample.dtype, copy=True
+        )
+        if self.whole and len(following) < len(sample):
+            following = following.repeat_interleave(len(sample) // len(following), 0)
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The strength of the noise that x starts as; some pipelines ask before all else."""
+        if self.noise_sigma is None:
+            self.set_timesteps()
+        assert self.noise_sigma is not None
+        return self.noise_sigma
+
+    @property
+    def begin_index(self) -> int:
+        """The timestep of the first call."""
+        return self.running.first
+
+    @property
+    def step_index(self) -> int:
+        """The timestep of the next call."""
+        return self.running.index
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """x at the level of the next call, whatever `timesteps`, from an image to keep."""
+        levels = self.running.level()
+        rows = noise.new_tensor(levels if len(noise) % len(levels) == 0 else levels[:1])
+        return self.running.clock.noised(original, noise, rows.repeat(len(noise) // len(rows)))
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """The same, under the name that flow-matching pipelines use."""
+        return self.add_noise(sample, noise, timestep)
+
+    # --- what `parallel` asks for ---------------------------------------------------------
+
+    def prepare(self, latents: Tensor) -> Tensor:
+        """Latents [B, *] that a pipeline starts from -> its rows, at the places first asked.
+
+        Those are known when the timesteps are set as well, in whichever order: the rows are
+        moved in place.
+        """
+        copies = self.copies
+        rows = torch.cat([latents.repeat_interleave(copies, 0)] * (2 if self.rate else 1))
+        self.prepared = latents, rows
+        self.place()
+        return rows
+
+    @property
+    def copies(self) -> int:
+        """How many rows an image has, where there is one predictor."""
+        return self.learned[0].recipe.num_points if own(self, "points") == "rows" else 1
+
+    def place(self) -> None:
+        """Move the prepared rows to where the first call is, if both are there."""
+        if self.prepared and self.under_way and self.under_way.loop is None:
+            latents, rows = self.prepared
+            rows.copy_(self.under_way.start(latents))
+
+    @property
+    def running(self) -> Run:
+        """The images under way; ValueError before `set_timesteps`."""
+        if self.under_way is None:
+            raise ValueError("call set_timesteps first")
+        return self.under_way
+
+    def chosen(self, calls: int | None) -> Predictor:
+        """The predictor with so many sequential calls; the only one whatever the number."""
+        if len(self.learned) == 1:
+            return self.learned[0]
+        by_calls = {predictor.nfe: predictor for predictor in self.learned}
+        if calls not in by_calls:
+            there = ", ".join(map(str, sorted(by_calls)))
+            raise ValueError(f"no predictor of {calls} calls: num_inference_steps may be {there}")
+        return by_calls[calls]
+
+
+def own(scheduler: EPDScheduler, name: str) -> Any:
+    """An argument that the scheduler was made with."""
+    config: Any = scheduler.config
+    return config[name]
+
+
+def times_of(run: Run) -> list[list[float]]:
+    """What the network is told in every call, for each copy of an image."""
+    return run.clock.timesteps(run.told.flatten()).reshape(run.told.shape).tolist()
+
+
+def check_like(recipe: Recipe, like: Any, clock: Clock) -> None:
+    """ValueError where a scheduler is not of the kind that a predictor was learned for."""
+    name, is_flow = type(like).__name__, clock.process == FLOW
+    predictor = f"a predictor for {recipe.backend} ({recipe.schedule_type})"
+    if for_flow(recipe) != is_flow:
+        kind = "flow matching" if is_flow else "a VP process"
+        raise ValueError(f"{predictor} is not for {name}, which is for {kind}")
+    if not is_flow:
+        levels = levels_of(like, clock)
+        if recipe.sigma_max is not None and recipe.sigma_max > 1.01 * levels.sigma_max:
+            ends = f"{recipe.sigma_max:.4g}, those of {name} at {levels.sigma_max:.4g}"
+            raise ValueError(f"{predictor} has levels that start at {ends}")
+        return
+    if recipe.sigmas is not None:
+        return
+    dynamic = bool(like.config.get("use_dynamic_shifting"))
+    if dynamic != (recipe.flowmatch_mu is not None) and recipe.backend in FLOW_BACKENDS:
+        kinds = ("a dynamic shift", "one shift") if dynamic else ("one shift", "a dynamic shift")
+        raise ValueError(f"{name} has {kinds[0]}, and {predictor} was learned with {kinds[1]}")
+    end = flow.shifted_end(like.config)
+    if recipe.sigma_min is not None and not math.isclose(recipe.sigma_min, end, rel_tol=0.01):
+        ends = f"{recipe.sigma_min:.4g}, those of {name} at {end:.4g}"
+        raise ValueError(f"{predictor} has levels that end at {ends}: its shift is another")
+
+
+def published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Class and config of the scheduler of a published model; ValueError for other predictors."""
+    name, config = PUBLISHED.get(f"{recipe.dataset_name}/{recipe.backend}", ("", {}))
+    if not name:
+        raise ValueError(
+            f"a predictor for {recipe.dataset_name} ({recipe.backend}) needs the scheduler of its "
+            "model: like=pipe.scheduler"
+        )
+    return name, config
+
+
+def plain_like(like: Any) -> tuple[str, dict[str, Any]]:
+    """A scheduler's class and config as JSON has them; of one of ours, those it was made like."""
+    like = like.like if isinstance(like, EPDScheduler) else like
+    clock_of(like)
+    config = {k: v for k, v in like.config.items() if not k.startswith("_")}
+    return type(like).__name__, json.loads(json.dumps(config, default=list))
+
+
+def opened(predictor: str | Predictor | Sequence[str | Predictor]) -> list[Predictor]:
+    """Predictors as they are, or from their files, names or patterns."""
+    if isinstance(predictor, Predictor):
+        return [predictor]
+    if not isinstance(predictor, str):
+        return [p for each in predictor for p in opened(each)]
+    if glob.has_magic(predictor):
+        files = sorted(glob.glob(predictor) or glob.glob(str(ROOT / predictor)))  # noqa: PTH207
+        if not files:
+            raise ValueError(f"no file is like {predictor!r}")
+        return [load_predictor(file) for file in files]
+    return [load_predictor(find_predictor(predictor))]
+
+
+def as_plain(predictor: Predictor) -> dict[str, Any]:
+    """What its JSON file would hold."""
+    content = to_content(predictor)
+    return content | {"table": {name: t.tolist() for name, t in content["table"].items()}}

@@ -1,0 +1,384 @@
+"""Solvers as schedulers of stock pipelines: their contract, what is refused, what is edited."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.base import ModelOptions
+from backends.drop_in import EPDScheduler, parallel, parallel_pipeline
+from backends.generate import Job, generate
+from backends.pipelines import wrap
+from solvers.predictor import find_predictor, load_predictor
+from tests import twins
+
+diffusers = twins.diffusers
+CPU = torch.device("cpu")
+TEXT = "a red fox"
+SIZE = {"height": 16, "width": 16}
+LATENT = {"output_type": "latent", **SIZE}
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def ours(pipe: Any, name: str, seeds: list[int], prompt: str | None = TEXT) -> Tensor:
+    """Pictures [B, 3, 16, 16] by our own loop."""
+    backend = wrap(pipe, CPU, ModelOptions(size=(16, 16)))
+    sampler = load_predictor(find_predictor(name)).sampler(backend.levels)
+    parts = generate(backend, sampler, [Job(s, prompt) for s in seeds], batch=len(seeds))
+    return torch.cat([part.images for part in parts])
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock(maker: Any, name: str, **options: Any) -> Any:
+    """A twin whose scheduler is the predictor."""
+    pipe = quiet(maker(**options))
+    pipe.scheduler = EPDScheduler.from_predictor(name, like=pipe.scheduler)
+    return pipe
+
+
+def drawn(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# --- the pictures -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("maker", "name", "rate"),
+    [
+        (twins.sd, "sd15-best", 7.5),
+        (twins.sd3, "sd3-512-best", 4.5),
+        (twins.flux, "flux-best", 3.5),
+    ],
+)
+def test_a_stock_pipeline_gives_our_picture(maker: Any, name: str, rate: float) -> None:
+    pipe, predictor = stock(maker, name), load_predictor(find_predictor(name))
+    given = {"guidance_scale": rate, "output_type": "pt", **SIZE}
+    expected = ours(pipe, name, [3, 4])
+    (image,) = pipe(TEXT, generator=drawn(3), **given).images
+    assert torch.allclose(image, expected[0], atol=1e-4)
+    assert len(pipe.scheduler.timesteps) == predictor.evaluations
+    images = parallel(pipe, name)(TEXT, generator=drawn(3, 4), num_images_per_prompt=2, **given)
+    assert torch.allclose(images.images, expected, atol=1e-4)
+
+
+def test_a_parallel_pipeline_calls_its_network_as_often_as_promised_on_no_row_too_many() -> None:
+    pipe, rows = quiet(twins.sd()), []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    parallel(pipe, "sd15-best")(TEXT, guidance_scale=7.5, **LATENT)
+    assert rows == [2, 4] * 10
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert "prepare_latents" not in vars(pipe)
+
+
+@pytest.mark.parametrize("name", ["lsun-bedroom-5nfe", "lsun-bedroom-5nfe-ipndm"])
+def test_afs_scales_and_multistep_bases_are_served(name: str) -> None:
+    pipe = stock(twins.uncond, name)
+    theirs = pipe(generator=torch.Generator().manual_seed(3), output_type="np").images
+    expected = ours(pipe, name, [3], None).permute(0, 2, 3, 1)
+    assert torch.allclose(torch.from_numpy(theirs), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("sd3-512-best", 1.0, 0.0089),
+        ("sd15-best", 14.6, 0.0292),
+        ("lsun-bedroom-5nfe", 83.8, 0.0388),
+    ],
+)
+def test_published_models_levels_are_theirs_without_a_scheduler(
+    name: str, first: float, last: float
+) -> None:
+    scheduler = EPDScheduler.from_predictor(name)
+    scheduler.set_timesteps(28)
+    assert scheduler.running.sampler.sigmas[0] == pytest.approx(first, rel=0.01)
+    assert scheduler.sigmas[-1].item() == pytest.approx(last, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_the_float32_picture(dtype: torch.dtype) -> None:
+    """Within 2 % (bf16: 5 %) of the latents' size, and no NaN."""
+    found = {}
+    for kind in (torch.float32, dtype):
+        pipe = quiet(twins.sd3()).to(kind)
+        found[kind] = parallel(pipe, "sd3-512-best")(TEXT, generator=drawn(3), **LATENT).images
+    exact, near = found[torch.float32], found[dtype].float()
+    tolerance = 0.05 if dtype == torch.bfloat16 else 0.02
+    assert (near - exact).norm() < tolerance * exact.norm()
+
+
+# --- the contract of diffusers' schedulers ------------------------------------------------
+
+
+def test_a_scheduler_goes_through_its_config_and_its_files(tmp_path: Path) -> None:
+    first = EPDScheduler.from_predictor("sd15-best")
+    first.save_pretrained(tmp_path)
+    for again in (EPDScheduler.from_pretrained(tmp_path), EPDScheduler.from_config(first.config)):
+        assert isinstance(again, EPDScheduler)
+        assert again.learned[0].recipe == first.learned[0].recipe
+        for s in (first, again):
+            s.set_timesteps(50)
+        assert torch.equal(again.timesteps, first.timesteps)
+    other = diffusers.DPMSolverMultistepScheduler.from_config(first.config)
+    assert other.config.beta_schedule == "scaled_linear"
+
+
+def test_a_call_before_the_timesteps_and_one_too_many_are_refused() -> None:
+    scheduler, x = EPDScheduler.from_predictor("sd15-best"), torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="call set_timesteps first"):
+        scheduler.step(x, 0, x)
+    scheduler.set_timesteps(30)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.zeros_like(x), t, x)[0]
+    with pytest.raises(ValueError, match="all 30 timesteps are taken"):
+        scheduler.step(x, 0, x)
+
+
+def test_the_level_of_noise_is_that_of_the_next_call() -> None:
+    scheduler = EPDScheduler.from_predictor("sd15-best")
+    scheduler.set_timesteps(30)
+    x = torch.zeros(1, 4, 2, 2)
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        noise = scheduler.add_noise(torch.zeros(1), torch.ones(1), t[None]).item()
+        assert noise == pytest.approx(scheduler.sigmas[i].item(), rel=1e-5)
+        x = scheduler.step(torch.zeros_like(x), t, x)[0]
+    assert scheduler.sigmas[2] < scheduler.sigmas[1] < scheduler.sigmas[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_edited_in_place_by_a_callback_stay_edited(dtype: torch.dtype) -> None:
+    def in_place(_pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if i in (2, 5, 8):
+            tensors["latents"].mul_(0.5)
+        return tensors
+
+    def anew(_pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * 0.5} if i in (2, 5, 8) else tensors
+
+    pipe = stock(twins.sd, "sd15-best").to(dtype)
+    none, first, second = (
+        pipe(TEXT, generator=drawn(0), callback_on_step_end=c, **LATENT).images
+        for c in (None, in_place, anew)
+    )
+    assert torch.equal(first, second)
+    assert not torch.allclose(none, first, atol=0.1)
+
+
+def test_a_callback_of_a_parallel_pipeline_sees_a_row_of_each_image() -> None:
+    """Halved after every step of the solver, one way and the other."""
+    pipe, seen = quiet(twins.sd()), []
+
+    def halve(_pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((i, len(tensors["latents"])))
+        return {"latents": tensors["latents"] * (0.5 if i % 2 else 1)}
+
+    fast = parallel(pipe, "sd15-best")(
+        [TEXT, "b"], generator=drawn(0, 1), callback_on_step_end=halve, **LATENT
+    ).images
+    assert seen == [(i, 2) for i in range(20)]
+
+    def halve_slowly(_pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * (0.5 if i % 3 == 2 else 1)}
+
+    pipe.scheduler = EPDScheduler.from_predictor("sd15-best", like=pipe.scheduler)
+    slow = pipe(
+        [TEXT, "b"], generator=drawn(0, 1), callback_on_step_end=halve_slowly, **LATENT
+    ).images
+    assert torch.allclose(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_hand_made_solver_takes_what_the_pipelines_own_would() -> None:
+    """Sigmas of the caller's own, timesteps, and Karras' spacing."""
+    pipe = quiet(twins.sdxl())
+    for options, config in (
+        ({"timesteps": [900, 500, 100]}, {}),
+        ({"num_inference_steps": 4}, {"use_karras_sigmas": True}),
+        ({"num_inference_steps": 4}, {"timestep_spacing": "trailing"}),
+    ):
+        own = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **config)
+        results = []
+        for scheduler in (own, EPDScheduler.from_solver("euler", like=own)):
+            pipe.scheduler = scheduler
+            results.append(pipe(TEXT, generator=drawn(3), **options, **LATENT).images)
+        assert torch.allclose(*results, rtol=1e-4, atol=1e-4)
+        pipe.scheduler = own
+
+
+def test_several_predictors_are_chosen_by_their_calls() -> None:
+    scheduler = EPDScheduler.from_predictor(
+        "exps/tiny-sd3/*-k2-*.pkl", like=twins.sd3(shift=1).scheduler
+    )
+    scheduler.set_timesteps(10)
+    assert len(scheduler.timesteps) == 15
+    with pytest.raises(ValueError, match=r"no predictor of 11 calls.* 6, 10, 14, 20"):
+        scheduler.set_timesteps(11)
+
+
+# --- image to image and inpainting --------------------------------------------------------
+
+
+def image_to_image(pipe: Any, **options: Any) -> Any:
+    other = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipe.components, requires_safety_checker=False
+    )
+    image = torch.full((1, 3, 16, 16), 0.5)
+    calls: list[int] = []
+
+    def count(*args: Any) -> Any:
+        calls.append(args[1])
+        return args[3]
+
+    given = {"image": image, "generator": drawn(3), "output_type": "latent", **options}
+    result = quiet(other)(TEXT, callback_on_step_end=count, **given).images
+    return result, len(calls)
+
+
+def test_image_to_image_runs_its_strength() -> None:
+    """All points in one call or one after another, from half of the way."""
+    slow, calls = image_to_image(
+        stock(twins.sd, "sd15-best"), num_inference_steps=30, strength=0.5
+    )
+    assert calls == 15
+    other = diffusers.StableDiffusionImg2ImgPipeline(
+        **twins.sd().components, requires_safety_checker=False
+    )
+    image = torch.full((1, 3, 16, 16), 0.5)
+    given = {"image": image, "strength": 0.5, "generator": drawn(3), "output_type": "latent"}
+    fast = parallel(quiet(other), "sd15-best")(TEXT, **given).images
+    assert torch.allclose(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "words"),
+    [
+        (30, 0.55, r"timestep 14 of 30 is inside.*strength of 1, 0\.9"),
+        (50, 0.64, "takes 30 timesteps: give num_inference_steps=30"),
+    ],
+)
+def test_image_to_image_is_refused_where_it_would_run_something_else(
+    steps: int, strength: float, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        image_to_image(stock(twins.sd, "sd15-best"), num_inference_steps=steps, strength=strength)
+
+
+def test_inpainting_keeps_what_it_keeps_at_the_level_of_every_call() -> None:
+    """With the whole picture kept, x is the kept picture and the same noise, call by call."""
+    pipe, seen = twins.sd(), []
+    other = quiet(
+        diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    )
+    with pytest.raises(ValueError, match="noises what it keeps to one level"):
+        parallel(other, "sd15-best", points="rows")
+    other.unet.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    kept = parallel(other, "sd15-best")(
+        TEXT, image=torch.full((1, 3, 16, 16), 0.5), mask_image=torch.zeros(1, 1, 16, 16),
+        generator=drawn(3), guidance_scale=1.0, **LATENT,
+    ).images  # fmt: skip
+    scheduler = EPDScheduler.from_predictor("sd15-best", like=pipe.scheduler)
+    scheduler.set_timesteps(30)
+    levels = scheduler.sigmas[1:-1]
+    noises = [
+        (x * (1 + level**2) ** 0.5 - kept) / level
+        for x, level in zip(seen[1:], levels, strict=True)
+    ]
+    assert torch.allclose(
+        torch.stack(noises[:-2]), noises[0].expand(27, -1, -1, -1, -1), atol=1e-3
+    )
+
+
+# --- what is refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "words"),
+    [
+        ("sd3-512-best", diffusers.DDIMScheduler(**SD), "not for DDIMScheduler.*a VP process"),
+        ("sd15-best", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "flow matching"),
+        ("sd15-best", diffusers.DDIMScheduler(**SD, rescale_betas_zero_snr=True), "rescale_betas"),
+        ("sd15-best", diffusers.EDMEulerScheduler(), "EDMEulerScheduler is not served"),
+        (
+            "sd15-best",
+            diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+            "timestep_type",
+        ),
+        ("sd15-best", diffusers.DPMSolverMultistepScheduler(thresholding=True), "thresholding"),
+        (
+            "sd3-512-best",
+            diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            "shift is",
+        ),
+        ("sd3-512-best", diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), "shift is another"),
+        ("flux-best", diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0), "has one shift, and"),
+        (
+            "sd3-512-best",
+            diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+            "shift is another",
+        ),
+        ("cifar10-5nfe", None, "needs the scheduler of its model: like="),
+        ("cifar10-5nfe", diffusers.DDIMScheduler(**SD), "start at 80"),
+        ("exps/none-*.pkl", None, "no file is like"),
+    ],
+)
+def test_a_scheduler_of_another_kind_of_model_is_refused(name: str, like: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EPDScheduler.from_predictor(name, like=like)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "words"),
+    [
+        ({}, {"num_inference_steps": 28}, "num_inference_steps is 28: the predictors have 20"),
+        ({"guidance": "rows"}, {"prompt": None}, "takes texts"),
+        ({"guidance": "columns"}, {}, "pipeline or rows"),
+        ({"guidance": "rows", "points": "sequence"}, {}, "cannot take guidance as rows"),
+    ],
+)
+def test_calls_that_cannot_be_served_are_refused(
+    options: dict[str, Any], given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        parallel(quiet(twins.sd()), "sd15-best", **options)(**{"prompt": TEXT, **given, **LATENT})
+
+
+# --- our own loop on a pipeline's parts ---------------------------------------------------
+
+
+def test_parallel_pipeline_takes_a_plain_string_for_every_seed() -> None:
+    pipe = twins.sd()
+    made = parallel_pipeline(pipe, "sd15-best", size=(16, 16))
+    one, two = made(TEXT, seeds=[3, 4])
+    expected = ours(pipe, "sd15-best", [3, 4])
+    for image, tensor in zip((one, two), expected, strict=True):
+        pixels = torch.tensor(list(image.tobytes())).reshape(16, 16, 3)
+        assert torch.allclose(pixels.float(), tensor.permute(1, 2, 0) * 255, atol=0.6)
+
+
+def test_parallel_pipeline_reads_the_text_encoder_of_today() -> None:
+    """As a LoRA changes it between two calls."""
+    pipe = twins.sd()
+    made = parallel_pipeline(pipe, "sd15-best", size=(16, 16))
+    before = made(TEXT, seeds=[3])[0].tobytes()
+    with torch.no_grad():
+        pipe.text_encoder.final_layer_norm.weight.mul_(-3)
+    assert made(TEXT, seeds=[3])[0].tobytes() != before
+
+
+def test_parallel_pipeline_checks_the_resolution() -> None:
+    with pytest.raises(ValueError, match="for 512 pixels"):
+        parallel_pipeline(twins.sd3(), "sd3-512-best")
+    predictor = load_predictor(find_predictor("sd3-512-best"))
+    recipe = replace(predictor.recipe, img_resolution=16)
+    with pytest.raises(ValueError, match="not for a ve model"):
+        parallel_pipeline(twins.sd(), replace(predictor, recipe=recipe))
