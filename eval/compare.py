@@ -1,38 +1,199 @@
 """Solvers and predictors side by side, on any backend, by the number of sequential calls."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import click
 import torch
 
+from backends.base import Backend
+from backends.generate import Job, generate
 from backends.load import find_model, load_backend
-from eval.candidates import (
+from eval.features import load_space
+from eval.fid import Statistics, check_space, load_statistics, save_statistics
+from eval.machine import provenance
+from eval.measure import (
     FINE_STEPS,
+    SCHEDULES,
     SOLVERS,
+    Candidate,
+    Fine,
+    Frechet,
+    FrechetReference,
+    Problem,
+    Rewards,
+    Score,
+    best,
     fine_solution,
     from_here,
+    images_statistics,
     learned,
+    measure,
     predictor_files,
+    solve_finely,
+    variants,
 )
-from eval.comparison import (
-    compare,
-    rivals_for,
-    runs_of,
-    write_page,
-    write_results,
-    write_summary,
-)
-from eval.frechet import SHIPPED, load_reference
-from eval.measure import Judge, Study
-from eval.page import SHOWN
-from eval.prompted import jobs_for, rewards_for
+from eval.report import Strip, curves, metrics_of, page, ratios, table, write_csv
 from eval.score import NamedPath
-from rewards.efficientnet import load_features
-from rewards.registry import Setup, files_of
+from rewards.fingerprint import source_hash, stamp
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, singles
+from solvers.epd import EPD, Directions, ParallelMultistep
+from solvers.sampler import make_solver
+from solvers.schedules import SCHEDULES as ALL_SCHEDULES
+from src.figures import save, table_figure
+from src.files import to_json, write_json, write_text
 from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors
+from src.stats import number
 from src.text import read_prompts
+
+CHOOSE_ON = 64
+SHOWN = 8
+REFERENCE = "test-features.npz"
+MEANING = {
+    "rmse": "to the fine solution of the same seeds, over all numbers of the latents "
+    "(pixels in [-1, 1] for pixel models)",
+    "nfe": "network calls one after another for an image; guidance is not counted",
+    "rows": "evaluations of the network for an image, each of the K points counted",
+    "frechet": "biased upwards at small numbers of images, so compare within this table only; "
+    "'trained on' where the table was fitted in these very features",
+    "intervals": "95 %, by the bootstrap over images (resampled 4000 times)",
+    "time": "sampling a batch, in bare network calls of that batch timed just before it; "
+    "median over the batches",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores, best schedules chosen, and the fine solution they were held against."""
+
+    scores: list[Score]
+    fine: Fine
+    candidates: list[Candidate]  # of the scores
+
+
+def compare(
+    problem: Problem,
+    fixed: Sequence[Candidate],
+    rivals: Sequence[Candidate] = (),
+    references: Sequence[FrechetReference] = (),
+    rewards: Rewards | None = None,
+) -> Comparison:
+    """Measure `fixed` candidates, and of the `rivals` the best of each name and NFE.
+
+    The best has the least RMSE on the first 64 jobs. Raises ValueError for candidates that solve
+    another problem than the fine solution does.
+    """
+    fine = solve_finely(problem, references, rewards)
+    chosen = list(rivals)
+    if len({(c.name, c.nfe) for c in rivals}) < len(rivals):
+        few = replace(problem, jobs=problem.jobs[:CHOOSE_ON])
+        chosen = best(measure(few, rivals, fine), rivals)
+    every = [*chosen, *fixed]
+    return Comparison(measure(problem, every, fine, references, rewards), fine, every)
+
+
+def rivals_for(
+    solvers: Sequence[str], nfes: Sequence[int], schedules: Sequence[str], problem: Problem
+) -> list[Candidate]:
+    """Every hand-made candidate of these solvers, calls and schedules (["best"]: the usual).
+
+    Combinations that do not exist are left out. ValueError for unknown names.
+    """
+    levels, rate = problem.backend.levels, problem.fine.sampler.guidance_rate
+    unknown = [name for name in schedules if name not in ("best", *ALL_SCHEDULES)]
+    if unknown or not schedules:
+        choice = ", ".join(ALL_SCHEDULES)
+        raise ValueError(f"unknown schedule {unknown}: choose best or from {choice}")
+    for solver in solvers:
+        make_solver(solver)
+    if "best" in schedules:
+        schedules = (*SCHEDULES[levels.process.name], *(("discrete",) if levels.timesteps else ()))
+    cells = [(solver, nfe) for solver in solvers for nfe in nfes]
+    return [c for solver, nfe in cells for c in variants(solver, nfe, schedules, levels, rate)]
+
+
+def jobs_for(
+    backend: Backend, seeds: Sequence[int], prompts: Sequence[str], *, even: bool = False
+) -> tuple[Job, ...]:
+    """Each seed with its prompt, or without any with the backend's usual one.
+
+    The i-th prompt is for the i-th seed, again from the first. `even` gives models by class as
+    many images of each. ValueError for a model that takes no prompts.
+    """
+    usual = backend.usual_prompt(0)
+    if prompts and not isinstance(usual, str):
+        raise ValueError("--prompts: this model takes no texts: leave it out")
+    if prompts:
+        return tuple(Job(seed, prompts[i % len(prompts)]) for i, seed in enumerate(seeds))
+    if even and isinstance(usual, int):
+        drawn = [backend.usual_prompt(seed) for seed in range(10_000)]
+        classes = sorted({label for label in drawn if isinstance(label, int)})
+        return tuple(Job(seed, classes[i % len(classes)]) for i, seed in enumerate(seeds))
+    return tuple(Job(seed, backend.usual_prompt(seed)) for seed in seeds)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Disjoint sets of jobs, and the folder where the statistics of their images are kept.
+
+    about: what images depend on besides candidate and jobs: the model, its precision, the code.
+    """
+
+    jobs: tuple[tuple[Job, ...], ...]
+    folder: Path
+    about: tuple[Any, ...]
+
+    def statistics(
+        self,
+        problem: Problem,
+        candidate: Candidate,
+        jobs: Sequence[Job],
+        references: Sequence[FrechetReference],
+    ) -> dict[str, Statistics]:
+        """Those of a candidate's images by feature space, streamed, or from their files."""
+        file, sampler = candidate.source, candidate.sampler
+        solver = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else candidate.name
+        whole = [solver, sampler.sigmas, sampler.afs, sampler.guidance_rate, self.about]
+        whole += [[job.seed, job.prompt] for job in jobs]
+        paths: dict[str, Path] = {}
+        for space in (reference.space for reference in references):
+            key = hashlib.sha256(to_json([*whole, space.about, space.version]).encode())
+            paths[space.name] = self.folder / f"{key.hexdigest()[:32]}.npz"
+        missing = [r for r in references if not paths[r.space.name].is_file()]
+        new = images_statistics(problem, candidate, jobs, missing) if missing else {}
+        for name, statistics in new.items():
+            save_statistics(paths[name], statistics)
+        return {name: load_statistics(path) for name, path in paths.items()}
+
+
+def with_sets(
+    problem: Problem, result: Comparison, references: Sequence[FrechetReference], sets: Sets
+) -> Comparison:
+    """The comparison with Frechet distances that are means over the sets, with their spread."""
+    from_fine = [reference for reference in references if reference.statistics is None]
+
+    def with_distances(score: Score, candidate: Candidate) -> Score:
+        values: dict[str, list[float]] = {}
+        for jobs in sets.jobs:
+            mine = sets.statistics(problem, candidate, jobs, references)
+            fine = sets.statistics(problem, problem.fine, jobs, from_fine)
+            for reference in references:
+                name = reference.space.name
+                target = reference.statistics or fine[name]
+                values.setdefault(name, []).append(target.distance(mine[name]))
+        frechets = {
+            name: Frechet(mean(each), stdev(each), name in candidate.fitted_on)
+            for name, each in values.items()
+        }
+        return replace(score, frechet=next(iter(frechets.values())).value, frechets=frechets)
+
+    scores = [with_distances(s, c) for s, c in zip(result.scores, result.candidates, strict=True)]
+    fine = replace(result.fine, score=with_distances(result.fine.score, problem.fine))
+    return replace(result, scores=scores, fine=fine)
 
 
 class Names(click.ParamType):
@@ -48,11 +209,26 @@ class Names(click.ParamType):
         return [part.strip() for part in value.split(",") if part.strip()]
 
 
+class Counts(click.ParamType):
+    """Numbers from 1 on with commas between them -> a list."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        for part in parts:
+            if not str(part).strip().isdecimal() or int(part) < 1:
+                self.fail(f"{part!r} is no number from 1 on: write, say, 1,3,5", param, ctx)
+        return [int(part) for part in parts]
+
+
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.argument("more", nargs=-1, metavar="[PREDICTOR]...")
 @click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--solvers", type=Names(), default=",".join(SOLVERS), help="Hand-made; '' for none.")
-@click.option("--nfe", type=Names(), default="3,5,7,9", help="Sequential calls of those.")
+@click.option("--nfe", type=Counts(), default="3,5,7,9", help="Sequential calls of those.")
 @click.option("--schedules", type=Names(), default="best", help="Names, or best of the usual.")
 @click.option("--predictor", multiple=True, help="Path, name in exps/, or pattern; repeatable.")
 @click.option("--fine", type=click.IntRange(2), default=FINE_STEPS, help="Its Heun steps.")
@@ -60,10 +236,15 @@ class Names(click.ParamType):
 @click.option("--prompts", "--prompt-file", "--prompt_file", help=".txt, one a line, or .csv.")
 @click.option("--seeds", type=SeedList(), default="0-255")
 @click.option("--batch", type=click.IntRange(1), default=64)
-@click.option("--reference", type=click.Path(path_type=Path), help="Statistics to measure FD by.")
+@click.option("--features", multiple=True, help="Frechet distances in these; repeatable.")
+@click.option(
+    "--reference", multiple=True, type=click.Path(path_type=Path), help="Statistics for them."
+)
+@click.option("--images", type=click.IntRange(2), help="Frechet distances of so many, by sets.")
+@click.option("--sets", type=click.IntRange(2), default=3, help="Disjoint sets of --images seeds.")
 @click.option("--reward", "names", multiple=True, help="Repeatable: clip, hps, ...")
 @click.option(
-    "--weights", type=NamedPath(), multiple=True, help="Where the rewards' are; repeatable."
+    "--weights", type=NamedPath(), multiple=True, help="Where rewards' and features' are."
 )
 @click.option("--shown", type=click.IntRange(1), default=SHOWN, help="Images a line in the page.")
 @click.option("--outdir", type=click.Path(path_type=Path), default="runs/compare")
@@ -74,7 +255,7 @@ def main(  # noqa: PLR0913 - one parameter an option
     more: tuple[str, ...],
     model: str,
     solvers: list[str],
-    nfe: list[str],
+    nfe: list[int],
     schedules: list[str],
     predictor: tuple[str, ...],
     fine: int,
@@ -82,7 +263,10 @@ def main(  # noqa: PLR0913 - one parameter an option
     prompts: str | None,
     seeds: list[int],
     batch: int,
-    reference: Path | None,
+    features: tuple[str, ...],
+    reference: tuple[Path, ...],
+    images: int | None,
+    sets: int,
     names: tuple[str, ...],
     weights: tuple[tuple[str, str], ...],
     shown: int,
@@ -94,56 +278,156 @@ def main(  # noqa: PLR0913 - one parameter an option
 
     Writes report.html, a page that needs nothing else, and results.txt, .csv, .json and .png to
     OUTDIR. Hand-made solvers take the best of their schedules, each with and without AFS, by
-    RMSE on the first 64 seeds. The shipped model has its Frechet reference; other models need
-    --reference for that column. Text-to-image models make the i-th prompt from the i-th seed,
-    and every --reward judges the same images. All solvers on the shipped model take about a
-    quarter of an hour on 2 cores.
+    RMSE on the first 64 seeds. The shipped model has its Frechet reference; others need
+    --features, and without a --reference for them are held against the fine solution's images.
+    With --images, Frechet distances are of that many images for each of --sets disjoint ranges
+    of seeds, as many of each class; what is measured is kept in OUTDIR/cache, and found there.
+    Text-to-image models make the i-th prompt from the i-th seed, and every --reward judges the
+    same images. All solvers on the shipped model take about a quarter of an hour on 2 cores.
 
     \b
     python -m eval.compare --predictor 'exps/fashion-mnist-32/*.pkl'
     python -m eval.compare --solvers euler,dpmpp-3 --nfe 5,10 --schedules polynomial --seeds 0-99
+    python -m eval.compare --images 10000 --nfe 3 --features efficientnet --features own:features
     python -m eval.compare --model tiny-sd3 --guidance_rate 4 --seeds 0-99 --nfe 6,10 \
         --prompts src/prompts/emoji-heldout.txt --predictor 'exps/tiny-sd3/*.pkl' \
         --reward clip --weights clip=src/models/tiny-clip --reward efficientnet-minilm
     """  # noqa: D301 - click's mark for lines to keep
-    setup = Setup(device, paths=dict(weights))
+    paths = dict(weights)
+    setup = Setup(device, paths={n: path for n, path in paths.items() if n != "dinov2"})
     files = files_of(names, setup.paths)
     texts = read_prompts(prompts) if prompts else ()
     backend = load_backend(model, device=device, dtype=dtype)
-    finely = fine_solution(backend.levels, fine, guidance_rate)
-    study = Study(backend, jobs_for(backend, seeds, texts), finely, batch)
+    jobs = jobs_for(backend, seeds, texts)
+    by_prompt = [n for n in singles(names) if n in ADAPTERS and ADAPTERS[n].by_prompt]
+    if by_prompt and not all(isinstance(job.prompt, str) for job in jobs):
+        raise ValueError(
+            f"{by_prompt[0]} judges images by their prompts, and this model takes none"
+        )
+    problem = Problem(backend, jobs, fine_solution(backend.levels, fine, guidance_rate), batch)
     fixed = learned(predictor_files([*predictor, *more]), backend)
-    rivals = rivals_for(solvers, counts(nfe), schedules, study)
+    rivals = rivals_for(solvers, nfe, schedules, problem)
     if not fixed and not rivals:
         raise ValueError(
             "nothing to compare: name solvers that can make these calls, or predictors"
         )
-    rewards = rewards_for(names, study.jobs, setup)
-    reference = reference or usual_reference(model)
-    judge = Judge(load_features(device), load_reference(reference)) if reference else None
-    result = compare(study, fixed, rivals, judge=judge, rewards=rewards)
-    settings = {"model": from_here(model), "seeds": runs_of(seeds), "schedules": schedules}
-    settings |= {"prompts": from_here(prompts) if prompts else None, "rewards": list(names)}
-    settings |= {"weights": {name: from_here(path) for name, path in files.items()}}
-    settings |= {"dtype": str(dtype), "reference": from_here(reference) if reference else None}
-    write_results(outdir, result, study, settings)
-    write_page(outdir, result, study, settings, shown)
-    text = write_summary(outdir, result, study)
-    click.echo(f"{text}\nreport.html, results.txt, .csv, .json and .png are in {outdir}")
+    rewards = load_rewards(names, setup)
+    references = references_for(find_model(model), features, reference, paths, device)
+    result = compare(problem, fixed, rivals, () if images else references, rewards)
+    settings: dict[str, Any] = {"model": from_here(model), "seeds": runs_of(seeds)}
+    settings |= {"schedules": schedules, "prompts": from_here(prompts) if prompts else None}
+    settings |= {"rewards": list(names), "weights": {n: from_here(p) for n, p in files.items()}}
+    settings |= {"dtype": str(dtype), "features": [r.space.about for r in references]}
+    settings |= {"reference": [from_here(path) for path in reference] or None}
+    if images and references:
+        ranges = [range(k * images, (k + 1) * images) for k in range(sets)]
+        jobs = tuple(jobs_for(backend, seeds, texts, even=True) for seeds in ranges)
+        path = find_model(model)
+        about = (stamp(path) if path.exists() else model, str(dtype), source_hash("backends.load"))
+        many = Sets(jobs, outdir / "cache", (*about, source_hash("backends.generate")))
+        result = with_sets(problem, result, references, many)
+        settings |= {"frechet": f"of {images} images in {sets} disjoint sets of seeds"}
+    write_results(outdir, result, problem, settings, shown)
+    click.echo((outdir / "results.txt").read_text(encoding="utf-8").rstrip())
+    click.echo(f"report.html, results.txt, .csv, .json and .png are in {outdir}")
 
 
-def counts(texts: Sequence[str], option: str = "nfe") -> list[int]:
-    """Numbers above 0 of an option; ValueError for what is none."""
-    for text in texts:
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"--{option} {text!r} is no number from 1 on: write, say, 1,3,5")
-    return [int(text) for text in texts]
+def references_for(
+    model: Path,
+    features: Sequence[str],
+    files: Sequence[Path],
+    weights: Mapping[str, str],
+    device: torch.device,
+) -> list[FrechetReference]:
+    """The feature spaces, each with the file of statistics that is of it, if there is one.
+
+    Files are those given, and those in the model's folder. ValueError for a file of other
+    features than those asked for.
+    """
+    shipped = sorted(model.glob("test-features*.npz")) if model.is_dir() else []
+    statistics = {path: load_statistics(path) for path in (*files, *shipped)}
+    references: list[FrechetReference] = []
+    unused = set(files)
+    for name in dict.fromkeys(features or (("efficientnet",) if statistics else ())):
+        space = load_space(name, device, Path(weights[name]) if name in weights else None)
+        fits = [p for p, s in statistics.items() if s.about.get("features") in (None, space.about)]
+        for path in fits[:1]:
+            check_space(path, statistics[path], space)
+        unused -= set(fits)
+        references.append(FrechetReference(space, statistics[fits[0]] if fits else None))
+    for path in unused:
+        about = statistics[path].about["features"]
+        raise ValueError(f"--reference {path} is of other features ({about}): see --features")
+    return references
 
 
-def usual_reference(model: str) -> Path | None:
-    """The reference statistics in the model's own folder, if there are some."""
-    path = find_model(model) / SHIPPED.name
-    return path if path.is_file() else None
+def write_results(
+    outdir: Path, result: Comparison, problem: Problem, settings: Mapping[str, Any], shown: int
+) -> None:
+    """report.html, results.txt, .csv, .json and .png of a comparison."""
+    scores, fine, count = result.scores, result.fine.score, len(problem.jobs)
+    steps = len(problem.fine.sampler.sigmas) - 1
+    finely = f"{fine.name} in {steps} steps on {fine.schedule} ({fine.nfe} calls)"
+    meaning = MEANING | {n: ADAPTERS[n].about for n in fine.rewards if n in ADAPTERS}
+    about = {**settings, "images": count, "batch": problem.batch, "fine": finely}
+    about |= {"chosen_on": f"the first {min(CHOOSE_ON, count)} images", "meaning": meaning}
+    about |= provenance(problem.backend.device)
+    rows = [asdict(score) for score in scores]
+    write_json(outdir / "results.json", {"about": about, "fine": asdict(fine), "scores": rows})
+    write_csv(outdir / "results.csv", scores)
+    metrics = [metric for metric in metrics_of(scores) if metric.less]
+    said = (
+        f"{count} images. Fine solution: {finely}, its Frechet distance {number(fine.frechet)}.\n"
+        "RMSE is over the latents (pixels in [-1, 1] for pixel models); Frechet distances are "
+        "biased upwards at few images: compare within this table only."
+    )
+    parts = (table(scores), *(ratios(scores, metric) for metric in metrics), said)
+    write_text(outdir / "results.txt", "\n\n".join(part for part in parts if part) + "\n")
+    title = f"{settings['model']}, {count} images, against {finely}"
+    figure = curves(scores, title, fine)
+    save(figure, outdir / "results.png")
+    jobs = problem.jobs[:shown]
+    strips = []
+    for candidate in (*result.candidates, problem.fine):
+        (batch,) = generate(problem.backend, candidate.sampler, jobs, batch=len(jobs))
+        strips.append(Strip(candidate.name, candidate.nfe, batch.images))
+    facts = {"images": str(count), "fine solution": finely}
+    facts |= {name: str(value) for name, value in about.items() if value and name != "meaning"}
+    text = page(
+        scores,
+        fine,
+        strips,
+        {f"{c.name}, {c.nfe} calls": figure for c in result.candidates if (figure := drawn(c))},
+        figure,
+        title=f"{settings['model']}: solvers by the number of calls",
+        facts=facts,
+        meaning=meaning,
+        subjects="; ".join(
+            f"{job.seed}" if job.prompt is None else f"{job.seed}: {job.prompt}" for job in jobs
+        ),
+    )
+    write_text(outdir / "report.html", text)
+
+
+def drawn(candidate: Candidate) -> Any:
+    """A drawing of a candidate's learned table; None where it has none."""
+    solver = candidate.sampler.solver
+    if not isinstance(solver, EPD | ParallelMultistep):
+        return None
+    place = solver.table
+    mix = place.weight * place.dir_scale if isinstance(place, Directions) else place.weight
+    return table_figure(place.r.tolist(), mix.tolist(), candidate.sampler.sigmas)
+
+
+def runs_of(seeds: Sequence[int]) -> str:
+    """Seeds as they are written: [0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1][1:] = [seed]
+        else:
+            runs.append([seed])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Features of images: the spaces in which sets of images are compared, and fits may look.
 
-Inception is FID's, from a local file; EfficientNet ships; CLIP and DINOv2 come from local folders;
-any other network as `module:function`. Shapes: N images, D features.
+Inception is FID's, from a local file; EfficientNet and a judge of clothes ship; CLIP and DINOv2
+come from local folders, any other network as `module:function`. Shapes: N images, D features.
 """
 
-import hashlib
 import importlib
 import io
 import warnings
@@ -18,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewards.clip import load_towers
 from rewards.efficientnet import PACKAGES, prepared
 from rewards.efficientnet import load_features as load_efficientnet
 from rewards.fashion import WEIGHTS as JUDGE
 from rewards.fashion import load_judge
 from rewards.fingerprint import source_hash
 from rewards.states import fill, read_state
+from rewards.towers import WEIGHTS, transformers, weights_in
 from rewards.weights import require, sha256
 from src.files import nearest, read_json
 from src.images import to_bytes
@@ -83,32 +84,26 @@ class FeatureSpace:
 def load_space(name: str, device: torch.device, weights: Path | None = None) -> FeatureSpace:
     """The space of a name in SPACES, or of a callable `module:function`.
 
-    weights: the file of inception, the file or folder of clip, the folder of dinov2. Raises
-    ValueError, in one line, for an unknown name, for weights that are missing, wrong or of no
-    use, and for a function that cannot be imported.
+    weights: the file of inception, the file or folder of clip, the folder of dinov2, where they
+    are not where `rewards.weights` looks. Raises ValueError, in one line, for an unknown name,
+    for weights that are missing, wrong or of no use, and for a function that cannot be imported.
     """
-    if name in ("inception", "clip"):
-        path = require([name], {name: weights} if weights else {})[name]
-        return (_inception if name == "inception" else _clip)(path, device)
-    if name == "dinov2":
-        if not weights:
-            fix = "--weights FOLDER, such as the hub's facebook/dinov2-large"
-            raise ValueError(f"the features dinov2 need their transformers folder: {fix}")
-        return _dinov2(weights, device)
+    load = {"inception": _inception, "clip": _clip, "dinov2": _dinov2}.get(name)
+    if load:
+        return load(require([name], {name: weights} if weights else {})[name], device)
     if weights:
         raise ValueError(f"--weights {weights} is of no use to the features {name}")
-    if name == "efficientnet":
-        features = load_efficientnet(device)
-
-        def efficientnet(images: Tensor) -> Tensor:
-            return features.maps(prepared(images, features.side)).mean((2, 3))
-
-        return FeatureSpace(name, EFFICIENTNET, efficientnet, device, PACKAGES)
     if name == "fashion-judge":
-        return FeatureSpace(
-            name, FASHION, load_judge(device=device).features, device, sha256(JUDGE)
-        )
-    return _own(name, device)
+        judge = load_judge(device=device)
+        return FeatureSpace(name, FASHION, judge.features, device, sha256(JUDGE)[:16])
+    if name != "efficientnet":
+        return _own(name, device)
+    features = load_efficientnet(device)
+
+    def efficientnet(images: Tensor) -> Tensor:
+        return features.maps(prepared(images, features.side)).mean((2, 3))
+
+    return FeatureSpace(name, EFFICIENTNET, efficientnet, device, PACKAGES)
 
 
 def _inception(path: Path, device: torch.device) -> FeatureSpace:
@@ -180,29 +175,20 @@ def _scripted(path: Path, device: torch.device) -> Network:
 
 def _clip(path: Path, device: torch.device) -> FeatureSpace:
     """The image tower of a CLIP, from an open_clip or transformers folder or file."""
-    try:
-        from rewards.clip import load_towers  # noqa: PLC0415 - its libraries are met only here
-    except ModuleNotFoundError as error:
-        raise ValueError(f"no {error.name}: pip install open_clip_torch transformers") from error
     towers = load_towers(path, device, False)
-    about = f"CLIP image embeddings of length 1 [{towers.width}], input {towers.look.size}x"
-    return FeatureSpace(
-        "clip", about + str(towers.look.size), towers.images, device, _content(path)
-    )
+    size = towers.preprocess.size
+    about = f"CLIP image embeddings of length 1 [{towers.width}], input {size}x{size}"
+    return FeatureSpace("clip", about, towers.images, device, _content(path))
 
 
 def _dinov2(folder: Path, device: torch.device) -> FeatureSpace:
     """The class token of a DINOv2, as Stein et al. 2023 (arXiv:2306.04675) take it."""
-    library = importlib.import_module("transformers")
-    config = read_json(folder / "config.json")
+    config, weights = read_json(folder / "config.json"), weights_in(folder, WEIGHTS)
     if not isinstance(config, dict) or config.get("model_type") != "dinov2":
         raise ValueError(f"{folder / 'config.json'}: its model_type is not dinov2")
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    weights = next((path for path in files if path.is_file()), None)
-    if weights is None:
-        raise ValueError(f"{folder}: it has neither {files[0].name} nor {files[1].name}")
-    made = library.Dinov2Config.from_dict(config)
-    network = fill(lambda: library.Dinov2Model(made), read_state(weights), str(weights), device)
+    made = transformers().Dinov2Config.from_dict(config)
+    state = read_state(weights)
+    network = fill(lambda: transformers().Dinov2Model(made), state, str(weights), device)
     middle, spread = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
 
     def features(images: Tensor) -> Tensor:
@@ -232,9 +218,4 @@ def _own(name: str, device: torch.device) -> FeatureSpace:
 def _content(path: Path) -> str:
     """A hash of a file, or of the weights in a folder."""
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    digest = hashlib.sha256()
-    for file in files if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    return " ".join(sha256(file)[:16] for file in (files if path.is_dir() else [path]))

@@ -373,7 +373,7 @@ def calc(  # noqa: PLR0913 - one parameter an option
 @click.option("--keep_features", is_flag=True, help="For kid and pr: 8 KB an image.")
 @reading_options
 @one_line_errors
-def ref(  # noqa: PLR0913 - one parameter an option
+def ref(
     data: Path,
     dest: Path,
     keep_features: bool,

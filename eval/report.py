@@ -1,90 +1,105 @@
-"""Scores as aligned text and CSV."""
+"""A comparison as text, CSV, curves, and a page of HTML that needs nothing else."""
 
+import base64
 import csv
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from eval.measure import Score
+import jinja2
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from torch import Tensor
+
+from eval.measure import Frechet, Score
+from src.figures import png
 from src.files import write_text
-from src.intervals import Estimate
+from src.images import grid, png_bytes
+from src.stats import Estimate, aligned, number
+
+COLOURS = ("#c1121f", "#003f88", "#0f7b3f", "#7b2cbf", "#e36414", "#00798c", "#8a5a00")
+COLOURED = 6  # curves
+PANEL = (6.0, 4.6)  # inches
+NARROW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first being the head -> lines; the first column left, others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+@dataclass(frozen=True)
+class Metric:
+    """One quantity of the scores: its cell as text, what is compared, and which end is better."""
+
+    name: str
+    cell: Callable[[Score], str]
+    value: Callable[[Score], float | None]
+    less: bool = True
+
+    def best(self, scores: Sequence[Score]) -> float | None:
+        """The best value there is; what is no number is never the best."""
+        values = [v for s in scores if (v := self.value(s)) is not None and not math.isnan(v)]
+        return (min if self.less else max)(values, default=None)
 
 
-def table(scores: Sequence[Score]) -> str:
-    """Every score with all that belongs to it, a line each; 95 % intervals in brackets."""
-    named = reward_names(scores)
-    head = ("solver", "NFE", "RMSE", "Frechet", *named, "schedule", "AFS", "evaluations", "time")
-    rows = [
-        (
-            s.name,
-            str(s.nfe),
-            error_of(s),
-            number(s.frechet),
-            *(interval(s.rewards.get(name)) for name in named),
-            s.schedule,
-            "yes" if s.afs else "no",
-            f"{s.rows:g}",
-            f"{s.time:.2f}",
+def metrics_of(scores: Sequence[Score]) -> list[Metric]:
+    """What was measured: the error, Frechet distances, rewards."""
+    spaces = list(dict.fromkeys(name for s in scores for name in s.frechets))
+    rewards = list(dict.fromkeys(name for s in scores for name in s.rewards))
+    metrics = [Metric("RMSE", error_of, lambda s: s.rmse)]
+    for name in spaces:
+        title = "Frechet" if len(spaces) == 1 else f"Frechet {name}"
+        metrics.append(
+            Metric(
+                title,
+                lambda s, n=name: distance_of(s.frechets.get(n)),
+                lambda s, n=name: s.frechets[n].value if n in s.frechets else None,
+            )
         )
-        for s in scores
-    ]
-    return aligned([head, *rows])
-
-
-def reward_names(scores: Sequence[Score]) -> list[str]:
-    """The rewards that some score has, in their order."""
-    return list(dict.fromkeys(name for s in scores for name in s.rewards))
+    for name in rewards:
+        metrics.append(
+            Metric(
+                name,
+                lambda s, n=name: str(s.rewards.get(n, "-")),
+                lambda s, n=name: s.rewards[n].value if n in s.rewards else None,
+                less=False,
+            )
+        )
+    return metrics
 
 
 def error_of(score: Score) -> str:
     """The RMSE with its interval, where it has one."""
     if score.rmse_low is None or score.rmse_high is None:
         return number(score.rmse)
-    return interval(Estimate(score.rmse, score.rmse_low, score.rmse_high))
+    return str(Estimate(score.rmse, score.rmse_low, score.rmse_high))
 
 
-def interval(estimate: Estimate | None) -> str:
-    """`0.2731 [0.2712, 0.2749]`, or a dash."""
-    if estimate is None:
+def distance_of(distance: Frechet | None) -> str:
+    """`51.20 +-0.31, trained on`, or a dash."""
+    if distance is None:
         return "-"
-    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+    spread = "" if distance.spread is None else f" +-{distance.spread:.2g}"
+    return number(distance.value) + spread + ", trained on" * distance.trained_on
 
 
-def pivot(scores: Sequence[Score], absent: Sequence[str] = ()) -> str:
-    """A line for every solver, RMSE and Frechet distance by NFE; the best of each has a star.
-
-    `absent` names get a line of dashes. Rows are the network's evaluations for an image.
-    """
-    calls = sorted({s.nfe for s in scores})
-    heads = (f"{what} @{n} " for what in ("RMSE", "FD") for n in calls)
-    rows = [["solver", *heads, f"rows @{'/'.join(map(str, calls))}"]]
-    best = {n: least([s for s in scores if s.nfe == n]) for n in calls}
-    for name in [*dict.fromkeys(s.name for s in scores), *absent]:
-        found = {s.nfe: s for s in scores if s.name == name}
-        errors = [cell(found.get(n) and found[n].rmse, best[n][0]) for n in calls]
-        distances = [cell(found.get(n) and found[n].frechet, best[n][1]) for n in calls]
-        evaluations = (f"{found[n].rows:g}" if n in found else "-" for n in calls)
-        rows.append([name, *errors, *distances, "/".join(evaluations)])
-    return aligned(rows)
+def table(scores: Sequence[Score]) -> str:
+    """Every score with all that belongs to it, a line each; 95 % intervals in brackets."""
+    metrics = metrics_of(scores)
+    head = ("solver", "NFE", *(m.name for m in metrics), "schedule", "AFS", "evaluations", "time")
+    rows = [
+        (
+            *(s.name, str(s.nfe), *(m.cell(s) for m in metrics), s.schedule),
+            *("yes" if s.afs else "no", f"{s.rows:g}", f"{s.time:.2f}"),
+        )
+        for s in scores
+    ]
+    return aligned([head, *rows])
 
 
-def ratios(scores: Sequence[Score]) -> str:
-    """By NFE: the best learned solver, the best of one point, the best hand-made, by RMSE.
+def ratios(scores: Sequence[Score], metric: Metric) -> str:
+    """By NFE: the best learned solver, the best of one point, the best hand-made, by a metric.
 
     A ratio is of the best learned one over the best hand-made. Rows are evaluations of the
     network for an image. "" where a table has not both kinds.
@@ -92,53 +107,180 @@ def ratios(scores: Sequence[Score]) -> str:
     head = ("NFE", "best learned", "rows", "best of K=1", "rows", "best hand-made", "rows")
     lines: list[tuple[str, ...]] = []
     for n in sorted({s.nfe for s in scores}):
-        there = [s for s in scores if s.nfe == n]
-        learned = lowest([s for s in there if s.source])
-        single = lowest([s for s in there if s.source and s.points == 1])
-        rival = lowest([s for s in there if not s.source])
-        if learned and rival:
-            cells = (c for best in (learned, single, rival) for c in named_error(best))
-            lines.append((str(n), *cells, f"{learned.rmse / rival.rmse:.3f}"))
-    return aligned([(*head, "learned / hand-made"), *lines]) if lines else ""
-
-
-def lowest(scores: Sequence[Score]) -> Score | None:
-    """The one with the least error, if there is any; what is no number comes last."""
-    return min(scores, key=lambda s: math.inf if math.isnan(s.rmse) else s.rmse, default=None)
-
-
-def named_error(score: Score | None) -> tuple[str, str]:
-    """A score's name with its error, and its rows; dashes for none."""
-    return (f"{score.name} {number(score.rmse)}", f"{score.rows:g}") if score else ("-", "-")
-
-
-def least(scores: Sequence[Score]) -> tuple[float, float | None]:
-    """The least RMSE and the least Frechet distance."""
-    distances = [s.frechet for s in scores if s.frechet is not None]
-    return min(s.rmse for s in scores), min(distances, default=None)
-
-
-def cell(value: float | None, best: float | None) -> str:
-    """A figure, with a star where it is the best."""
-    return number(value) + ("*" if value is not None and value == best else " ")
-
-
-def number(value: float | None) -> str:
-    """Three to four digits, or a dash for what was not measured."""
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:#.4g}"
+        values = [(v, s) for s in scores if s.nfe == n and (v := metric.value(s)) is not None]
+        kinds = (
+            [(v, s) for v, s in values if s.source],
+            [(v, s) for v, s in values if s.source and s.points == 1],
+            [(v, s) for v, s in values if not s.source],
+        )
+        numbers = [[pair for pair in kind if not math.isnan(pair[0])] for kind in kinds]
+        best = [min(kind, key=lambda pair: pair[0], default=None) for kind in numbers]
+        if best[0] and best[2]:
+            cells = [f"{b[1].name} {number(b[0])}" if b else "-" for b in best]
+            rows = [f"{b[1].rows:g}" if b else "-" for b in best]
+            pairs = [cell for pair in zip(cells, rows, strict=True) for cell in pair]
+            lines.append((str(n), *pairs, f"{best[0][0] / best[2][0]:.3f}"))
+    return aligned([(*head, f"{metric.name}: learned / hand-made"), *lines]) if lines else ""
 
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
-    """One line a score, under the names of its fields; three columns a reward."""
-    plain = [f.name for f in fields(Score) if f.name not in ("rewards", "gains")]
-    ends = [(name, end) for name in reward_names(scores) for end in ("value", "low", "high")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*plain, *(n if end == "value" else f"{n}_{end}" for n, end in ends)])
+    """One line a score, under the names of its fields; three columns a reward and a space."""
+    own = ("rewards", "gains", "frechets")
+    plain = [f.name for f in fields(Score) if f.name not in own]
+    rewards = list(dict.fromkeys(name for s in scores for name in s.rewards))
+    spaces = list(dict.fromkeys(name for s in scores for name in s.frechets))
+    rows: list[dict[str, Any]] = []
     for score in scores:
         cells = asdict(score)
-        seen = cells["rewards"]
-        writer.writerow([cells[n] for n in plain] + [seen.get(n, {}).get(end) for n, end in ends])
+        row = {name: cells[name] for name in plain}
+        for name in rewards:
+            value = cells["rewards"].get(name, {})
+            row |= {name: value.get("value")}
+            row |= {f"{name}_{end}": value.get(end) for end in ("low", "high")}
+        for name in spaces:
+            value = cells["frechets"].get(name, {})
+            row |= {f"frechet {name}": value.get("value")}
+            row |= {f"frechet {name} {what}": value.get(what) for what in ("spread", "trained_on")}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else plain, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def curves(scores: Sequence[Score], title: str, fine: Score) -> Figure:
+    """Every quantity by the number of calls, a panel each.
+
+    The best few curves are in colour, learned ones thicker; all others are grey. A black
+    triangle is the fine solution.
+    """
+    metrics = metrics_of(scores)
+    columns = min(len(metrics), 2)
+    rows = -(-len(metrics) // columns)
+    size = (PANEL[0] * columns + 2.2, PANEL[1] * rows)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    colours = dict(zip(best_names(scores, metrics[:2]), COLOURS, strict=False))
+    for metric, place in zip(metrics, axes, strict=False):
+        _draw(place, metric, scores, colours, fine)
+    for place in axes[len(metrics) :]:
+        place.axis("off")
+    handles = {line.get_label(): line for place in axes for line in place.get_lines()}
+    named = {n: h for n, h in handles.items() if not str(n).startswith("_")}
+    figure.legend(named.values(), [str(n) for n in named], loc="outside right upper")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def best_names(scores: Sequence[Score], metrics: Sequence[Metric]) -> list[str]:
+    """The solvers that are the best of their kind at some calls, those most often so first."""
+    wins: Counter[str] = Counter()
+    for metric in metrics:
+        for nfe, is_learned in {(s.nfe, bool(s.source)) for s in scores}:
+            there = [s for s in scores if (s.nfe, bool(s.source)) == (nfe, is_learned)]
+            best = metric.best(there)
+            wins.update(s.name for s in there if best is not None and metric.value(s) == best)
+    return [name for name, _ in wins.most_common(COLOURED)]
+
+
+def _draw(
+    axes: Axes, metric: Metric, scores: Sequence[Score], colours: Mapping[str, str], fine: Score
+) -> None:
+    """One quantity by NFE."""
+    axes.set(xlabel="sequential network calls (NFE)", ylabel=metric.name)
+    learned = {s.name for s in scores if s.source}
+    for name in dict.fromkeys(s.name for s in scores):
+        points = [
+            (s.nfe, v) for s in scores if s.name == name and (v := metric.value(s)) is not None
+        ]
+        if points:
+            colour, order = colours.get(name, "0.8"), 2 + (name in colours)
+            label = name if name in colours else "others"
+            width = 2.4 if name in learned and name in colours else 1.2
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(xs, ys, "o-", color=colour, lw=width, ms=4, zorder=order, label=label)
+    calls = sorted({s.nfe for s in scores})
+    if floor := metric.value(fine):
+        beside = calls[-1] + 0.06 * max(calls[-1] - calls[0], 1)
+        axes.plot([beside], [floor], "k<", ms=7, label="fine solution")
+    axes.set_xticks(calls, [str(n) for n in calls])
+    axes.grid(True, which="both", color="0.92", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if metric.less:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        ticks = (1, 2, 5) if high > 10 * low else NARROW_TICKS
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The images of the first jobs under one solver."""
+
+    name: str
+    nfe: int
+    images: Tensor  # [n, C, H, W] in [0, 1]
+
+
+def page(
+    scores: Sequence[Score],
+    fine: Score,
+    strips: Sequence[Strip],
+    tables: Mapping[str, Figure],
+    curve: Figure,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    meaning: Mapping[str, str],
+    subjects: str,
+) -> str:
+    """-> report.html.
+
+    strips: the same jobs under every candidate, the fine solution last; tables: drawn tables by
+    name; facts, meaning: what is said of the comparison and of its figures, by name; subjects:
+    what the columns of the strips are.
+    """
+    calls = sorted({s.nfe for s in scores})
+    lines = list(dict.fromkeys((s.name, bool(s.source)) for s in scores))
+    matrices = []
+    for metric in metrics_of(scores):
+        better = "lower" if metric.less else "higher"
+        said = f"{metric.name}: {better} is better."
+        if metric.value(fine):
+            said += f" The fine solution has {metric.cell(fine)}."
+        top = {n: metric.best([s for s in scores if s.nfe == n]) for n in calls}
+        cells = {(s.name, s.nfe): (metric.cell(s), metric.value(s) == top[s.nfe]) for s in scores}
+        matrices.append((said, cells))
+    for name in dict.fromkeys(name for s in scores for name in s.gains):
+        said = f"{name}, minus that of the fine solution of the same seed and prompt. Bold: zero "
+        gains = {(s.name, s.nfe): s.gains[name] for s in scores if name in s.gains}
+        cells = {key: (str(gain), not gain.low <= 0 <= gain.high) for key, gain in gains.items()}
+        matrices.append((said + "is outside of the interval.", cells))
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=folder, autoescape=True).get_template("report.html")
+    *others, last = [
+        (s.name, s.nfe, _data(png_bytes(grid(s.images.cpu().float(), len(s.images), 2))))
+        for s in strips
+    ]
+    return template.render(
+        calls=calls,
+        lines=lines,
+        matrices=matrices,
+        curve=_data(png(curve)),
+        strips=others,
+        fine=last,
+        tables={name: _data(png(figure)) for name, figure in tables.items()},
+        title=title,
+        facts=facts,
+        meaning=meaning,
+        subjects=subjects,
+    )
+
+
+def _data(content: bytes) -> str:
+    """A PNG within the page."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -178,6 +178,12 @@ METRICS = {
         by_hand="the release fid_weights of github mseitzer/pytorch-fid",
         also=("~/.cache/torch/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth",),
     ),
+    "dinov2": Weight(
+        "DINOv2 ViT-L/14, for Frechet distances (1.2 GB, Apache-2.0)",
+        "dinov2",
+        repo="facebook/dinov2-large",
+        files=("config.json", "model.safetensors"),
+    ),
 }
 WEIGHTS = {**REWARDS, **BACKBONES, **METRICS}
 

@@ -165,7 +165,7 @@ def progress(total: int | None, unit: str, desc: str | None = None) -> tqdm:
     return tqdm(
         total=total,
         unit=f" {unit}s",
-        desc=desc,
+        desc=f"{desc}: " if desc else None,
         disable=not is_first(),
         bar_format=f"{{desc}}{count}{{unit}} in {{elapsed}}{{postfix}}",
         file=Lines(),

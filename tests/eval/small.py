@@ -1,87 +1,73 @@
-"""An exact backend, a study on it, and a cheap stand-in for the feature network."""
+"""An exact backend, a problem on it, and predictors for it."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from click.testing import CliRunner
-from torch import Tensor
 
 from backends.base import Backend, NoiseLevels
 from backends.generate import Job
 from backends.mixture import Mixture, mixture_backend
-from eval.candidates import fine_solution
-from eval.frechet import Reference
-from eval.measure import Judge, Study
-from eval.scripts import last_line
-from sample import main as sample
+from eval.features import load_space
+from eval.fid import Statistics
+from eval.measure import FrechetReference, Problem, fine_solution
+from solvers.epd import Directions, MultistepTable
+from solvers.predictor import Predictor, Recipe, save_predictor
 from solvers.process import FLOW, VE
-from src.files import write_json
-from train_distill import main as distil
+from tests.eval.pictures import CHEAP
 
-FEATURES = 5
+D = 5
 
 
-def mixture() -> Mixture:
-    """Three components in R^(1x4x4)."""
+def exact(process: str = "ve") -> Backend:
+    """Three components in R^(1x4x4), denoised exactly, under either process."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64) * 0.5
-    return Mixture(means, torch.tensor([0.2, 0.3, 0.1]).double(), torch.full((3,), 1 / 3).double())
+    std, weight = torch.tensor([0.2, 0.3, 0.1]).double(), torch.full((3,), 1 / 3).double()
+    levels = NoiseLevels(VE, 0.002, 80.0) if process == "ve" else NoiseLevels(FLOW, 0.001, 1.0)
+    return mixture_backend(Mixture(means, std, weight), levels)
 
 
-def exact() -> Backend:
-    """The mixture under the VE process."""
-    return mixture_backend(mixture(), NoiseLevels(VE, 0.002, 80.0))
-
-
-def exact_flow() -> Backend:
-    """The mixture under flow matching."""
-    return mixture_backend(mixture(), NoiseLevels(FLOW, 0.001, 1.0))
-
-
-def study(images: int = 8, batch: int = 4, steps: int = 200) -> Study:
-    """A study on the exact backend."""
+def problem(images: int = 8, batch: int = 4, steps: int = 200) -> Problem:
+    """One on the exact backend."""
     backend = exact()
     jobs = tuple(Job(seed) for seed in range(images))
-    return Study(backend, jobs, fine_solution(backend.levels, steps), batch)
+    return Problem(backend, jobs, fine_solution(backend.levels, steps), batch)
 
 
-def rebatched(given: Study, batch: int) -> Study:
-    """The same study in other batches."""
-    return replace(given, batch=batch)
-
-
-def cheap_features(images: Tensor) -> Tensor:
-    """Five numbers of an image: [N, C, H, W] -> [N, 5]."""
-    flat = images.flatten(1)
-    extremes = [flat.amax(1), flat.amin(1), flat.median(1).values]
-    return torch.stack([flat.mean(1), flat.std(1), *extremes], 1)
-
-
-def reference() -> Reference:
+def reference() -> FrechetReference:
     """A standard normal one in the space of the cheap features."""
-    d = FEATURES
-    return Reference(100, torch.zeros(d).double(), torch.eye(d).double(), {"images": "none"})
+    eye = torch.eye(D, dtype=torch.float64)
+    space = load_space(CHEAP, torch.device("cpu"))
+    return FrechetReference(space, Statistics(100, 0 * eye[0], eye))
 
 
-def judge() -> Judge:
-    """Distances by the cheap features."""
-    return Judge(cheap_features, reference())
+def save(folder: Path, name: str, base: str = "euler", k: int = 2, steps: int = 3) -> Path:
+    """An EPD of points in the middle, fitted on the cheap features as it says."""
+    ones = torch.ones(steps - 1, k, dtype=torch.float64)
+    table = Directions(ones / 2, ones / k, ones, ones)
+    training = {"fitted_on": [CHEAP]}
+    recipe = Recipe(
+        num_steps=steps, num_points=k, base=base, afs=True, max_order=2, training=training
+    )
+    save_predictor(Predictor(table, recipe), folder / f"{name}.pkl")
+    return folder / f"{name}.pkl"
 
 
-def save_mixture(folder: Path) -> Path:
-    """The mixture as a model's folder."""
-    m = mixture()
-    about = {"backend": "analytic", "process": "ve", "shape": list(m.means.shape[1:])}
-    about |= {"means": m.means.flatten(1).tolist(), "std": m.std.tolist()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {**about, "weight": m.weight.tolist()})
-    return folder
-
-
-def here(script: str, options: Sequence[str]) -> None:
-    """A command of the root in this process; ValueError with its last line where it fails."""
-    done = CliRunner().invoke({"train_distill.py": distil, "sample.py": sample}[script], options)
-    if done.exit_code:
-        raise ValueError(last_line(done.output))
+def save_multistep(path: Path, k: int = 1, process: str = "ve") -> Path:
+    """Three intervals of a multistep that copies the newest slope, on levels of its own."""
+    newest = torch.zeros(3, 5, dtype=torch.float64)
+    newest[:, 1] = 1
+    newest[0] = torch.eye(5, dtype=torch.float64)[0]
+    one = torch.ones(3, k, dtype=torch.float64)
+    recipe = Recipe(
+        num_steps=4,
+        num_points=k,
+        solver="epd-multistep",
+        schedule_type="custom",
+        sigmas=(80.0, 3.0, 0.4, 0.002) if process == "ve" else (1.0, 0.8, 0.3, 0.001),
+        process=process,
+        scale_dir=0.0,
+    )
+    table = MultistepTable(newest, one / 2, one / k, 0 * newest, one)
+    save_predictor(Predictor(table, recipe), path)
+    return path

@@ -1,46 +1,32 @@
 """The bench counts what it should; times themselves are not tested."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from backends.base import Wrapped
 from backends.generate import Job, generate
-from backends.methods import HandMade
-from eval.bench import AtOnce, main, paired, recorded_calls
-from tests.eval.small import exact
-from tests.eval.test_candidates import save
+from eval.bench import instant, main, paired, with_network
+from solvers.sampler import hand_made
+from tests.eval.small import exact, save
 from tests.tiny import tiny_model
 
 
-def test_the_calls_that_are_replayed_are_those_of_sampling() -> None:
-    """The last of them denoises to what sampling yields."""
+def test_a_network_that_answers_at_once_leaves_all_else_in_place() -> None:
     backend = exact()
-    method = HandMade("heun", 4, afs=True).method(backend.levels)
-    method = replace(method, denoise_to_zero=True)
-    calls = recorded_calls(backend, method, [Job(0), Job(1)])
-    assert len(calls) == 6
-    (made,) = generate(backend, method, [Job(0), Job(1)], batch=2)
-    assert torch.allclose(backend(*calls[-1]), made.latents, rtol=1e-12)
-
-
-def test_a_network_that_answers_AtOnce_leaves_all_else_in_place() -> None:
-    backend = exact()
-    method = HandMade("euler", 4).method(backend.levels)
-    (made,) = generate(Wrapped(backend, AtOnce()), method, [Job(0)], batch=1)
-    start = method.sigmas[0] * torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert made.tally.calls == 3
-    assert torch.allclose(made.latents, start.double(), rtol=1e-6)  # D(x) = x: no slope
+    sampler = hand_made("euler", backend.levels, 4)
+    (batch,) = generate(with_network(backend, instant), sampler, [Job(0)], batch=1)
+    start = sampler.sigmas[0] * torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert batch.tally.calls == 3
+    assert torch.allclose(batch.latents, start.double(), rtol=1e-6)  # D(x) = x: no slope
 
 
 def test_two_things_take_turns_as_often_as_asked() -> None:
     order: list[str] = []
-    found = paired(lambda: order.append("a"), lambda: order.append("b"), 3, torch.device("cpu"))
-    assert len(found) == 3
+    turns = paired(lambda: order.append("a"), lambda: order.append("b"), 3, torch.device("cpu"))
+    assert len(turns) == 3
     assert "".join(order) == "ba" + "ab" + "ba" + "ab"
 
 

@@ -1,4 +1,4 @@
-"""The comparison from its options to its files, on a tiny random network."""
+"""The comparison from its options to its files, on tiny random networks."""
 
 import csv
 import json
@@ -10,87 +10,188 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import compare as module
-from eval.candidates import from_here
-from eval.compare import main
-from eval.comparison import compare, rivals_for, runs_of
-from eval.frechet import moments, save_reference
+pytest.importorskip("diffusers")
+
+from backends.generate import generate
+from backends.load import load_backend
+from eval.compare import compare, jobs_for, main, rivals_for, runs_of
+from eval.fid import save_statistics, statistics_of
+from eval.measure import Problem, fine_solution, from_here, measure, solve_finely, variants
+from rewards.base import score
 from src.seeds import parse_seeds
-from tests.eval.small import cheap_features, study
-from tests.eval.test_candidates import save
+from tests.backends import pipeline_twins as twins
+from tests.eval.pictures import CHEAP, features, redness
+from tests.eval.small import problem, save
+from tests.rewards.twins import write_open_clip_folder
 from tests.tiny import tiny_model
 
 FEW = ("--solvers", "euler,heun", "--nfe", "2,3", "--fine", "4", "--seeds", "0-3", "--batch", "2")
+TEXT = ("--model", "sd3", "--prompts", "p.txt", "--guidance_rate", "2", "--schedules", "flowmatch")
+CLIP = ("--reward", "clip", "--weights", "clip=clip")
+RED = "tests.eval.pictures:redness"
+PROMPTS = ("a red fox", "two cats")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model by class, a twin of SD3, one of CLIP, and two prompts."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_model(folder / "classes")
+    twins.saved(folder / "sd3", twins.sd3())
+    write_open_clip_folder(folder / "clip")
+    (folder / "p.txt").write_text("\n".join(PROMPTS))
+    return folder
 
 
-def run(model: Path, outdir: Path, *options: str) -> Result:
-    common = ["--model", str(model), "--device", "cpu", "--outdir", str(outdir)]
-    return CliRunner().invoke(main, [*common, *options])
+@pytest.fixture
+def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+    monkeypatch.chdir(place)
+
+    def command(*options: object) -> Result:
+        common = ["--model", "classes", "--device", "cpu", "--outdir", tmp_path / "out", *FEW]
+        return CliRunner().invoke(main, [*map(str, (*common, *options))])
+
+    return command
 
 
-def test_the_command_leaves_csv_json_and_a_plot(model: Path, tmp_path: Path) -> None:
-    save(tmp_path / "..", "never")  # not asked for, and so not measured
+def results(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out/results.json").read_text())
+
+
+def test_the_command_leaves_a_page_csv_json_and_a_plot(run, tmp_path: Path) -> None:  # noqa: ANN001
     path = save(tmp_path, "mine", k=3)
-    done = run(model, tmp_path / "out", *FEW, "--predictor", str(tmp_path / "*.pkl"))
+    done = run("--predictor", str(tmp_path / "*.pkl"))
     assert done.exit_code == 0, done.output
-    content = json.loads((tmp_path / "out/results.json").read_text())
-    found = [(s["name"], s["nfe"], s["source"]) for s in content["scores"]]
-    assert found == [
+    content = results(tmp_path)
+    assert [(s["name"], s["nfe"], s["source"]) for s in content["scores"]] == [
         *(("euler", 2, None), ("euler", 3, None), ("heun", 2, None), ("heun", 3, None)),
         ("epd K=3", 3, from_here(path)),
     ]
     assert content["about"]["seeds"] == "0-3"
     assert {"commit", "cpu", "threads", "torch", "fine", "meaning"} <= content["about"].keys()
     with (tmp_path / "out/results.csv").open(encoding="utf-8", newline="") as file:
-        assert [float(r["rmse"]) for r in csv.DictReader(file)] == [
-            s["rmse"] for s in content["scores"]
-        ]
+        errors = [float(row["rmse"]) for row in csv.DictReader(file)]
+    assert errors == [s["rmse"] for s in content["scores"]]
     assert (tmp_path / "out/results.png").stat().st_size > 5000
-    assert "epd K=3" in done.output
-    assert "learned / hand-made" in done.output
+    assert "epd K=3, 3 calls" in (tmp_path / "out/report.html").read_text()
     assert "learned / hand-made" in done.output
     assert "4 images. Fine solution: heun in 4 steps on polynomial-7 (8 calls)" in done.output
 
 
-def test_predictors_may_stand_as_a_shell_expands_them(model: Path, tmp_path: Path) -> None:
+def test_predictors_may_stand_as_a_shell_expands_them(run, tmp_path: Path) -> None:  # noqa: ANN001
     paths = [str(save(tmp_path, name)) for name in ("a", "b")]
-    done = run(model, tmp_path / "o", *FEW, "--solvers", "", "--predictor", *paths)
+    done = run("--solvers", "", "--predictor", *paths)
     assert done.exit_code == 0, done.output
-    scores = json.loads((tmp_path / "o/results.json").read_text())["scores"]
-    assert [s["name"] for s in scores] == ["epd K=2 (a)", "epd K=2 (b)"]
+    assert [s["source"] for s in results(tmp_path)["scores"]] == [from_here(p) for p in paths]
 
 
-def test_a_reference_adds_the_frechet_distance(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "load_features", lambda _: cheap_features)
+def test_frechet_distances_by_sets_of_many_images(run, tmp_path: Path) -> None:  # noqa: ANN001
+    """Each set's distance as measured by itself; found again; marked where trained on."""
+    path = save(tmp_path, "mine")
     drawn = torch.rand(9, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    save_reference(tmp_path / "r.npz", moments(cheap_features(drawn)), {})
-    done = run(model, tmp_path / "o", *FEW, "--reference", str(tmp_path / "r.npz"))
+    save_statistics(tmp_path / "r.npz", statistics_of(features(drawn)))
+    options = ["--features", CHEAP, "--reference", tmp_path / "r.npz", "--images", 6]
+    options += ["--sets", 2, "--nfe", 3, "--solvers", "euler", "--predictor", path]
+    done = run(*options)
     assert done.exit_code == 0, done.output
-    content = json.loads((tmp_path / "o/results.json").read_text())
-    assert all(s["frechet"] > 0 for s in content["scores"])
-    assert content["fine"]["frechet"] > 0
+    first = results(tmp_path)
+    euler, fitted = first["scores"]
+    assert fitted["frechets"][CHEAP]["trained_on"] is True
+    assert "trained on" in done.output
+    backend = load_backend("classes")
+    (candidate,) = (
+        c
+        for c in variants("euler", 3, ["polynomial", "logsnr", "time_uniform"], backend.levels)
+        if (c.schedule, c.sampler.afs) == (euler["schedule"], euler["afs"])
+    )
+    values = []
+    for seeds in (range(6), range(6, 12)):
+        jobs = jobs_for(backend, seeds, (), even=True)
+        assert [job.prompt for job in jobs] == [0, 1, 2, 0, 1, 2]
+        images = next(generate(backend, candidate.sampler, jobs, batch=6)).images
+        mine = statistics_of(features(((images * 255).round() / 255).expand(-1, 3, -1, -1)))
+        values.append(statistics_of(features(drawn)).distance(mine))
+    assert euler["frechet"] == pytest.approx(sum(values) / 2, rel=1e-3)
+    spread = abs(values[0] - values[1]) / 2**0.5
+    assert euler["frechets"][CHEAP]["spread"] == pytest.approx(spread, rel=0.05)
+    cache = sorted((tmp_path / "out/cache").iterdir())
+    stamps = [path.stat().st_mtime_ns for path in cache]
+    assert run(*options).exit_code == 0
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/cache").iterdir())] == stamps
+    again = results(tmp_path)
+    assert [s["frechets"] for s in again["scores"]] == [s["frechets"] for s in first["scores"]]
+
+
+def test_without_a_reference_images_are_held_against_the_fine_solutions(
+    run,  # noqa: ANN001
+    tmp_path: Path,
+) -> None:
+    for more in ((), ("--images", 4)):
+        done = run("--features", CHEAP, *more)
+        assert done.exit_code == 0, done.output
+        content = results(tmp_path)
+        assert content["fine"]["frechet"] == pytest.approx(0, abs=1e-6)
+        assert all(s["frechet"] > 0 for s in content["scores"])
 
 
 def test_each_solver_takes_its_best_schedule() -> None:
-    given = study(images=6)
-    rivals = rivals_for(["euler", "dpmpp-2"], [4], ["best"], given)
+    here = problem(images=6)
+    rivals = rivals_for(["euler", "dpmpp-2"], [4], ["best"], here)
     assert len(rivals) == 12
-    chosen = compare(given, (), rivals, choose_on=6).scores
-    all_of_them = compare(given, rivals).scores
+    chosen, every = compare(here, (), rivals).scores, compare(here, rivals).scores
     assert [s.name for s in chosen] == ["euler", "dpmpp-2"]
-    for score in chosen:
-        assert score.rmse == min(s.rmse for s in all_of_them if s.name == score.name)
+    for one in chosen:
+        assert one.rmse == min(s.rmse for s in every if s.name == one.name)
+
+
+def test_rewards_come_with_intervals_and_paths_from_here(
+    run,  # noqa: ANN001
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    done = run(*TEXT, *CLIP, "--reward", RED, "--model", place / "sd3")
+    assert done.exit_code == 0, done.output
+    assert str(place) not in (tmp_path / "out/results.json").read_text()
+    content = results(tmp_path)
+    about = content["about"]
+    assert (about["model"], about["prompts"]) == ("sd3", "p.txt")
+    assert (about["rewards"], about["weights"]) == (["clip", RED], {"clip": "clip"})
+    for one in (*content["scores"], content["fine"]):
+        for reward in ("clip", RED):
+            estimate = one["rewards"][reward]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+        assert one["rmse_low"] <= one["rmse"] <= one["rmse_high"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "0: a red fox; 1: two cats; 2: a red fox" in page
+    assert "cosine of image and prompt in a CLIP" in page
+    assert "clip" in (tmp_path / "out/results.txt").read_text().splitlines()[0]
+
+
+def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: Path) -> None:
+    backend = load_backend(str(place / "sd3"))
+    jobs = jobs_for(backend, [0, 1, 2, 3], PROMPTS)
+    assert [job.prompt for job in jobs] == [*PROMPTS, *PROMPTS]
+    (euler,) = variants("euler", 2, ["flowmatch"], backend.levels, 2.0)
+    here = Problem(backend, jobs, fine_solution(backend.levels, 3, 2.0), batch=4)
+    rewards = {"red": redness}
+    fine = solve_finely(here, rewards=rewards)
+    (one,) = measure(here, [euler], fine, rewards=rewards)
+    images = next(generate(backend, euler.sampler, jobs, batch=4)).images
+    seen = score(redness, images, [""] * 4).double()
+    assert one.rewards["red"].value == pytest.approx(seen.mean().item())
+    gain = (seen - fine.rewards["red"]).mean().item()
+    assert one.gains["red"].value == pytest.approx(gain)
+
+
+def test_ones_own_reward_judges_any_model_and_sees_the_class(run, tmp_path: Path) -> None:  # noqa: ANN001
+    assert run("--reward", "tests.eval.pictures:brightness").exit_code == 0
+    (euler, *_) = results(tmp_path)["scores"]
+    reward = euler["rewards"]["tests.eval.pictures:brightness"]
+    assert 1 < reward["value"] < 2  # the class is a prompt of one letter
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "words"),
     [
         (("--schedules", "polynominal"), "unknown schedule"),
         (("--solvers", "eulr"), "did you mean euler"),
@@ -99,14 +200,32 @@ def test_each_solver_takes_its_best_schedule() -> None:
         (("--predictor", "none/*.pkl"), "no predictor is named"),
         (("--predictor", "cifar10-3nfe"), "32 pixels"),
         (("--reference", "none.npz"), "no reference statistics at none.npz"),
+        (("--features", "inceptoin"), "did you mean inception"),
+        (CLIP, "clip judges images by their prompts, and this model takes none"),
+        (("--prompts", "p.txt"), "this model takes no texts"),
+        ((*TEXT, "--reward", "clop"), "no reward 'clop': did you mean clip"),
+        ((*TEXT, "--reward", "clip", "--weights", "clip=none"), "no such file or folder: none"),
+        ((*TEXT, "--reward", "builtins:len"), "'builtins:len' must take (images, prompts)"),
+        ((*TEXT, "--prompts", "none.txt"), "none.txt: No such file"),
+        (("--model", "nowhere", "--reward", "mps"), "missing weights: mps"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error_of_one_line(
-    model: Path, tmp_path: Path, options: tuple[str, ...], said: str
+    run,  # noqa: ANN001
+    options: tuple[str, ...],
+    words: str,
 ) -> None:
-    done = run(model, tmp_path, *FEW, *options)
-    assert done.exit_code == 1
-    assert said in done.output.strip().splitlines()[-1]
+    done = run(*options)
+    assert done.exit_code != 0
+    assert words in done.output.strip().splitlines()[-1]
+
+
+def test_statistics_of_other_features_are_refused(run, tmp_path: Path) -> None:  # noqa: ANN001
+    drawn = statistics_of(torch.rand(9, 7))
+    drawn.about["features"] = "others"  # pyright: ignore[reportIndexIssue]
+    save_statistics(tmp_path / "r.npz", drawn)
+    done = run("--features", CHEAP, "--reference", tmp_path / "r.npz")
+    assert "r.npz is of other features (others)" in done.output
 
 
 @given(st.sets(st.integers(0, 60), min_size=1).map(sorted))

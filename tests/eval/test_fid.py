@@ -324,7 +324,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (run(*images, a, "--weights", none), "inception: no such file or folder"),
         (run(*images, a), "missing weights: inception"),
         (run(*images, a, "--features", "clip"), "missing weights: clip"),
-        (run(*images, a, "--features", "dinov2"), "--weights FOLDER"),
+        (run(*images, a, "--features", "dinov2"), "missing weights: dinov2"),
     )
     for done, words in table:
         refused(done, words)

@@ -1,24 +1,32 @@
-"""Tables, CSV and plots of scores."""
+"""Tables, CSV, curves and the page of a comparison."""
 
 import csv
+import json
+import re
+import shutil
+import subprocess
 from dataclasses import asdict, replace
-from itertools import pairwise
+from html import unescape
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from matplotlib.figure import Figure
 
-from eval.curves import SIZE, plot, spread
-from eval.measure import Score
-from eval.report import aligned, number, pivot, ratios, table, write_csv
+from eval.measure import Frechet, Score
+from eval.report import Strip, best_names, curves, metrics_of, page, ratios, table, write_csv
+from src.figures import png
 from src.images import read_png
-from src.intervals import Estimate
+from src.stats import Estimate, aligned, number
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def score(name: str, nfe: int, rmse: float, frechet: float | None = None) -> Score:
     source = "x.pkl" if "epd" in name else None
-    return Score(name, nfe, "logsnr", False, 1, float(nfe), rmse, frechet, nfe * 1.1, source)
+    one = Score(name, nfe, "logsnr", False, 1, float(nfe), rmse, frechet, nfe * 1.1, source)
+    return one if frechet is None else replace(one, frechets={"cheap": Frechet(frechet)})
 
 
 def with_reward(of: Score, value: float) -> Score:
@@ -39,113 +47,114 @@ def test_columns_line_up() -> None:
     assert lines == ["a             b", "---------------", "long name     1", "c          22.5"]
 
 
-def test_the_table_has_a_line_for_every_score() -> None:
+def test_the_table_has_a_line_for_every_score_with_what_was_measured_of_it() -> None:
     lines = table(SCORES).splitlines()
     assert len(lines) == 2 + len(SCORES)
     assert lines[2].split() == ["euler", "3", "0.5000", "30.00", "logsnr", "no", "3", "3.30"]
-
-
-def test_the_pivot_stars_the_best_of_each_column() -> None:
-    lines = pivot(SCORES).splitlines()
-    assert lines[2].split() == ["euler", "0.5000", "0.2000", "30.00*", "20.00", "3/5"]
-    assert lines[3].split() == ["epd", "K=2", "0.1000*", "0.05000*", "31.50", "12.25*", "3/5"]
-
-
-def test_what_is_absent_has_a_line_of_dashes() -> None:
-    lines = pivot(SCORES[:2], absent=("epd",)).splitlines()
-    assert lines[-1].split() == ["epd", "-", "-", "-", "-", "-/-"]
+    one = replace(with_reward(SCORES[0], 0.25), rmse_low=0.4, rmse_high=0.6)
+    one = replace(one, frechets={"cheap": Frechet(51.2, 0.31, True), "other": Frechet(9.0)})
+    line = table([one]).splitlines()[2]
+    assert "0.5000 [0.4000, 0.6000]  51.20 +-0.31, trained on" in line
+    assert "9.000  0.2500 [0.1500, 0.3500]" in line
+    *_, bare = table([score("euler", 3, 0.5), with_reward(SCORES[0], 0.2)]).splitlines()[:3]
+    assert bare.split()[:5] == ["euler", "3", "0.5000", "-", "-"]
+    assert number(None) == "-"
 
 
 def test_the_ratios_name_the_best_of_each_kind_and_what_it_evaluates() -> None:
     single = replace(score("epd K=1", 3, 0.25), source="y.pkl", rows=2.0)
     worse = replace(score("epd K=3", 3, 0.3), source="z.pkl", points=3, rows=9.0)
     double = replace(SCORES[2], points=2, rows=5.0)
-    rival = score("ipndm", 3, 0.4)
-    head, _, line = ratios([*SCORES[:2], rival, single, double, worse]).splitlines()
-    assert head.split()[-3:] == ["learned", "/", "hand-made"]
+    rivals = [score("ipndm", 3, 0.4), score("broken", 3, float("nan"))]
+    rmse = metrics_of(SCORES)[0]
+    head, _, line = ratios([*SCORES[:2], *rivals, single, double, worse], rmse).splitlines()
+    assert head.endswith("RMSE: learned / hand-made")
     assert line.split() == [
         *("3", "epd", "K=2", "0.1000", "5", "epd", "K=1", "0.2500", "2", "ipndm", "0.4000", "3"),
         "0.250",
     ]
-
-
-def test_there_is_no_ratio_of_one_kind_alone() -> None:
-    assert ratios(SCORES[:2]) == ratios(SCORES[2:]) == ratios([]) == ""
-
-
-def test_without_a_learned_solver_of_one_point_its_place_has_a_dash() -> None:
-    (*_, line) = ratios([SCORES[0], replace(SCORES[2], points=2)]).splitlines()
+    (*_, line) = ratios([SCORES[0], replace(SCORES[2], points=2)], rmse).splitlines()
     assert line.split()[5:7] == ["-", "-"]
+    assert ratios(SCORES[:2], rmse) == ratios(SCORES[2:], rmse) == ratios([], rmse) == ""
 
 
-def test_an_error_that_is_no_number_is_never_the_best() -> None:
-    (*_, line) = ratios([score("euler", 3, float("nan")), *SCORES]).splitlines()[:3]
-    assert line.split()[-1] == "0.200"
-
-
-def test_what_was_not_measured_is_a_dash() -> None:
-    assert number(None) == "-"
-    *_, line = pivot([score("euler", 3, 0.5)]).splitlines()
-    assert line.split() == ["euler", "0.5000*", "-", "3"]
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted))
-def test_labels_are_moved_apart_and_stay_in_the_panel(places: list[float]) -> None:
-    found = spread(places, 0.05)
-    gap = min(0.05, 1 / max(len(places) - 1, 1))
-    assert all(b - a > gap - 1e-9 for a, b in pairwise(found))
-    assert found[0] > -1e-9
-    assert found[-1] < 1 + 1e-9
-
-
-def test_labels_that_overlap_move_apart_around_their_middle() -> None:
-    assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
-    assert spread([0.0, 0.0], 0.1) == pytest.approx([0, 0.1])
-
-
-def test_labels_that_do_not_touch_stay_where_they_are() -> None:
-    assert spread([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
-
-
-def test_the_csv_holds_every_field_of_every_score(tmp_path: Path) -> None:
-    write_csv(tmp_path / "r.csv", SCORES)
+def test_the_csv_holds_every_field_and_three_columns_a_reward_and_a_space(tmp_path: Path) -> None:
+    marked = replace(SCORES[1], frechets={"cheap": Frechet(20.0, 0.5, True)})
+    write_csv(tmp_path / "r.csv", [SCORES[0], with_reward(marked, 0.25)])
     with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["rmse"]) for row in rows] == [s.rmse for s in SCORES]
-    assert set(rows[0]) == asdict(SCORES[0]).keys() - {"rewards", "gains"}
-
-
-def test_the_csv_has_three_columns_a_reward(tmp_path: Path) -> None:
-    write_csv(tmp_path / "r.csv", [SCORES[0], with_reward(SCORES[1], 0.25)])
-    with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = [[row[name] for name in ("clip", "clip_low", "clip_high")] for row in rows]
-    assert found == [["", "", ""], ["0.25", "0.15", "0.35"]]
-
-
-def test_the_table_has_intervals_of_what_has_some() -> None:
-    score = replace(with_reward(SCORES[0], 0.25), rmse_low=0.4, rmse_high=0.6)
-    line = table([score]).splitlines()[2]
-    assert "0.5000 [0.4000, 0.6000]" in line
-    assert "0.2500 [0.1500, 0.3500]" in line
-
-
-@pytest.mark.parametrize("with_distance", [True, False])
-def test_the_plot_is_a_picture(tmp_path: Path, with_distance: bool) -> None:
-    scores = SCORES if with_distance else [score("euler", 3, 0.5), score("heun", 3, 5.0)]
-    panels = 2 if with_distance else 1
-    plot(tmp_path / "p.png", scores, "title", {"real images": 9.0})
-    picture, _ = read_png(tmp_path / "p.png")
-    assert picture.shape[0] == 3
-    assert picture.shape[2] / picture.shape[1] == pytest.approx(SIZE[0] * panels / SIZE[1], 0.01)
-    assert picture.std() > 0.02
-
-
-def test_rewards_have_panels_of_their_own_whatever_their_sign(tmp_path: Path) -> None:
-    scores = [
-        with_reward(s, value) for s, value in zip(SCORES, (-0.5, 0.0, 0.1, 0.2), strict=True)
+    plain = asdict(SCORES[0]).keys() - {"rewards", "gains", "frechets"}
+    rewards = ["clip", "clip_low", "clip_high"]
+    spaces = ["frechet cheap", "frechet cheap spread", "frechet cheap trained_on"]
+    assert set(rows[0]) == {*plain, *rewards, *spaces}
+    assert [float(row["rmse"]) for row in rows] == [0.5, 0.2]
+    assert [rows[0][n] for n in (*rewards, *spaces)] == ["", "", "", "30.0", "", "False"]
+    assert [rows[1][n] for n in (*rewards, *spaces)] == [
+        *("0.25", "0.15", "0.35"),
+        *("20.0", "0.5", "True"),
     ]
-    plot(tmp_path / "p.png", scores, "title", {}, scores[0])
-    picture, _ = read_png(tmp_path / "p.png")
-    assert picture.shape[1] / picture.shape[2] == pytest.approx(2 * SIZE[1] / (2 * SIZE[0]), 0.01)
-    assert (picture[:, picture.shape[1] // 2 :, : picture.shape[2] // 2].std()) > 0.02
+
+
+def test_the_curves_are_a_picture_with_few_colours(tmp_path: Path) -> None:
+    many = [score(f"solver-{i}", n, 0.6 + i / 10, 40.0 + i) for i in range(12) for n in (3, 5)]
+    names = best_names([*SCORES, *many], metrics_of(SCORES))
+    assert sorted(names) == ["epd K=2", "euler"]
+    scores = [with_reward(s, v - 0.1) for v, s in enumerate([*SCORES, *many])]
+    figure = curves(scores, "title", with_reward(score("heun", 64, 0.0, 9.0), 0.0))
+    (tmp_path / "p.png").write_bytes(png(figure))
+    assert read_png(tmp_path / "p.png")[0].std() > 0.02
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert sorted(labels) == ["epd K=2", "euler", "fine solution", "others"]
+
+
+@pytest.fixture
+def html() -> str:
+    scores = [
+        replace(with_reward(s, 0.2 + 0.01 * s.nfe), rmse_low=s.rmse / 2, rmse_high=s.rmse * 2)
+        for s in SCORES
+    ]
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    strips = [*(Strip(s.name, s.nfe, images) for s in scores), Strip("heun", 64, images)]
+    drawing = Figure((1, 1))
+    return page(
+        scores[:3],
+        replace(scores[0], name="heun", rewards={"clip": Estimate(0.3, 0.29, 0.31)}),
+        strips,
+        {"epd K=2, 3 calls": drawing},
+        drawing,
+        title="a model <b>: solvers",
+        facts={"seeds": "0-7"},
+        meaning={"clip": "a cosine"},
+        subjects="0: a red fox; 1: <script>alert(1)</script>",
+    )
+
+
+def test_every_figure_is_in_the_page_and_what_comes_from_outside_is_text(html: str) -> None:
+    text = unescape(re.sub(r"<[^>]*>", "", html))
+    for error in ("0.5000 [0.2500, 1.000]", "0.2000 [0.1000, 0.4000]", "0.1000 [0.05000, 0.2000]"):
+        assert error in text
+    assert "RMSE: lower is better." in text
+    assert "The fine solution has 0.3000 [0.2900, 0.3100]." in text
+    assert "<script" not in html
+    assert "<title>a model &lt;b&gt;: solvers</title>" in html
+    assert html.count("<td></td>") == 4  # epd at 5 calls: error, distance, reward and gain
+    assert html.count('<td class="best">0.1000') == 1
+    assert html.count("data:image/png;base64,") == html.count("src=") == 1 + 4 + 2 + 1
+
+
+@pytest.mark.skipif(not BROWSER, reason=f"none of {', '.join(BROWSERS)} is installed")
+def test_a_browser_shows_all_pictures_and_needs_no_other_file(html: str, tmp_path: Path) -> None:
+    check = """<script>const seen = [...document.images]; document.body.dataset.seen =
+    JSON.stringify([seen.filter(one => !one.complete || !one.naturalWidth).length,
+    document.documentElement.scrollWidth > innerWidth]);</script></body>"""
+    (tmp_path / "report.html").write_text(html.replace("</body>", check))
+    done = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1400",
+         "--virtual-time-budget=2000", (tmp_path / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    told = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert told
+    assert json.loads(unescape(told[1])) == [0, False]
