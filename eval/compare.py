@@ -38,9 +38,9 @@ from eval.measure import (
     variants,
 )
 from eval.report import Strip, curves, metrics_of, page, ratios, table, write_csv
-from eval.score import NamedPath
+from eval.score import NamedPath, reads_texts
 from rewards.fingerprint import source_hash, stamp
-from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, singles
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from solvers.epd import EPD, Directions, ParallelMultistep
 from solvers.sampler import make_solver
 from solvers.schedules import SCHEDULES as ALL_SCHEDULES
@@ -299,11 +299,8 @@ def main(  # noqa: PLR0913 - one parameter an option
     texts = read_prompts(prompts) if prompts else ()
     backend = load_backend(model, device=device, dtype=dtype)
     jobs = jobs_for(backend, seeds, texts)
-    by_prompt = [n for n in singles(names) if n in ADAPTERS and ADAPTERS[n].by_prompt]
-    if by_prompt and not all(isinstance(job.prompt, str) for job in jobs):
-        raise ValueError(
-            f"{by_prompt[0]} judges images by their prompts, and this model takes none"
-        )
+    if (texts_for := reads_texts(names)) and not all(isinstance(j.prompt, str) for j in jobs):
+        raise ValueError(f"{texts_for[0]} judges images by their prompts: this model takes none")
     problem = Problem(backend, jobs, fine_solution(backend.levels, fine, guidance_rate), batch)
     fixed = learned(predictor_files([*predictor, *more]), backend)
     rivals = rivals_for(solvers, nfe, schedules, problem)

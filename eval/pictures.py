@@ -47,7 +47,7 @@ class Picture:
 
     name: str  # relative to the folder, or in the zip
     seed: int | None = None
-    prompt: str | None = None
+    prompt: str | int | None = None  # an int is a class
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Identity:
 
     digest: str
     seed: int | None
-    prompt: str | None
+    prompt: str | int | None
     disagrees: bool  # whether samples.json says another seed or prompt
 
 
@@ -184,8 +184,11 @@ def _seed_in(entry: dict[str, Any]) -> int | None:
     return entry["seed"] if isinstance(entry.get("seed"), int) else None
 
 
-def _prompt_in(entry: dict[str, Any]) -> str | None:
-    return entry["prompt"] if isinstance(entry.get("prompt"), str) else None
+def _prompt_in(entry: dict[str, Any]) -> str | int | None:
+    """The prompt, or the number of the class."""
+    if isinstance(entry.get("prompt"), str):
+        return entry["prompt"]
+    return entry["class"] if isinstance(entry.get("class"), int) else None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from src.stats import Estimate, aligned, mean_of, win_rate
 from src.text import read_prompts
 
 CACHE = "cache-{}.jsonl"
+BY_CLASS = ("fashion-judge",)  # rewards that take the number of a class for a prompt
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Task:
     batch: int = 32
     skip_bad: bool = False
     by_prompt: bool = True  # whether some reward looks at the prompt
+    by_class: bool = False  # whether all of them understand the number of a class
 
 
 def prompts_for(pictures: Pictures, given: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -133,9 +135,11 @@ def items_of(task: Task) -> tuple[list[Item], dict[str, str]]:
             bad[name] = one
             continue
         prompt = task.prompts[i] if task.prompts else one.prompt
-        if prompt is None and task.by_prompt:
-            raise ValueError(f"{name} does not say its prompt: give --prompt or --prompt-file")
-        items.append(Item(i, name, one.seed, prompt or "", one.digest))
+        if prompt is None or (isinstance(prompt, int) and not task.by_class):
+            if task.by_prompt:
+                raise ValueError(f"{name} does not say its prompt: give --prompt or --prompt-file")
+            prompt = ""
+        items.append(Item(i, name, one.seed, str(prompt), one.digest))
         disagreeing += one.disagrees
     if bad and not task.skip_bad:
         raise ValueError(f"{next(iter(bad.values()))} (--skip-bad leaves such images out)")
@@ -261,6 +265,12 @@ def versus(
     return numbers
 
 
+def reads_texts(names: Sequence[str]) -> list[str]:
+    """Those of the single rewards in these that judge by a text, and not by a class as well."""
+    texts = (n for n in singles(names) if n in ADAPTERS and ADAPTERS[n].by_prompt)
+    return [name for name in texts if name not in BY_CLASS]
+
+
 class NamedPath(click.ParamType):
     """`NAME=PATH` -> (name, path)."""
 
@@ -339,9 +349,11 @@ def main(  # noqa: PLR0913 - one parameter an option
     rewards = load_rewards(names, setup)
     keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
     by_prompt = any(n not in ADAPTERS or ADAPTERS[n].by_prompt for n in keys)
+    by_class = not reads_texts(names)
     scored = []
     for at, pictures in enumerate(found):
-        task = Task(pictures, prompts[at], rewards, keys, setup.device, batch, skip_bad, by_prompt)
+        how = (setup.device, batch, skip_bad, by_prompt, by_class)
+        task = Task(pictures, prompts[at], rewards, keys, *how)
         folder = scores_folder(pictures, outdir, at, len(found))
         rows, left_out = score_pictures(task, folder)
         ranks.on_first(lambda: report(task, folder, rows, left_out, setup))  # noqa: B023

@@ -201,7 +201,7 @@ def test_ones_own_reward_judges_any_model_and_sees_the_class(run, tmp_path: Path
         (("--predictor", "cifar10-3nfe"), "32 pixels"),
         (("--reference", "none.npz"), "no reference statistics at none.npz"),
         (("--features", "inceptoin"), "did you mean inception"),
-        (CLIP, "clip judges images by their prompts, and this model takes none"),
+        (CLIP, "clip judges images by their prompts: this model takes none"),
         (("--prompts", "p.txt"), "this model takes no texts"),
         ((*TEXT, "--reward", "clop"), "no reward 'clop': did you mean clip"),
         ((*TEXT, "--reward", "clip", "--weights", "clip=none"), "no such file or folder: none"),

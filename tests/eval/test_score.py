@@ -194,6 +194,18 @@ def test_a_reward_that_reads_no_prompt_needs_none(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
+def test_a_picture_of_a_class_is_scored_under_its_number(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", image(0), {"recipe": {"seed": 3, "class": 7}})
+    done = run(tmp_path, "--reward", "fashion-judge", "--reward", BRIGHT)
+    assert done.exit_code == 0, done.output
+    (row,) = read_csv(tmp_path / "scores")
+    assert (row["seed"], row["prompt"]) == ("3", "7")
+    assert float(row["fashion-judge"]) < 0
+    clip = f"clip={write_open_clip_folder(tmp_path / 'w')}"
+    done = run(tmp_path, "--reward", "clip", "--weights", clip)
+    refused(done, "does not say its prompt")
+
+
 def test_a_sum_comes_with_its_parts_and_is_kept_as_them(tmp_path: Path) -> None:
     folder = sampled(tmp_path / "a", 3)
     assert run(folder, "--reward", RED).exit_code == 0
