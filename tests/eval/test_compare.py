@@ -19,7 +19,7 @@ from eval.fid import save_statistics, statistics_of
 from eval.measure import Problem, fine_solution, from_here, measure, solve_finely, variants
 from rewards.base import score
 from src.seeds import parse_seeds
-from tests.backends import pipeline_twins as twins
+from tests import twins
 from tests.eval.pictures import CHEAP, features, redness
 from tests.eval.small import problem, save
 from tests.rewards.twins import write_open_clip_folder
