@@ -156,17 +156,17 @@ demo() {
   rm -rf "$out"
   draw() { "$VENV_PYTHON" sample.py --outdir "$out/$1" "${@:2}"; }
   beside() { "$VENV_PYTHON" -m src.figures "$out/$1"/* --output "$out/$1.png"; }
-  printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then Heun in 40\n'
-  draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --schedule_rho 1 --seeds 0-9 --grid "$@"
-  draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-9 "$@"
-  draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-9 "$@"
-  draw fashion/4 --solver heun --num_steps 21 --seeds 0-9 "$@"
+  printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then finely\n'
+  draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --seeds 0-7 --grid "$@"
+  draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-7 "$@"
+  draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
+  draw fashion/4 --solver ipndm-4 --num_steps 25 --seeds 0-7 "$@"
   beside fashion
-  printf 'Emoji by text in 6 calls: the best hand-made solver, EPD; then Heun in 40\n'
-  set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-7 "$@"
+  printf 'Emoji by text in 6 calls: the best hand-made solver, EPD; then finely\n'
+  set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
   draw emoji/1 --solver euler --num_steps 7 --guidance_rate 4 "$@"
   draw emoji/2 --predictor tiny-sd3/epd-k2-6nfe "$@"
-  draw emoji/3 --solver heun --num_steps 21 --guidance_rate 4 "$@"
+  draw emoji/3 --solver unipc-2 --num_steps 25 --guidance_rate 4 "$@"
   beside emoji
 }
 

@@ -185,7 +185,7 @@ def is_path(value: object) -> bool:
 
 def is_ours(file: str) -> bool:
     """Whether a source file is of this repository, and of no package installed within it."""
-    return Path(file).is_relative_to(ROOT) and "site-packages" not in file
+    return Path(file).resolve().is_relative_to(ROOT) and "site-packages" not in file
 
 
 def wait_for_the_first_rank() -> None:
