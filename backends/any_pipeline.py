@@ -99,12 +99,16 @@ class Opened:
     first: dict[str, Any] = field(default_factory=dict)  # what prepare_latents took and gave
 
     def call(
-        self, scheduler: OneCall, texts: Sequence[str], x: Tensor | None = None, **given: Any
+        self,
+        scheduler: OneCall,
+        texts: Sequence[str],
+        x: Tensor | None,
+        given: dict[str, Any],
     ) -> Any:
         """What the pipeline returns with this scheduler, from latents x if they are given."""
         names = parameters_of(self.pipe)
         usual = {"use_resolution_binning": False, "cfg_truncation": 2.0}  # none of either
-        given |= {name: value for name, value in usual.items() if name in names}
+        given = given | {name: value for name, value in usual.items() if name in names}
         given |= dict(zip(("height", "width"), self.options.size or (), strict=False))
         given |= {"prompt": list(texts), "generator": torch.Generator(self.pipe.device)}
         parts: dict[str, Any] = {
@@ -112,13 +116,14 @@ class Opened:
             "prepare_latents": handing(self.pipe.prepare_latents, x, self.first),
             "encode_prompt": remembering(self.pipe.encode_prompt, self.memory),
         }
-        with lent(self.pipe, **parts), torch.no_grad():
+        with lent(self.pipe, parts), torch.no_grad():
             return self.pipe(**given, return_dict=False)[0]
 
     def look(self, steps: int) -> OneCall:
         """What the pipeline hands its scheduler for so many steps, without a network call."""
         scheduler = OneCall(self.like, self.clock)
-        self.call(scheduler, [""], num_inference_steps=steps, output_type="latent")
+        given = {"num_inference_steps": steps, "output_type": "latent"}
+        self.call(scheduler, [""], None, given)
         return scheduler
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -137,9 +142,8 @@ class Opened:
             at = (kinds == kind).reshape(len(x), -1).all(-1).nonzero()[:, 0].tolist()
             rate = rates[at[0]].item()
             scheduler = OneCall(self.like, self.clock, levels[at], self.columns(rate), rows)
-            arguments = self.guidance(rate, len(at))
-            asked = [texts[i] for i in at]
-            self.call(scheduler, asked, x[at], output_type="latent", **arguments)
+            arguments = self.guidance(rate, len(at)) | {"output_type": "latent"}
+            self.call(scheduler, [texts[i] for i in at], x[at], arguments)
             assert scheduler.output is not None
             x0[at] = scheduler.clock.clean(x[at], sigma[at], scheduler.output)
         return x0
@@ -187,7 +191,7 @@ class Opened:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, *] -> images [B, 3, H, W] in [0, 1]; a video's frames side by side."""
         scheduler = OneCall(self.like, self.clock)
-        images = self.call(scheduler, [""] * len(latents), latents, output_type="pt")
+        images = self.call(scheduler, [""] * len(latents), latents, {"output_type": "pt"})
         images = images if isinstance(images, Tensor) else torch.stack(list(images))
         if images.ndim == 5:
             images = torch.cat(images.unbind(1), -1)

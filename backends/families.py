@@ -69,7 +69,7 @@ def guidance_name(pipe: Any) -> str | None:
 
 
 @contextmanager
-def lent(pipe: Any, **attributes: Any) -> Iterator[None]:
+def lent(pipe: Any, attributes: dict[str, Any]) -> Iterator[None]:
     """A pipeline with these attributes, and as it was afterwards."""
     before = {name: vars(pipe)[name] for name in attributes if name in vars(pipe)}
     try:

@@ -205,20 +205,21 @@ def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str,
 def installed(pipe: Any, scheduler: EPDScheduler) -> Iterator[None]:
     """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards."""
     if scheduler.copies == 1:
-        with lent(pipe, scheduler=scheduler):
+        with lent(pipe, {"scheduler": scheduler}):
             yield
         return
     scheduler.prepares = True
     handles = run_once(pipe.components.get("transformer") or pipe.unet, scheduler)
     try:
         parts: dict[str, Any] = {
+            "scheduler": scheduler,
             "prepare_latents": laid_out(pipe.prepare_latents, scheduler),
             "encode_prompt": side_by_side(pipe.encode_prompt),
         }
         cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image
         if cut is not None:
             parts["get_timesteps"] = lambda *args, **kwargs: as_times(*cut(*args, **kwargs))
-        with lent(pipe, scheduler=scheduler, **parts):
+        with lent(pipe, parts):
             yield
     finally:
         for handle in handles:
