@@ -23,8 +23,7 @@ from yaml import YAMLError
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import find_model, load_backend
 from rewards.efficientnet import load_features, prepared
-from solvers.predictor import save_predictor
-from solvers.recipe import FLOW_BACKENDS
+from solvers.predictor import FLOW_BACKENDS, save_predictor
 from src import ranks
 from src.files import nearest, read_text, to_json, write_text
 from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand, one_line_errors
@@ -276,7 +275,9 @@ def opened(
     dtype = DTYPES[backbone.dtype]
     backend = load_backend(str(path), device=device, dtype=dtype, options=about)
     if backbone.backend not in ("auto", backend.family):
-        raise ValueError(f"backend {backbone.backend} is not that of {path}: it is {backend.family}")
+        raise ValueError(
+            f"backend {backbone.backend} is not that of {path}: it is {backend.family}"
+        )
 
     def prompt_of(seed: int) -> Prompt:
         if prompts:

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from solvers.epd import EPD, Directions
+from solvers.epd import EPD, Directions, ParallelMultistep
 from solvers.field import Condition, Field
 from solvers.integrate import Solver, Step, integrate
-from solvers.multistep import ParallelMultistep
-from solvers.predictor import Predictor
+from solvers.predictor import Predictor, for_flow
 from solvers.process import FLOW, VE
-from solvers.recipe import for_flow
 
 Model = Callable[..., Tensor]
 """(x [B, *], sigma [B], **extra_args) -> denoised [B, *]."""

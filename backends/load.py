@@ -9,7 +9,7 @@ import torch
 from backends.base import Backend, ModelOptions
 from backends.mixture import CPU, load_mixture
 from backends.pixels import load_pixels
-from solvers.recipe import FLOW_BACKENDS, Recipe
+from solvers.predictor import FLOW_BACKENDS, Recipe
 from src.files import read_json
 
 SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"

@@ -18,42 +18,27 @@ from solvers.field import Field, Rates
 from solvers.integrate import Solver, Step
 from solvers.process import VE, Process
 
-NONE_KNOWN = torch.zeros(0)
-
 
 @dataclass(frozen=True)
 class Directions:
     """Where K more slopes are taken in each of N steps, and how they are mixed.
 
-    Every tensor is [N, K], or [B, N, K] for a table of its own per sample. `known` is beyond the
-    published solver: [N, H] or [B, N, H], of H slopes that cost no call (`evaluated`), by default
-    of none. Where fewer than H are known yet, the coefficients beyond them are not used.
+    Every tensor is [N, K], or [B, N, K] for a table of its own per sample.
     """
 
     r: Tensor  # place in [0, 1] from sigma to sigma_next, on the log-sigma axis
     weight: Tensor  # >= 0, sums to 1 over K
     time_scale: Tensor  # the network is told time_scale * sigma
     dir_scale: Tensor  # multiplies the slope
-    known: Tensor = NONE_KNOWN  # [N, H], coefficients of any sign
     guidance: Tensor | None = None  # [N] or [N, K], rate of each point; d_n has their mean
 
     def to(self, like: Tensor) -> "Directions":
         """The table on the device and in the dtype of `like`."""
         return Directions(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
 
-    def row(self, i: int, ndim: int) -> "Directions":
-        """Step i, each tensor [B or 1, K or H, 1...] with `ndim` dimensions."""
-        return Directions(*rows_at(self.tensors(), i, ndim))
-
     def tensors(self) -> tuple[Tensor, ...]:
-        """r, weight, time_scale, dir_scale and, where H is above 0, known."""
-        four = self.r, self.weight, self.time_scale, self.dir_scale
-        return (*four, self.known) if self.history else four
-
-    @property
-    def history(self) -> int:
-        """H."""
-        return self.known.shape[-1]
+        """r, weight, time_scale, dir_scale."""
+        return self.r, self.weight, self.time_scale, self.dir_scale
 
 
 @dataclass(frozen=True)
@@ -85,44 +70,30 @@ class EPD:
         now, rows = step.now, self.table.r.shape[-2]
         if rows != len(step.sigmas) - 1:
             raise ValueError(f"a table of {rows} steps cannot take {len(step.sigmas) - 1} steps")
-        row = self.table.row(step.index, now.x.ndim).to(now.x)
-        sigma = now.sigma * (step.sigma_next / now.sigma) ** row.r
+        tensors = tuple(t.to(now.x) for t in self.table.tensors())
+        r, weight, time_scale, dir_scale = rows_at(tensors, step.index, now.x.ndim)
+        sigma = now.sigma * (step.sigma_next / now.sigma) ** r
         x = self.base(field, dataclasses.replace(step, sigma_next=sigma))
-        d = field(x, sigma, row.time_scale * sigma, point_rates(self.table, step.index))
-        mix = (row.weight * row.dir_scale * d).sum(1, keepdim=True)
-        if row.history:
-            mix = mix + combined(row.known.flatten(1), evaluated(step))
+        d = field(x, sigma, time_scale * sigma, point_rates(self.table, step.index))
+        mix = (weight * dir_scale * d).sum(1, keepdim=True)
         if isinstance(step.h, Tensor):
             return now.x + step.h * mix
         return torch.add(now.x, mix, alpha=step.h)
 
 
-def evaluated(step: Step) -> tuple[Tensor, ...]:
-    """The slopes [B, 1, *] that EPD has anyway: d_n, then those of earlier calls, newest first.
-
-    d_n is the slope where the step stands; under AFS the first one is analytic, which is no call,
-    and so no earlier slope of the next step. The earlier ones are, of the step before, its points
-    from the last to the first, those that a base of two calls asked for on the way to them, and
-    its own d_n; then those of the step before that. None is there twice, as `step.slopes` was
-    closed before d_n was asked for.
-    """
-    return (step.now.d, *step.slopes)
-
-
 @dataclass(frozen=True)
 class MultistepTable:
-    """Learned coefficients of N steps with K points and H known slopes.
+    """Learned coefficients of N steps with K points and H earlier slopes.
 
-    The known slopes are `known_slopes`: the free one, then those of earlier calls, newest
-    first. Where fewer than H are known yet, the coefficients beyond them are not used.
+    Those are `earlier_slopes`: the free one, then those of earlier calls, newest first. Where
+    there are fewer than H yet, the coefficients beyond them are not used.
     """
 
-    a: Tensor  # [N, H] of the known slopes in the slope that places the points
+    a: Tensor  # [N, H] of the earlier slopes in the slope that places the points
     r: Tensor  # [N, K] place in [0, 1] from sigma to sigma_next on the log-sigma axis; 0 is x
     weight: Tensor  # [N, K] of the new slopes in the step; any sign
-    b: Tensor  # [N, H] of the known slopes in the step
+    b: Tensor  # [N, H] of the earlier slopes in the step
     time_scale: Tensor  # [N, K] the network is told time_scale * sigma
-
     guidance: Tensor | None = None  # [N] or [N, K], rate of each point
 
     def to(self, like: Tensor) -> "MultistepTable":
@@ -148,17 +119,17 @@ class ParallelMultistep:
     afs: bool = False
 
     def __call__(self, field: Field, step: Step) -> Tensor:
-        now, known = step.now, known_slopes(step, self.process)
+        now, earlier = step.now, earlier_slopes(step, self.process)
         a, r, weight, b, scale = rows_at(self.table.tensors(), step.index, now.x.ndim)
         if self.afs and step.index == 0:
-            return now.x + step.h * combined(b, known)
-        x, sigma = placed(step, combined(a, known), r)
+            return now.x + step.h * combined(b, earlier)
+        x, sigma = placed(step, combined(a, earlier), r)
         d = field(x, sigma, scale * sigma, point_rates(self.table, step.index))
         mix = (weight * d).sum(1, keepdim=True)
-        return now.x + step.h * (mix + combined(b, known))
+        return now.x + step.h * (mix + combined(b, earlier))
 
 
-def known_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
+def earlier_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
     """What costs no call: the free slope, then those of earlier calls, newest first.
 
     The free slope is x / sqrt(alpha^2 + sigma^2), [B, 1, *]: at the first level that is the
@@ -171,17 +142,17 @@ def known_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
 
 def combined(coefficients: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
     """Sum of coefficient [H] or [B, H, ...] * slope over as many as both have, [B, 1, *]."""
-    known = torch.cat(slopes[: coefficients.shape[1 if coefficients.ndim > 1 else 0]], 1)
-    shape = (-1, known.shape[1], *[1] * (known.ndim - 2))
     wide = coefficients if coefficients.ndim > 1 else coefficients[None]
-    return (wide[:, : known.shape[1]].reshape(shape) * known).sum(1, keepdim=True)
+    joined = torch.cat(slopes[: wide.shape[1]], 1)
+    shape = (-1, joined.shape[1], *[1] * (joined.ndim - 2))
+    return (wide[:, : joined.shape[1]].reshape(shape) * joined).sum(1, keepdim=True)
 
 
 def placed(step: Step, slope: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Points x [B, K, *] and their levels [B or 1, K, 1...] at places r [K] along `slope`."""
     now = step.now
     r = r if r.ndim > 1 else r.reshape(1, -1, *[1] * (now.x.ndim - 2))
-    sigma = now.sigma * torch.as_tensor(step.sigma_next / now.sigma).to(r) ** r
+    sigma = now.sigma * (step.sigma_next / now.sigma) ** r  # no tensor made: nothing is uploaded
     return now.x + (sigma - now.sigma) * slope, sigma
 
 

@@ -71,7 +71,7 @@ class Field:
     cond: Condition | None = None
     points_chunk: int | None = None
     tally: Tally = dataclasses.field(default_factory=Tally, compare=False)
-    heard: Callable[[Tensor], object] | None = None  # told every result, for the loop
+    record: Callable[[Tensor], object] | None = None  # gets every result, for the loop
     rates: Rates | None = None  # of calls that say nothing else; None: the denoiser's own
 
     def __call__(
@@ -86,30 +86,32 @@ class Field:
         `network_sigma` is the level that the network is told, where it is not `sigma`, and
         `rates` are the points' guidance rates, where they are not the interval's.
         """
-        told = sigma if network_sigma is None else network_sigma
+        level = sigma if network_sigma is None else network_sigma
         self.tally.calls += 1
         self.tally.rows += x.shape[0] * x.shape[1]
         rates = of_points(self.rates, x.shape[1]) if rates is None else rates
-        d = (x - self.denoised(x, levels_of(x, told), rates)) / sigma
-        if self.heard:
-            self.heard(d)
+        d = (x - self.denoised(x, levels_of(x, level), rates)) / sigma
+        if self.record:
+            self.record(d)
         return d
 
     def denoised(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
         """x [B, K, *] at levels [B, K] -> x0 [B, K, *], at most `points_chunk` points a call."""
         chunk = self.points_chunk or x.shape[1]
         if chunk >= x.shape[1]:
-            return self.asked(x, levels, rates)
+            return self.evaluate(x, levels, rates)
         parts = [slice(i, i + chunk) for i in range(0, x.shape[1], chunk)]
         cut = [rates[:, p] if isinstance(rates, Tensor) else rates and rates[p] for p in parts]
-        asked = [self.asked(x[:, p], levels[:, p], r) for p, r in zip(parts, cut, strict=True)]
-        return torch.cat(asked, 1)
+        x0 = [self.evaluate(x[:, p], levels[:, p], r) for p, r in zip(parts, cut, strict=True)]
+        return torch.cat(x0, 1)
 
-    def asked(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
+    def evaluate(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
         """One network call: x [B, K, *] at levels [B, K] -> x0 [B, K, *]."""
         b, k = levels.shape
-        rows, told = x.transpose(0, 1).flatten(0, 1), levels.t().reshape(k * b)
-        x0 = self.denoiser(rows, told, self.cond and self.cond.repeat(k, rates))
+        rows = x.transpose(0, 1).flatten(0, 1)
+        x0 = self.denoiser(
+            rows, levels.t().reshape(k * b), self.cond and self.cond.repeat(k, rates)
+        )
         return x0.unflatten(0, (k, b)).transpose(0, 1)
 
 

@@ -110,10 +110,10 @@ def advance(
     rates: Sequence[Rates] | None = None,
 ) -> Loop:
     """One step of `integrate` on a checked grid (`levels`)."""
-    heard: list[Tensor] = []
+    answers: list[Tensor] = []
     i, x = loop.index, loop.x
     own = rates[min(i, len(rates) - 1)] if rates else field.rates
-    field = dataclasses.replace(field, heard=heard.append, rates=own)
+    field = dataclasses.replace(field, record=answers.append, rates=own)
     sigma, sigma_next = grid[i : i + 2]
     now = Point(sigma, x, slope_at(first_slope if first_slope and i == 0 else field, x, sigma))
     if correct and loop.step:
@@ -122,7 +122,7 @@ def advance(
     step = Step(i, inner, now, sigma_next, loop.past, loop.slopes)
     x = now.x0 if is_zero(sigma_next) else solver(field, step)
     past = (now, *loop.past)[:MAX_PAST]
-    return Loop(x, i + 1, past, newest(heard, loop.slopes), step)
+    return Loop(x, i + 1, past, newest(answers, loop.slopes), step)
 
 
 def integrate(
@@ -170,10 +170,9 @@ def is_zero(sigma: Level) -> bool:
     return not isinstance(sigma, Tensor) and sigma == 0
 
 
-def newest(heard: list[Tensor], slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The newest slopes, each on its own, with those `heard` [B, K, *] taken from the list."""
-    points = [point for d in heard for point in d.split(1, 1)]
-    heard.clear()
+def newest(answers: list[Tensor], slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The newest slopes, each on its own: those of the `answers` [B, K, *], then earlier ones."""
+    points = [point for d in answers for point in d.split(1, 1)]
     return (*reversed(points), *slopes)[:MAX_SLOPES]
 
 

@@ -3,14 +3,11 @@
 One format in two dresses, `.pkl` (read by `torch.load(weights_only=True)`) and `.json`, both
 with float64 tables, so that converting back and forth changes no bit:
 
-    {"format": "epd-predictor", "format_version": 1,
-     "table": {"r": [N, K], "weight": ..., "time_scale": ..., "dir_scale": ..., "known": [N, H]},
-     "recipe": {...}}
+    {"format": "epd-predictor", "format_version": 1, "recipe": {...},
+     "table": {"r": [N, K], "weight": ..., "time_scale": ..., "dir_scale": ...}}
 
-A table with `guidance` [N] or [N, K] makes it version 2.
-
-The kind of table is the recipe's `solver`; `known` is there only where H is above 0.
-`load_predictor` reads published files too. On the command line:
+A table with `guidance` [N] or [N, K] makes it version 2. The kind of table is the recipe's
+`solver`. `load_predictor` reads published files too. On the command line:
 
     python -m solvers.predictor show cifar10-5nfe
     python -m solvers.predictor convert published.pkl ours.json
@@ -18,13 +15,14 @@ The kind of table is the recipe's `solver`; `known` is there only where H is abo
 
 import argparse
 import dataclasses
-import io
 import json
-import os
+import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -36,35 +34,19 @@ from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Tabl
 from solvers.integrate import MAX_SLOPES
 from solvers.process import VE, Process
 from solvers.published import decode, from_published, require
-from solvers.recipe import (
-    FORMAT_VERSION,
-    Recipe,
-    check_recipe,
-    for_flow,
-    one_of,
-    recipe_from_plain,
-    recipe_to_plain,
-)
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
-from solvers.schedules import NoiseLevels, custom
+from solvers.schedules import SCHEDULES, NoiseLevels, custom
+from src.files import from_json, read_text, write_atomically, write_text
 from src.pickles import read_pickle
 
-__all__ = [
-    "Predictor",
-    "Recipe",
-    "decode",
-    "find_predictor",
-    "load_predictor",
-    "save_predictor",
-    "validate",
-]
+__all__ = ["Predictor", "Recipe", "decode", "find_predictor", "load_predictor", "save_predictor"]
 
-FORMAT = "epd-predictor"
+FORMAT, FORMAT_VERSION = "epd-predictor", 2
 TABLES = {"epd": Directions, "epd-multistep": MultistepTable}
 """The class of table by the recipe's solver; its fields are the names in the file."""
-OF_KNOWN = ("a", "b", "known")
-"""Of these names are [N, H]; all others are [N, K]."""
-WEIGHT_TOLERANCE = 1e-4
+BASES = tuple(name for name in SOLVERS if name not in ("edm", "unipc"))
+"""The solvers that EPD can stand on."""
+FLOW_BACKENDS = ("sd3", "flux")
 MAX_JSON = 64 << 20
 IN_RUN = (
     "predictor.pkl",
@@ -74,6 +56,47 @@ IN_RUN = (
 )
 """Where a run of stage 1 or 2, ours or the published code's, keeps its best or last predictor."""
 EXPS = Path(__file__).resolve().parent.parent / "exps"
+PLAIN_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All but the table that sampling with a predictor needs, and where the predictor comes from.
+
+    Grid sizes are num_steps points, so num_steps - 1 intervals; guidance_rate 1 is no guidance.
+    """
+
+    num_steps: int  # grid points, both ends counted
+    num_points: int  # K
+    schedule_type: str = "time_uniform"
+    schedule_rho: float = 1.0
+    dataset_name: str = "unknown"
+    img_resolution: int | None = None
+    backend: str = "edm"
+    backend_config: dict[str, Any] = field(default_factory=dict)
+    process: str | None = None  # ve or flow; None: by the schedule and the backend
+    solver: str = "epd"
+    base: str = "euler"
+    max_order: int = 3
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    sigma_min: float | None = None  # None: the backend's own range
+    sigma_max: float | None = None
+    sigmas: tuple[float, ...] | None = None  # of the custom schedule
+    flowmatch_shift: float | None = None
+    flowmatch_mu: float | None = None
+    guidance_type: str | None = None
+    guidance_rate: float = 1.0
+    afs: bool = False
+    scale_dir: float = 0.0  # reach of the direction scales around 1, 0 is off
+    scale_time: float = 0.0
+    fcn: bool = False  # no direction scale in the last interval
+    teacher: str | None = None
+    M: int | None = None  # grid points that the teacher adds in every interval
+    alpha: float | None = None  # weight of the feature loss
+    training: dict[str, Any] = field(default_factory=dict)  # how it was trained, plain values
+    source: str = ""
+    format_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,33 +106,13 @@ class Predictor:
     table: Table
     recipe: Recipe
 
-    @property
-    def nfe(self) -> int:
-        """Network calls one after another for an image.
-
-        2 an interval, parallel multistep 1; 1 less with AFS.
-        """
-        if self.recipe.solver == "epd-multistep":
-            return self.recipe.num_steps - 1 - self.recipe.afs
-        calls = 1 + SOLVERS[self.recipe.base].calls
-        return calls * (self.recipe.num_steps - 1) - self.recipe.afs
-
-    @property
-    def evaluations(self) -> int:
-        """Rows through the network for an image: every one of the K points counts."""
-        if self.recipe.solver == "epd-multistep":
-            return self.recipe.num_points * (self.recipe.num_steps - 1 - self.recipe.afs)
-        rows = 1 + self.recipe.num_points * SOLVERS[self.recipe.base].calls
-        return rows * (self.recipe.num_steps - 1) - self.recipe.afs
-
     def solver(self, process: Process = VE) -> EPD | ParallelMultistep:
         """The solver that takes these steps; bases of one order do not look at `max_order`."""
         recipe = self.recipe
         if isinstance(self.table, MultistepTable):
             return ParallelMultistep(self.table, process, recipe.afs)
-        ordered = len(SOLVERS[recipe.base].orders) > 1
         options = SolverOptions(
-            order=recipe.max_order if ordered else None,
+            order=recipe.max_order if len(SOLVERS[recipe.base].orders) > 1 else None,
             process=process,
             predict_x0=recipe.predict_x0,
             lower_order_final=recipe.lower_order_final,
@@ -131,14 +134,34 @@ class Predictor:
             recipe.guidance_rate,
         )
 
+    @property
+    def nfe(self) -> int:
+        """Network calls one after another for an image."""
+        return self.on_any_grid.calls
+
+    @property
+    def evaluations(self) -> int:
+        """Rows through the network for an image: every one of the K points counts."""
+        return self.on_any_grid.rows
+
+    @property
+    def on_any_grid(self) -> Sampler:
+        """The sampler on levels of no network, which makes the same calls."""
+        sigmas = tuple(2.0**-n for n in range(self.recipe.num_steps))
+        return Sampler(self.solver(), sigmas, afs=self.recipe.afs)
+
+
+def for_flow(recipe: Recipe) -> bool:
+    """Whether the predictor is for flow matching."""
+    by_kind = recipe.schedule_type == "flowmatch" or recipe.backend in FLOW_BACKENDS
+    return by_kind if recipe.process is None else recipe.process == "flow"
+
 
 def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
     """The recipe's grid [num_steps] on a network's levels; ValueError where it has none there."""
     if for_flow(recipe) != (levels.process.name == "flow"):
-        model = f"a {levels.process.name} model"
-        raise ValueError(
-            f"a predictor for {recipe.backend} ({recipe.schedule_type}) is not for {model}"
-        )
+        what = f"{recipe.backend} ({recipe.schedule_type})"
+        raise ValueError(f"a predictor for {what} is not for a {levels.process.name} model")
     if recipe.sigmas is not None:
         return custom(recipe.sigmas)
     shift = levels.shift if recipe.flowmatch_shift is None else recipe.flowmatch_shift
@@ -150,6 +173,9 @@ def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
         sigma_min=recipe.sigma_min,
         sigma_max=recipe.sigma_max,
     )
+
+
+# --- checks -------------------------------------------------------------------------------
 
 
 def validate(predictor: Predictor) -> Predictor:
@@ -164,45 +190,88 @@ def validate(predictor: Predictor) -> Predictor:
     check_recipe(recipe)
     if not isinstance(table, TABLES[recipe.solver]):
         raise ValueError(f"{recipe.solver} cannot read a table of {type(table).__name__}")
+    intervals, points = recipe.num_steps - 1, recipe.num_points
     for name, values in named_tensors(table).items():
-        check_shape(name, values, recipe)
+        shape = list(values.shape)
+        if name in ("a", "b"):
+            if len(shape) != 2 or shape[0] != intervals or not 1 <= shape[1] <= 1 + MAX_SLOPES:
+                wanted = f"[{intervals}, 1 to {1 + MAX_SLOPES}]"
+                raise ValueError(f"{name} has the shape {shape}: it must be {wanted}")
+        elif shape != [intervals, points] and (name, shape) != ("guidance", [intervals]):
+            needs = f"num_steps {recipe.num_steps} and num_points {points} need"
+            raise ValueError(f"{name} has the shape {shape}: {needs} {[intervals, points]}")
         require(name, values, values.isfinite(), "must be a finite number")
     require("r", table.r, (table.r >= 0) & (table.r <= 1), "must lie in [0, 1]")
     require("time_scale", table.time_scale, table.time_scale > 0, "must be above 0")
     if table.guidance is not None:
         require("guidance", table.guidance, table.guidance >= 0, "must be 0 or more")
-    if isinstance(table, Directions):
-        check_shares(table)
-    elif table.a.shape != table.b.shape:
-        raise ValueError(f"a {list(table.a.shape)} and b {list(table.b.shape)} differ in shape")
+    if isinstance(table, MultistepTable):
+        if table.a.shape != table.b.shape:
+            shapes = f"a {list(table.a.shape)} and b {list(table.b.shape)}"
+            raise ValueError(f"{shapes} differ in shape")
+        return predictor
+    require("weight", table.weight, table.weight >= 0, "must not be negative")
+    total = table.weight.double().sum(-1)
+    require("sum of weight", total, (total - 1).abs() <= 1e-4, "must be 1, as weights are shares")
     return predictor
 
 
-def check_shape(name: str, values: Tensor, recipe: Recipe) -> None:
-    """ValueError unless [num_steps - 1, num_points], or 1 to 5 known slopes for OF_KNOWN."""
-    shape, found = [recipe.num_steps - 1, recipe.num_points], list(values.shape)
-    if name in OF_KNOWN:
-        if len(found) != 2 or found[0] != shape[0] or not 1 <= found[1] <= 1 + MAX_SLOPES:
-            wanted = f"[{shape[0]}, 1 to {1 + MAX_SLOPES}]"
-            raise ValueError(f"{name} has the shape {found}: it must be {wanted}")
-    elif found != shape and not (name == "guidance" and found == shape[:1]):
-        wanted = f"num_steps {recipe.num_steps} and num_points {recipe.num_points} need"
-        raise ValueError(f"{name} has the shape {found}: {wanted} {shape}")
+def check_recipe(recipe: Recipe) -> None:
+    """ValueError, with the setting's name, its value and what would do, for what cannot be."""
+    if not 1 <= recipe.format_version <= FORMAT_VERSION:
+        reads = f"this code knows up to {FORMAT_VERSION}"
+        raise ValueError(f"format_version {recipe.format_version} is unknown: {reads}")
+    one_of("solver", recipe.solver, tuple(TABLES))
+    one_of("base", recipe.base, BASES)
+    one_of("process", recipe.process or "ve", ("ve", "flow"))
+    one_of("schedule_type", recipe.schedule_type, (*SCHEDULES, "custom"))
+    orders, order = SOLVERS[recipe.base].orders, recipe.max_order
+    if order < 1 or (len(orders) > 1 and order not in orders):
+        raise ValueError(f"max_order {order} is unknown: {recipe.base} has {orders}")
+    positive, reach = "above 0", "0 to 1"
+    bounds: tuple[tuple[str, bool, str], ...] = (
+        ("num_steps", recipe.num_steps >= 2, "too small, a grid has 2 points or more"),
+        ("num_points", recipe.num_points >= 1, "too small, 1 or more"),
+        ("schedule_rho", is_positive(recipe.schedule_rho), positive),
+        ("flowmatch_shift", is_positive(recipe.flowmatch_shift), positive),
+        ("flowmatch_mu", math.isfinite(recipe.flowmatch_mu or 0), "a number"),
+        ("sigma_min", is_positive(recipe.sigma_min), positive),
+        ("sigma_max", is_positive(recipe.sigma_max), positive),
+        ("scale_dir", 0 <= recipe.scale_dir <= 1, reach),
+        ("scale_time", 0 <= recipe.scale_time <= 1, reach),
+        ("guidance_rate", math.isfinite(recipe.guidance_rate), "a number"),
+    )
+    for name, is_good, wanted in bounds:
+        if not is_good:
+            raise ValueError(f"{name} {getattr(recipe, name)} is out of range: {wanted}")
+    low, high = recipe.sigma_min, recipe.sigma_max
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"sigma_min {low} is not below sigma_max {high}")
+    if recipe.afs and for_flow(recipe):
+        reason = "flow matching has no analytic first step"
+        raise ValueError(f"afs is on for {recipe.backend}, {recipe.schedule_type}: {reason}")
+    if (recipe.schedule_type == "custom") != (recipe.sigmas is not None):
+        raise ValueError("the custom schedule, and it alone, needs its list of sigmas")
+    if recipe.sigmas is not None:
+        custom(recipe.sigmas)
+        if len(recipe.sigmas) != recipe.num_steps:
+            levels = f"{len(recipe.sigmas)} levels"
+            raise ValueError(f"sigmas has {levels} for num_steps {recipe.num_steps}")
+    plain("backend_config", recipe.backend_config)
+    plain("training", recipe.training)
 
 
-def check_shares(table: Directions) -> None:
-    """ValueError unless the weights are >= 0 and sum to 1."""
-    require("weight", table.weight, table.weight >= 0, "must not be negative")
-    total = table.weight.double().sum(-1)
-    whole = (total - 1).abs() <= WEIGHT_TOLERANCE
-    require("sum of weight", total, whole, "must be 1, as weights are shares")
+def is_positive(value: float | None) -> bool:
+    """Whether a setting is above 0 and finite, or is not there."""
+    return value is None or 0 < value < math.inf
 
 
-def named_tensors(table: Table) -> dict[str, Tensor]:
-    """The tensors of a table by the names that files use."""
-    names = (f.name for f in dataclasses.fields(table))
-    named = dict(zip(names, table.tensors(), strict=False))  # EPD's `known` may not be there
-    return named if table.guidance is None else named | {"guidance": table.guidance}
+def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError with the choices and the nearest of them."""
+    if value not in choices:
+        near = get_close_matches(value, choices, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(choices)}"
+        raise ValueError(f"unknown {what} {value[:80]!r}: {hint}")
 
 
 # --- files --------------------------------------------------------------------------------
@@ -218,12 +287,11 @@ def save_predictor(predictor: Predictor, path: str | Path) -> None:
     if path.suffix == ".json":
         rows = {name: values.tolist() for name, values in content["table"].items()}
         text = json.dumps({**content, "table": rows}, indent=1, allow_nan=False)
-        short = re.sub(r"\[\n[^][{}\"]*\]", lambda m: " ".join(m[0].split()), text)
-        write_whole(path, short.encode() + b"\n")
+        one_line = re.sub(r"\[\n[^][{}\"]*\]", lambda m: " ".join(m[0].split()), text)
+        write_text(path, one_line + "\n")
     elif path.suffix == ".pkl":
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_whole(path, buffer.getvalue())
+        with write_atomically(path) as temp, temp.open("wb") as file:
+            torch.save(content, file)  # an open file: equal predictors make equal bytes
     else:
         raise ValueError(f"{path}: a predictor's file ends in .pkl or .json")
 
@@ -233,23 +301,17 @@ def to_content(predictor: Predictor) -> dict[str, Any]:
     tensors = named_tensors(predictor.table)
     return {
         "format": FORMAT,
-        "format_version": 1 if predictor.table.guidance is None else FORMAT_VERSION,
+        "format_version": 1 if predictor.table.guidance is None else 2,
         "table": {name: t.detach().double().cpu().contiguous() for name, t in tensors.items()},
         # through text, so that equal recipes make equal bytes
         "recipe": json.loads(json.dumps(recipe_to_plain(predictor.recipe))),
     }
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside and move into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+def named_tensors(table: Table) -> dict[str, Tensor]:
+    """The tensors of a table by the names that files use."""
+    fields = ((f.name, getattr(table, f.name)) for f in dataclasses.fields(table))
+    return {name: values for name, values in fields if values is not None}
 
 
 def load_predictor(path: str | Path) -> Predictor:
@@ -261,7 +323,12 @@ def load_predictor(path: str | Path) -> Predictor:
     future version, or with a table or a recipe that `validate` refuses.
     """
     path = Path(path)
-    content = read_json(path) if looks_like_json(path) else read_pickle(path)
+    if looks_like_json(path):
+        if path.is_file() and path.stat().st_size > MAX_JSON:
+            raise ValueError(f"{path}: more than {MAX_JSON} bytes is no predictor")
+        content = from_json(read_text(path), str(path))
+    else:
+        content = read_pickle(path)
     try:
         return validate(from_content(content))
     except ValueError as error:
@@ -279,20 +346,6 @@ def looks_like_json(path: Path) -> bool:
         return False
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError in one line for anything that is not JSON."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON} bytes is no predictor")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
-
-
 def from_content(content: Any) -> Predictor:
     """A predictor from the content of a file, ours or published."""
     if not isinstance(content, dict):
@@ -304,44 +357,83 @@ def from_content(content: Any) -> Predictor:
     if content["format"] != FORMAT or type(version) is not int:
         raise ValueError('it is neither a predictor of ours nor a published one with a "model"')
     if not 1 <= version <= FORMAT_VERSION:
-        known = f"this code reads up to {FORMAT_VERSION}, so it needs an update"
-        raise ValueError(f"format_version {version} is unknown: {known}")
-    table, recipe = content.get("table"), content.get("recipe")
-    if not isinstance(table, dict) or not isinstance(recipe, dict):
+        reads = f"this code reads up to {FORMAT_VERSION}, so it needs an update"
+        raise ValueError(f"format_version {version} is unknown: {reads}")
+    tensors, recipe = content.get("table"), content.get("recipe")
+    if not isinstance(tensors, dict) or not isinstance(recipe, dict):
         raise ValueError("it has no table or no recipe")
     recipe = recipe_from_plain(recipe)
-    return Predictor(table_of(recipe.solver, table), recipe)
-
-
-def table_of(solver: str, tensors: Mapping[str, Any]) -> Table:
-    """The table of that solver from tensors, or rows of numbers, by name."""
-    one_of("solver", solver, tuple(TABLES))
-    fields = dataclasses.fields(TABLES[solver])
-    wanted = [f.name for f in fields if f.default is dataclasses.MISSING]
-    missing, unknown = set(wanted) - set(tensors), set(tensors) - {f.name for f in fields}
+    one_of("solver", recipe.solver, tuple(TABLES))
+    fields = dataclasses.fields(TABLES[recipe.solver])
+    names = [f.name for f in fields if f.default is dataclasses.MISSING]
+    missing, unknown = set(names) - set(tensors), set(tensors) - {f.name for f in fields}
     if missing or unknown:
-        found = f"lacks {sorted(missing)}" if missing else f"has the unknown {sorted(unknown)}"
-        raise ValueError(f"the table {found}: it has {', '.join(wanted)}")
-    return TABLES[solver](**{name: numbers(name, values) for name, values in tensors.items()})
+        fault = f"lacks {sorted(missing)}" if missing else f"has the unknown {sorted(unknown)}"
+        raise ValueError(f"the table {fault}: it has {', '.join(names)}")
+    table = {name: numbers(name, values) for name, values in tensors.items()}
+    return Predictor(TABLES[recipe.solver](**table), recipe)
 
 
 def numbers(name: str, values: Any) -> Tensor:
     """A tensor of floats, or rows of numbers, in float64."""
     if isinstance(values, Tensor) and values.is_floating_point():
         return values.double()
-    if name == "guidance" and is_row(values):
-        return torch.tensor(values, dtype=torch.float64)
-    is_table = isinstance(values, list) and all(is_row(row) for row in values)
-    if is_table and len({len(row) for row in values}) == 1:
-        return torch.tensor(values, dtype=torch.float64)
-    raise ValueError(f"{name} is not a table of numbers with rows of one length")
+    rows: list[Any] = values if isinstance(values, list) else [[None]]
+    rows = rows if all(isinstance(row, list) for row in rows) else [rows]
+    is_number = all(type(v) in (int, float) and abs(v) < 1e300 for row in rows for v in row)
+    if not is_number or len({len(row) for row in rows}) != 1:
+        raise ValueError(f"{name} is not a table of numbers with rows of one length")
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def is_row(row: object) -> bool:
-    """Whether it is a list of numbers, of a size that a float holds."""
-    return isinstance(row, list) and all(
-        isinstance(v, float) or (type(v) is int and abs(v) < 1 << 53) for v in row
-    )
+def recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as numbers, text, lists and dicts, in the order of its fields."""
+    return {f.name: plain(f.name, getattr(recipe, f.name)) for f in dataclasses.fields(Recipe)}
+
+
+def plain(name: str, value: object, depth: int = PLAIN_DEPTH) -> Any:
+    """The value with tuples as lists, if it is plain: numbers, text, lists, dicts by text.
+
+    Raises ValueError where it holds anything else, a number that is not finite, or is nested too
+    deeply.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if depth and isinstance(value, list | tuple):
+        return [plain(name, v, depth - 1) for v in value]
+    if depth and isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: plain(f"{name}.{k}"[:80], v, depth - 1) for k, v in value.items()}
+    what = str(value) if isinstance(value, float) else f"a {type(value).__name__}"
+    raise ValueError(f"{name} holds {what}, which is not a plain value")
+
+
+def recipe_from_plain(entries: Mapping[str, Any]) -> Recipe:
+    """The recipe of a file; ValueError for entries missing, unknown or of another type."""
+    kinds = typing.get_type_hints(Recipe)
+    for name in entries:
+        one_of("entry of the recipe", str(name), tuple(kinds))
+    for name in ("num_steps", "num_points"):
+        if name not in entries:
+            raise ValueError(f"the recipe has no {name}")
+    return Recipe(**{name: typed(name, v, kinds[name]) for name, v in entries.items()})
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """The value as the type of its field, ints as floats where floats belong."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kinds = tuple(typing.get_origin(option) or option for option in options)
+    if float in kinds and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if tuple in kinds and isinstance(value, list | tuple):
+        return tuple(typed(name, v, float) for v in value)
+    if dict in kinds and isinstance(value, dict):
+        return plain(name, value)
+    if isinstance(value, bool) is (bool in kinds) and isinstance(value, kinds):
+        return value
+    wanted = " or ".join(k.__name__.replace("NoneType", "nothing") for k in kinds)
+    raise ValueError(f"{name} is {str(value)[:80]!r}, where {wanted} belongs")
 
 
 def find_predictor(name: str, exps: Path = EXPS) -> Path:
@@ -363,16 +455,16 @@ def find_predictor(name: str, exps: Path = EXPS) -> Path:
             return files[-1]
     shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("*.pkl")}
     wanted = name.removesuffix(".pkl").removeprefix("exps/").rstrip("/")
-    found = [k for k in shipped if k == wanted or k.removesuffix("/predictor") == wanted]
-    found = found or [k for k in shipped if k.rpartition("/")[2] == wanted]
-    if len(found) > 1:
-        raise ValueError(f"{name!r} may be {' or '.join(sorted(found))}: say which")
-    if not found:
+    matches = [k for k in shipped if k == wanted or k.removesuffix("/predictor") == wanted]
+    matches = matches or [k for k in shipped if k.rpartition("/")[2] == wanted]
+    if len(matches) > 1:
+        raise ValueError(f"{name!r} may be {' or '.join(sorted(matches))}: say which")
+    if not matches:
         names = sorted({k.rpartition("/")[2] for k in shipped} | set(shipped))
         near = get_close_matches(wanted, names, 3, 0.4) or names[:3]
         hint = f"the nearest are {', '.join(near)}" if near else f"{exps} has none"
         raise ValueError(f"no file and no shipped predictor {name[:200]!r}: {hint}")
-    return shipped[found[0]]
+    return shipped[matches[0]]
 
 
 # --- command line -------------------------------------------------------------------------
@@ -384,7 +476,7 @@ def described(predictor: Predictor) -> str:
     lines = [f"{name:18} {json.dumps(v)}" for name, v in settings.items() if v not in (None, {})]
     lines.append(f"{'nfe':18} {predictor.nfe} sequential, {predictor.evaluations} evaluations")
     tensors = named_tensors(predictor.table)
-    of_points = {n: t for n, t in tensors.items() if n not in OF_KNOWN and t.ndim == 2}
+    of_points = {n: t for n, t in tensors.items() if n not in ("a", "b") and t.ndim == 2}
     rates = predictor.table.guidance
     if rates is not None and rates.ndim == 1:
         of_points["guidance"] = rates[:, None].expand(-1, predictor.recipe.num_points)
@@ -395,7 +487,7 @@ def described(predictor: Predictor) -> str:
             lines.append(f"{n:8} {k:6}{row}")
     for name in sorted(tensors.keys() - of_points.keys()):
         rows = ("".join(f"{v:13.6f}" for v in row) for row in tensors[name].tolist())
-        lines += [f"\n{name}, of the slopes known before each interval", *rows]
+        lines += [f"\n{name}, of the earlier slopes of each interval", *rows]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from solvers.epd import Directions, MultistepTable, Table, combined, known_slopes, placed
+from solvers.epd import Directions, MultistepTable, Table, combined, earlier_slopes, placed
 from solvers.field import Field
 from solvers.integrate import MAX_SLOPES, Point, Step
 from src.ranks import all_reduce_sum
@@ -117,7 +117,7 @@ def few(
     """
     for first in range(0, len(target), count):
         rows = slice(first, first + count)
-        alone = dataclasses.replace(field, cond=rows_of(field.cond, rows), heard=None)
+        alone = dataclasses.replace(field, cond=rows_of(field.cond, rows), record=None)
         yield alone, step_of(step, rows), target[rows]
 
 
@@ -277,7 +277,7 @@ def best_beside(normal: Normal, choices: Tensor, count: int) -> tuple[Mix, Tenso
 def products_behind(student: Student, _field: Field, step: Step, target: Tensor) -> Tensor:
     """Products of the slopes that are there already with the mean slope to the target."""
     slope = (target.unsqueeze(1) - step.now.x) / step.h
-    return gram([*known_slopes(step, student.process)[:HISTORY], slope])
+    return gram([*earlier_slopes(step, student.process)[:HISTORY], slope])
 
 
 def products_ahead(
@@ -287,7 +287,7 @@ def products_ahead(
     products = torch.zeros(())
     for part, here, wanted in few(field, step, target, places.share(k, target)):
         x = here.now.x
-        behind = known_slopes(here, student.process)[: len(a)]
+        behind = earlier_slopes(here, student.process)[: len(a)]
         slope = combined(a.to(x), behind)
         d = places.slopes(part, partial(placed, here, slope), x)
         products = products + gram([d, *behind, (wanted.unsqueeze(1) - x) / here.h])

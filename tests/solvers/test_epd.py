@@ -118,12 +118,6 @@ def test_to_puts_every_tensor_where_the_samples_are() -> None:
     assert [t.dtype for t in moved.tensors()] == [torch.float32] * 4
 
 
-def test_a_row_has_one_axis_for_each_of_the_samples() -> None:
-    table = learned(STEPS, 2)
-    assert [t.shape for t in table.row(1, 5).tensors()] == [(1, 2, 1, 1, 1)] * 4
-    assert torch.equal(table.row(1, 3).r.flatten(), table.r[1])
-
-
 VIEWS = {"view", "_unsafe_view", "select", "split", "squeeze", "transpose", "t", "expand", "alias"}
 
 

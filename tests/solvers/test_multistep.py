@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from solvers.classic import IPNDM, Euler
+from solvers.epd import MultistepTable, ParallelMultistep, earlier_slopes
 from solvers.field import Condition, Field
 from solvers.integrate import Step, integrate
-from solvers.multistep import MultistepTable, ParallelMultistep, known_slopes
 from solvers.predictor import Predictor, Recipe, load_predictor, save_predictor, validate
 from solvers.process import FLOW, VE
 from solvers.schedules import NoiseLevels
@@ -104,7 +104,7 @@ def test_the_free_slope_is_the_analytic_one_and_x_of_flow_at_its_start() -> None
 
         def look(field: Field, step: Step) -> Tensor:
             assert field.tally.calls == 0
-            found.extend(known_slopes(step, process))  # pyright: ignore[reportArgumentType]
+            found.extend(earlier_slopes(step, process))  # pyright: ignore[reportArgumentType]
             return step.now.x
 
         list(integrate(look, Field(gaussian), torch.ones(1, 3), (sigma, sigma / 2)))

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers.catalog import no_noise
 from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
 from solvers.epd import EPD
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Condition, Field
 from solvers.integrate import Solver, integrate
+from solvers.sampler import no_noise
 from solvers.schedules import custom, log_snr, polynomial
 from tests.solvers.mixture import directions
 

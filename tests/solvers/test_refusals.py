@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers.catalog import SOLVERS, SolverOptions, make_solver, num_steps_for, parse_name
 from solvers.classic import DPM2, EDM, IPNDM, IPNDMv
 from solvers.exponential import DEIS, DPMpp, UniPC, dynamic_threshold
 from solvers.field import Field
 from solvers.integrate import integrate
 from solvers.process import FLOW, VE, process_named
+from solvers.sampler import SOLVERS, SolverOptions, make_solver, num_steps_for, parse_name
 from solvers.schedules import log_snr
 from tests.solvers.mixture import LATENTS, ve
 

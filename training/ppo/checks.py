@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from solvers.recipe import FLOW_BACKENDS, SCHEDULES, Recipe
+from solvers.predictor import FLOW_BACKENDS, SCHEDULES, Recipe
 from src.files import nearest
 from src.seeds import MAX_SEED
 from training.ppo.sections import MULTI, Config, Ppo, RewardSettings

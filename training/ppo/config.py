@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from solvers.recipe import typed
+from solvers.predictor import typed
 from src.files import nearest, read_text
 from training.ppo.checks import check_against, check_ranks, checked, leaves
 from training.ppo.sections import (

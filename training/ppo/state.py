@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from solvers.predictor import Predictor, validate
-from solvers.recipe import recipe_from_plain, recipe_to_plain
+from solvers.predictor import Predictor, recipe_from_plain, recipe_to_plain, validate
 from src.text import digest
 from training.ppo.policy import Policy, PolicyOptions, Start
 from training.ppo.sections import Ppo

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from backends.generate import Method
-from solvers.recipe import Recipe
+from solvers.predictor import Recipe
 
 Scorer: TypeAlias = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 """Images [B, 3, H, W] in [0, 1] and their B prompts -> the scores [B] of every reward, by name.

@@ -16,8 +16,8 @@ from backends.base import Backend, NoiseLevels
 from backends.generate import Method
 from solvers.epd import Directions
 from solvers.field import Condition
+from solvers.predictor import Recipe
 from solvers.process import VE
-from solvers.recipe import Recipe
 from training.ppo.sections import Logging, Ppo
 from training.ppo.task import Task
 from training.ppo.trainer import Outcome, train

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from solvers.predictor import find_predictor, load_predictor
-from solvers.recipe import Recipe
+from solvers.predictor import Recipe, find_predictor, load_predictor
 from src.text import read_prompts
 from training.ppo.config import Config, check_against, check_ranks, leaves, load_config
 from training.ppo.runs import to_yaml

@@ -9,7 +9,7 @@ from torch import Tensor
 from backends.generate import Method
 from backends.load import load_backend
 from solvers.epd import Directions
-from solvers.recipe import Recipe
+from solvers.predictor import Recipe
 from src.runs import Metrics
 from tests.training.ppo.quadrature import BEST, EVERY, START, task
 from training.ppo.search import Effort, search

@@ -6,10 +6,9 @@ from torch import Tensor
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
 from backends.base import Backend
-from solvers.epd import EPD, Directions
+from solvers.epd import EPD, Directions, MultistepTable
 from solvers.field import Field
 from solvers.integrate import integrate
-from solvers.multistep import MultistepTable
 from src.seeds import generator, randn
 from tests.training.students import SHAPE, model
 from training.ppo.policy import LEAST, REACH, Policy, PolicyOptions, stacked, start_of
