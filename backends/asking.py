@@ -36,7 +36,7 @@ class Answers:
     """A field that gives the slopes so far, in order, and raises Asked for the next."""
 
     slopes: list[Tensor]  # [B, K, *] each
-    heard: Callable[[Tensor], object] = lambda _d: None
+    record: Callable[[Tensor], object] = lambda _d: None
     rates: Rates | None = None
     used: list[Tensor] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ class Answers:
             raise Asked(x, sigma, told, own)
         d = self.slopes[len(self.used)]
         self.used.append(d)
-        self.heard(d)
+        self.record(d)
         return d
 
 

@@ -36,7 +36,6 @@ class Start:
     dir_scale: Tensor  # [N, K]
     time_scale: Tensor  # [N, K]
     mix: Tensor  # [N, K], weight * dir_scale of the table, of any sign
-    known: Tensor  # [N, H], which is kept as it is
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class Policy(nn.Module):
         time = parts.pop(0) if self.options.time_scale else still
         weight, dir_scale = mixed(start, draws.weight)
         scaled = (start.time_scale * time.exp(), dir_scale * direction.exp())
-        return Directions(r, weight, *scaled, start.known)
+        return Directions(r, weight, *scaled)
 
     @torch.no_grad()
     def mean_table(self) -> Directions:
@@ -240,7 +239,6 @@ def start_of(table: Table | None, say: Callable[[str], object]) -> Start:
         torch.where(signed, 1.0, dir_scale.abs() * total),
         time_scale,
         mix,
-        table.known.detach().double().cpu(),
     )
 
 
