@@ -13,7 +13,7 @@ from torch import Tensor
 from backends.base import Backend, ModelOptions
 from backends.flow import clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
-from backends.text import Embedding, Texts, usual_text
+from backends.text import Embedding, Texts, say_what_is_cut, usual_text
 from solvers.field import Condition, Denoiser
 
 PATCH = 2
@@ -57,6 +57,8 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
     dtype = pipe.transformer.dtype
 
     def encode(text: str) -> Embedding:
+        clip = pipe.tokenizer, pipe.tokenizer.model_max_length
+        say_what_is_cut(text, clip, (pipe.tokenizer_2, TEXT_TOKENS))
         embeds, pooled, _ = pipe.encode_prompt(
             prompt=text, prompt_2=None, device=device, max_sequence_length=TEXT_TOKENS
         )

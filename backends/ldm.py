@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
 from backends.latents import decode, image_size, prepare_vae, vae_factor
-from backends.text import Embedding, Texts, usual_text
+from backends.text import Embedding, Texts, say_what_is_cut, usual_text
 from backends.vp import clean, prediction_of, scaled, table_of
 from solvers.field import Condition
 
@@ -22,6 +22,7 @@ def sd_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backen
     """The backend of a StableDiffusionPipeline, whose parts it shares."""
 
     def encode(text: str) -> Embedding:
+        say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer.model_max_length))
         embeds, _ = pipe.encode_prompt(text, device, 1, False)
         return {"text": embeds[0].to(pipe.unet.dtype)}
 

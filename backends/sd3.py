@@ -13,7 +13,7 @@ from torch import Tensor
 from backends.base import Backend, ModelOptions, classifier_free
 from backends.flow import CLOCK, clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
-from backends.text import Embedding, Texts, usual_text
+from backends.text import Embedding, Texts, say_what_is_cut, usual_text
 from backends.zeros import fold_zeros
 from solvers.field import Condition
 
@@ -38,6 +38,8 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     folded = pipe.text_encoder_3 is None and fold_zeros(pipe.transformer, TEXT_TOKENS, others)
 
     def encode(text: str) -> Embedding:
+        t5 = None if pipe.text_encoder_3 is None else pipe.tokenizer_3
+        say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer_max_length), (t5, TEXT_TOKENS))
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompt=text,
             prompt_2=None,

@@ -1,9 +1,10 @@
 """Prompts as tensors, each distinct one embedded once."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from src.text import read_prompts
 Embedding: TypeAlias = dict[str, Tensor]
 """What a network is told for one prompt: tensors without the dimension of the batch."""
 
+LOG = logging.getLogger(__name__)
 USUAL = Path(__file__).resolve().parent.parent / "src" / "prompts" / "test.txt"
 
 
@@ -66,6 +68,19 @@ class Texts:
         if texts:
             self.release(texts)
         return self
+
+
+def say_what_is_cut(text: str, *readers: tuple[Any, int]) -> None:
+    """Log which end of a text is beyond what its encoders read.
+
+    A reader is a tokenizer (or None) and the tokens that its encoder takes, marks included.
+    """
+    for tokenizer, limit in readers:
+        tokens = tokenizer(text, truncation=False, verbose=False).input_ids if tokenizer else []
+        if len(tokens) > limit:
+            end = tokenizer.decode(tokens[limit - 1 :], skip_special_tokens=True).strip()
+            name = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")
+            LOG.warning("the prompt %r is too long: %s does not read %r", text[:40], name, end)
 
 
 def usual_text(seed: int) -> str:

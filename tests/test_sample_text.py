@@ -106,6 +106,16 @@ def test_what_is_easily_overlooked_is_said(run: Run) -> None:
     assert "the negative prompt has no effect at guidance_rate 1" in output
 
 
+def test_what_is_cut_of_a_long_prompt_is_said_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The twin's tokenizer reads 75 bytes between its two marks."""
+    long = "a" * 70 + "andabee"
+    run(*EULER, "--seeds", "0-3", "--batch", "2", "--prompt", long, "--prompt", "a" * 75)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "CLIP does not read 'ee'" in line
+
+
 def test_sd3_has_its_presets(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
