@@ -46,7 +46,15 @@ from solvers.sampler import make_solver
 from solvers.schedules import SCHEDULES as ALL_SCHEDULES
 from src.figures import save, table_figure
 from src.files import to_json, write_json, write_text
-from src.options import Device, DType, Number, OneLineCommand, SeedList, one_line_errors
+from src.options import (
+    Device,
+    DType,
+    Names,
+    Number,
+    OneLineCommand,
+    SeedList,
+    one_line_errors,
+)
 from src.stats import number
 from src.text import read_prompts
 
@@ -97,13 +105,20 @@ def compare(
 
 
 def rivals_for(
-    solvers: Sequence[str], nfes: Sequence[int], schedules: Sequence[str], problem: Problem
+    solvers: Sequence[str],
+    nfes: Sequence[str | int],
+    schedules: Sequence[str],
+    problem: Problem,
 ) -> list[Candidate]:
     """Every hand-made candidate of these solvers, calls and schedules (["best"]: the usual).
 
-    Combinations that do not exist are left out. ValueError for unknown names.
+    Combinations that do not exist are left out. ValueError for unknown names, and for calls
+    that are no numbers from 1 on.
     """
     levels, rate = problem.backend.levels, problem.fine.sampler.guidance_rate
+    for nfe in nfes:
+        if not str(nfe).isdecimal() or int(nfe) < 1:
+            raise ValueError(f"--nfe {nfe!r} is no number from 1 on: write, say, 1,3,5")
     unknown = [name for name in schedules if name not in ("best", *ALL_SCHEDULES)]
     if unknown or not schedules:
         choice = ", ".join(ALL_SCHEDULES)
@@ -112,7 +127,7 @@ def rivals_for(
         make_solver(solver)
     if "best" in schedules:
         schedules = (*SCHEDULES[levels.process.name], *(("discrete",) if levels.timesteps else ()))
-    cells = [(solver, nfe) for solver in solvers for nfe in nfes]
+    cells = [(solver, int(nfe)) for solver in solvers for nfe in nfes]
     return [c for solver, nfe in cells for c in variants(solver, nfe, schedules, levels, rate)]
 
 
@@ -196,44 +211,18 @@ def with_sets(
     return replace(result, scores=scores, fine=fine)
 
 
-class Names(click.ParamType):
-    """Names with commas between them -> a list."""
-
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[str]:
-        if not isinstance(value, str):
-            return list(value)
-        return [part.strip() for part in value.split(",") if part.strip()]
-
-
-class Counts(click.ParamType):
-    """Numbers from 1 on with commas between them -> a list."""
-
-    name = "numbers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int]:
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        for part in parts:
-            if not str(part).strip().isdecimal() or int(part) < 1:
-                self.fail(f"{part!r} is no number from 1 on: write, say, 1,3,5", param, ctx)
-        return [int(part) for part in parts]
-
-
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.argument("more", nargs=-1, metavar="[PREDICTOR]...")
 @click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
 @click.option("--solvers", type=Names(), default=",".join(SOLVERS), help="Hand-made; '' for none.")
-@click.option("--nfe", type=Counts(), default="3,5,7,9", help="Sequential calls of those.")
+@click.option("--nfe", type=Names(), default="3,5,7,9", help="Sequential calls of those.")
 @click.option("--schedules", type=Names(), default="best", help="Names, or best of the usual.")
 @click.option("--predictor", multiple=True, help="Path, name in exps/, or pattern; repeatable.")
 @click.option("--fine", type=click.IntRange(2), default=FINE_STEPS, help="Its Heun steps.")
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
-@click.option("--prompts", "--prompt-file", "--prompt_file", help=".txt, one a line, or .csv.")
+@click.option(
+    "--prompts", "--prompt-file", "--prompt_file", "prompts", help=".txt, one a line, or .csv."
+)
 @click.option("--seeds", type=SeedList(), default="0-255")
 @click.option("--batch", type=click.IntRange(1), default=64)
 @click.option("--features", multiple=True, help="Frechet distances in these; repeatable.")
@@ -242,7 +231,7 @@ class Counts(click.ParamType):
 )
 @click.option("--images", type=click.IntRange(2), help="Frechet distances of so many, by sets.")
 @click.option("--sets", type=click.IntRange(2), default=3, help="Disjoint sets of --images seeds.")
-@click.option("--reward", "names", multiple=True, help="Repeatable: clip, hps, ...")
+@click.option("--reward", multiple=True, help="Repeatable: clip, hps, ...")
 @click.option(
     "--weights", type=NamedPath(), multiple=True, help="Where rewards' and features' are."
 )
@@ -251,29 +240,7 @@ class Counts(click.ParamType):
 @click.option("--dtype", type=DType(), default="float32", help="Of the network; x stays float32.")
 @click.option("--device", type=Device(), default="auto")
 @one_line_errors
-def main(  # noqa: PLR0913 - one parameter an option
-    more: tuple[str, ...],
-    model: str,
-    solvers: list[str],
-    nfe: list[int],
-    schedules: list[str],
-    predictor: tuple[str, ...],
-    fine: int,
-    guidance_rate: float,
-    prompts: str | None,
-    seeds: list[int],
-    batch: int,
-    features: tuple[str, ...],
-    reference: tuple[Path, ...],
-    images: int | None,
-    sets: int,
-    names: tuple[str, ...],
-    weights: tuple[tuple[str, str], ...],
-    shown: int,
-    outdir: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
+def main(**options: Any) -> None:
     """Compare solvers and predictors: error to the fine solution, rewards, cost.
 
     Writes report.html, a page that needs nothing else, and results.txt, .csv, .json and .png to
@@ -293,38 +260,47 @@ def main(  # noqa: PLR0913 - one parameter an option
         --prompts src/prompts/emoji-heldout.txt --predictor 'exps/tiny-sd3/*.pkl' \
         --reward clip --weights clip=src/models/tiny-clip --reward efficientnet-minilm
     """  # noqa: D301 - click's mark for lines to keep
-    paths = dict(weights)
-    setup = Setup(device, paths={n: path for n, path in paths.items() if n != "dinov2"})
+    device, outdir, names = options["device"], options["outdir"], options["reward"]
+    paths = dict(options["weights"])
+    setup = Setup(device, paths=paths)
     files = files_of(names, setup.paths)
-    texts = read_prompts(prompts) if prompts else ()
-    backend = load_backend(model, device=device, dtype=dtype)
-    jobs = jobs_for(backend, seeds, texts)
+    texts = read_prompts(options["prompts"]) if options["prompts"] else ()
+    model = find_model(options["model"])
+    backend = load_backend(options["model"], device=device, dtype=options["dtype"])
+    jobs = jobs_for(backend, options["seeds"], texts)
     if (texts_for := reads_texts(names)) and not all(isinstance(j.prompt, str) for j in jobs):
         raise ValueError(f"{texts_for[0]} judges images by their prompts: this model takes none")
-    problem = Problem(backend, jobs, fine_solution(backend.levels, fine, guidance_rate), batch)
-    fixed = learned(predictor_files([*predictor, *more]), backend)
-    rivals = rivals_for(solvers, nfe, schedules, problem)
+    fine = fine_solution(backend.levels, options["fine"], options["guidance_rate"])
+    problem = Problem(backend, jobs, fine, options["batch"])
+    fixed = learned(predictor_files([*options["predictor"], *options["more"]]), backend)
+    rivals = rivals_for(options["solvers"], options["nfe"], options["schedules"], problem)
     if not fixed and not rivals:
-        raise ValueError(
-            "nothing to compare: name solvers that can make these calls, or predictors"
-        )
+        fix = "name solvers that can make these calls, or predictors"
+        raise ValueError(f"nothing to compare: {fix}")
     rewards = load_rewards(names, setup)
-    references = references_for(find_model(model), features, reference, paths, device)
+    references = references_for(model, options["features"], options["reference"], paths, device)
+    images = options["images"]
     result = compare(problem, fixed, rivals, () if images else references, rewards)
-    settings: dict[str, Any] = {"model": from_here(model), "seeds": runs_of(seeds)}
-    settings |= {"schedules": schedules, "prompts": from_here(prompts) if prompts else None}
-    settings |= {"rewards": list(names), "weights": {n: from_here(p) for n, p in files.items()}}
-    settings |= {"dtype": str(dtype), "features": [r.space.about for r in references]}
-    settings |= {"reference": [from_here(path) for path in reference] or None}
+    settings: dict[str, Any] = {
+        "model": from_here(options["model"]),
+        "seeds": runs_of(options["seeds"]),
+        "schedules": options["schedules"],
+        "prompts": from_here(options["prompts"]) if options["prompts"] else None,
+        "rewards": list(names),
+        "weights": {name: from_here(path) for name, path in files.items()},
+        "dtype": str(options["dtype"]),
+        "features": [reference.space.about for reference in references],
+        "reference": [from_here(path) for path in options["reference"]] or None,
+    }
     if images and references:
-        ranges = [range(k * images, (k + 1) * images) for k in range(sets)]
+        ranges = [range(k * images, (k + 1) * images) for k in range(options["sets"])]
         jobs = tuple(jobs_for(backend, seeds, texts, even=True) for seeds in ranges)
-        path = find_model(model)
-        about = (stamp(path) if path.exists() else model, str(dtype), source_hash("backends.load"))
-        many = Sets(jobs, outdir / "cache", (*about, source_hash("backends.generate")))
-        result = with_sets(problem, result, references, many)
-        settings |= {"frechet": f"of {images} images in {sets} disjoint sets of seeds"}
-    write_results(outdir, result, problem, settings, shown)
+        version = stamp(model) if model.exists() else str(model)
+        code = [source_hash(f"backends.{module}") for module in ("load", "generate")]
+        sets = Sets(jobs, outdir / "cache", (version, settings["dtype"], *code))
+        result = with_sets(problem, result, references, sets)
+        settings["frechet"] = f"of {images} images in {len(jobs)} disjoint sets of seeds"
+    write_results(outdir, result, problem, settings, options["shown"])
     click.echo((outdir / "results.txt").read_text(encoding="utf-8").rstrip())
     click.echo(f"report.html, results.txt, .csv, .json and .png are in {outdir}")
 

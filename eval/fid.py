@@ -14,7 +14,7 @@ Shapes: N (or M) images, D features.
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -30,7 +30,7 @@ from eval.machine import provenance
 from eval.pictures import Pictures, find_pictures, read_batches, subset
 from src import ranks
 from src.files import nearest, to_json, write_atomically, write_json
-from src.options import Device, OneLineCommand, OneLineGroup, one_line_errors
+from src.options import Device, Names, OneLineCommand, OneLineGroup, one_line_errors
 from src.stats import Estimate
 
 METRICS = ("fid", "kid", "pr")
@@ -206,55 +206,58 @@ def check_space(path: Path, statistics: Statistics, space: FeatureSpace) -> None
 
 
 def measure_pictures(
-    pictures: Pictures, space: FeatureSpace, *, batch: int, skip_bad: bool, keep: bool
-) -> tuple[Statistics, dict[str, str]]:
-    """The statistics of all pictures, on every rank, and why pictures were left out, by name.
+    pictures: Pictures, space: FeatureSpace, *, batch: int, keep: bool
+) -> Statistics:
+    """The statistics of all pictures, on every rank; `keep` keeps their features.
 
-    Memory does not grow with the pictures, unless their features are to be kept. Raises
-    ValueError, on every rank, for pictures that cannot be read or have features that are not
-    finite (unless they are skipped), and where fewer than 2 are left.
+    Otherwise memory does not grow with the pictures. Raises ValueError, on every rank, for
+    pictures that cannot be read or have features that are not finite, and for fewer than 2.
     """
     mine: Statistics | None = None
     kept: dict[int, Tensor] = {}
-    bad: dict[str, str] = {}
     failed = ""
     which = ranks.share(range(len(pictures.items)))
     try:
         with ranks.progress(len(which), "image") as bar:
-            batches = read_batches(pictures, which, batch=batch, bad=bad if skip_bad else None)
-            for alike in batches:
+            for alike in read_batches(pictures, which, batch=batch):
                 features = space(alike.images / 255)
-                finite = features.isfinite().all(1)
-                for at in (~finite).nonzero()[:, 0].tolist():
-                    name = pictures.items[alike.which[at]].name
-                    if not skip_bad:
-                        raise ValueError(f"the features of {pictures.place / name} are not finite")
-                    bad[name] = "its features are not finite"
-                if finite.any():
-                    new = statistics_of(features[finite])
-                    mine = new if mine is None else merged(mine, new)
-                if keep:
-                    rows = zip(alike.which, features, finite.tolist(), strict=True)
-                    kept |= {i: row for i, row, fine in rows if fine}
+                for at in (~features.isfinite().all(1)).nonzero()[:1, 0].tolist():
+                    name = pictures.place / pictures.items[alike.which[at]].name
+                    raise ValueError(f"the features of {name} are not finite (NaN or infinity)")
+                new = statistics_of(features)
+                mine = merged(mine, new) if mine else new
+                kept |= dict(zip(alike.which, features, strict=True)) if keep else {}
                 bar.update(len(alike.which))
     except ValueError as error:
         failed = str(error)
     ranks.raise_together(failed)
-    parts = ranks.gather_objects((mine, kept, bad))
-    left_out = {name: why for _, _, reasons in parts for name, why in reasons.items()}
-    seen = [part for part, _, _ in parts if part]
-    if sum(part.count for part in seen) < 2:
-        unread = f" ({len(left_out)} could not be read)" if left_out else ""
-        raise ValueError(f"{pictures.place} has fewer than 2 images to measure{unread}")
-    total = reduce(merged, seen)
-    rows = {i: row for _, some, _ in parts for i, row in some.items()}
+    shares = ranks.gather_objects((mine, kept))
+    if len(pictures.items) < 2:
+        raise ValueError(f"{pictures.place} has fewer than 2 images to measure")
+    total = reduce(merged, [share for share, _ in shares if share])
+    rows = {i: row for _, some in shares for i, row in some.items()}
     features = torch.stack([rows[i] for i in sorted(rows)]) if keep else None
     about = {"features": space.about, "version": space.version, "images": str(pictures.place)}
-    return replace(total, about=about, features=features), left_out
+    return replace(total, about=about, features=features)
 
 
-def compare_statistics(
-    images: Statistics, reference: Statistics, metrics: tuple[str, ...], device: torch.device
+def reference_of(place: Path, space: FeatureSpace, *, batch: int, keep: bool) -> Statistics:
+    """What images are held against: an .npz, or the images of a folder or zip.
+
+    Raises ValueError for a file of other features, and where it has none to `keep`.
+    """
+    if place.is_dir() or place.suffix in (".zip", ".json"):
+        return measure_pictures(find_pictures(place), space, batch=batch, keep=keep)
+    reference = load_statistics(place)
+    check_space(place, reference, space)
+    if keep and reference.features is None:
+        fix = "give a folder or zip as --ref, or make it by eval.fid ref --keep_features"
+        raise ValueError(f"{place} holds no features, which kid and pr need: {fix}")
+    return reference
+
+
+def compared(
+    images: Statistics, reference: Statistics, metrics: Sequence[str], device: torch.device
 ) -> dict[str, Any]:
     """The numbers by their names; ValueError for features of other sizes and too few images."""
     size, other = len(images.mean), len(reference.mean)
@@ -265,44 +268,26 @@ def compare_statistics(
         numbers["fid"] = reference.distance(images)
     if images.features is None or reference.features is None:
         return numbers
-    mine, theirs = images.features.to(device), reference.features.to(device)
+    features = images.features.to(device), reference.features.to(device)
     if "kid" in metrics:
-        kid = kernel_distance(mine, theirs)
+        kid = kernel_distance(*features)
         numbers |= {"kid": kid.value, "kid_95": [kid.low, kid.high]}
     if "pr" in metrics:
-        numbers["precision"], numbers["recall"] = precision_recall(mine, theirs)
+        numbers["precision"], numbers["recall"] = precision_recall(*features)
     return numbers
 
 
-class Metrics(click.ParamType):
-    """`fid,kid,pr` -> the tuple of their names."""
-
-    name = ",".join(METRICS)
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(part.strip() for part in str(value).split(",")))
-        for name in names:
-            if name not in METRICS:
-                self.fail(f"no metric '{name}': did you mean {nearest(name, METRICS)}?", param)
-        return names
-
-
-READING = (
-    click.option("--features", default="inception", help=f"{', '.join(SPACES)} or MODULE:NAME."),
-    click.option("--weights", type=click.Path(path_type=Path), help="Of inception, clip, dinov2."),
-    click.option("--batch", type=click.IntRange(1), default=64, help="Images read at once."),
-    click.option("--skip-bad", "--skip_bad", is_flag=True, help="Leave out, count and list."),
-    click.option("--device", type=Device(), default="auto"),
-)
-
-
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that both commands have."""
-    return reduce(lambda given, option: option(given), reversed(READING), command)
+    """The command with the options that both have."""
+    names = ", ".join(SPACES)
+    for option in (
+        click.option("--device", type=Device(), default="auto"),
+        click.option("--batch", type=click.IntRange(1), default=64, help="Images read at once."),
+        click.option("--weights", type=click.Path(path_type=Path), help="Of the features."),
+        click.option("--features", default="inception", help=f"{names} or MODULE:NAME."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(cls=OneLineGroup)
@@ -315,23 +300,11 @@ def main() -> None:
 @click.option("--ref", type=click.Path(path_type=Path), required=True, help=".npz, folder, zip.")
 @click.option("--num", type=click.IntRange(2), help="How many; fewer are an error. Default: all.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Draws them where there are more.")
-@click.option("--metrics", type=Metrics(), default="fid", help="Of fid,kid,pr.")
+@click.option("--metrics", type=Names(), default="fid", help="Of fid,kid,pr.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON with the numbers.")
 @reading_options
 @one_line_errors
-def calc(  # noqa: PLR0913 - one parameter an option
-    images: Path,
-    ref: Path,
-    num: int | None,
-    seed: int,
-    metrics: tuple[str, ...],
-    out: Path | None,
-    features: str,
-    weights: Path | None,
-    batch: int,
-    skip_bad: bool,
-    device: torch.device,
-) -> None:
+def calc(images: Path, ref: Path, metrics: list[str], **options: Any) -> None:
     """Compare images with reference statistics, or with images.
 
     \b
@@ -339,29 +312,31 @@ def calc(  # noqa: PLR0913 - one parameter an option
     python -m eval.fid calc --images a --ref b --features efficientnet --metrics fid,kid,pr
     python -m eval.fid calc --images a --ref b --features dinov2 --weights dinov2-large
     """  # noqa: D301
-    pictures = subset(find_pictures(images), num, seed)
-    device = ranks.init(device)
-    space = load_space(features, device, weights)
-    keep = metrics != ("fid",)
-    if ref.is_dir() or ref.suffix in (".zip", ".json"):
-        reference, _ = measure_pictures(
-            find_pictures(ref), space, batch=batch, skip_bad=skip_bad, keep=keep
-        )
-    else:
-        reference = load_statistics(ref)
-        check_space(ref, reference, space)
-        if keep and reference.features is None:
-            fix = "give a folder or zip as --ref, or make it by eval.fid ref --keep_features"
-            raise ValueError(f"{ref} holds no features, which kid and pr need: {fix}")
-    found, bad = measure_pictures(pictures, space, batch=batch, skip_bad=skip_bad, keep=keep)
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"no metric '{name}': did you mean {nearest(name, METRICS)}?")
+    pictures = subset(find_pictures(images), options["num"], options["seed"])
+    device = ranks.init(options["device"])
+    space = load_space(options["features"], device, options["weights"])
+    how = {"batch": options["batch"], "keep": metrics != ["fid"]}
+    reference = reference_of(ref, space, **how)
+    measured = measure_pictures(pictures, space, **how)
 
     def report() -> None:
-        numbers = compare_statistics(found, reference, metrics, device)
-        about = {"images": str(images), "ref": str(ref), "features": space.about}
-        about |= {"count": found.count, "ref_count": reference.count or None}
-        if out:
-            write_json(out, {**numbers, **about, "left_out": bad, **provenance(device)})
-        say(numbers, found, space, ref, bad)
+        numbers = compared(measured, reference, metrics, device)
+        count, size = measured.count, len(measured.mean)
+        name = "FID" if space.name == "inception" else f"Frechet distance ({space.name})"
+        for key, value in numbers.items():
+            said = f"{value:.6g}" if key != "kid_95" else "{:.4g} to {:.4g}".format(*value)
+            click.echo(f"{name if key == 'fid' else key} {said}")
+        click.echo(f"{count} images, {size} features ({space.name}), {ref}")
+        if "fid" in metrics and count <= size:
+            few = f"{count} images are not more than the {size} features"
+            click.echo(f"{few}: it is far too high, compare at this number only", err=True)
+        if options["out"]:
+            about = {"images": str(images), "ref": str(ref), "features": space.about}
+            about |= {"count": count, "ref_count": reference.count or None}
+            write_json(options["out"], {**numbers, **about, **provenance(device)})
 
     ranks.on_first(report)
     ranks.close()
@@ -373,16 +348,7 @@ def calc(  # noqa: PLR0913 - one parameter an option
 @click.option("--keep_features", is_flag=True, help="For kid and pr: 8 KB an image.")
 @reading_options
 @one_line_errors
-def ref(
-    data: Path,
-    dest: Path,
-    keep_features: bool,
-    features: str,
-    weights: Path | None,
-    batch: int,
-    skip_bad: bool,
-    device: torch.device,
-) -> None:
+def ref(data: Path, dest: Path, **options: Any) -> None:
     """Write the reference statistics of a data set.
 
     \b
@@ -391,46 +357,19 @@ def ref(
     if dest.suffix != ".npz":
         raise ValueError(f"--dest {dest} must end in .npz")
     pictures = find_pictures(data)
-    device = ranks.init(device)
-    space = load_space(features, device, weights)
-    found, bad = measure_pictures(
-        pictures, space, batch=batch, skip_bad=skip_bad, keep=keep_features
-    )
+    device = ranks.init(options["device"])
+    space = load_space(options["features"], device, options["weights"])
+    how = {"batch": options["batch"], "keep": options["keep_features"]}
+    measured = measure_pictures(pictures, space, **how)
 
-    def report() -> None:
-        about = {**found.about, **provenance(device)}
-        save_statistics(dest, replace(found, about=about))
-        say({}, found, space, dest, bad)
+    def save() -> None:
+        save_statistics(dest, replace(measured, about={**measured.about, **provenance(device)}))
+        click.echo(
+            f"{measured.count} images, {len(measured.mean)} features ({space.name}), {dest}"
+        )
 
-    ranks.on_first(report)
+    ranks.on_first(save)
     ranks.close()
-
-
-def say(
-    numbers: Mapping[str, Any],
-    images: Statistics,
-    space: FeatureSpace,
-    other: Path,
-    bad: Mapping[str, str],
-) -> None:
-    """Print the numbers, and what is to be said of them."""
-    size, count = len(images.mean), images.count
-    if "fid" in numbers:
-        name = "FID" if space.name == "inception" else f"Frechet distance ({space.name})"
-        click.echo(f"{name} {numbers['fid']:.6g}")
-    if "kid" in numbers:
-        low, high = numbers["kid_95"]
-        click.echo(f"KID {numbers['kid']:.4g}, 95 % between {low:.4g} and {high:.4g}")
-    if "precision" in numbers:
-        click.echo(f"precision {numbers['precision']:.4f}, recall {numbers['recall']:.4f}")
-    click.echo(f"{count} images, {size} features ({space.name}), {other}")
-    if bad:
-        click.echo(f"{len(bad)} images left out:", err=True)
-    for file, why in bad.items():
-        click.echo(f"  {file}: {why}", err=True)
-    if "fid" in numbers and count <= size:
-        few = f"{count} images are not more than the {size} features"
-        click.echo(f"{few}: the distance is far too high, compare at this number only", err=True)
 
 
 if __name__ == "__main__":

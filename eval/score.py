@@ -12,6 +12,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,7 @@ class Scored:
     seed: int | None
     prompt: str
     scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Item:
-    """A picture to score: its place among the pictures, and what it says of itself."""
-
-    at: int
-    name: str
-    seed: int | None
-    prompt: str
-    digest: str
+    digest: str = ""  # of the file
 
 
 @dataclass(frozen=True)
@@ -94,52 +85,55 @@ def score_pictures(task: Task, folder: Path) -> tuple[list[Scored], dict[str, st
     items, bad = items_of(task)
     cache = read_cache(folder)
     ranks.barrier()  # all have read before the first writes
-    kept = {item.at: scores for item in items if (scores := cached(cache, item, task.keys))}
-    missing = ranks.share([item for item in items if item.at not in kept])
+    done: dict[int, dict[str, float]] = {}
+    for at, item in items.items():
+        there = cache.get((item.digest, item.prompt), {})
+        if there.keys() >= set(task.keys.values()):
+            done[at] = {name: there[key] for name, key in task.keys.items()}
+    missing = ranks.share([at for at in items if at not in done])
     failed = ""
     try:
-        for item, scores in score_missing(task, missing, bad):
+        for at, scores in score_missing(task, items, missing, bad):
             keyed = {task.keys[name]: value for name, value in scores.items()}
-            line = {"picture": item.digest, "prompt": item.prompt, "scores": keyed}
+            line = {"picture": items[at].digest, "prompt": items[at].prompt, "scores": keyed}
             append_jsonl(folder / CACHE.format(ranks.rank()), line)
-            kept[item.at] = scores
+            done[at] = scores
     except ValueError as error:
         failed = str(error)
     ranks.raise_together(failed)
-    shares = ranks.gather_objects((kept, bad))
+    shares = ranks.gather_objects((done, bad))
     left_out = {name: why for _, reasons in shares for name, why in reasons.items()}
-    everything = {i: scores for share, _ in shares for i, scores in share.items()}
+    everything = {at: scores for share, _ in shares for at, scores in share.items()}
     if not everything:
         why = next(iter(left_out.values()), "")
         raise ValueError(f"no image in {task.pictures.place} could be scored: {why}")
-    done = [item for item in items if item.at in everything]
-    return [
-        Scored(o.name, o.seed, o.prompt, with_sums(task.rewards, everything[o.at])) for o in done
-    ], left_out
+    for at, scores in everything.items():
+        items[at].scores.update(with_sums(task.rewards, scores))
+    return [item for item in items.values() if item.scores], left_out
 
 
-def items_of(task: Task) -> tuple[list[Item], dict[str, str]]:
-    """The pictures with their prompts, and why some cannot be read, by name.
+def items_of(task: Task) -> tuple[dict[int, Scored], dict[str, str]]:
+    """The pictures by their places, not yet scored, and why some cannot be read, by name.
 
     Raises ValueError for these, unless they are skipped, and for a picture whose prompt nobody
     tells though some reward looks at it.
     """
-    items: list[Item] = []
+    items: dict[int, Scored] = {}
     bad: dict[str, str] = {}
     mine = identities(task.pictures, ranks.share(range(len(task.pictures.items))))
-    parts = [pair for part in ranks.gather_objects(mine) for pair in part.items()]
+    pairs = [pair for share in ranks.gather_objects(mine) for pair in share.items()]
     disagreeing = 0
-    for i, one in sorted(parts, key=lambda pair: pair[0]):
-        name = task.pictures.items[i].name
+    for at, one in sorted(pairs, key=lambda pair: pair[0]):
+        name = task.pictures.items[at].name
         if not isinstance(one, Identity):
             bad[name] = one
             continue
-        prompt = task.prompts[i] if task.prompts else one.prompt
+        prompt = task.prompts[at] if task.prompts else one.prompt
         if prompt is None or (isinstance(prompt, int) and not task.by_class):
             if task.by_prompt:
                 raise ValueError(f"{name} does not say its prompt: give --prompt or --prompt-file")
             prompt = ""
-        items.append(Item(i, name, one.seed, str(prompt), one.digest))
+        items[at] = Scored(name, one.seed, str(prompt), {}, one.digest)
         disagreeing += one.disagrees
     if bad and not task.skip_bad:
         raise ValueError(f"{next(iter(bad.values()))} (--skip-bad leaves such images out)")
@@ -160,31 +154,23 @@ def read_cache(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     return cache
 
 
-def cached(
-    cache: Mapping[tuple[str, str], Mapping[str, float]], item: Item, keys: Mapping[str, str]
-) -> dict[str, float]:
-    """The scores of a picture by reward; none unless all are there."""
-    scores = cache.get((item.digest, item.prompt), {})
-    there = {name: scores[key] for name, key in keys.items() if key in scores}
-    return there if len(there) == len(keys) else {}
-
-
 def score_missing(
-    task: Task, missing: Sequence[Item], bad: dict[str, str]
-) -> Iterator[tuple[Item, dict[str, float]]]:
+    task: Task, items: Mapping[int, Scored], missing: Sequence[int], bad: dict[str, str]
+) -> Iterator[tuple[int, dict[str, float]]]:
     """The scores by the single rewards of the pictures `missing`, a batch after the other."""
-    by_place = {item.at: item for item in missing}
     skipped = bad if task.skip_bad else None
     with ranks.progress(len(missing), "image") as bar:
-        for alike in read_batches(task.pictures, list(by_place), batch=task.batch, bad=skipped):
+        for alike in read_batches(task.pictures, missing, batch=task.batch, bad=skipped):
             images = alike.images.to(task.device).float() / 255
-            yield from score_images(task, [by_place[i] for i in alike.which], images, bad)
+            pictures = [items[at] for at in alike.which]
+            for picture, row in score_images(task, pictures, images, bad):
+                yield alike.which[pictures.index(picture)], row
             bar.update(len(images))
 
 
 def score_images(
-    task: Task, items: Sequence[Item], images: Tensor, bad: dict[str, str]
-) -> Iterator[tuple[Item, dict[str, float]]]:
+    task: Task, pictures: Sequence[Scored], images: Tensor, bad: dict[str, str]
+) -> Iterator[tuple[Scored, dict[str, float]]]:
     """The scores of images of one size; those that have none go into `bad`, one by one.
 
     ValueError instead, with the first and the last image, where the task does not skip them.
@@ -193,19 +179,19 @@ def score_images(
     for name, reward in task.rewards.items():
         rewards |= reward.rewards if isinstance(reward, WeightedSum) else {name: reward}
     try:
-        scores = score_all(rewards, images, [item.prompt for item in items], batch=task.batch)
+        scores = score_all(rewards, images, [one.prompt for one in pictures], batch=task.batch)
     except ValueError as error:
         if not task.skip_bad:
-            where = f"images {items[0].name} to {items[-1].name}"
+            where = f"images {pictures[0].name} to {pictures[-1].name}"
             raise ValueError(f"{error} ({where})") from error
-        if len(items) == 1:
-            bad[items[0].name] = str(error)
+        if len(pictures) == 1:
+            bad[pictures[0].name] = str(error)
         else:
-            for at, item in enumerate(items):
-                yield from score_images(task, [item], images[at : at + 1], bad)
+            for at, picture in enumerate(pictures):
+                yield from score_images(task, [picture], images[at : at + 1], bad)
         return
-    for item, row in zip(items, torch.stack(list(scores.values()), 1).tolist(), strict=True):
-        yield item, dict(zip(scores, row, strict=True))
+    for picture, row in zip(pictures, torch.stack([*scores.values()], 1).tolist(), strict=True):
+        yield picture, dict(zip(scores, row, strict=True))
 
 
 def with_sums(rewards: Mapping[str, Reward], scores: dict[str, float]) -> dict[str, float]:
@@ -299,9 +285,7 @@ def scores_folder(pictures: Pictures, outdir: Path | None, at: int, of: int) -> 
 @click.argument("places", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--images", multiple=True, type=click.Path(path_type=Path), help="More places.")
 @click.option("--pattern", default="*", help="Of file names: '*.png'.")
-@click.option(
-    "--reward", "names", multiple=True, required=True, help="Repeatable: hps, multi, ..."
-)
+@click.option("--reward", multiple=True, required=True, help="Repeatable: hps, multi, ...")
 @click.option("--prompt", multiple=True, help="One for all images, or one an image.")
 @click.option("--prompt-file", "--prompt_file", "--prompts", help=".txt, or .csv (text).")
 @click.option(
@@ -314,21 +298,7 @@ def scores_folder(pictures: Pictures, outdir: Path | None, at: int, of: int) -> 
 @click.option("--output-json", "--output_json", type=click.Path(path_type=Path), help="All, too.")
 @click.option("--device", type=Device(), default="auto")
 @one_line_errors
-def main(  # noqa: PLR0913 - one parameter an option
-    places: tuple[Path, ...],
-    images: tuple[Path, ...],
-    pattern: str,
-    names: tuple[str, ...],
-    prompt: tuple[str, ...],
-    prompt_file: str | None,
-    weights: tuple[tuple[str, str], ...],
-    batch: int,
-    amp: bool,
-    skip_bad: bool,
-    outdir: Path | None,
-    output_json: Path | None,
-    device: torch.device,
-) -> None:
+def main(**options: Any) -> None:
     """Score a folder, a zip or a samples.json; of two, also tell which is better, pair by pair.
 
     Writes scores.csv and summary.json, and versus.json for two. What was scored before is kept.
@@ -337,42 +307,41 @@ def main(  # noqa: PLR0913 - one parameter an option
     python -m eval.score samples/sd15/epd_nfe5 --reward hps --reward imagereward
     python -m eval.score samples/a samples/b --reward multi:hps=1,clip=0.5 --skip-bad
     """  # noqa: D301
-    places = (*places, *images)
+    places, names = (*options["places"], *options["images"]), options["reward"]
     if not 0 < len(places) <= 2:
         raise ValueError(f"{len(places)} places: give one, or two to compare")
-    if prompt and prompt_file:
+    if options["prompt"] and options["prompt_file"]:
         raise ValueError("--prompt and --prompt-file are given: choose one of them")
-    texts = read_prompts(prompt_file) if prompt_file else prompt
-    found = [find_pictures(place, pattern) for place in places]
+    file = options["prompt_file"]
+    texts = read_prompts(file) if file else options["prompt"]
+    found = [find_pictures(place, options["pattern"]) for place in places]
     prompts = [prompts_for(pictures, texts) for pictures in found]
-    setup = Setup(ranks.init(device), amp, dict(weights))
+    setup = Setup(ranks.init(options["device"]), options["amp"], dict(options["weights"]))
     rewards = load_rewards(names, setup)
     keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
     by_prompt = any(n not in ADAPTERS or ADAPTERS[n].by_prompt for n in keys)
-    by_class = not reads_texts(names)
-    scored = []
+    how = (options["batch"], options["skip_bad"], by_prompt, not reads_texts(names))
+    scored: list[list[Scored]] = []
     for at, pictures in enumerate(found):
-        how = (setup.device, batch, skip_bad, by_prompt, by_class)
-        task = Task(pictures, prompts[at], rewards, keys, *how)
-        folder = scores_folder(pictures, outdir, at, len(found))
+        task = Task(pictures, prompts[at], rewards, keys, setup.device, *how)
+        folder = scores_folder(pictures, options["outdir"], at, len(found))
         rows, left_out = score_pictures(task, folder)
-        ranks.on_first(lambda: report(task, folder, rows, left_out, setup))  # noqa: B023
+        write = partial(report, task, folder, rows, left_out, setup, options["output_json"])
+        ranks.on_first(write)
         scored.append(rows)
     if len(scored) == 2:
-        folder = outdir or scores_folder(found[0], None, 0, 2)
-        ranks.on_first(lambda: compare(places, scored, names_of(rewards), folder))
-    if output_json:
-        of = names_of(rewards)
-        content = {
-            "rewards": {name: described(column(scored[0], name)) for name in of},
-            "images": [{"file": s.name, "prompt": s.prompt, **s.scores} for s in scored[0]],
-        }
-        ranks.on_first(lambda: write_json(output_json, content))
+        folder = options["outdir"] or scores_folder(found[0], None, 0, 2)
+        ranks.on_first(partial(compare, places, scored, names_of(rewards), folder))
     ranks.close()
 
 
 def report(
-    task: Task, folder: Path, scored: Sequence[Scored], left_out: dict[str, str], setup: Setup
+    task: Task,
+    folder: Path,
+    scored: Sequence[Scored],
+    left_out: dict[str, str],
+    setup: Setup,
+    output_json: Path | None,
 ) -> None:
     """The scores of a place, written and printed."""
     names, place = names_of(task.rewards), task.pictures.place
@@ -388,6 +357,9 @@ def report(
     about = {"place": str(place), "count": len(scored), "left_out": left_out}
     about |= {"rewards": numbers, "settings": settings, "fingerprints": list(task.keys.values())}
     write_json(folder / "summary.json", {**about, **provenance(task.device)})
+    if output_json:
+        images = [{"file": one.name, "prompt": one.prompt, **one.scores} for one in scored]
+        write_json(output_json, {"rewards": numbers, "images": images})
     click.echo(f"{len(scored)} images of {place}; all in {folder}")
     rows = [(n, str(mean_of(column(scored, n))), f"{v['std']:.4f}") for n, v in numbers.items()]
     click.echo(aligned([("reward", "mean [95 %]", "spread"), *rows]))

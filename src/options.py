@@ -47,6 +47,19 @@ class SeedList(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Names(click.ParamType):
+    """`"a, b"` -> the list of the names between its commas."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[str]:
+        if not isinstance(value, str):
+            return list(value)
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+
 class Device(click.ParamType):
     """auto (a GPU where there is one), cpu, cuda or cuda:N -> torch.device."""
 

@@ -212,7 +212,7 @@ def test_a_reference_is_edms_file_and_edms_file_a_reference(tmp_path: Path) -> N
     by_file = calc(tmp_path, "--images", a, "--ref", tmp_path / "edm.npz")
     expected = pytorch_fids(seen(a).double().numpy(), known)
     assert by_file["fid"] == pytest.approx(expected, abs=1e-6)
-    assert (by_file["count"], by_file["ref_count"], by_file["left_out"]) == (12, None, {})
+    assert (by_file["count"], by_file["ref_count"]) == (12, None)
 
 
 def test_all_metrics_against_a_folder_and_a_kept_reference(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_few_images_come_with_a_warning(tmp_path: Path) -> None:
     assert "not more than the 5 features" in done.stderr
 
 
-def test_bad_pictures_and_features_are_refused_or_left_out_and_listed(tmp_path: Path) -> None:
+def test_bad_pictures_and_features_are_refused_by_name(tmp_path: Path) -> None:
     a, b = fill(tmp_path / "a", 9), fill(tmp_path / "b", 9)
     broken = a / "000002.png"
     broken.write_bytes(broken.read_bytes()[:70])
@@ -256,12 +256,6 @@ def test_bad_pictures_and_features_are_refused_or_left_out_and_listed(tmp_path: 
     refused(run(*options), "000002.png is not a readable")
     broken.unlink()
     refused(run(*options), "the features of " + str(a / "000003.png") + " are not finite")
-    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
-    done = run(*options, "--skip-bad", "--out", tmp_path / "out.json")
-    assert done.exit_code == 0, done.output
-    assert "2 images left out" in done.stderr
-    told = json.loads((tmp_path / "out.json").read_text())
-    assert (told["count"], sorted(told["left_out"])) == (7, ["000002.png", "000003.png"])
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
