@@ -1,4 +1,4 @@
-"""The EDM family as denoisers: preconditioned networks, class labels, files.
+"""The EDM family: preconditioned networks as denoisers of pixels, class labels, files.
 
 Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
 arXiv:2206.00364. A network lives in a folder of ours, `config.json` (class and arguments under
@@ -8,33 +8,116 @@ Shapes: B batch, C channels, H = W = img_resolution, L classes. x [B, C, H, W], 
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import fields
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import exp, inf, isfinite, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import click
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backends.base import Backend, Prompt, classifier_free, pixels
 from backends.edm_networks import UNet, build_unet
-from backends.edm_pickle import Network, read_network
-from backends.edm_precond import PRECONDS, SHORT, Precond, rows
 from solvers.field import Condition
+from solvers.process import VE
+from solvers.schedules import NoiseLevels
 from src.files import write_atomically, write_json
+from src.pickles import Inert, module_tensors, read_pickle
+from src.seeds import randint
 
-__all__ = ["EDM", "build_edm", "class_condition", "load_edm", "save_edm"]
+__all__ = ["EDM", "build_edm", "class_condition", "load_edm", "load_pixels", "save_edm"]
 
 FORMAT = 1
-CPU_LAYOUT = torch.channels_last
-"""Convolutions in float32 are about 1.5 times as fast in it on a CPU."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FREQS = "model.map_noise.freqs"
 OUTER = ("img_resolution", "img_channels", "label_dim", "use_fp16", "model_type")
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+"""The range that EDM samples in (table 1), where the network allows it."""
+
+
+# --- preconditioning: table 1, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise) ----------------
+
+
+class Scaling(NamedTuple):
+    """The four factors of table 1 at B noise levels, each [B]."""
+
+    skip: Tensor | float
+    out: Tensor
+    into: Tensor | float
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class EDMPrecond:
+    """Unit variance in and out of the network (table 1, "Ours")."""
+
+    sigma_min: float = 0.0
+    sigma_max: float = inf
+    sigma_data: float = 0.5
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def __call__(self, sigma: Tensor) -> Scaling:
+        total = sigma.square() + self.sigma_data**2
+        root = total.rsqrt()
+        out = sigma * self.sigma_data * root
+        return Scaling(self.sigma_data**2 / total, out, root, sigma.log() / 4)
+
+
+@dataclass(frozen=True)
+class VPPrecond:
+    """The variance-preserving SDE with linear beta (table 1, "VP")."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    M: int = 1000
+    epsilon_t: float = 1e-5
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        ends = (self.beta_d * t**2 / 2 + self.beta_min * t for t in (self.epsilon_t, 1.0))
+        low, high = (sqrt(exp(end) - 1) for end in ends)
+        return low, high
+
+    def __call__(self, sigma: Tensor) -> Scaling:
+        variance = sigma.square()
+        bend = (self.beta_min**2 + 2 * self.beta_d * variance.log1p()).sqrt()
+        noise = (self.M - 1) * (bend - self.beta_min) / self.beta_d
+        return Scaling(1.0, -sigma, (variance + 1).rsqrt(), noise)
+
+
+@dataclass(frozen=True)
+class VEPrecond:
+    """The variance-exploding SDE (table 1, "VE")."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def __call__(self, sigma: Tensor) -> Scaling:
+        return Scaling(1.0, sigma, 1.0, (sigma / 2).log())
+
+
+Precond: TypeAlias = EDMPrecond | VPPrecond | VEPrecond
+PRECONDS: dict[str, type[Precond]] = {c.__name__: c for c in (EDMPrecond, VPPrecond, VEPrecond)}
+SHORT = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}
+
+
+def rows(factor: Tensor | float) -> Tensor | float:
+    """A factor [B] made to multiply images [B, C, H, W]."""
+    return factor[:, None, None, None] if isinstance(factor, Tensor) else factor
+
+
+# --- the denoiser -------------------------------------------------------------------------------
 
 
 class EDM(nn.Module):
@@ -70,15 +153,19 @@ class EDM(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.img_channels:
             wanted = f"[B, {self.img_channels}, H, W]"
             raise ValueError(f"x is {list(x.shape)}, but the network takes {wanted}")
+        labels = None if cond is None else cond.given.get("class_labels")
+        if labels is not None and labels.shape != (len(x), self.label_dim):
+            wanted = f"the network takes [{len(x)}, {self.label_dim}]"
+            raise ValueError(f"class_labels are {list(labels.shape)}, {wanted}")
         state = x if x.dtype == torch.float64 else x.float()
         scaling = self.precond(sigma.to(state).expand(len(x)))
-        out = self.raw(rows(scaling.into) * state, scaling.noise, self._labels(cond, len(x)))
+        out = self.raw(rows(scaling.into) * state, scaling.noise, labels)
         return (rows(scaling.skip) * state + rows(scaling.out) * out.to(state)).to(x.dtype)
 
     def raw(self, x: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         """The bare network F in its own dtype: x [B, C, H, W], c_noise [B], labels [B, L]."""
-        dtype = self.dtype
-        return self.model(x.to(dtype), noise.to(_at_least_float(dtype)), labels)
+        at_least_float = torch.promote_types(self.dtype, torch.float32)
+        return self.model(x.to(self.dtype), noise.to(at_least_float), labels)
 
     def cast(self, dtype: torch.dtype) -> "EDM":
         """Run the network in `dtype`, in place.
@@ -90,20 +177,8 @@ class EDM(nn.Module):
             if name == "map_noise" or next(module.children(), None) is not None:
                 continue
             embeds = name.startswith("map_") or name.endswith(".affine")
-            module.to(_at_least_float(dtype) if embeds else dtype)
+            module.to(torch.promote_types(dtype, torch.float32) if embeds else dtype)
         return self
-
-    def _labels(self, cond: Condition | None, b: int) -> Tensor | None:
-        labels = None if cond is None else cond.given.get("class_labels")
-        if labels is not None and labels.shape != (b, self.label_dim):
-            raise ValueError(
-                f"class_labels are {list(labels.shape)}, the network takes [{b}, {self.label_dim}]"
-            )
-        return labels
-
-
-def _at_least_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def class_condition(
@@ -125,6 +200,49 @@ def class_condition(
     return Condition({"class_labels": labels}, {"class_labels": torch.zeros_like(labels)})
 
 
+def pixel_backend(network: EDM, device: torch.device) -> Backend:
+    """A preconditioned network on pixels in [-1, 1] as a backend; a prompt is a class number."""
+    classes, side = network.label_dim, network.img_resolution
+
+    def encode(prompts: Sequence[Prompt]) -> Condition | None:
+        if all(prompt is None for prompt in prompts):
+            return None
+        chosen = [p for p in prompts if isinstance(p, int)]
+        if len(chosen) != len(prompts):
+            raise ValueError(f"this network takes a class number for every image, not {prompts}")
+        return class_condition(torch.tensor(chosen), classes, device=device)
+
+    def usual_prompt(seed: int) -> Prompt:
+        return int(randint([seed], classes, stream="class")) if classes else None
+
+    return Backend(
+        family="edm",
+        denoise=network,
+        encode=encode,
+        decode=pixels,
+        guide=classifier_free,
+        levels=NoiseLevels(
+            VE, max(SIGMA_MIN, network.sigma_min), min(SIGMA_MAX, network.sigma_max)
+        ),
+        shape=(network.img_channels, side, side),
+        size=(side, side),
+        device=device,
+        dtype=network.dtype,
+        usual_prompt=usual_prompt,
+    )
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """What a network file says: a class, its arguments, and tensors under published names."""
+
+    class_name: str
+    arguments: dict[str, Any]
+    state: dict[str, Tensor]
+
+
 def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDM:
     """A preconditioned network with zero weights, from its published arguments.
 
@@ -143,6 +261,8 @@ def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDM:
     for name, value in scalars.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{name} must be a number from 0, not {value!r}")
+    if not isinstance(arguments.get("use_fp16", False), bool):
+        raise ValueError(f"use_fp16 must be true or false, not {arguments['use_fp16']!r}")
     arguments = {
         "label_dim": 0,
         "model_type": "DhariwalUNet" if class_name == "EDMPrecond" else "SongUNet",
@@ -151,50 +271,104 @@ def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDM:
     inner = {k: v for k, v in arguments.items() if k not in own and k not in OUTER}
     inner |= {k: arguments[k] for k in ("img_resolution", "label_dim")}
     inner |= dict.fromkeys(("in_channels", "out_channels"), arguments["img_channels"])
-    if not isinstance(arguments.get("use_fp16", False), bool):
-        raise ValueError(f"use_fp16 must be true or false, not {arguments['use_fp16']!r}")
     model = build_unet(arguments["model_type"], inner)
     network = EDM(model, PRECONDS[class_name](**scalars), class_name, arguments).eval()
-    return network.to(memory_format=CPU_LAYOUT)
+    return network.to(memory_format=torch.channels_last)
 
 
 def load_edm(
     path: Path | str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    channels_last: bool = False,
 ) -> EDM:
     """A network from a folder of ours or from an NVIDIA `.pkl`, run in `dtype`, without gradients.
 
-    The file's `use_fp16` is kept but not obeyed: `dtype` alone decides. Raises
-    ValueError, in one line, on a path that is neither and on a broken or foreign file.
+    The file's `use_fp16` is kept but not obeyed: `dtype` alone decides. On a CPU the weights are
+    `channels_last` always, where convolutions are about 1.5 times as fast. Raises ValueError, in
+    one line, on a path that is neither and on a broken or foreign file.
     """
-    path = Path(path)
+    network = opened(Path(path)).cast(dtype).to(device)
+    if channels_last or torch.device(device).type == "cpu":
+        network.to(memory_format=torch.channels_last)
+    return network.requires_grad_(False)
+
+
+def load_pixels(
+    path: Path, device: torch.device, dtype: torch.dtype, *, channels_last: bool = False
+) -> Backend:
+    """An EDM folder of ours or an NVIDIA pickle; ValueError where it is neither."""
+    return pixel_backend(load_edm(path, device, dtype, channels_last=channels_last), device)
+
+
+def opened(path: Path) -> EDM:
+    """The network with the very tensors of its file; ValueError where they are not its own."""
     if not path.exists():
         raise ValueError(f"no network at {path}; give a folder with {CONFIG} or a .pkl file")
-    read = read_network(path) if path.is_file() else _read_folder(path)
+    class_name, arguments, state = read_pickled(path) if path.is_file() else read_folder(path)
     try:
         with torch.device("meta"):
-            network = build_edm(read.class_name, read.arguments)
-        _fill(network, read.state)
+            network = build_edm(class_name, arguments)
+        own = network.state_dict()
+        for what, names in (("lacks", own.keys() - state), ("has a foreign", state.keys() - own)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(f"the file {what} {min(names)}{more}, for a {class_name}")
+        for name, value in state.items():
+            if value.shape != own[name].shape:
+                wanted = list(own[name].shape)
+                raise ValueError(f"{name} is {list(value.shape)} in the file, must be {wanted}")
+            if not value.is_floating_point() or not value.isfinite().all():
+                raise ValueError(f"{name} holds values that are no finite floats")
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    on_cpu = torch.device(device).type == "cpu"
-    layout = CPU_LAYOUT if on_cpu else torch.contiguous_format
-    return network.cast(dtype).to(device).to(memory_format=layout).requires_grad_(False)
+    network.load_state_dict(state, assign=True)
+    return network
 
 
-def _read_folder(folder: Path) -> Network:
+def read_pickled(path: Path) -> Network:
+    """The network under "ema" of an NVIDIA pickle, nothing of which is run.
+
+    Each object of its layout holds `_init_args` and `_init_kwargs` beside the state of nn.Module.
+    Raises ValueError, in one line with the path, on a broken or hostile file, and on one whose
+    "ema" is missing or is not a preconditioned network that we know.
+    """
+    content = read_pickle(path)
+    ema: object = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(ema, Inert):
+        raise ValueError(f'{path}: no network under "ema"; it is not an EDM network pickle')
+    if ema.class_name not in PRECONDS:
+        known = ", ".join(PRECONDS)
+        raise ValueError(f"{path}: a network of class {ema.class_name!r}; known: {known}")
+    own = [field.name for field in fields(PRECONDS[ema.class_name])]
+    names = [*OUTER[:-1], *own, OUTER[-1]]  # the published order
+    given, named = ema.state.get("_init_args", ()), ema.state.get("_init_kwargs", {})
+    if not isinstance(given, list | tuple) or not isinstance(named, dict):
+        raise ValueError(f"{path}: the {ema.class_name} does not tell its init arguments")
+    if len(given) > len(names):
+        most = f"takes {len(names)} arguments by position at most"
+        raise ValueError(f"{path}: {ema.class_name} {most}")
+    arguments = {**dict(zip(names, given, strict=False)), **named}
+    modules = ema.state.get("_modules")
+    model = modules.get("model") if isinstance(modules, dict) else None
+    if isinstance(model, Inert):
+        arguments["model_type"] = model.class_name
+    return Network(ema.class_name, arguments, module_tensors(ema))
+
+
+def read_folder(folder: Path) -> Network:
+    """The network of a folder of ours; ValueError, in one line with the path, for another one."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        state = load_safetensors((folder / WEIGHTS).read_bytes())
+        state = load_file(folder / WEIGHTS)
     except OSError as e:
-        raise ValueError(
-            f"{folder}: cannot read {Path(str(e.filename)).name}: {e.strerror}"
-        ) from e
+        name = Path(str(e.filename or WEIGHTS)).name
+        raise ValueError(f"{folder}: cannot read {name}: {e.strerror or e}") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{folder / CONFIG}: not JSON: {_line(e)}") from e
+        raise ValueError(f"{folder / CONFIG}: not JSON: {one_line(e)}") from e
     except SafetensorError as e:
-        raise ValueError(f"{folder / WEIGHTS}: not a safetensors file: {_line(e)}") from e
+        raise ValueError(f"{folder / WEIGHTS}: not a safetensors file: {one_line(e)}") from e
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG}: not a network of format {FORMAT}")
     class_name, arguments = config.get("class"), config.get("arguments")
@@ -203,24 +377,9 @@ def _read_folder(folder: Path) -> Network:
     return Network(class_name, arguments, state)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Its text without line breaks."""
     return " ".join(str(error).split())
-
-
-def _fill(network: EDM, state: Mapping[str, Tensor]) -> None:
-    """Give the network its tensors; ValueError where they are not exactly its own."""
-    own = network.state_dict()
-    for what, names in (("lacks", own.keys() - state), ("has a foreign", state.keys() - own)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"the file {what} {min(names)}{more}, for a {network.class_name}")
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            wanted = list(own[name].shape)
-            raise ValueError(f"{name} is {list(value.shape)} in the file, must be {wanted}")
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise ValueError(f"{name} holds values that are no finite floats")
-    network.load_state_dict(dict(state), assign=True)
 
 
 def save_edm(
@@ -248,7 +407,7 @@ def save_edm(
         for k, v in network.state_dict().items()
     }
     with write_atomically(folder / WEIGHTS) as part:
-        part.write_bytes(save_safetensors(state))
+        save_file(state, part)
     write_json(folder / CONFIG, config)
 
 
@@ -261,17 +420,17 @@ def main() -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 def convert(source: Path, target: Path) -> None:
-    """Turn SOURCE, an NVIDIA .pkl, into TARGET, a folder of ours.
+    """Turn SOURCE, an NVIDIA .pkl, into TARGET, a folder of safetensors and JSON.
 
     Example: python -m backends.edm convert edm-cifar10-32x32-cond-vp.pkl models/cifar10
     """
     if target.suffix == ".pkl":
-        raise click.ClickException(f"{target}: NVIDIA's pickles are read alone: name a folder")
+        raise click.ClickException(f"{target}: NVIDIA's pickles are only read: name a folder")
     try:
-        network = load_edm(source)
+        network = opened(source)
         save_edm(target, network)
     except (ValueError, OSError) as e:
-        raise click.ClickException(_line(e)) from e
+        raise click.ClickException(one_line(e)) from e
     count = sum(p.numel() for p in network.parameters())
     click.echo(f"{target}: {network.class_name}, {count:,} parameters")
 

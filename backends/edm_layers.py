@@ -21,8 +21,8 @@ class BlockStyle:
     skip_scale: float
     adaptive_scale: bool
     resample_proj: bool
-    resample_filter: tuple[int, ...]
     channels_per_head: int | None  # None: one head
+    resample_filter: tuple[int, ...] = (1, 1)
 
 
 class Linear(nn.Module):
@@ -38,23 +38,15 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class GroupNorm(nn.Module):
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.groups = max(1, min(32, channels // 4))
-        if channels % self.groups:
-            raise ValueError(
-                f"{channels} channels do not divide into {self.groups} groups; choose "
-                "model_channels and channel_mult that make multiples of 32"
-            )
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+    groups = max(1, min(32, channels // 4))
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels do not divide into {groups} groups; choose "
+            "model_channels and channel_mult that make multiples of 32"
+        )
+    return nn.GroupNorm(groups, channels, eps)
 
 
 class Conv2d(nn.Module):
@@ -77,11 +69,8 @@ class Conv2d(nn.Module):
         filter_last: bool = False,
     ) -> None:
         super().__init__()
-        self.out_channels = out_channels
-        self.resample = resample
-        self.filter_last = filter_last
-        self.pad = kernel // 2
-        self.filter_pad = (len(resample_filter) - 1) // 2
+        self.resample, self.filter_last = resample, filter_last
+        self.pad, self.filter_pad = kernel // 2, (len(resample_filter) - 1) // 2
         self.is_box = tuple(resample_filter) == (1, 1)
         shape = (out_channels, in_channels, kernel, kernel)
         self.weight = nn.Parameter(torch.zeros(shape)) if kernel else None
@@ -92,16 +81,16 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None or self.bias is None:
-            return self._filter(x, self.filter_pad)
+            return self.filtered(x, self.filter_pad)
         if self.filter_last:
             y = F.conv2d(x, self.weight, padding=self.pad + self.filter_pad)
-            return self._filter(y, pad=0) + self.bias[:, None, None]
+            return self.filtered(y, pad=0) + self.bias[:, None, None]
         if self.resample:
-            x = self._filter(x, self.filter_pad)
+            x = self.filtered(x, self.filter_pad)
         return F.conv2d(x, self.weight, self.bias, padding=self.pad)
 
-    def _filter(self, x: Tensor, pad: int) -> Tensor:
-        """Half or double the resolution of x; the box filter has kernels of its own."""
+    def filtered(self, x: Tensor, pad: int) -> Tensor:
+        """x at half or double the resolution; the box filter has kernels of its own."""
         if self.is_box and self.resample == "up":
             return F.interpolate(x, scale_factor=2, mode="nearest")
         if self.is_box:
@@ -121,9 +110,7 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, channels: int, endpoint: bool) -> None:
         super().__init__()
         half = channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device="cpu") / (
-            half - (1 if endpoint else 0)
-        )
+        steps = torch.arange(half, dtype=torch.float32, device="cpu") / (half - endpoint)
         self.register_buffer("freqs", (1 / 10000) ** steps, persistent=False)
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -158,7 +145,6 @@ class UNetBlock(nn.Module):
         attention: bool = False,
     ) -> None:
         super().__init__()
-        self.out_channels = out_channels
         self.dropout = style.dropout
         self.skip_scale = style.skip_scale
         self.adaptive_scale = style.adaptive_scale
@@ -166,39 +152,40 @@ class UNetBlock(nn.Module):
         self.num_heads = out_channels // per_head if attention else 0
 
         changed = {"resample": resample, "resample_filter": style.resample_filter}
-        self.norm0 = GroupNorm(in_channels, style.eps)
+        self.norm0 = group_norm(in_channels, style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **changed)
-        wide = 2 if style.adaptive_scale else 1
-        self.affine = Linear(style.emb_channels, out_channels * wide)
-        self.norm1 = GroupNorm(out_channels, style.eps)
+        wide = out_channels * (2 if style.adaptive_scale else 1)
+        self.affine = Linear(style.emb_channels, wide)
+        self.norm1 = group_norm(out_channels, style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
         self.skip: Conv2d | None = None
         if out_channels != in_channels or resample:
             kernel = 1 if style.resample_proj or out_channels != in_channels else 0
             self.skip = Conv2d(in_channels, out_channels, kernel, **changed)
         if self.num_heads:
-            self.norm2 = GroupNorm(out_channels, style.eps)
+            self.norm2 = group_norm(out_channels, style.eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1)
             self.proj = Conv2d(out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        told = self.affine(emb).to(x.dtype)[:, :, None, None]
+        params = self.affine(emb).to(x.dtype)[:, :, None, None]
         y = self.conv0(F.silu(self.norm0(x)))
         if self.adaptive_scale:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = params.chunk(2, dim=1)
             y = torch.addcmul(shift, self.norm1(y), scale + 1)
         else:
-            y = self.norm1(y + told)
+            y = self.norm1(y + params)
         y = self.conv1(F.dropout(F.silu(y), self.dropout, self.training))
-        x = self._scaled(y + (x if self.skip is None else self.skip(x)))
+        x = self.scaled(y + (x if self.skip is None else self.skip(x)))
         if self.num_heads:
-            x = self._scaled(self.proj(self._attend(self.qkv(self.norm2(x)))) + x)
+            x = self.scaled(self.proj(self.attend(self.qkv(self.norm2(x)))) + x)
         return x
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
+        """x times `skip_scale`."""
         return x if self.skip_scale == 1 else x * self.skip_scale
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor) -> Tensor:
         """Channels laid out (head, channel, q-k-v) [B, 3C, H, W] -> [B, C, H, W]."""
         b, _, h, w = qkv.shape
         q, k, v = qkv.reshape(b, self.num_heads, -1, 3, h * w).permute(3, 0, 1, 4, 2).unbind(0)

@@ -1,19 +1,19 @@
 """The U-Nets of the published EDM models: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM).
 
-Written from the papers, with the parameter and buffer names of the published files:
-Song et al. 2021, arXiv:2011.13456 (DDPM++, NCSN++); Dhariwal & Nichol 2021, arXiv:2105.05233
-(ADM); Karras et al. 2022, arXiv:2206.00364, appendix C and F (what EDM runs of them).
+Written from the papers, with the parameter and buffer names of the published files: Song et al.
+2021, arXiv:2011.13456; Dhariwal & Nichol 2021, arXiv:2105.05233; Karras et al. 2022,
+arXiv:2206.00364, appendix C and F (what EDM runs of them).
 
 Shapes: B batch, C channels, H = W = img_resolution, E embedding channels, L classes, A
 augmentation labels. A network maps x [B, C, H, W], noise [B], labels [B, L] and augment [B, A] to
-[B, C, H, W].
-Networks are built with zero weights and draw nothing: `initialise` fills them from a generator.
+[B, C, H, W]. Weights start at zero and norms at one: nothing here draws random numbers but dropout
+in training and `initialise`, from its generator.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod, sqrt
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +23,20 @@ from backends.edm_layers import (
     BlockStyle,
     Conv2d,
     FourierEmbedding,
-    GroupNorm,
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    group_norm,
 )
 
-__all__ = [
-    "DhariwalConfig",
-    "DhariwalUNet",
-    "SongConfig",
-    "SongUNet",
-    "UNet",
-    "build_unet",
-    "initialise",
-]
+__all__ = ["UNet", "build_unet", "initialise"]
 
 
 @dataclass(frozen=True)
-class SongConfig:
-    """Arguments of a SongUNet under their published names, with the published defaults."""
+class Config:
+    """Arguments of a network under their published names, with the published defaults."""
 
+    model_type: str
     img_resolution: int
     in_channels: int
     out_channels: int
@@ -56,31 +49,23 @@ class SongConfig:
     attn_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.10
     label_dropout: float = 0.0  # the share of training labels to blank: for the training script
-    embedding_type: str = "positional"
+    embedding_type: str = "positional"  # from here on of SongUNet alone
     channel_mult_noise: int = 1
     encoder_type: str = "standard"
     decoder_type: str = "standard"
     resample_filter: tuple[int, ...] = (1, 1)
 
 
-@dataclass(frozen=True)
-class DhariwalConfig:
-    """Arguments of a DhariwalUNet under their published names, with the published defaults."""
-
-    img_resolution: int
-    in_channels: int
-    out_channels: int
-    label_dim: int = 0
-    augment_dim: int = 0
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    channel_mult_emb: int = 4
-    num_blocks: int = 3
-    attn_resolutions: tuple[int, ...] = (32, 16, 8)
-    dropout: float = 0.10
-    label_dropout: float = 0.0  # the share of training labels to blank: for the training script
-
-
+COMMON = [field.name for field in fields(Config)][1:-5]
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "SongUNet": {},
+    "DhariwalUNet": {
+        "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4),
+        "num_blocks": 3,
+        "attn_resolutions": (32, 16, 8),
+    },
+}
 CHOICES = {
     "embedding_type": ("positional", "fourier"),
     "encoder_type": ("standard", "skip", "residual"),
@@ -88,93 +73,82 @@ CHOICES = {
 }
 
 
-class SongUNet(nn.Module):
-    """DDPM++ and NCSN++ (Song et al. 2021) as EDM runs them."""
+class UNet(nn.Module):
+    """SongUNet (Song et al. 2021) or DhariwalUNet (Dhariwal & Nichol 2021), as EDM runs them."""
 
-    def __init__(self, config: SongConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        base = config.model_channels
-        noise_channels = base * config.channel_mult_noise
-        style = BlockStyle(
-            emb_channels=base * config.channel_mult_emb,
-            dropout=config.dropout,
-            eps=1e-6,
-            skip_scale=sqrt(0.5),
-            adaptive_scale=False,
-            resample_proj=True,
-            resample_filter=config.resample_filter,
-            channels_per_head=None,
-        )
+        self.is_song = config.model_type == "SongUNet"
+        channels = config.model_channels * config.channel_mult_noise
+        wide = config.model_channels * config.channel_mult_emb
         if config.embedding_type == "fourier":
-            self.map_noise = FourierEmbedding(noise_channels)
+            self.map_noise = FourierEmbedding(channels)
         else:
-            self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
-        self.map_label = Linear(config.label_dim, noise_channels) if config.label_dim else None
-        self.label_scale = sqrt(config.label_dim)
-        self.map_augment = (
-            Linear(config.augment_dim, noise_channels, bias=False) if config.augment_dim else None
-        )
-        self.map_layer0 = Linear(noise_channels, style.emb_channels)
-        self.map_layer1 = Linear(style.emb_channels, style.emb_channels)
-        encoder, skips = _song_encoder(config, style)
-        self.enc = nn.ModuleDict(encoder)
-        self.dec = nn.ModuleDict(_song_decoder(config, style, skips))
+            self.map_noise = PositionalEmbedding(channels, endpoint=self.is_song)
+        if self.is_song:  # parameters stand in the published order
+            self.map_label = optional_linear(config.label_dim, channels, bias=True)
+        self.map_augment = optional_linear(config.augment_dim, channels)
+        self.map_layer0 = Linear(channels, wide)
+        self.map_layer1 = Linear(wide, wide)
+        if not self.is_song:
+            self.map_label = optional_linear(config.label_dim, wide)
+        self.enc, skips = encoder(config)
+        self.dec = decoder(config, skips)
+        if not self.is_song:
+            width = config.model_channels * config.channel_mult[0]
+            self.out_norm, self.out_conv = (
+                group_norm(width),
+                Conv2d(width, config.out_channels, 3),
+            )
 
     def forward(
         self, x: Tensor, noise: Tensor, labels: Tensor | None, augment: Tensor | None = None
     ) -> Tensor:
         """x [B, C, H, W], noise [B], labels [B, L] one-hot or zeros -> [B, C, H, W]."""
         emb = self.embed(noise, labels, augment)
-        x, skips = self._encode(x, emb)
-        return self._decode(x, skips, emb)
+        x, skips = encoded(self.enc, x, emb)
+        x = decoded(self.dec, x, emb, skips)
+        return x if self.is_song else self.out_conv(F.silu(self.out_norm(x)))
 
     def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Noise [B], labels [B, L] and augment [B, A] -> embedding [B, E]."""
+        """Noise [B], labels [B, L] and augment [B, A] -> embedding [B, E].
+
+        No labels are "no class", a row of zeros. SongUNet embeds labels with the noise, and has
+        its sines first; DhariwalUNet adds them behind the layers.
+        """
         dtype = self.map_layer0.weight.dtype
-        cosines, sines = self.map_noise(noise).to(dtype).chunk(2, dim=1)
-        emb = torch.cat([sines, cosines], dim=1)
+        emb = self.map_noise(noise).to(dtype)
+        label = 0
         if self.map_label is not None:
-            emb = emb + self.map_label(_labels(labels, self.map_label, emb) * self.label_scale)
+            given = emb.new_zeros(1, self.config.label_dim) if labels is None else labels.to(dtype)
+            label = self.map_label(given * sqrt(self.config.label_dim) if self.is_song else given)
+        if self.is_song:
+            emb = emb.roll(emb.shape[1] // 2, dims=1) + label
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(dtype))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips: list[Tensor] = []
-        aux = x
-        for name, block in self.enc.items():
-            if name.endswith("_aux_down"):
-                aux = block(aux)
-            elif name.endswith("_aux_skip"):
-                x = skips[-1] = x + block(aux)
-            elif name.endswith("_aux_residual"):
-                x = skips[-1] = aux = (x + block(aux)) * sqrt(0.5)
-            else:
-                x = block(x) if name.endswith("_conv") else block(x, emb)
-                skips.append(x)
-        return x, skips
-
-    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        out: Tensor | None = None
-        normed = x
-        for name, block in self.dec.items():
-            if name.endswith("_aux_up"):
-                out = block(out)
-            elif name.endswith("_aux_norm"):
-                normed = block(x)
-            elif name.endswith("_aux_conv"):
-                new = block(F.silu(normed))
-                out = new if out is None else out + new
-            else:
-                x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
-        assert out is not None  # every decoder ends in an _aux_conv
-        return out
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        return F.silu(emb if self.is_song else emb + label)
 
 
-def _song_encoder(config: SongConfig, style: BlockStyle) -> tuple[dict[str, nn.Module], list[int]]:
-    """The blocks by name, and the widths of what they hand to the decoder."""
-    filtered = {"resample": "down", "resample_filter": config.resample_filter}
+def optional_linear(in_features: int, out_features: int, bias: bool = False) -> Linear | None:
+    """A layer for labels, None where there are none."""
+    return Linear(in_features, out_features, bias=bias) if in_features else None
+
+
+def style_of(config: Config) -> BlockStyle:
+    """How the blocks of a network of this kind are made."""
+    shared = (config.model_channels * config.channel_mult_emb, config.dropout)
+    if config.model_type == "DhariwalUNet":
+        return BlockStyle(*shared, 1e-5, 1.0, True, False, 64)
+    return BlockStyle(*shared, 1e-6, sqrt(0.5), False, True, None, config.resample_filter)
+
+
+def encoder(config: Config) -> tuple[nn.ModuleDict, list[int]]:
+    """The blocks from full to lowest resolution by name, and the widths of what each hands on."""
+    is_song = config.model_type == "SongUNet"
+    style = style_of(config)
+    filtered = {"resample": "down", "resample_filter": style.resample_filter}
     blocks: dict[str, nn.Module] = {}
     skips: list[int] = []
     width = aux = config.in_channels
@@ -182,7 +156,7 @@ def _song_encoder(config: SongConfig, style: BlockStyle) -> tuple[dict[str, nn.M
         res = config.img_resolution >> level
         at = f"{res}x{res}"
         if level == 0:
-            width, before = config.model_channels, width
+            before, width = width, config.model_channels * (1 if is_song else mult)
             blocks[f"{at}_conv"] = Conv2d(before, width, 3)
         else:
             blocks[f"{at}_down"] = UNetBlock(width, width, style, resample="down")
@@ -195,156 +169,76 @@ def _song_encoder(config: SongConfig, style: BlockStyle) -> tuple[dict[str, nn.M
             blocks[f"{at}_aux_residual"] = residual
             aux = width
         for i in range(config.num_blocks):
-            width, before = config.model_channels * mult, width
+            before, width = width, config.model_channels * mult
             attends = res in config.attn_resolutions
             blocks[f"{at}_block{i}"] = UNetBlock(before, width, style, attention=attends)
             skips.append(width)
-    return blocks, skips
+    return nn.ModuleDict(blocks), skips
 
 
-def _song_decoder(config: SongConfig, style: BlockStyle, skips: list[int]) -> dict[str, nn.Module]:
+def decoder(config: Config, skips: list[int]) -> nn.ModuleDict:
+    """The blocks from lowest to full resolution by name; `skips` are those of the encoder."""
+    is_song = config.model_type == "SongUNet"
+    style = style_of(config)
     blocks: dict[str, nn.Module] = {}
     last = len(config.channel_mult) - 1
-    width = skips[-1]
+    width, out = skips[-1], config.out_channels
     for level in range(last, -1, -1):
         res = config.img_resolution >> level
         at = f"{res}x{res}"
-        blocks |= _decoder_head(at, width, style, is_last=level == last)
+        if level == last:
+            blocks[f"{at}_in0"] = UNetBlock(width, width, style, attention=True)
+            blocks[f"{at}_in1"] = UNetBlock(width, width, style)
+        else:
+            blocks[f"{at}_up"] = UNetBlock(width, width, style, resample="up")
         for i in range(config.num_blocks + 1):
-            before = width + skips.pop()
-            width = config.model_channels * config.channel_mult[level]
-            attends = i == config.num_blocks and res in config.attn_resolutions
+            before, width = width + skips.pop(), config.model_channels * config.channel_mult[level]
+            attends = res in config.attn_resolutions and (not is_song or i == config.num_blocks)
             blocks[f"{at}_block{i}"] = UNetBlock(before, width, style, attention=attends)
         if config.decoder_type == "skip" and level < last:
-            out = config.out_channels
-            blocks[f"{at}_aux_up"] = Conv2d(
-                out, out, 0, resample="up", resample_filter=config.resample_filter
-            )
-        if config.decoder_type == "skip" or level == 0:
-            blocks[f"{at}_aux_norm"] = GroupNorm(width, 1e-6)
-            blocks[f"{at}_aux_conv"] = Conv2d(width, config.out_channels, 3)
-    return blocks
+            filters = config.resample_filter
+            blocks[f"{at}_aux_up"] = Conv2d(out, out, 0, resample="up", resample_filter=filters)
+        if is_song and (config.decoder_type == "skip" or level == 0):
+            blocks[f"{at}_aux_norm"] = group_norm(width, 1e-6)
+            blocks[f"{at}_aux_conv"] = Conv2d(width, out, 3)
+    return nn.ModuleDict(blocks)
 
 
-def _decoder_head(at: str, width: int, style: BlockStyle, is_last: bool) -> dict[str, nn.Module]:
-    """The middle of the U at its lowest resolution, a doubling above it."""
-    if not is_last:
-        return {f"{at}_up": UNetBlock(width, width, style, resample="up")}
-    return {
-        f"{at}_in0": UNetBlock(width, width, style, attention=True),
-        f"{at}_in1": UNetBlock(width, width, style),
-    }
-
-
-class DhariwalUNet(nn.Module):
-    """ADM (Dhariwal & Nichol 2021) as EDM runs it."""
-
-    def __init__(self, config: DhariwalConfig) -> None:
-        super().__init__()
-        self.config = config
-        base = config.model_channels
-        style = BlockStyle(
-            emb_channels=base * config.channel_mult_emb,
-            dropout=config.dropout,
-            eps=1e-5,
-            skip_scale=1.0,
-            adaptive_scale=True,
-            resample_proj=False,
-            resample_filter=(1, 1),
-            channels_per_head=64,
-        )
-        wide = style.emb_channels
-        self.map_noise = PositionalEmbedding(base, endpoint=False)
-        self.map_augment = (
-            Linear(config.augment_dim, base, bias=False) if config.augment_dim else None
-        )
-        self.map_layer0 = Linear(base, wide)
-        self.map_layer1 = Linear(wide, wide)
-        self.map_label = Linear(config.label_dim, wide, bias=False) if config.label_dim else None
-        encoder, skips = _adm_encoder(config, style)
-        self.enc = nn.ModuleDict(encoder)
-        self.dec = nn.ModuleDict(_adm_decoder(config, style, skips))
-        width = base * config.channel_mult[0]
-        self.out_norm = GroupNorm(width)
-        self.out_conv = Conv2d(width, config.out_channels, 3)
-
-    def forward(
-        self, x: Tensor, noise: Tensor, labels: Tensor | None, augment: Tensor | None = None
-    ) -> Tensor:
-        """x [B, C, H, W], noise [B], labels [B, L] one-hot or zeros -> [B, C, H, W]."""
-        emb = self.embed(noise, labels, augment)
-        skips: list[Tensor] = []
-        for name, block in self.enc.items():
+def encoded(enc: nn.ModuleDict, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """x at the lowest resolution, and what each block hands to the decoder."""
+    skips: list[Tensor] = []
+    aux = x
+    for name, block in enc.items():
+        if name.endswith("_aux_down"):
+            aux = block(aux)
+        elif name.endswith("_aux_skip"):
+            x = skips[-1] = x + block(aux)
+        elif name.endswith("_aux_residual"):
+            x = skips[-1] = aux = (x + block(aux)) * sqrt(0.5)
+        else:
             x = block(x) if name.endswith("_conv") else block(x, emb)
             skips.append(x)
-        for name, block in self.dec.items():
-            x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
-
-    def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Noise [B], labels [B, L] and augment [B, A] -> embedding [B, E]."""
-        dtype = self.map_layer0.weight.dtype
-        emb = self.map_noise(noise).to(dtype)
-        if self.map_augment is not None and augment is not None:
-            emb = emb + self.map_augment(augment.to(dtype))
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None:
-            emb = emb + self.map_label(_labels(labels, self.map_label, emb))
-        return F.silu(emb)
+    return x, skips
 
 
-def _adm_encoder(
-    config: DhariwalConfig, style: BlockStyle
-) -> tuple[dict[str, nn.Module], list[int]]:
-    """The blocks by name, and the widths of what they hand to the decoder."""
-    blocks: dict[str, nn.Module] = {}
-    skips: list[int] = []
-    width = config.in_channels
-    for level, mult in enumerate(config.channel_mult):
-        res = config.img_resolution >> level
-        at = f"{res}x{res}"
-        if level == 0:
-            width, before = config.model_channels * mult, width
-            blocks[f"{at}_conv"] = Conv2d(before, width, 3)
+def decoded(dec: nn.ModuleDict, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    """x at full resolution: what the `_aux_conv`s give where there are any, else the blocks."""
+    out: Tensor | None = None
+    normed = x
+    for name, block in dec.items():
+        if name.endswith("_aux_up"):
+            out = block(out)
+        elif name.endswith("_aux_norm"):
+            normed = block(x)
+        elif name.endswith("_aux_conv"):
+            new = block(F.silu(normed))
+            out = new if out is None else out + new
         else:
-            blocks[f"{at}_down"] = UNetBlock(width, width, style, resample="down")
-        skips.append(width)
-        for i in range(config.num_blocks):
-            width, before = config.model_channels * mult, width
-            attends = res in config.attn_resolutions
-            blocks[f"{at}_block{i}"] = UNetBlock(before, width, style, attention=attends)
-            skips.append(width)
-    return blocks, skips
+            x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
+    return x if out is None else out
 
 
-def _adm_decoder(
-    config: DhariwalConfig, style: BlockStyle, skips: list[int]
-) -> dict[str, nn.Module]:
-    blocks: dict[str, nn.Module] = {}
-    last = len(config.channel_mult) - 1
-    width = skips[-1]
-    for level in range(last, -1, -1):
-        res = config.img_resolution >> level
-        at = f"{res}x{res}"
-        blocks |= _decoder_head(at, width, style, is_last=level == last)
-        for i in range(config.num_blocks + 1):
-            before = width + skips.pop()
-            width = config.model_channels * config.channel_mult[level]
-            attends = res in config.attn_resolutions
-            blocks[f"{at}_block{i}"] = UNetBlock(before, width, style, attention=attends)
-    return blocks
-
-
-def _labels(labels: Tensor | None, layer: Linear, like: Tensor) -> Tensor:
-    """Labels [B, L] in the dtype of `like`; None is "no class", a row of zeros."""
-    return like.new_zeros(1, layer.in_features) if labels is None else labels.to(like.dtype)
-
-
-UNet: TypeAlias = SongUNet | DhariwalUNet
-UNETS: dict[str, tuple[type, Callable[[Any], UNet]]] = {
-    "SongUNet": (SongConfig, SongUNet),
-    "DhariwalUNet": (DhariwalConfig, DhariwalUNet),
-}
+# --- from arguments ---------------------------------------------------------------------------
 
 
 def build_unet(model_type: str, arguments: Mapping[str, Any]) -> UNet:
@@ -353,42 +247,34 @@ def build_unet(model_type: str, arguments: Mapping[str, Any]) -> UNet:
     Raises ValueError on an unknown class, on arguments the class does not take or lacks, and on
     values that make no network.
     """
-    if not isinstance(model_type, str) or model_type not in UNETS:
-        raise ValueError(f"unknown network {model_type!r}; known: {', '.join(UNETS)}")
-    config_type, make = UNETS[model_type]
-    known = [field.name for field in fields(config_type)]
-    unknown = sorted(set(arguments) - set(known))
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
+        raise ValueError(f"unknown network {model_type!r}; known: {', '.join(DEFAULTS)}")
+    own = [field.name for field in fields(Config)][1:]
+    names = own if model_type == "SongUNet" else COMMON
+    unknown = sorted(set(arguments) - set(names))
     if unknown:
         raise ValueError(
-            f"{model_type} takes no argument {unknown[0]!r}; it takes {', '.join(known)}"
+            f"{model_type} takes no argument {unknown[0]!r}; it takes {', '.join(names)}"
         )
-    missing = [name for name in known[:3] if name not in arguments]
+    missing = [name for name in names[:3] if name not in arguments]
     if missing:
         raise ValueError(f"{model_type} needs {', '.join(missing)}")
-    config = config_type(**{k: _frozen(v) for k, v in arguments.items()})
-    _check(config)
-    return make(config)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _check(config: SongConfig | DhariwalConfig) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        wanted = _wanted(field.name, value)
-        if wanted:
-            raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    config = Config(model_type, **{**DEFAULTS[model_type], **given})
+    for name in names:
+        reason = wanted(name, getattr(config, name))
+        if reason:
+            raise ValueError(f"{name} must be {reason}, not {getattr(config, name)!r}")
     halvings = len(config.channel_mult) - 1
     if config.img_resolution % 2**halvings:
         raise ValueError(
             f"img_resolution {config.img_resolution} cannot be halved {halvings} times, as "
             f"channel_mult {config.channel_mult} asks; use a multiple of {2**halvings}"
         )
+    return UNet(config)
 
 
-def _wanted(name: str, value: Any) -> str:
+def wanted(name: str, value: Any) -> str:
     """What an argument must be, or nothing where `value` is that."""
     if name in CHOICES:
         return "" if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])}"
@@ -412,17 +298,13 @@ def initialise(unet: nn.Module, generator: Generator) -> None:
         for name, p in unet.named_parameters():
             if p.ndim < 2:
                 continue
-            fan_in = p[0].numel()
-            fan_out = p.shape[0] * prod(p.shape[2:])
-            bound = sqrt(6 / (fan_in + fan_out)) * _gain(name)
+            fan_in, fan_out = p[0].numel(), p.shape[0] * prod(p.shape[2:])
+            layer = name.rsplit(".", 2)[-2]
+            gain = sqrt(0.2) if layer == "qkv" else 1.0
+            if layer in ("conv1", "proj", "out_conv") or layer.endswith("_aux_conv"):
+                gain = 1e-5
+            bound = sqrt(6 / (fan_in + fan_out)) * gain
             p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
         for name, buffer in unet.named_buffers():
             if name.endswith("map_noise.freqs") and "map_noise.freqs" in unet.state_dict():
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 16)
-
-
-def _gain(name: str) -> float:
-    layer = name.rsplit(".", 2)[-2]
-    if layer in ("conv1", "proj", "out_conv") or layer.endswith("_aux_conv"):
-        return 1e-5
-    return sqrt(0.2) if layer == "qkv" else 1.0

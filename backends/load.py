@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from backends.base import Backend, ModelOptions
+from backends.edm import load_pixels
 from backends.mixture import CPU, load_mixture
-from backends.pixels import load_pixels
 from solvers.predictor import FLOW_BACKENDS, Recipe
 from src.files import read_json
 

@@ -7,11 +7,21 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load, save
 from torch import Tensor
 
 from backends import edm
-from backends.edm import build_edm, class_condition, load_edm, save_edm
-from backends.edm_precond import EDMPrecond, Precond, VEPrecond, VPPrecond, rows
+from backends.edm import (
+    EDMPrecond,
+    Precond,
+    VEPrecond,
+    VPPrecond,
+    build_edm,
+    class_condition,
+    load_edm,
+    rows,
+    save_edm,
+)
 from tests.backends.edm_twins import TINY_ADM, TINY_NCSN, TINY_SONG, twin, wave
 
 SIGMA = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
@@ -189,9 +199,9 @@ def drop_tensor(folder: Path) -> None:
 
 def edit_tensors(folder: Path, edit: Any) -> None:
     path = folder / "model.safetensors"
-    state = edm.load_safetensors(path.read_bytes())
+    state = load(path.read_bytes())
     edit(state)
-    path.write_bytes(edm.save_safetensors(state))
+    path.write_bytes(save(state))
 
 
 BREAKS = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from backends.base import Backend, NoiseLevels
+from backends.edm import pixel_backend
 from backends.generate import Job, Method, generate
 from backends.methods import HandMade, predictor_method, recipe_sigmas, sequential_calls
 from backends.mixture import Mixture, mixture_backend
-from backends.pixels import pixel_backend
 from solvers.predictor import find_predictor, load_predictor
 from solvers.process import FLOW, VE
 from solvers.sampler import SOLVERS, SolverOptions, make_solver, num_steps_for

@@ -18,7 +18,7 @@ import json, torch
 from backends.generate import Job, generate
 from backends.mixture import Mixture, mixture_backend
 from backends.pipelines import wrap
-from backends.pixels import pixel_backend
+from backends.edm import pixel_backend
 from backends.spread import spread
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep
 from solvers.process import VE
