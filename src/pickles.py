@@ -104,29 +104,46 @@ def module_tensors(module: Inert) -> dict[str, Tensor]:
 # --- layouts ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Source:
+    """A file of known size, of which no more is asked for than it holds."""
+
+    file: BinaryIO
+    size: int
+
+    def read(self, n: int) -> bytes:
+        """The next n bytes, or all that are left."""
+        return self.file.read(n if n < 4096 else min(n, self.size - self.file.tell()))
+
+    def readline(self) -> bytes:
+        """The next line, with its end."""
+        return self.file.readline()
+
+
 def read_file(file: BinaryIO, size: int) -> Any:
     """The object of a file in any of the layouts, told apart by their first bytes."""
-    head = file.read(4)
+    head = file.read(32)
     file.seek(0)
-    if size > MAPPED:
-        stream: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = memoryview(stream)
-    else:
-        data = memoryview(bytearray(file.read()))
-        stream = io.BytesIO(data)
-    if head == b"PK\x03\x04":
-        with zipfile.ZipFile(file) as archive:
-            return read_zip(data, {entry.filename: entry for entry in archive.infolist()})
-    if MAGIC.to_bytes(10, "little") in data[:32].tobytes():
-        return read_legacy(stream, size)
-    value = Reader(stream, size, load=storage_from_bytes).load()
-    if stream.read(1):
+    if head.startswith(b"PK\x03\x04"):
+        return read_zip(file, size)
+    source = Source(file, size)
+    if MAGIC.to_bytes(10, "little") in head:
+        return read_legacy(source, size)
+    value = Reader(source, size, load=storage_from_bytes).load()
+    if source.read(1):
         raise ValueError("more bytes follow the end of the pickle")
     return value
 
 
-def read_zip(data: memoryview, entries: dict[str, zipfile.ZipInfo]) -> Any:
+def read_zip(file: BinaryIO, size: int) -> Any:
     """The torch.save of today: a zip with `ROOT/data.pkl` and `ROOT/data/NAME`."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+    file.seek(0)
+    if size > MAPPED:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    else:
+        data = memoryview(bytearray(file.read(size)))
     roots = [n[:-8] for n in entries if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(roots) != 1:
         raise ValueError("it is a zip without one data.pkl, so not from torch.save")

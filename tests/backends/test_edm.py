@@ -1,4 +1,4 @@
-"""Preconditioning, dtypes, class labels and folders of the EDM backend."""
+"""The EDM backend: preconditioning, dtypes, class labels, folders and NVIDIA's pickles."""
 
 import json
 from pathlib import Path
@@ -8,27 +8,32 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends import edm
-from backends.edm import (
-    EDMPrecond,
-    Precond,
-    VEPrecond,
-    VPPrecond,
-    build_edm,
-    class_condition,
-    load_edm,
-    rows,
-    save_edm,
-)
+from backends.edm import EDM, class_condition, load_edm, rows, save_edm
+from solvers.field import Condition
+from tests import nvidia
 from tests.backends.edm_twins import TINY_ADM, TINY_NCSN, TINY_SONG, twin, wave
 
+ROOT = Path(__file__).parents[2]
 SIGMA = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+KINDS = pytest.mark.parametrize(
+    "arguments", [TINY_SONG, TINY_NCSN, TINY_ADM], ids=["song", "ncsn", "adm"]
+)
+
+
+def denoise(network: EDM, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = wave(2, network.img_channels, 8, 8).to(dtype)
+    sigma = torch.tensor([0.3, 5.0], dtype=dtype)
+    return network(x, sigma, class_condition(torch.tensor([0, 2]), 3))
+
+
+# --- preconditioning and the denoiser -----------------------------------------------------------
 
 
 def test_edm_keeps_the_input_and_the_target_of_the_network_at_unit_variance() -> None:
-    scaling = EDMPrecond(sigma_data=0.7)(SIGMA)
+    scaling = edm.EDMPrecond(sigma_data=0.7)(SIGMA)
     total = SIGMA**2 + 0.7**2
     torch.testing.assert_close(scaling.into**2 * total, torch.ones_like(SIGMA))
     variance = (1 - scaling.skip) ** 2 * 0.7**2 + scaling.skip**2 * SIGMA**2
@@ -36,46 +41,25 @@ def test_edm_keeps_the_input_and_the_target_of_the_network_at_unit_variance() ->
     torch.testing.assert_close(scaling.noise, SIGMA.log() / 4)
 
 
-def test_vp_tells_the_network_the_time_of_its_sde() -> None:
-    precond = VPPrecond()
+def test_vp_and_ve_tell_the_network_the_times_of_their_sdes() -> None:
     t = torch.tensor([1e-3, 0.3, 1.0], dtype=torch.float64)
-    sigma = torch.sqrt(torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)
-    scaling = precond(sigma)
-    torch.testing.assert_close(scaling.noise, 999 * t)
-    torch.testing.assert_close(scaling.into, torch.exp(-19.9 * t**2 / 4 - 0.05 * t))
-    assert torch.equal(scaling.out, -sigma)
-    assert precond.levels == pytest.approx((1.00025e-3, 152.17), rel=1e-3)
+    vp = edm.VPPrecond()(torch.sqrt(torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1))
+    torch.testing.assert_close(vp.noise, 999 * t)
+    torch.testing.assert_close(vp.into, torch.exp(-19.9 * t**2 / 4 - 0.05 * t))
+    assert edm.VPPrecond().levels == pytest.approx((1.00025e-3, 152.17), rel=1e-3)
+    ve = edm.VEPrecond()(SIGMA)
+    torch.testing.assert_close(ve.noise, torch.log(SIGMA / 2))
+    assert edm.VEPrecond().levels == (0.02, 100.0)
 
 
-def test_ve_tells_the_network_the_log_of_half_the_level() -> None:
-    scaling = VEPrecond()(SIGMA)
-    torch.testing.assert_close(scaling.noise, torch.log(SIGMA / 2))
-    assert (scaling.skip, scaling.into) == (1.0, 1.0)
-    assert torch.equal(scaling.out, SIGMA)
-    assert VEPrecond().levels == (0.02, 100.0)
-
-
-@pytest.mark.parametrize("precond", [EDMPrecond(), VPPrecond(), VEPrecond()])
-def test_a_denoiser_leaves_an_image_without_noise_as_it_is(precond: Precond) -> None:
+@pytest.mark.parametrize("precond", [edm.EDMPrecond(), edm.VPPrecond(), edm.VEPrecond()])
+def test_a_denoiser_leaves_an_image_without_noise_as_it_is(precond: edm.Precond) -> None:
     scaling = precond(torch.tensor([1e-6], dtype=torch.float64))
     assert float(torch.as_tensor(scaling.skip)) == pytest.approx(1, abs=1e-9)
     assert float(scaling.out) == pytest.approx(0, abs=1e-5)
 
 
-def test_levels_of_no_limit_are_the_default_of_edm() -> None:
-    network = build_edm("edm", TINY_SONG)
-    assert (network.sigma_min, network.sigma_max) == (0.0, float("inf"))
-
-
-def denoise(network: edm.EDM, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = wave(2, network.img_channels, 8, 8).to(dtype)
-    sigma = torch.tensor([0.3, 5.0], dtype=dtype)
-    return network(x, sigma, class_condition(torch.tensor([0, 2]), 3))
-
-
-@pytest.mark.parametrize(
-    "arguments", [TINY_SONG, TINY_NCSN, TINY_ADM], ids=["song", "ncsn", "adm"]
-)
+@KINDS
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 2e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)],
@@ -87,15 +71,15 @@ def test_a_network_in_another_dtype_agrees_to_its_precision(
 ) -> None:
     network = twin(precond, arguments)
     exact = denoise(network)
+    noise, labels = torch.tensor([3.21, 987.6]), torch.eye(3)[:2]
+    embedded = network.model.embed(noise, labels, None)
     got = denoise(network.cast(dtype))
     assert network.dtype == dtype
     assert got.dtype == torch.float32
     assert (got - exact).norm() / exact.norm() < tolerance
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_the_estimate_has_the_dtype_of_the_state(dtype: torch.dtype) -> None:
-    assert denoise(twin("edm", TINY_SONG), dtype).dtype == dtype
+    if dtype != torch.float64:  # the noise embedding keeps its precision
+        assert torch.equal(network.model.embed(noise, labels, None), embedded)
+    assert denoise(network, dtype).dtype == dtype
 
 
 def test_a_float64_state_around_a_float64_network_is_exact_to_float64() -> None:
@@ -107,44 +91,43 @@ def test_a_float64_state_around_a_float64_network_is_exact_to_float64() -> None:
     torch.testing.assert_close(network(x, sigma), expected, rtol=1e-14, atol=1e-14)
 
 
-def test_one_level_for_all_is_that_level_for_each() -> None:
-    network, x = twin("edm", TINY_SONG), wave(2, 1, 8, 8)
-    assert torch.equal(network(x, torch.tensor(0.5)), network(x, torch.tensor([0.5, 0.5])))
-
-
-def test_no_class_is_the_null_of_guidance() -> None:
+def test_no_class_is_the_null_of_guidance_and_one_level_is_that_of_all() -> None:
     network, x, sigma = twin("edm", TINY_SONG), wave(2, 1, 8, 8), torch.tensor([0.3, 5.0])
     cond = class_condition(torch.tensor([0, 2]), 3)
     assert cond is not None
     assert cond.null is not None
-    null = edm.Condition(cond.null)
-    assert torch.equal(network(x, sigma), network(x, sigma, null))
+    assert torch.equal(network(x, sigma), network(x, sigma, Condition(cond.null)))
     assert not torch.equal(network(x, sigma), network(x, sigma, cond))
+    assert torch.equal(network(x, torch.tensor(0.5)), network(x, torch.tensor([0.5, 0.5])))
 
 
-@pytest.mark.parametrize("bad", [3, -1, 100])
-def test_a_class_out_of_range_is_refused(bad: int) -> None:
-    with pytest.raises(ValueError, match=f"class {bad} is out of range; choose 0 to 2"):
-        class_condition(torch.tensor([0, bad]), 3)
-
-
-def test_a_class_for_an_unconditional_network_is_refused() -> None:
+def test_classes_labels_and_images_that_do_not_fit_are_refused() -> None:
+    network = twin("edm", TINY_SONG)
+    for bad in (3, -1, 100):
+        with pytest.raises(ValueError, match=f"class {bad} is out of range; choose 0 to 2"):
+            class_condition(torch.tensor([0, bad]), 3)
     with pytest.raises(ValueError, match="takes no classes"):
         class_condition(torch.tensor([0]), 0)
-
-
-def test_labels_and_images_of_another_size_are_refused() -> None:
-    network = twin("edm", TINY_SONG)
     with pytest.raises(ValueError, match=r"class_labels are \[2, 4\], the network takes \[2, 3\]"):
         network(wave(2, 1, 8, 8), torch.ones(2), class_condition(torch.tensor([0, 3]), 4))
     with pytest.raises(ValueError, match=r"x is \[2, 3, 8, 8\], but the network takes \[B, 1"):
         network(wave(2, 3, 8, 8), torch.ones(2))
 
 
+def test_the_shipped_network_tells_its_classes_apart() -> None:
+    network = load_edm(ROOT / "src" / "models" / "fashion-mnist-32")
+    noise = torch.randn((1, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    x = (80 * noise).expand(10, 1, 32, 32)
+    means = network(x, torch.full((10,), 80.0), class_condition(torch.arange(10), 10))
+    distances = torch.cdist(means.flatten(1), means.flatten(1)) + 99 * torch.eye(10)
+    assert distances.min() > 1.5  # of 32 x 32 pixels in [-1, 1]
+
+
+# --- folders of ours ------------------------------------------------------------------------
+
+
+@KINDS
 @pytest.mark.parametrize("precond", ["edm", "vp", "ve"])
-@pytest.mark.parametrize(
-    "arguments", [TINY_SONG, TINY_NCSN, TINY_ADM], ids=["song", "ncsn", "adm"]
-)
 def test_a_saved_network_comes_back_bit_by_bit(
     tmp_path: Path, precond: str, arguments: dict[str, Any]
 ) -> None:
@@ -158,80 +141,49 @@ def test_a_saved_network_comes_back_bit_by_bit(
 
 
 def test_half_the_bytes_are_written_when_asked_for(tmp_path: Path) -> None:
-    network = twin("edm", TINY_SONG)
+    network = twin("ve", TINY_NCSN)
     for name, dtype in (("full", torch.float32), ("half", torch.float16)):
         save_edm(tmp_path / name, network, dtype=dtype, about={"dataset": "none"})
     sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("half", "full")]
     assert sizes[0] < 0.6 * sizes[1]
-    exact = denoise(network)
-    assert (denoise(load_edm(tmp_path / "half")) - exact).norm() / exact.norm() < 1e-2
+    half, exact = load_edm(tmp_path / "half"), denoise(network)
+    assert half.dtype == torch.float32
+    assert (denoise(half) - exact).norm() / exact.norm() < 1e-2
+    noise = torch.tensor([3.21, 987.6])  # frequencies keep their precision
+    assert torch.equal(half.model.map_noise(noise), network.model.map_noise(noise))
+    bfloat = load_edm(tmp_path / "half", dtype=torch.bfloat16)
+    assert bfloat.dtype == torch.bfloat16
+    assert bfloat.model.map_layer0.weight.dtype == torch.float32
 
 
-def test_the_dtype_asked_for_is_what_the_network_runs_in(tmp_path: Path) -> None:
-    save_edm(tmp_path, twin("edm", TINY_SONG), dtype=torch.float16)
-    assert load_edm(tmp_path).dtype == torch.float32
-    network = load_edm(tmp_path, dtype=torch.bfloat16)
-    assert network.dtype == torch.bfloat16
-    assert network.model.map_layer0.weight.dtype == torch.float32
+def change_config(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-@pytest.mark.parametrize("arguments", [TINY_SONG, TINY_NCSN], ids=["positional", "fourier"])
-def test_half_precision_leaves_the_noise_embedding_untouched(
-    tmp_path: Path, arguments: dict[str, Any]
-) -> None:
-    network = twin("vp", arguments)
-    noise, labels = torch.tensor([3.21, 987.6]), torch.eye(3)[:2]
-    exact = network.model.embed(noise, labels, None)
-    assert torch.equal(network.cast(torch.bfloat16).model.embed(noise, labels, None), exact)
-    save_edm(tmp_path, twin("vp", arguments), dtype=torch.float16)
-    stored = load_edm(tmp_path).model.map_noise(noise)
-    assert torch.equal(stored, network.model.map_noise(noise))
+def change_tensors(path: Path, **entries: Tensor | None) -> None:
+    state = {**load(path.read_bytes()), **entries}
+    path.write_bytes(save({k: v for k, v in state.items() if v is not None}))
 
 
-def break_file(path: Path, change: dict[str, Any]) -> None:
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | change))
-
-
-def drop_tensor(folder: Path) -> None:
-    edit_tensors(folder, lambda state: state.pop("model.map_layer0.bias"))
-
-
-def edit_tensors(folder: Path, edit: Any) -> None:
-    path = folder / "model.safetensors"
-    state = load(path.read_bytes())
-    edit(state)
-    path.write_bytes(save(state))
-
-
+BIAS = "model.map_layer0.bias"
+NAN = torch.full((32,), float("nan"))
 BREAKS = {
-    "no-config": (lambda f: (f / "config.json").unlink(), "cannot read config.json"),
-    "no-weights": (lambda f: (f / "model.safetensors").unlink(), "cannot read model.safetensors"),
-    "no-json": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-    "bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not JSON"),
-    "a-list": (lambda f: (f / "config.json").write_text("[]"), "not a network of format 1"),
-    "format": (lambda f: break_file(f / "config.json", {"format": 9}), "of format 1"),
-    "class": (lambda f: break_file(f / "config.json", {"class": "X"}), "unknown precond.* 'X'"),
-    "arguments": (lambda f: break_file(f / "config.json", {"arguments": {}}), "needs img_resol"),
-    "truncated": (
-        lambda f: (f / "model.safetensors").write_bytes(
-            (f / "model.safetensors").read_bytes()[:-9]
-        ),
-        "not a safetensors file",
-    ),
-    "missing": (drop_tensor, "lacks model.map_layer0.bias, for a EDMPrecond"),
-    "foreign": (
-        lambda f: edit_tensors(f, lambda s: s.update(extra=torch.zeros(1))),
-        "has a foreign extra",
-    ),
+    "no config": (lambda c, _: c.unlink(), "cannot read config.json"),
+    "no weights": (lambda _, w: w.unlink(), "cannot read model.safetensors"),
+    "no json": (lambda c, _: c.write_text("{"), "config.json: not JSON"),
+    "bytes": (lambda c, _: c.write_bytes(b"\xff\xfe\x00"), "not JSON"),
+    "a list": (lambda c, _: c.write_text("[]"), "not a network of format 1"),
+    "format": (lambda c, _: change_config(c, format=9), "of format 1"),
+    "class": (lambda c, _: change_config(c, **{"class": "X"}), "unknown precond.* 'X'"),
+    "arguments": (lambda c, _: change_config(c, arguments={}), "needs img_resol"),
+    "truncated": (lambda _, w: w.write_bytes(w.read_bytes()[:-9]), "not a safetensors file"),
+    "missing": (lambda _, w: change_tensors(w, **{BIAS: None}), f"lacks {BIAS}, for a EDMPrecond"),
+    "foreign": (lambda _, w: change_tensors(w, extra=torch.ones(1)), "has a foreign extra"),
     "shape": (
-        lambda f: edit_tensors(f, lambda s: s.update({"model.map_layer0.bias": torch.zeros(3)})),
-        r"model.map_layer0.bias is \[3\] in the file, must be \[32\]",
+        lambda _, w: change_tensors(w, **{BIAS: torch.zeros(3)}),
+        rf"{BIAS} is \[3\] in the file, must be \[32\]",
     ),
-    "nan": (
-        lambda f: edit_tensors(f, lambda s: s["model.map_layer0.bias"].fill_(float("nan"))),
-        "model.map_layer0.bias holds values that are no finite floats",
-    ),
+    "nan": (lambda _, w: change_tensors(w, **{BIAS: NAN}), f"{BIAS} holds values that are no fin"),
 }
 
 
@@ -239,49 +191,167 @@ BREAKS = {
 def test_a_broken_folder_is_one_line_that_says_where(tmp_path: Path, name: str) -> None:
     save_edm(tmp_path, twin("edm", TINY_SONG))
     spoil, message = BREAKS[name]
-    spoil(tmp_path)
+    spoil(tmp_path / "config.json", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as caught:
         load_edm(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_wrong_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no network at .*nowhere"):
-        load_edm(tmp_path / "nowhere")
+# --- NVIDIA's pickles -------------------------------------------------------------------------
+
+
+def as_nvidia(module: nn.Module, name: str = "", *args: Any, **kwargs: Any) -> nn.Module:
+    """The same module of classes that are persistent as NVIDIA's are; containers are torch's."""
+    if isinstance(module, nn.ModuleDict):
+        return nn.ModuleDict({k: as_nvidia(child) for k, child in module.items()})
+
+    class Published(nn.Module):
+        def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+            super().__init__()
+
+    Published.__name__ = name or type(module).__name__
+    copy, kept = nvidia.persistent(Published)(*args, **kwargs), module.state_dict()
+    for key, value in module.named_parameters(recurse=False):
+        copy.register_parameter(key, nn.Parameter(value.detach()))
+    for key, value in module.named_buffers(recurse=False):
+        if key in kept:
+            copy.register_buffer(key, value)
+    for key, child in module.named_children():
+        kind = module.arguments["model_type"] if isinstance(module, EDM) else ""
+        copy.add_module(key, as_nvidia(child, kind))
+    return copy
+
+
+@nvidia.persistent
+class AugmentPipe(nn.Module):
+    """What training snapshots carry beside the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("Hz_geom", torch.ones(3))
+        self.p = 0.12
+
+
+def snapshot(network: EDM, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The content of a published file: the network and its neighbours."""
+    return {
+        "ema": as_nvidia(network, network.class_name, *args, **kwargs),
+        "loss_fn": nvidia.EPD_loss(P_mean=-1.2, sigma_data=0.5),
+        "augment_pipe": AugmentPipe(),
+        "optimizer": torch.optim.Adam(network.parameters()),
+        "dataset_kwargs": {"path": "data.zip", "use_labels": True, "resolution": 8},
+    }
+
+
+def written(folder: Path, content: Any, **options: Any) -> Path:
+    path = folder / "net.pkl"
+    path.write_bytes(nvidia.dumps(content, **options))
+    return path
+
+
+PICKLED = [
+    *((TINY_SONG, "edm", protocol, "cpu") for protocol in (2, 3, 5)),
+    *((arguments, "vp", 4, "cuda:0") for arguments in (TINY_SONG, TINY_NCSN, TINY_ADM)),
+    *((arguments, "ve", 4, "cpu") for arguments in (TINY_NCSN, TINY_ADM)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "precond", "protocol", "device"), PICKLED)
+def test_a_network_pickle_loads_with_its_numbers(
+    tmp_path: Path, arguments: dict[str, Any], precond: str, protocol: int, device: str
+) -> None:
+    network = twin(precond, arguments)
+    content = snapshot(network, **arguments)
+    again = load_edm(written(tmp_path, content, protocol=protocol, device=device))
+    assert torch.equal(denoise(again), denoise(network))
+    assert (again.class_name, again.arguments) == (network.class_name, network.arguments)
+
+
+def test_arguments_by_position_defaults_and_half_weights_are_understood(tmp_path: Path) -> None:
+    arguments = {**TINY_SONG, "beta_d": 10.0, "use_fp16": True}
+    network = twin("vp", arguments)
+    outer = ("img_resolution", "img_channels", "label_dim", "use_fp16", "beta_d")
+    rest = {k: v for k, v in arguments.items() if k not in (*outer, "model_type")}
+    path = written(tmp_path, snapshot(network, *(arguments[k] for k in outer), **rest))
+    assert load_edm(path).precond == network.precond
+    assert torch.equal(denoise(load_edm(path)), denoise(network))
+    endless = {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5}
+    network = twin("edm", TINY_SONG)
+    for p in network.parameters():
+        p.data = p.data.half()
+    again = load_edm(written(tmp_path, snapshot(network, **TINY_SONG, **endless)))
+    assert (again.dtype, again.sigma_max) == (torch.float32, float("inf"))
+    assert torch.equal(denoise(again), denoise(network.cast(torch.float32)))
+
+
+def spoiled(name: str, value: object) -> dict[str, Any]:
+    """A snapshot with another entry in the state of its network."""
+    model = as_nvidia(twin("edm", TINY_SONG), "EDMPrecond", **TINY_SONG)
+    vars(model)[name] = value
+    return {"ema": model}
+
+
+KWARGS, SONG = "_init_kwargs", TINY_SONG
+CASES = {
+    "unknown class": (
+        lambda: {"ema": as_nvidia(twin("edm", SONG), "iDDPMPrecond")},
+        "class 'iDDPMPrecond'; known: EDMPrecond",
+    ),
+    "no ema": (lambda: {"net": 1}, 'no network under "ema"'),
+    "a list": (lambda: [1, 2], 'no network under "ema"'),
+    "a number": (lambda: {"ema": 1}, 'no network under "ema"'),
+    "no modules": (lambda: spoiled("_modules", {}), "lacks model.dec"),
+    "odd modules": (lambda: spoiled("_modules", 3), "lacks model.dec"),
+    "odd child": (lambda: spoiled("_modules", {"model": 3}), "lacks model.dec"),
+    "odd init": (lambda: spoiled(KWARGS, 3), "does not tell its init arguments"),
+    "no init": (lambda: spoiled(KWARGS, {}), "needs img_resolution, img_channels"),
+    "long init": (lambda: spoiled("_init_args", (1,) * 20), "takes 8 arguments by position"),
+    "size": (lambda: spoiled(KWARGS, {**SONG, "model_channels": 16}), "in the file, must be"),
+    "huge": (lambda: spoiled(KWARGS, {**SONG, "model_channels": 1 << 20}), "in the file, must"),
+    "odd argument": (lambda: spoiled(KWARGS, {**SONG, "hue": 1}), "takes no argument 'hue'"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pickle_without_our_kind_of_network_is_one_line_that_says_why(
+    tmp_path: Path, name: str
+) -> None:
+    make, message = CASES[name]
+    path = written(tmp_path, make())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_edm(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_converts_a_pickle_to_a_folder_without_loss(tmp_path: Path) -> None:
+    network = twin("vp", TINY_SONG)
+    source = written(tmp_path, snapshot(network, **TINY_SONG))
+    for target in ("one", "two"):
+        arguments = ["convert", str(source), str(tmp_path / target)]
+        result = CliRunner().invoke(edm.main, arguments)
+        assert result.exit_code == 0, result.output
+        assert "VPPrecond" in result.output
+        source = tmp_path / target
+    assert torch.equal(denoise(load_edm(source)), denoise(network))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sigma_data": "x"}, "sigma_data must be a number from 0, not 'x'"),
-        ({"sigma_data": -1.0}, "sigma_data must be a number"),
-        ({"use_fp16": 1}, "use_fp16 must be true or false"),
-    ],
+    ("source", "target", "words"),
+    [("no.pkl", "out", "no network at"), ("one", "two.pkl", "only read: name a folder")],
 )
-def test_wrong_arguments_of_the_preconditioning_are_refused(
-    change: dict[str, Any], message: str
+def test_the_command_says_in_one_line_what_is_wrong(
+    tmp_path: Path, source: str, target: str, words: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_edm("edm", {**TINY_SONG, **change})
-
-
-def test_the_command_converts_both_ways_without_loss(tmp_path: Path) -> None:
-    network = twin("vp", TINY_SONG)
-    save_edm(tmp_path / "one", network)
-    for source, target in (("one", "two"), ("two", "three")):
-        args = ["convert", str(tmp_path / source), str(tmp_path / target)]
-        result = CliRunner().invoke(edm.main, args)
-        assert result.exit_code == 0, result.output
-        assert "VPPrecond" in result.output
-    assert torch.equal(denoise(load_edm(tmp_path / "three")), denoise(network))
-    for name in ("config.json", "model.safetensors"):
-        first, last = (tmp_path / "one" / name), (tmp_path / "three" / name)
-        assert first.read_bytes() == last.read_bytes()
-
-
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
-    result = CliRunner().invoke(edm.main, ["convert", str(tmp_path / "no.pkl"), str(tmp_path)])
+    arguments = ["convert", str(tmp_path / source), str(tmp_path / target)]
+    result = CliRunner().invoke(edm.main, arguments)
     assert result.exit_code == 1
-    assert result.output.startswith("Error: no network at")
+    assert result.output.startswith("Error: ")
+    assert words in result.output
     assert result.output.count("\n") == 1
