@@ -119,7 +119,7 @@ def test_a_seed_that_diverges_is_named(sample: Sample, monkeypatch: pytest.Monke
     def decode(x: torch.Tensor) -> torch.Tensor:
         return torch.where(torch.arange(len(x)).reshape(-1, 1, 1, 1) == 1, torch.nan, x)
 
-    monkeypatch.setattr("backends.pixels.pixels", decode)
+    monkeypatch.setattr("backends.edm.pixels", decode)
     result = sample("--num_steps", "2", "--seeds", "7,8,9")
     assert "seed 8 became NaN" in result.output.splitlines()[-1]
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from backends.edm import EDM, build_edm, load_edm, save_edm
+from backends.edm import EDM, build_edm, load_edm, rows, save_edm
 from backends.edm_networks import initialise
-from backends.edm_precond import rows
 from exps.build.fashion_data import FOLDER, load_split, rows_of
 from exps.build.fit_network import Plan, fit_network, training
 from rewards.fashion import CLASSES
