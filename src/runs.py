@@ -196,8 +196,8 @@ class Run:
             for old in checkpoints(folder)[self.keep :]:
                 old.unlink(missing_ok=True)
 
-    def newest(self) -> tuple[Path, dict[str, Any]]:
-        """The newest whole checkpoint and its content; the log names each that is damaged.
+    def newest(self, say: Callable[[str], object] | None = None) -> tuple[Path, dict[str, Any]]:
+        """The newest whole checkpoint and its content; `say`, or the log, names damaged ones.
 
         Raises ValueError where there is none.
         """
@@ -207,7 +207,7 @@ class Run:
                 return path, read_sealed(path)
             except ValueError as error:
                 broken.append(path.name)
-                self.log(f"{error}: going back to the one before")
+                (say or self.log)(f"{error}: going back to the one before")
         if broken:
             raise ValueError(f"{folder} has no checkpoint that is whole ({', '.join(broken)})")
         raise ValueError(f"{folder} has no checkpoint: start without --resume")

@@ -1,45 +1,209 @@
-"""What a run of PPO is told: a file of YAML and overrides -> `Config`, checked at once."""
+"""What a run of stage 2 is given: a file of YAML under overrides -> `Config`, checked at once.
+
+Each key stands beside its bound, and README.md says what every key does. Where None is the
+default, the predictor's recipe or the model's family decides.
+"""
 
 import dataclasses
+import math
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from solvers.predictor import typed
+from solvers.predictor import FLOW_BACKENDS, SCHEDULES, Recipe
 from src.files import nearest, read_text
-from training.ppo.checks import check_against, check_ranks, checked, leaves
-from training.ppo.sections import (
-    BackendOptions,
-    Config,
-    Data,
-    Logging,
-    Model,
-    Multi,
-    Ppo,
-    RewardSettings,
-    Run,
-)
+from src.options import DTYPES
+from src.runs import NAME
+from src.seeds import MAX_SEED
 
-__all__ = [
-    "BackendOptions",
-    "Config",
-    "Data",
-    "Logging",
-    "Model",
-    "Multi",
-    "Ppo",
-    "RewardSettings",
-    "Run",
-    "check_against",
-    "check_ranks",
-    "leaves",
-    "load_config",
-]
+EXAMPLE = "training/ppo/cfgs/sd3_512.yaml"
+MULTI = "multi"
+PROMPTS = "src/prompts/train.txt"
+MODELS = {
+    "ldm": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
+"""The usual model of a backend, for files of the published code, which name none."""
+PUBLISHED = {
+    "model_id": "model",
+    "model_name_or_path": "model",
+    "resolution": "resolution",
+    "torch_dtype": "backend_options.dtype",
+    "enable_model_cpu_offload": "backend_options.cpu_offload",
+}
+"""Names in the published `model.backend_options`, and where the value stands here."""
+
+UNBOUNDED = {"low": -math.inf, "above": -math.inf, "high": math.inf}
+NOT_NEGATIVE = UNBOUNDED | {"low": 0}
+
+
+def key(
+    default: Any,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    of: Sequence[str] = (),
+) -> Any:
+    """A key's default with its bounds (`above` itself is out) or its choices."""
+    about = {"low": low, "above": above, "high": high, "of": tuple(of)}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where training starts, and the prompts that it sees and never sees."""
+
+    predictor_snapshot: str
+    prompt_csv: str | None = None  # None: PROMPTS
+    heldout_prompts: str | None = None  # None: as many of prompt_csv as evaluations need
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a model is opened; the names are those of sample.py's options."""
+
+    dtype: str = key("float32", of=tuple(DTYPES))
+    model_config: str | None = None
+    negative_prompt: str | None = None
+    cpu_offload: bool = False
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    release_encoders: bool = False
+    points_chunk: int | None = key(None, low=1)
+    max_batch_size: int = key(16, low=1)  # images denoised at once on a rank
+    decode_batch: int = key(8, low=1)  # latents decoded at once
+    flowmatch_mu: float | None = None  # must be the predictor's, as all below
+    flowmatch_shift: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The backbone and the grid; what is given must be as in the predictor's recipe."""
+
+    model: str | None = None  # folder, file, or name on the hub; None: MODELS
+    dataset_name: str | None = None
+    backend: str | None = None
+    resolution: int | None = key(None, low=1)
+    guidance_type: str | None = key(None, of=("cfg",))
+    guidance_rate: float | None = key(None, low=0)
+    schedule_type: str | None = key(None, of=SCHEDULES)
+    schedule_rho: float | None = key(None, above=0)
+    num_steps: int | None = key(None, low=2)
+    num_points: int | None = key(None, low=1)
+    backend_options: BackendOptions = field(default_factory=BackendOptions)
+
+
+@dataclass(frozen=True)
+class Multi:
+    """Weights by reward, of `type: multi`; of weight zero are neither loaded nor needed."""
+
+    weights: dict[str, float] = field(default_factory=dict, metadata=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What the policy is raised by, and what is only looked at."""
+
+    type: str
+    multi: Multi = field(default_factory=Multi)
+    batch_size: int = key(8, low=1)  # images scored at once
+    weights_path: str | dict[str, str] | None = None  # of the one reward, or by name
+    enable_amp: bool = False
+    judges: list[str] = field(default_factory=list)  # scored at evaluations, never trained on
+
+    @property
+    def name(self) -> str:
+        """The reward as `rewards.registry` calls it: `hps`, or `multi:hps=1.0,clip=0.5`."""
+        if self.type != MULTI or not self.multi.weights:
+            return self.type
+        return MULTI + ":" + ",".join(f"{n}={w}" for n, w in self.multi.weights.items())
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """The policy and its training; numbers of images are over all ranks together."""
+
+    steps: int = key(1000, low=1)
+    rollout_batch_size: int = key(16, low=2)
+    rloo_k: int = key(4, low=2)
+    ppo_epochs: int = key(1, low=1)
+    minibatch_size: int = key(4, low=1)
+    learning_rate: float = key(7e-5, above=0, high=1)
+    clip_range: float = key(0.2, above=0, high=1)
+    kl_coef: float = key(0.0, low=0)
+    entropy_coef: float = key(0.0, low=0)
+    max_grad_norm: float = key(1.0, above=0)
+    dirichlet_concentration: float = key(10.0, above=0)
+    decode_rgb: bool = True
+    method: str = key("ppo", of=("ppo", "cma", "quotients"))
+    baseline: str = key("rloo", of=("rloo", "james-stein", "mixed"))
+    grouping: str = key("crn", of=("crn", "prompt", "mixed"))
+    antithetic: bool = False
+    train_points: bool = True
+    train_weights: bool = True
+    train_grid: bool = False
+    train_scale_dir: bool = False
+    train_scale_time: bool = False
+    train_guidance: bool = False
+    scale_std: float = key(0.05, above=0, high=1)
+    guidance_std: float = key(0.15, above=0, high=1)
+    grid_concentration: float = key(200.0, above=0)
+    effect: float = key(0.03, above=0, high=1)
+    learning_by_interval: list[float] = field(default_factory=list, metadata=NOT_NEGATIVE)
+    entropy_by_interval: list[float] = field(default_factory=list, metadata=NOT_NEGATIVE)
+    pull_coef: float = key(0.0, low=0)
+    eval_interval: int = key(50, low=0)
+    eval_prompts: int = key(32, low=2)
+    eval_seeds: int = key(1, low=1)
+    early_stop: int = key(0, low=0)
+    watch: str | None = None
+    nonfinite_budget: int = key(16, low=0)
+
+
+@dataclass(frozen=True)
+class Logging:
+    """How often a run writes its numbers, and what it keeps."""
+
+    log_interval: int = key(1, low=1)
+    save_interval: int = key(50, low=1)
+    keep_last: int = key(3, low=1)
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run writes, and the seed that all its randomness hangs on."""
+
+    run_name: str = "ppo"
+    output_root: str = "exps"
+    seed: int = key(0, low=0, high=MAX_SEED)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A file of training/ppo/cfgs."""
+
+    data: Data
+    reward: RewardSettings
+    model: Model = field(default_factory=Model)
+    ppo: Ppo = field(default_factory=Ppo)
+    logging: Logging = field(default_factory=Logging)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+# --- reading ------------------------------------------------------------------------------
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -49,70 +213,199 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     that cannot be read, a key that is unknown, missing or of another type, a number out of range
     or NaN, and settings that contradict each other.
     """
-    layers = (parsed(read_text(path), str(path)), *(override(text) for text in overrides))
+    for text in overrides:
+        name, equals, _ = text.partition("=")
+        if not equals or "." not in name or not all(name.split(".")):
+            raise ValueError(f"--override {text!r} is not section.key=value: ppo.steps=100, say")
+    text = read_text(path)
+    layers = [parsed(partial(OmegaConf.create, text), f"{path} is not YAML that can be read")]
+    for text in overrides:
+        make = partial(OmegaConf.from_dotlist, [text])
+        layers.append(parsed(make, f"--override {text!r} cannot be read"))
+    if not OmegaConf.is_dict(layers[0]):
+        raise ValueError(f"{path} holds no sections: see {EXAMPLE}")
     try:
-        merged = OmegaConf.merge(*layers)
-        check_keys(OmegaConf.to_container(merged, resolve=True))
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key} is missing: give it in {path}") from error
+        tree: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(f"{error.full_key or path}: {said}") from error
-    assert isinstance(found, Config)
-    return checked(found)
+        raise ValueError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
+    config = build(Config, with_our_names(tree))
+    check_settings(config)
+    return config
 
 
-def parsed(text: str, name: str) -> Any:
-    """YAML as a tree of OmegaConf; ValueError where it is broken or no sections."""
+def parsed(make: Callable[[], Any], wrong: str) -> Any:
+    """A tree of OmegaConf; ValueError, which begins with `wrong`, where it is broken."""
     try:
-        tree = OmegaConf.create(text)
+        return make()
     except (YAMLError, OmegaConfBaseException) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{name} is not YAML that can be read: {said}") from error
-    if not isinstance(OmegaConf.to_container(tree), dict):
-        raise ValueError(f"{name} holds no sections: see training/ppo/cfgs/sd3_512.yaml")
+        raise ValueError(f"{wrong}: {' '.join(str(error).split())}") from error
+
+
+def with_our_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with what PUBLISHED names at our places, where those are empty."""
+    model: Any = tree.get("model")
+    options: Any = model.get("backend_options") if isinstance(model, dict) else None
+    for name, place in PUBLISHED.items():
+        if isinstance(options, dict) and name in options:
+            section = options if place.startswith("backend_options.") else model
+            section.setdefault(place.rpartition(".")[2], options.pop(name))
     return tree
 
 
-def override(text: str) -> Any:
-    """`section.key=value` as a tree; ValueError for anything else."""
-    key, equals, _ = text.partition("=")
-    if not equals or "." not in key or not all(key.split(".")):
-        raise ValueError(f"--override {text!r} is not section.key=value: ppo.steps=100, say")
-    try:
-        return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"--override {text!r} cannot be read: {said}") from error
-
-
-def check_keys(tree: Any, kind: type = Config, above: str = "") -> None:
-    """ValueError for a key that is not there, naming the nearest, and a value of another type."""
+def build(kind: Any, tree: Any, above: str = "") -> Any:
+    """A section of nested dicts; ValueError by the key's name for whatever is wrong in it."""
     hints = typing.get_type_hints(kind)
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        if key not in hints:
-            near = nearest(name, [above + known for known in hints])
-            raise ValueError(f"unknown key {name!r}: did you mean {near}?")
-        if not dataclasses.is_dataclass(hints[key]):
-            check_type(name, value, hints[key])
-        elif isinstance(value, Mapping):
-            check_keys(value, typing.cast(type, hints[key]), f"{name}.")
-        else:
-            keys = ", ".join(f.name for f in dataclasses.fields(hints[key]))
-            raise ValueError(f"{name} {value!r} is no section: it has the keys {keys}")
+    if not isinstance(tree, dict):
+        keys = ", ".join(hints)
+        raise ValueError(f"{above[:-1]} {tree!r} is no section: it has the keys {keys}")
+    for name in tree:
+        if name not in hints:
+            near = nearest(f"{above}{name}", [above + other for other in hints])
+            raise ValueError(f"unknown key '{above}{name}': did you mean {near}?")
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        name, hint = above + entry.name, hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            values[entry.name] = build(hint, tree.get(entry.name, {}), f"{name}.")
+        elif entry.name in tree:
+            values[entry.name] = checked(name, tree[entry.name], hint, entry.metadata)
+        elif entry.default is entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name} is missing: see {EXAMPLE}")
+    return kind(**values)
 
 
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """ValueError where a value, or one inside of it, is of another type."""
-    if hint is Any:
-        return
-    typed(name, value, hint)
-    inside = typing.get_args(hint)
+def checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
+    """The value as the type of its key, ints as floats where floats belong.
+
+    Raises ValueError for another type, a number out of range, an unknown choice, empty text.
+    """
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    outers = [typing.get_origin(kind) or kind for kind in kinds]
+    if float in outers and type(value) is int:
+        value = float(value)
+    if type(value) not in outers:
+        wanted = " or ".join(o.__name__.replace("NoneType", "null") for o in outers)
+        raise ValueError(f"{name} is {str(value)[:80]!r}, where {wanted} belongs")
+    inner = typing.get_args(kinds[outers.index(type(value))])
     if isinstance(value, list):
-        for part in value:
-            typed(name, part, inside[0])
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            typed(f"{name}.{key}", part, inside[1])
+        return [checked(name, part, inner[0], about) for part in value]
+    if isinstance(value, dict):
+        return {str(k): checked(f"{name}.{k}", v, inner[1], about) for k, v in value.items()}
+    if isinstance(value, str):
+        check_text(name, value, about.get("of") or [value])
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_range(name, value, about)
+    return value
+
+
+def check_text(name: str, value: str, of: Sequence[str]) -> None:
+    """ValueError for text that is none of the choices, or empty."""
+    if value not in of:
+        said = f"did you mean {nearest(value, of)}? There are {', '.join(of)}"
+        raise ValueError(f"unknown {name} {value!r}: {said}")
+    if value == "" and name != "model.backend_options.negative_prompt":
+        raise ValueError(f"{name} is empty: give it, or leave the key out")
+
+
+def check_range(name: str, value: float, about: Mapping[str, Any]) -> None:
+    """ValueError for a number outside of its bounds; NaN and infinity always are."""
+    low, above, high = (about.get(name, end) for name, end in UNBOUNDED.items())
+    if not (math.isfinite(value) and low <= value <= high and above < value):
+        least = f"above {above:g}" if above > -math.inf else f"{low:g} or more"
+        said = least if high == math.inf else f"{least}, {high:g} at most"
+        raise ValueError(f"{name} {value} is out of range: {said}")
+
+
+# --- what must fit ------------------------------------------------------------------------
+
+
+def check_settings(config: Config) -> None:
+    """ValueError where settings contradict each other."""
+    ppo, reward, run = config.ppo, config.reward, config.run
+    batch, rewards = ppo.rollout_batch_size, (reward.type, reward.name, *reward.judges)
+    for name in ("rloo_k", "minibatch_size"):
+        size = getattr(ppo, name)
+        if batch % size:
+            said = f"ppo.{name} {size} does not divide ppo.rollout_batch_size {batch}"
+            raise ValueError(f"{said}: set ppo.rollout_batch_size={-(-batch // size) * size}")
+    wrong = {
+        "ppo.decode_rgb false cannot be: every reward looks at decoded images": not ppo.decode_rgb,
+        f"ppo.early_stop {ppo.early_stop} needs ppo.eval_interval above 0": ppo.early_stop
+        and not ppo.eval_interval,
+        f"ppo.rloo_k {ppo.rloo_k} is odd, and tables are drawn in pairs: make it even": (
+            ppo.antithetic or ppo.method == "quotients"
+        )
+        and ppo.rloo_k % 2,
+        f"ppo.method {ppo.method} compares tables on equal noise: set ppo.grouping=crn": (
+            ppo.method != "ppo" and ppo.grouping != "crn"
+        ),
+        f"ppo.watch {ppo.watch!r} is neither the reward nor a judge: {', '.join(rewards)}": (
+            ppo.watch is not None and ppo.watch not in rewards
+        ),
+        "reward.multi.weights are all 0: give one above 0": reward.multi.weights
+        and not any(reward.multi.weights.values()),
+        f"reward.weights_path {reward.weights_path!r} is one path for several: write hps: PATH": (
+            isinstance(reward.weights_path, str) and reward.type == MULTI
+        ),
+        f"run.run_name {run.run_name!r} cannot name a folder: letters, digits, '.', '_', '-'": (
+            not NAME.fullmatch(run.run_name)
+        ),
+    }
+    for said, holds in wrong.items():
+        if holds:
+            raise ValueError(said)
+
+
+def check_ranks(ppo: Ppo, ranks: int) -> None:
+    """ValueError where a rank would have no image."""
+    if ranks > ppo.rollout_batch_size:
+        said = f"{ranks} ranks are more than ppo.rollout_batch_size {ppo.rollout_batch_size}"
+        raise ValueError(f"{said}: lower --nproc_per_node, or raise it")
+
+
+def resolved(config: Config, recipe: Recipe) -> Config:
+    """The settings with what they leave to the predictor's recipe, or to the backend, filled in.
+
+    The size counts where the model takes one: recipes of LDMs give latents or another's size.
+
+    Raises ValueError, with both values, where settings and recipe disagree.
+    """
+    model, where = config.model, config.data.predictor_snapshot
+    names = "num_steps num_points schedule_type schedule_rho backend guidance_rate guidance_type"
+    theirs = {name: getattr(recipe, name) for name in names.split()}
+    if recipe.backend in FLOW_BACKENDS and recipe.img_resolution is not None:
+        theirs["resolution"] = recipe.img_resolution
+    shifts = {n: getattr(recipe, n) for n in ("flowmatch_mu", "flowmatch_shift")}
+    ranges = {n: getattr(recipe, n) for n in ("sigma_min", "sigma_max")}
+    inside = {f"backend_options.{n}": value for n, value in (shifts | ranges).items()}
+    for name, value in (theirs | inside).items():
+        section = model.backend_options if "." in name else model
+        ours = getattr(section, name.rpartition(".")[2])
+        if ours is not None and ours != value:
+            said = f"model.{name} {ours} is not that of {where}, which is {value}"
+            raise ValueError(f"{said}: set model.{name}={value}, or choose another predictor")
+    name = model.model or MODELS.get(recipe.backend)
+    if name is None:
+        raise ValueError(f"model.model is missing, and {recipe.backend} has no usual one: give it")
+    for name_by in ("learning_by_interval", "entropy_by_interval"):
+        count = len(getattr(config.ppo, name_by))
+        if count not in (0, recipe.num_steps - 1):
+            said = f"ppo.{name_by} has {count} numbers"
+            raise ValueError(f"{said}: {where} has {recipe.num_steps - 1} intervals")
+    data = replace(config.data, prompt_csv=config.data.prompt_csv or PROMPTS)
+    return replace(config, data=data, model=replace(model, model=name, **theirs))
+
+
+def leaves(section: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key by its dotted name, with its value."""
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{above}{entry.name}.")
+        else:
+            yield above + entry.name, value
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as a file that `load_config` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

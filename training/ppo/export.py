@@ -5,37 +5,42 @@ from pathlib import Path
 
 import click
 
-from solvers.predictor import save_predictor
+from solvers.predictor import from_content, save_predictor
 from src.options import OneLineCommand, one_line_errors
-from training.checkpoint import latest_checkpoint, read_sealed
-from training.ppo.state import exported
+from training.ppo.trainer import export_path, read_checkpoint
 
 
 @click.command(cls=OneLineCommand)
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), required=True, help="File, or run's folder."
-)
-@click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="A .pkl or .json to write."
-)
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File, or run's folder.")
+@click.option("--output", type=click.Path(path_type=Path), help="A .pkl or .json to write.")
 @one_line_errors
-def main(checkpoint: Path, output: Path) -> None:
+def main(run: Path | None, checkpoint: Path | None, output: Path | None) -> None:
     """Write the predictor of a checkpoint; of a run's folder, that of its newest whole one.
+
+    With RUN, a checkpoint is looked for in that folder, and the predictor goes to its export/.
 
     \b
     python -m training.ppo.export --checkpoint exps/RUN --output ours.pkl
+    python -m training.ppo.export exps/RUN --checkpoint checkpoints/checkpoint-00000100.pt
     """  # noqa: D301
-    if output.suffix not in (".pkl", ".json"):
+    if run is None and checkpoint is None:
+        raise ValueError("--checkpoint is missing: a file, or a run's folder")
+    if run is None and output is None:
+        raise ValueError("--output is missing: a .pkl or .json to write")
+    if output is not None and output.suffix not in (".pkl", ".json"):
         raise ValueError(f"--output {output}: a predictor's file ends in .pkl or .json")
-    path, content = checkpoint, {}
-    if checkpoint.is_dir():
-        inside = checkpoint / "checkpoints"
-        folder = inside if inside.is_dir() else checkpoint
-        path, content = latest_checkpoint(folder, partial(click.echo, err=True))
-    predictor = exported(content or read_sealed(path), str(path))
+    source = checkpoint or run
+    if run is not None and checkpoint is not None:
+        inside = (run / checkpoint, run / "checkpoints" / checkpoint)
+        source = next((path for path in inside if path.exists()), checkpoint)
+    assert source is not None
+    path, content = read_checkpoint(source, partial(click.echo, err=True))
+    predictor, step = from_content(content["predictor"]), content["step"]
+    output = output or export_path(run or source, step)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_predictor(predictor, output)
-    click.echo(f"{output}: step {predictor.recipe.training['ppo']['step']} of {path}")
+    click.echo(f"{output}: step {step} of {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m training.ppo.launch --config training/ppo/cfgs/sd3_512.yaml
 
 import dataclasses
 import os
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,21 +16,33 @@ import torch
 from tqdm import tqdm
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.load import family, find_model, load_backend
-from backends.methods import check_fit, predictor_method
+from backends.load import check_fit, find_model, load_backend
 from rewards.registry import ADAPTERS, Setup, load_rewards, parse
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
-from solvers.predictor import Predictor
+from solvers.predictor import Predictor, find_predictor, load_predictor
 from src import ranks
 from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand, one_line_errors
-from training.ppo.config import Config, check_ranks, load_config
-from training.ppo.data import predictor_of, prompts_of
-from training.ppo.runs import RESOLVED, check_same, find_run, keep_settings, new_folder, to_yaml
-from training.ppo.task import Task
-from training.ppo.trainer import Outcome, train
-from training.stop import Stop, Stopped
+from src.runs import Stop, Stopped, find_run, new_stamped_run
+from src.text import read_prompts
+from training.ppo.config import (
+    MULTI,
+    Config,
+    check_ranks,
+    leaves,
+    load_config,
+    resolved,
+    to_yaml,
+)
+from training.ppo.rollout import Task
+from training.ppo.trainer import SETTINGS, Outcome, run_of, train
+
+CLASSES = ("edm", "analytic")
+"""Backends whose prompts are class numbers."""
+FIXED = ("model.", "reward.type", "reward.multi.")
+MAY_MOVE = ("model.model", "model.backend_options.")
+"""What decides the images and their rewards stays; files may move. Checkpoints hold the rest."""
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -60,21 +73,29 @@ def main(
     changes = (*override, *([f"run.run_name={to_json(run_name)}"] if run_name else []))
     config, folder = settings(file, changes, resume)
     check_ranks(config.ppo, int(os.environ.get("WORLD_SIZE", "1")))
-    predictor = predictor_of(config)
-    prompts, held_out = prompts_of(config)
+    predictor = load_predictor(find_predictor(config.data.predictor_snapshot))
+    config = resolved(config, predictor.recipe)
+    if folder is not None:
+        check_same(config, folder)
+    prompts = prompts_of(config)
     if dry_run:
         click.echo(to_yaml(config), nl=False)
         for line in lacking(config):
             click.echo(f"before it can run: {line}", err=True)
         return
-    check_weights(config)
+    for line in lacking(config):
+        raise ValueError(line)
     device = ranks.init(device)
-    task = make_task(config, predictor, (prompts, held_out), device)
-    folder = folder or new_folder(config)
-    keep_settings(config, folder)
+    task = make_task(config, predictor, prompts, device)
+    if folder is None:
+        new = (
+            str(new_stamped_run(config.run.run_name, config.run.output_root))
+            if ranks.is_first()
+            else ""
+        )
+        folder = Path(ranks.gather_objects(new)[0])
     steps = min(max_steps or config.ppo.steps, config.ppo.steps)
-    here = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, steps=steps))
-    outcome = run(here, task, folder, resume)
+    outcome = run(config, steps, task, folder, resume)
     if ranks.is_first():
         click.echo(f"{outcome.steps} steps in {folder}; best: {outcome.best or 'not evaluated'}")
     ranks.close()
@@ -85,26 +106,68 @@ def settings(
 ) -> tuple[Config, Path | None]:
     """The settings, and the folder of the run that goes on, if one does.
 
-    Raises ValueError where neither a file nor a run tells them, or the two disagree.
+    Raises ValueError where neither a file nor a run has them.
     """
     given = load_config(file, changes) if file else None
     if resume is None:
         if given is None:
             raise ValueError("--config is missing: training/ppo/cfgs/sd3_512.yaml, say")
         return given, None
-    folder = find_run(resume, given)
-    config = given or load_config(folder / RESOLVED, changes)
-    check_same(config, folder)
-    return config, folder
+    root = Path(given.run.output_root if given else "exps")
+    name = given.run.run_name if given else "*"
+    folder = find_run(resume, root, settings=SETTINGS, name=name, checkpoints="checkpoints/*.pt")
+    return given or load_config(folder / SETTINGS, changes), folder
+
+
+def check_same(config: Config, folder: Path) -> None:
+    """ValueError, with both values, where a run would go on with other images or rewards."""
+    was = dict(leaves(load_config(folder / SETTINGS)))
+    for name, value in leaves(config):
+        fixed = name.startswith(FIXED) and not name.startswith(MAY_MOVE)
+        if fixed and value != was[name]:
+            said = f"{name} {value}: the run in {folder} has {was[name]}"
+            raise ValueError(f"{said}: leave it as it was, or start without --resume")
+
+
+# --- prompts ------------------------------------------------------------------------------
+
+
+def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """What is trained on, and what is held out: ppo.eval_prompts, evenly from their file, or all.
+
+    Without a file of their own they are drawn from the others by the seed, and taken out. Models
+    of classes have their numbers, one a line.
+    """
+    trained, held_out = texts_of(config)
+    if config.model.backend not in CLASSES:
+        return trained, held_out
+    for text in (*trained, *held_out):
+        if not text.isdecimal():
+            said = f"model.backend {config.model.backend} takes class numbers for prompts"
+            raise ValueError(f"{said}, not {text!r}: mend {config.data.prompt_csv}")
+    return tuple(map(int, trained)), tuple(map(int, held_out))
+
+
+def texts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The same as texts."""
+    data, wanted = config.data, config.ppo.eval_prompts
+    prompts = tuple(dict.fromkeys(read_prompts(str(data.prompt_csv))))
+    if data.heldout_prompts:
+        others = tuple(dict.fromkeys(read_prompts(data.heldout_prompts)))
+        both = set(prompts) & set(others)
+        if both:
+            said = f"{min(both)!r} is in {data.prompt_csv} and in {data.heldout_prompts}"
+            raise ValueError(f"{said}: held-out prompts are not trained on, drop it from one")
+        count = min(wanted, len(others))
+        return prompts, tuple(others[i * len(others) // count] for i in range(count))
+    if wanted >= len(prompts):
+        said = f"ppo.eval_prompts {wanted} leaves none of {data.prompt_csv}, which has"
+        raise ValueError(f"{said} {len(prompts)}: lower it, or give data.heldout_prompts")
+    held_out = random.Random(f"{config.run.seed} held out").sample(prompts, wanted)
+    return tuple(p for p in prompts if p not in set(held_out)), tuple(held_out)
 
 
 # --- weights ------------------------------------------------------------------------------
-
-
-def check_weights(config: Config) -> None:
-    """ValueError for the first thing that is not there, or plainly not whole."""
-    for line in lacking(config):
-        raise ValueError(line)
 
 
 def lacking(config: Config) -> Iterator[str]:
@@ -125,7 +188,7 @@ def check_rewards(config: Config) -> None:
 
 def check_model(config: Config) -> None:
     """ValueError for a model that is not here, or plainly not whole."""
-    path = find_model(local_model(config.model.model))
+    path = find_model(local_model(str(config.model.model)))
     wrong = broken(path) if path.exists() else ""
     if wrong:
         raise ValueError(f"model.model {path}: {wrong}")
@@ -135,20 +198,20 @@ def check_model(config: Config) -> None:
 
 def local_model(name: str) -> str:
     """A path or shipped name as it is; one of the table of weights by its name on the hub."""
-    known = [key for key, weight in BACKBONES.items() if weight.repo == name]
-    if Path(name).exists() or not known:
+    ours = [key for key, weight in BACKBONES.items() if weight.repo == name]
+    if Path(name).exists() or not ours:
         return name
-    return str(require(known[:1])[known[0]])
+    return str(require(ours[:1])[ours[0]])
 
 
 def weight_paths(config: Config) -> dict[str, str]:
     """reward.weights_path by the names of the table of weights; one path is the reward's own."""
-    told, name = config.reward.weights_path, config.reward.type
-    if isinstance(told, dict):
-        return {str(key): str(path) for key, path in told.items()}
-    if told and name not in ADAPTERS:
-        raise ValueError(f"reward.weights_path {told!r} does nothing for {name}: leave it out")
-    return {ADAPTERS[name].weights[0]: told} if told else {}
+    paths, name = config.reward.weights_path, config.reward.type
+    if isinstance(paths, dict):
+        return paths
+    if paths and name not in ADAPTERS:
+        raise ValueError(f"reward.weights_path {paths!r} does nothing for {name}: leave it out")
+    return {ADAPTERS[name].weights[0]: paths} if paths else {}
 
 
 # --- what is loaded -----------------------------------------------------------------------
@@ -160,19 +223,21 @@ def make_task(
     prompts: tuple[tuple[Prompt, ...], tuple[Prompt, ...]],
     device: torch.device,
 ) -> Task:
-    """The rewards, the model, and its method, loaded."""
+    """The rewards, the model, and the predictor's sampler on it, loaded."""
     reward, options = config.reward, config.model.backend_options
+    if reward.multi.weights and reward.type != MULTI:
+        click.echo(f"reward.multi.weights do nothing for reward.type {reward.type}", err=True)
     setup = Setup(device, reward.enable_amp, weight_paths(config))
     loaded = load_rewards([reward.name, *reward.judges], setup)
     trained = {reward.name: loaded[reward.name]}
     judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
     backend = open_backend(config, prompts, device)
     check_fit(predictor.recipe, backend)
-    method = predictor_method(predictor, backend.levels)
-    backend.guided(method.guidance_rate, backend.encode(prompts[0][:1]))
+    sampler = predictor.sampler(backend.levels)
+    backend.guided(sampler.strongest, backend.encode(prompts[0][:1]))
     return Task(
         backend,
-        dataclasses.replace(method, points_chunk=options.points_chunk),
+        sampler,
         predictor.recipe,
         partial(score_all, trained, batch=reward.batch_size),
         reward.name,
@@ -181,6 +246,7 @@ def make_task(
         seed=config.run.seed,
         batch=options.max_batch_size,
         decode_batch=options.decode_batch,
+        points_chunk=options.points_chunk,
     )
 
 
@@ -189,44 +255,42 @@ def open_backend(
 ) -> Backend:
     """The model; ValueError where it is of another family than the settings say."""
     texts = tuple(text for part in prompts for text in part if isinstance(text, str))
-    told = config.model.backend_options
-    side = config.model.resolution
+    given, side = config.model.backend_options, config.model.resolution
     options = ModelOptions(
         (side, side) if side else None,
-        told.negative_prompt,
-        told.model_config,
-        told.cpu_offload,
-        told.vae_tiling,
-        told.vae_slicing,
-        encode_first=texts if told.release_encoders else (),
+        given.negative_prompt,
+        given.model_config,
+        given.cpu_offload,
+        given.vae_tiling,
+        given.vae_slicing,
+        encode_first=texts if given.release_encoders else (),
     )
-    name = local_model(config.model.model)
-    backend = load_backend(name, device=device, dtype=DTYPES[told.dtype], options=options)
-    if family(backend) != config.model.backend:
+    name = local_model(str(config.model.model))
+    if given.dtype == "float16" and device.type == "cpu":
+        click.echo("float16 is slow on a CPU: model.backend_options.dtype=float32, say", err=True)
+    backend = load_backend(name, device=device, dtype=DTYPES[given.dtype], options=options)
+    if backend.family != config.model.backend:
         said = f"model.backend {config.model.backend} is not that of {name}"
-        raise ValueError(f"{said}, which is {family(backend)}: choose another model or backend")
+        raise ValueError(f"{said}, which is {backend.family}: choose another model or backend")
     return backend
 
 
-def run(config: Config, task: Task, folder: Path, resume: str | None) -> Outcome:
-    """Train; a signal ends the process after a checkpoint."""
-    stop = Stop()
-    told = Path(resume) if resume else None
-    start = told if told and told.is_file() else folder
+def run(config: Config, steps: int, task: Task, folder: Path, resume: str | None) -> Outcome:
+    """Train up to `steps`; a signal ends the process after a checkpoint."""
+    stop, logging = Stop(), config.logging
+    say = partial(tqdm.write, file=sys.stderr)
+    where = run_of(folder, say, logging)
+    where.write_settings(config)
+    start = Path(resume) if resume and Path(resume).is_file() else folder
+    ppo = dataclasses.replace(config.ppo, steps=steps)
     try:
         with stop.listening():
             return train(
-                task,
-                config.ppo,
-                config.logging,
-                folder,
-                resume=start if resume else None,
-                stop=stop,
-                say=partial(tqdm.write, file=sys.stderr),
+                task, ppo, logging, folder, resume=start if resume else None, stop=stop, say=say
             )
     except Stopped:
         ranks.close()
-        sys.exit(128 + (stop.signal or 15))
+        sys.exit(stop.exit_status)
 
 
 if __name__ == "__main__":

@@ -1,89 +1,94 @@
-"""The arithmetic of PPO with RLOO, as pure functions (arXiv:2512.22796; docs in the functions).
+"""The arithmetic of stage 2, as pure functions: baselines, advantages, PPO's loss.
 
-G groups of k images each, B images in all.
+G groups of k images each, B images in all. A reward that is not finite is no part of anything.
 """
 
-import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from training.ppo.policy import Distribution, Draws
+from training.ppo.policy import Draws, Law
 
 SMALLEST_SPREAD = 1e-12
 
 
-def groups(count: int, k: int, grouping: str) -> Tensor:
+def groups(count: int, k: int, baseline: str) -> Tensor:
     """Which of `count` images, laid out prompt by prompt, are a group: indices [G, k].
 
-    `crn` and `prompt`: the k images of one prompt. `mixed`, as published: the rewards taken as
-    [k, G], so that a group has images of several prompts.
+    The k images of one prompt; with `mixed`, as published, the rewards are taken as [k, G], so
+    that a group has images of several prompts.
     """
     index = torch.arange(count)
-    return index.reshape(k, -1).t() if grouping == "mixed" else index.reshape(-1, k)
+    return index.reshape(k, -1).t() if baseline == "mixed" else index.reshape(-1, k)
 
 
 def rloo(rewards: Tensor) -> Tensor:
-    """Rewards [G, k] -> A_i = R_i - mean of the other rewards of its group, [G, k].
+    """Rewards [G, k] -> the mean of the other rewards of its group for each, [G, k].
 
-    REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740). A reward
-    that is not finite is no part of its group; its advantage, and that of an image left alone, is
-    NaN.
+    REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740). NaN for an
+    image that is alone, or has no finite reward itself.
     """
     valid = rewards.isfinite()
-    known = rewards.where(valid, 0)
+    finite = rewards.where(valid, 0)
     others = valid.sum(-1, keepdim=True) - 1
-    mean = (known.sum(-1, keepdim=True) - known) / others.clamp(min=1)
-    return (known - mean).where(valid & (others > 0), torch.nan)
+    mean = (finite.sum(-1, keepdim=True) - finite) / others.clamp(min=1)
+    return mean.where(valid & (others > 0), torch.nan)
 
 
-def standardised(advantages: Tensor) -> Tensor:
+def james_stein(rewards: Tensor) -> Tensor:
+    """Rewards [G, k] -> (1 - a) rloo + a (mean of all rewards), [G, k].
+
+    a = (s2 / (k - 1)) / (s2 / (k - 1) + d2), with s2 the variance within groups and d2 that of
+    their means: the noisier a group's own mean, the more it leans on all (arXiv:2511.22177).
+    """
+    valid = rewards.isfinite()
+    count = valid.sum(-1, keepdim=True)
+    finite = rewards.where(valid, 0)
+    mean = finite.sum(-1, keepdim=True) / count.clamp(min=1)
+    within = ((finite - mean).where(valid, 0) ** 2).sum() / (count - 1).clamp(min=0).sum().clamp(
+        min=1
+    )
+    means = mean[count > 0]
+    between = means.var(correction=1) if len(means) > 1 else rewards.new_zeros(())
+    noise = within / (rewards.shape[1] - 1)
+    share = noise / (noise + between).clamp(min=SMALLEST_SPREAD)
+    overall = finite.sum() / count.sum().clamp(min=1)
+    return (1 - share) * rloo(rewards) + share * overall
+
+
+def advantages(rewards: Tensor, k: int, baseline: str) -> Tensor:
+    """Rewards [B], prompt by prompt -> reward less baseline [B], NaN where there is none."""
+    index = groups(len(rewards), k, baseline)
+    of_group = rewards[index]
+    base = james_stein(of_group) if baseline == "james-stein" else rloo(of_group)
+    result = torch.full_like(rewards, torch.nan)
+    result[index.flatten()] = (of_group - base).flatten()
+    return result
+
+
+def standardised(values: Tensor) -> Tensor:
     """Less their mean, over their standard deviation (of a population), but for NaN.
 
     Zeros where they do not differ.
     """
-    valid = advantages.isfinite()
+    valid = values.isfinite()
     if not bool(valid.any()):
-        return advantages
-    known = advantages[valid]
-    spread = known.std(correction=0)
+        return values
+    finite = values[valid]
+    spread = finite.std(correction=0)
     scale = 1 / spread if spread > SMALLEST_SPREAD else torch.zeros_like(spread)
-    return ((advantages - known.mean()) * scale).where(valid, torch.nan)
+    return ((values - finite.mean()) * scale).where(valid, torch.nan)
 
 
-def advantages(rewards: Tensor, k: int, grouping: str) -> Tensor:
-    """Rewards [B], prompt by prompt -> standardised advantages [B], NaN where there is none."""
-    index = groups(len(rewards), k, grouping)
-    found = torch.full_like(rewards, torch.nan)
-    found[index.flatten()] = rloo(rewards[index]).flatten()
-    return standardised(found)
-
-
-def surrogate(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def surrogate(ratio: Tensor, gains: Tensor, clip: float) -> Tensor:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7): a number, to lessen.
 
     -mean min(rho_i A_i, clip(rho_i, 1 - clip, 1 + clip) A_i), ratio and advantages [B].
     """
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What the loss is made of."""
-
-    clip: float = 0.2
-    kl: float = 0.0
-    entropy: float = 0.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss that carries a gradient, and what is told of it."""
-
-    value: Tensor
-    measured: dict[str, float]
+    return -torch.minimum(ratio * gains, clipped * gains).mean()
 
 
 @dataclass(frozen=True)
@@ -92,34 +97,56 @@ class Taken:
 
     draws: Draws
     log_prob: Tensor  # [B]
-    advantages: Tensor  # [B], finite
+    gains: Tensor  # [B], finite
 
     def rows(self, index: Tensor) -> "Taken":
         """Those of these numbers."""
-        return Taken(self.draws.rows(index), self.log_prob[index], self.advantages[index])
+        return Taken(self.draws.rows(index), self.log_prob[index], self.gains[index])
 
 
-def loss(now: Distribution, first: Distribution, taken: Taken, weights: Coefficients) -> Loss:
-    """-mean min(rho A, clip(rho) A) + kl KL(pi || pi_0) - entropy H(pi).
+def loss(
+    now: Law, first: Law, taken: Taken, *, clip: float, kl_coef: float, entropy: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """-mean min(rho A, clip(rho) A) + kl_coef KL(pi || pi_0) - sum_n entropy_n H_n.
 
-    The approximate KL to the policy that drew is mean(rho - 1 - log rho), which is never negative
-    (Schulman 2020, "Approximating KL divergence").
+    -> the loss, which carries a gradient, and what was measured on the way. `entropy` [N] are the
+    coefficients of the intervals. The approximate KL to the policy that drew is mean(rho - 1 -
+    log rho), which is never negative (Schulman 2020, "Approximating KL divergence").
     """
     log_ratio = now.log_prob(taken.draws) - taken.log_prob
     ratio = log_ratio.exp()
-    kl, entropy = now.kl(first), now.entropy()
-    value = surrogate(ratio, taken.advantages, weights.clip)
-    value = value + weights.kl * kl - weights.entropy * entropy
-    with torch.no_grad():
-        measured = {
-            "loss": value.item(),
-            "ratio": ratio.mean().item(),
-            "ratio_max": ratio.max().item(),
-            "approx_kl": (ratio - 1 - log_ratio).mean().item(),
-            "clip_fraction": ((ratio - 1).abs() > weights.clip).double().mean().item(),
-            "kl_start": kl.item(),
-            "entropy": entropy.item(),
-        }
-    if not all(math.isfinite(v) for v in measured.values()):
-        raise ValueError(f"the loss is {value.item()}: lower ppo.learning_rate")
-    return Loss(value, measured)
+    kl, entropies = now.kl(first), now.entropy()
+    value = surrogate(ratio, taken.gains, clip) + kl_coef * kl - (entropy * entropies).sum()
+    measured = {
+        "loss": value,
+        "ratio": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clip_fraction": ((ratio - 1).abs() > clip).double().mean(),
+        "kl_start": kl,
+        "entropy": entropies.sum(),
+    }
+    return value, {name: number.item() for name, number in measured.items()}
+
+
+# --- sets of images -----------------------------------------------------------------------
+
+
+def frechet(one: Tensor, other: Tensor) -> Tensor:
+    """The Frechet distance of the Gaussians of two sets of features [n, F] and [m, F].
+
+    tr sqrt(C1 C2) is the nuclear norm of the product of the centred features: n x m, however
+    many F are.
+    """
+    one, other = (x[x.isfinite().all(1)] for x in (one, other))
+    a, b = ((x - x.mean(0)) / max(len(x) - 1, 1) ** 0.5 for x in (one, other))
+    cross = torch.linalg.matrix_norm(a @ b.t(), "nuc")
+    return (one.mean(0) - other.mean(0)).square().sum() + (a**2).sum() + (b**2).sum() - 2 * cross
+
+
+def diversity(features: Tensor, labels: Sequence[Hashable]) -> Tensor:
+    """How far each image is from the others of its label in features [E, F], the mean, [E]."""
+    distance = torch.cdist(features, features)
+    same = torch.tensor([[a == b for b in labels] for a in labels])
+    same = same & distance.isfinite() & ~torch.eye(len(labels), dtype=torch.bool)
+    return distance.where(same, 0).sum(1) / same.sum(1)

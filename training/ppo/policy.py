@@ -1,20 +1,24 @@
-"""The residual Dirichlet policy over tables (arXiv:2512.22796): it starts as the distilled one.
+"""The policy over the numbers of a table, any table; it starts exactly as the predictor given.
 
-The places of an interval's K points are the running sums of K + 1 segments on the simplex, its
-weights lie on the simplex: a Dirichlet for each, with concentrations exp(log(c mean) + residual).
-B tables, N intervals, K points, S factors of an interval (0, K or 2 K).
+Rows on the simplex are Dirichlets of concentrations exp(log(c start) + residual), as in residual
+Dirichlet policy optimisation (arXiv:2512.22796): the K + 1 segments between an interval's points,
+its K weights, and the N steps of the grid in log sigma. All other numbers are moved by Gaussians
+from where they are. B tables, N intervals, K points, S Gaussian numbers of an interval.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
+from scipy.special import gammaincinv
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
-from solvers.epd import Directions
-from solvers.predictor import Table
+from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
+from solvers.sampler import Sampler
 from src.seeds import generator
 
 HIDDEN = 128
@@ -24,126 +28,313 @@ REACH = 4.0
 collapse, after which the next gradient would throw it anywhere."""
 LEAST = 1e-6
 """The least segment or weight: rows of a starting table below it are replaced, draws lifted."""
+WIDTH = 0.3
+"""Standard deviation of a Gaussian number in the unit that the network moves it by."""
+FREE = ("r", "a", "weight", "b")
+"""Numbers of a multistep table, which are moved by addition."""
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
-class Start:
-    """The table that a policy starts from."""
+class Actions:
+    """Which numbers of a table are drawn, and how widely."""
 
-    segments: Tensor  # [N, K + 1] on the simplex
-    rank: Tensor  # [N, K], which of the places, from the first to the last, each point takes
-    weight: Tensor  # [N, K] on the simplex
-    dir_scale: Tensor  # [N, K]
-    time_scale: Tensor  # [N, K]
-    mix: Tensor  # [N, K], weight * dir_scale of the table, of any sign
+    points: bool = True
+    weights: bool = True
+    grid: bool = False
+    scale_dir: bool = False
+    scale_time: bool = False
+    guidance: bool = False
+    concentration: float = 10.0
+    grid_concentration: float = 200.0
+    scale_std: float = 0.05  # of the logarithms of the scales
+    guidance_std: float = 0.15  # of the logarithms of the rates
 
 
 @dataclass(frozen=True)
 class Draws:
     """What is drawn of tables: B of them, or none of the dimension for one."""
 
-    segments: Tensor  # [B, N, K + 1]
-    weight: Tensor  # [B, N, K]
-    factors: Tensor  # [B, N, S], logarithms of factors of dir_scale, then of time_scale
+    simplex: Mapping[str, Tensor]  # segments [B, N, K + 1], weight [B, N, K], grid [B, 1, N]
+    gauss: Tensor  # [B, N, S]
 
     def rows(self, index: Tensor) -> "Draws":
         """Those of these numbers."""
-        return Draws(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Draws({n: t[index] for n, t in self.simplex.items()}, self.gauss[index])
 
 
 def stacked(draws: Sequence[Draws]) -> Draws:
     """Draws of one table each -> one of B."""
-    names = [f.name for f in fields(Draws)]
-    return Draws(*(torch.stack([getattr(d, name) for d in draws]) for name in names))
+    names = draws[0].simplex
+    simplex = {n: torch.stack([d.simplex[n] for d in draws]) for n in names}
+    return Draws(simplex, torch.stack([d.gauss for d in draws]))
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """Independent laws of every interval's segments, weights and factors."""
+class Law:
+    """Independent distributions of every row on the simplex, and of every other number."""
 
-    segments: Dirichlet  # [N], over K + 1
-    weight: Dirichlet  # [N], over K
-    factors: Normal  # [N, S]
+    simplex: Mapping[str, Dirichlet]
+    gauss: Normal  # [N, S]
 
     def log_prob(self, draws: Draws) -> Tensor:
-        """-> [B], the sum over all intervals and factors."""
-        simplex = self.segments.log_prob(draws.segments) + self.weight.log_prob(draws.weight)
-        return simplex.sum(-1) + self.factors.log_prob(draws.factors).sum((-1, -2))
+        """-> [B], the sum over all numbers of a table."""
+        rows = [law.log_prob(draws.simplex[n]).sum(-1) for n, law in self.simplex.items()]
+        return sum(rows, self.gauss.log_prob(draws.gauss).sum((-1, -2)))
 
     def entropy(self) -> Tensor:
-        """-> a number, of the whole table."""
-        simplex = self.segments.entropy() + self.weight.entropy()
-        return simplex.sum() + self.factors.entropy().sum()
+        """-> [N], of each interval; that of the grid is shared out."""
+        count = len(self.gauss.mean)
+        rows = [
+            law.entropy().expand(count) / (count // len(law.mean)) for law in self.simplex.values()
+        ]
+        return sum(rows, self.gauss.entropy().sum(-1))
 
-    def kl(self, other: "Distribution") -> Tensor:
+    def kl(self, other: "Law") -> Tensor:
         """KL(self || other) -> a number, of the whole table."""
-        pairs = (
-            (self.segments, other.segments),
-            (self.weight, other.weight),
-            (self.factors, other.factors),
-        )
-        return torch.stack([kl_divergence(mine, theirs).sum() for mine, theirs in pairs]).sum()
+        pairs = [(law, other.simplex[n]) for n, law in self.simplex.items()]
+        both = [kl_divergence(p, q).sum() for p, q in (*pairs, (self.gauss, other.gauss))]
+        return torch.stack(both).sum()
 
-    def centre(self) -> Draws:
-        """The means of the Dirichlets, and the medians of the factors."""
-        return Draws(self.segments.mean, self.weight.mean, self.factors.mean)
+    def mean(self) -> Draws:
+        """What is exported: means of the Dirichlets, medians of factors."""
+        return Draws({n: law.mean for n, law in self.simplex.items()}, self.gauss.mean)
 
     @torch.no_grad()
-    def draw(self, source: torch.Generator) -> Draws:
-        """One table, from this generator alone; entries below LEAST are lifted to it."""
-        noise = torch.empty_like(self.factors.mean).normal_(generator=source)
-        return Draws(
-            on_simplex(self.segments.concentration, source),
-            on_simplex(self.weight.concentration, source),
-            self.factors.mean + self.factors.stddev * noise,
-        )
+    def draw(self, source: torch.Generator, mirror: bool | None = None) -> Draws:
+        """One table, from this generator alone; entries of rows below LEAST are lifted to it.
+
+        With `mirror` by quantiles: True has those opposite to False, of an equal generator.
+        """
+        noise = torch.empty_like(self.gauss.mean).normal_(generator=source)
+        rows = {
+            name: on_simplex(law.concentration, source, mirror)
+            for name, law in self.simplex.items()
+        }
+        sign = -1 if mirror else 1
+        return Draws(rows, self.gauss.mean + sign * self.gauss.stddev * noise)
 
 
-def on_simplex(concentration: Tensor, source: torch.Generator) -> Tensor:
+def on_simplex(alpha: Tensor, source: torch.Generator, mirror: bool | None) -> Tensor:
     """A draw of Dirichlets [N, J] as normalised gamma variates, away from the very edge."""
-    gamma = torch.ops.aten._standard_gamma(concentration, source)
+    if mirror is None:
+        gamma = torch.ops.aten._standard_gamma(alpha, source)
+    else:
+        u = torch.rand(alpha.shape, generator=source, dtype=alpha.dtype)
+        gamma = torch.from_numpy(gammaincinv(alpha.numpy(), (1 - u if mirror else u).numpy()))
     gamma = gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
-    lifted = (gamma / gamma.sum(-1, keepdim=True)).clamp(min=LEAST)
-    return lifted / lifted.sum(-1, keepdim=True)
+    return lifted(gamma / gamma.sum(-1, keepdim=True))
+
+
+def lifted(rows: Tensor) -> Tensor:
+    """Rows on the simplex, no entry below LEAST."""
+    rows = rows.clamp(min=LEAST)
+    return rows / rows.sum(-1, keepdim=True)
+
+
+# --- the start ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class PolicyOptions:
-    """What is drawn, and how widely."""
+class Start:
+    """The sampler that a policy starts from, and which of its numbers are drawn."""
 
-    concentration: float = 10.0  # c, of each Dirichlet at the start
-    dir_scale: bool = False  # log-normal factors of the direction scales
-    time_scale: bool = False
-    scale_std: float = 0.05  # of the logarithms of the factors
+    sampler: Sampler
+    table: Table  # float64, on the CPU
+    alpha: Mapping[str, Tensor]  # concentrations of the rows that are drawn, by name
+    columns: Mapping[str, int]  # how many of the S columns each kind of Gaussian number has
+    unit: Tensor  # [N, S], how far a draw of 1 moves each
+    std: Tensor  # [S]
 
     @property
-    def scales(self) -> int:
-        """How many factors a point has."""
-        return int(self.dir_scale) + int(self.time_scale)
+    def size(self) -> int:
+        """P, how many numbers are drawn."""
+        return sum(a.numel() for a in self.alpha.values()) + self.unit.numel()
+
+    def draws(self, free: Tensor) -> Draws:
+        """Free numbers [..., P], of which 0 is the start and 1 about a standard deviation."""
+        sizes = [a.numel() for a in self.alpha.values()]
+        *rows, rest = free.split([*sizes, self.unit.numel()], -1)
+        simplex = {
+            name: lifted((a.log() + part.unflatten(-1, a.shape) / a.sqrt()).softmax(-1))
+            for (name, a), part in zip(self.alpha.items(), rows, strict=True)
+        }
+        return Draws(simplex, rest.unflatten(-1, self.unit.shape) * self.std)
+
+    def sampler_of(self, draws: Draws) -> Sampler:
+        """The sampler of draws: a table, and a grid where it is drawn, for each of the B."""
+        solver: Any = self.sampler.solver
+        sampler = replace(self.sampler, solver=replace(solver, table=self.table_of(draws)))
+        if "grid" not in draws.simplex:
+            return sampler
+        first, last = (math.log(self.sampler.sigmas[i]) for i in (0, -1))
+        way = draws.simplex["grid"].squeeze(-2).cumsum(-1)[..., :-1]
+        inner = (first + way * (last - first)).exp()
+        if inner.ndim == 1:
+            ends = self.sampler.sigmas
+            return replace(sampler, sigmas=(ends[0], *inner.tolist(), ends[-1]))
+        ends = (inner.new_full((len(inner), 1), self.sampler.sigmas[i]) for i in (0, -1))
+        return replace(sampler, grids=torch.cat([next(ends), inner, next(ends)], 1))
+
+    def table_of(self, draws: Draws) -> Table:
+        """The tables [B, N, K] of draws, or the table [N, K] of one."""
+        table = self.table
+        parts = (draws.gauss * self.unit).split(list(self.columns.values()), -1)
+        moved = dict(zip(self.columns, parts, strict=True))
+        new = tensors_of(table)
+        if "segments" in draws.simplex:
+            places = draws.simplex["segments"].cumsum(-1)[..., :-1].clamp(max=1)
+            rank = table.r.argsort(dim=-1, stable=True).argsort(dim=-1)
+            new["r"] = places.gather(-1, rank.expand(places.shape))
+        if "weight" in draws.simplex:
+            shares = draws.simplex["weight"]
+            new["weight"], new["dir_scale"] = mixed(table, shares, self.alpha["weight"])
+        for name, by in moved.items():
+            new[name] = new[name] + by if name in FREE else new[name] * by.exp()
+        if "r" in moved:
+            new["r"] = new["r"].clamp(0, 1)
+        many = draws.gauss.shape[:-2]
+        if "guidance" in new and not many and new["guidance"].shape[1] == 1:
+            return replace(table, **new | {"guidance": new["guidance"][:, 0]})
+        wide = {n: t.expand(*many, *t.shape[-2:]) for n, t in new.items()}
+        return replace(table, **wide)
+
+
+def mixed(table: Any, shares: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares [B, N, K] -> weights on the simplex and direction scales.
+
+    Where the table has weights of both signs, the shares move them by as much as they differ from
+    their start. Their sum stays, and with it a step's first order, which no draw may touch.
+    """
+    mix = table.weight * table.dir_scale
+    signed = (mix < 0).any(-1, keepdim=True)
+    start = alpha / alpha.sum(-1, keepdim=True)
+    moved = mix + mix.abs().sum(-1, keepdim=True) * (shares - start)
+    size = moved.abs().sum(-1, keepdim=True).clamp(min=TINY)
+    weight = torch.where(signed, moved.abs() / size, shares)
+    return weight, torch.where(signed, torch.where(moved < 0, -size, size), table.dir_scale)
+
+
+def start_of(sampler: Sampler, actions: Actions, say: Callable[[str], object]) -> Start:
+    """A sampler as what a policy can start from; it stays the same.
+
+    Rows with a segment or a share below LEAST become uniform, which `say` hears, as that does
+    change the solver; shares of weights of both signs are those of their sizes.
+
+    Raises ValueError for a solver without a table, and where there is nothing to draw.
+    """
+    solver = sampler.solver
+    if not isinstance(solver, EPD | ParallelMultistep) or solver.table.r.ndim != 2:
+        raise ValueError(f"the policy is over tables, and {type(solver).__name__} has none")
+    table = plain(solver.table)
+    table = canonical(table) if isinstance(table, Directions) else table
+    count = len(table.r)
+    if actions.guidance and table.guidance is None:
+        rate = torch.full((count, 1), float(sampler.guidance_rate), dtype=torch.float64)
+        table = replace(table, guidance=rate)
+    alpha = concentrations(table, sampler.sigmas, actions, say)
+    columns = {name: getattr(table, name).shape[1] for name in moved_names(table, actions)}
+    if not alpha and not columns:
+        raise ValueError("there is nothing to train: set ppo.train_points=true, say")
+    scales = {"dir_scale": actions.scale_std, "time_scale": actions.scale_std}
+    std = [scales.get(name, WIDTH) for name, wide in columns.items() for _ in range(wide)]
+    step = {"guidance": actions.guidance_std / WIDTH}
+    unit = [step.get(name, 1.0) for name, wide in columns.items() for _ in range(wide)]
+    units = torch.tensor(unit, dtype=torch.float64).expand(count, -1)
+    return Start(sampler, table, alpha, columns, units, torch.tensor(std, dtype=torch.float64))
+
+
+def concentrations(
+    table: Table, sigmas: Sequence[float], actions: Actions, say: Callable[[str], object]
+) -> dict[str, Tensor]:
+    """The Dirichlets of the rows that are drawn, by name, in the order in which they are drawn."""
+    alpha: dict[str, Tensor] = {}
+    if isinstance(table, Directions) and actions.points:
+        rows = inner(segments_of(table.r), "positions", say)
+        alpha["segments"] = actions.concentration * rows
+    if isinstance(table, Directions) and actions.weights:
+        alpha["weight"] = actions.concentration * inner(table.weight, "weights", say)
+    if actions.grid:
+        steps = torch.tensor(sigmas, dtype=torch.float64).log().diff()
+        alpha["grid"] = actions.grid_concentration * (steps / steps.sum())[None]
+    return alpha
+
+
+def moved_names(table: Table, actions: Actions) -> list[str]:
+    """The tensors of a table whose numbers Gaussians move."""
+    names = ["dir_scale"] if actions.scale_dir and isinstance(table, Directions) else []
+    names += ["time_scale"] if actions.scale_time else []
+    names += ["guidance"] if actions.guidance else []
+    if isinstance(table, MultistepTable):
+        names += (["r"] if actions.points else []) + (list(FREE[1:]) if actions.weights else [])
+    return names
+
+
+def tensors_of(table: Table) -> dict[str, Tensor]:
+    """The tensors that a table has, by name."""
+    every = {f.name: getattr(table, f.name) for f in fields(table)}
+    return {name: t for name, t in every.items() if t is not None and t.numel()}
+
+
+def plain(table: Table) -> Table:
+    """A table in float64 on the CPU, every tensor [N, .]."""
+    wide = {name: t.detach().double().cpu() for name, t in tensors_of(table).items()}
+    return replace(table, **{n: t[:, None] if t.ndim == 1 else t for n, t in wide.items()})
+
+
+def canonical(table: Directions) -> Directions:
+    """The same solver with weights on the simplex, signs and sizes in the direction scales."""
+    mix = table.weight * table.dir_scale
+    signed = (mix < 0).any(-1, keepdim=True)
+    sizes = torch.where(signed, mix.abs(), table.weight.abs())
+    total = sizes.sum(-1, keepdim=True).clamp(min=TINY)
+    size = torch.where(signed, torch.where(mix < 0, -total, total), table.dir_scale.abs() * total)
+    return replace(table, weight=sizes / total, dir_scale=size)
+
+
+def segments_of(r: Tensor) -> Tensor:
+    """Positions [N, K] in any order -> the segments between them, 0 and 1, [N, K + 1]."""
+    ends = torch.zeros_like(r[:, :1])
+    return torch.cat([ends, r.sort(dim=-1, stable=True).values, ends + 1], -1).diff(dim=-1)
+
+
+def inner(rows: Tensor, name: str, say: Callable[[str], object]) -> Tensor:
+    """Rows [N, J] on the simplex, those at its edge uniform."""
+    edge = (rows < LEAST).any(-1)
+    for n in edge.nonzero()[:, 0].tolist():
+        values = ", ".join(f"{v:.3g}" for v in rows[n].tolist())
+        what = "segments" if name == "positions" else "shares"
+        say(f"interval {n}: the {what} [{values}] of its {name} reach 0: they start uniform")
+    return torch.where(edge[:, None], 1 / rows.shape[-1], rows)
+
+
+# --- the policy ---------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
     """An MLP from the number of the interval to the residuals; its last layer starts at zero.
 
-    A residual is REACH tanh(output / REACH), the output itself while it is small.
-
-    On the CPU in float64: it is small, and all ranks then compute the same numbers.
+    A residual is REACH tanh(output / REACH), the output itself while it is small. On the CPU in
+    float64: it is small, and all ranks then compute the same numbers.
     """
 
-    def __init__(self, start: Start, options: PolicyOptions, seed: int = 0) -> None:
+    def __init__(self, start: Start, seed: int = 0, learning: Sequence[float] = ()) -> None:
         super().__init__()
-        self.start, self.options = start, options
-        intervals, points = start.weight.shape
-        self.sizes = (points + 1, points, options.scales * points)
+        self.start, count = start, len(start.table.r)
+        self.learning = torch.tensor(list(learning) or [1.0] * count, dtype=torch.float64)[:, None]
+        rows = {name: a.shape[1] for name, a in start.alpha.items() if name != "grid"}
+        self.sizes = (
+            rows | {"gauss": len(start.std)} | ({"grid": 1} if "grid" in start.alpha else {})
+        )
         wide = partial(nn.Linear, dtype=torch.float64)
-        self.steps = nn.Embedding(intervals, HIDDEN, dtype=torch.float64)
+        self.steps = nn.Embedding(count, HIDDEN, dtype=torch.float64)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(HIDDEN, dtype=torch.float64), nn.SiLU(), wide(HIDDEN, HIDDEN)
             )
             for _ in range(BLOCKS)
         )
-        self.last = wide(HIDDEN, sum(self.sizes))
+        self.last = wide(HIDDEN, sum(self.sizes.values()))
         self.reset(generator(seed, "policy"))
 
     @torch.no_grad()
@@ -158,95 +349,26 @@ class Policy(nn.Module):
         self.last.weight.zero_()
         self.last.bias.zero_()
 
-    def forward(self) -> Distribution:
-        """The policy as it stands."""
+    def forward(self) -> Law:
+        """The policy as it stands; `learning` scales the gradient of each interval."""
         x = self.steps.weight
         for block in self.blocks:
             x = x + block(x)
         residual = REACH * (self.last(x) / REACH).tanh()
-        return self.around(*residual.split(self.sizes, -1))
+        return self.around(residual.detach() + self.learning * (residual - residual.detach()))
 
-    def initial(self) -> Distribution:
+    def initial(self) -> Law:
         """The policy before any training, pi_0."""
-        size = self.start.weight
-        return self.around(*(size.new_zeros(len(size), count) for count in self.sizes))
-
-    def around(self, segments: Tensor, weight: Tensor, factors: Tensor) -> Distribution:
-        """The laws of these residuals."""
-        start, c = self.start, self.options.concentration
-        return Distribution(
-            Dirichlet(((c * start.segments).log() + segments).exp()),
-            Dirichlet(((c * start.weight).log() + weight).exp()),
-            Normal(factors, torch.full_like(factors, self.options.scale_std)),
+        return self.around(
+            self.last.weight.new_zeros(len(self.learning), sum(self.sizes.values()))
         )
 
-    def table(self, draws: Draws) -> Directions:
-        """The tables [B, N, K], or [N, K] of one."""
-        start, points = self.start, self.start.weight.shape[-1]
-        places = draws.segments.cumsum(-1)[..., :-1].clamp(max=1)
-        r = places.gather(-1, start.rank.expand(places.shape))
-        still = torch.zeros_like(r)
-        parts = list(draws.factors.split(points, -1)) if self.options.scales else []
-        direction = parts.pop(0) if self.options.dir_scale else still
-        time = parts.pop(0) if self.options.time_scale else still
-        weight, dir_scale = mixed(start, draws.weight)
-        scaled = (start.time_scale * time.exp(), dir_scale * direction.exp())
-        return Directions(r, weight, *scaled)
-
-    @torch.no_grad()
-    def mean_table(self) -> Directions:
-        """The table [N, K] that is exported: mean segments summed up, mean weights."""
-        return self.table(self().centre())
-
-
-def mixed(start: Start, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares [B, N, K] -> weights on the simplex and direction scales.
-
-    Where the table has weights of both signs, the shares move them by as much as they differ from
-    their start. Their sum stays, and with it a step's first order, which no draw may touch.
-    """
-    signed = (start.mix < 0).any(-1, keepdim=True)
-    mix = start.mix + start.mix.abs().sum(-1, keepdim=True) * (shares - start.weight)
-    size = mix.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(mix.dtype).tiny)
-    weight = torch.where(signed, mix.abs() / size, shares)
-    return weight, torch.where(signed, torch.where(mix < 0, -size, size), start.dir_scale)
-
-
-def start_of(table: Table | None, say: Callable[[str], object]) -> Start:
-    """A table as what a policy can start from; the solver stays the same.
-
-    Rows with a segment or a share below LEAST become uniform, which `say` hears, as that does
-    change the solver; shares of weights of both signs are those of their sizes.
-
-    Raises ValueError for a table that is not EPD's [N, K].
-    """
-    if not isinstance(table, Directions) or table.r.ndim != 2:
-        kind = type(table).__name__ if table else "no table"
-        raise ValueError(f"the policy is over EPD's tables, not {kind}: distil with --solver epd")
-    four = (table.r, table.weight, table.time_scale, table.dir_scale)
-    r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in four)
-    order = r.argsort(dim=-1, stable=True)
-    zero, one = torch.zeros_like(r[:, :1]), torch.ones_like(r[:, :1])
-    segments = torch.cat([zero, r.gather(-1, order), one], -1).diff(dim=-1)
-    mix = weight * dir_scale
-    signed = (mix < 0).any(-1, keepdim=True)
-    sizes = torch.where(signed, mix.abs(), weight.abs())
-    total = sizes.sum(-1, keepdim=True).clamp(min=torch.finfo(mix.dtype).tiny)
-    return Start(
-        inner(segments, "positions", say),
-        order.argsort(dim=-1),
-        inner(sizes / total, "weights", say),
-        torch.where(signed, 1.0, dir_scale.abs() * total),
-        time_scale,
-        mix,
-    )
-
-
-def inner(rows: Tensor, name: str, say: Callable[[str], object]) -> Tensor:
-    """Rows [N, J] on the simplex, those at its edge uniform."""
-    edge = (rows < LEAST).any(-1)
-    for n in edge.nonzero()[:, 0].tolist():
-        values = ", ".join(f"{v:.3g}" for v in rows[n].tolist())
-        what = "segments" if name == "positions" else "shares"
-        say(f"interval {n}: the {what} [{values}] of its {name} reach 0: they start uniform")
-    return torch.where(edge[:, None], 1 / rows.shape[-1], rows)
+    def around(self, residual: Tensor) -> Law:
+        """The laws of these residuals."""
+        start = self.start
+        parts = dict(zip(self.sizes, residual.split(list(self.sizes.values()), -1), strict=True))
+        if "grid" in parts:
+            parts["grid"] = parts["grid"].t()
+        simplex = {n: Dirichlet((a.log() + parts[n]).exp()) for n, a in start.alpha.items()}
+        gauss = parts["gauss"]
+        return Law(simplex, Normal(gauss, start.std.expand_as(gauss)))

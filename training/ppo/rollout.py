@@ -1,58 +1,169 @@
-"""Images by tables, and their scores, on all ranks: rollouts and evaluations both come here.
+"""Images by samplers, and their scores, on all ranks: rollouts and evaluations both come here.
 
-B images of a call, b of them this rank's.
+B images of a call, b of them this rank's. Which prompts and noises a step uses are pure functions
+of the seed and the position: nothing depends on the number of ranks, so that a run goes on under
+another one. A position is the place of a prompt in the stream.
 """
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from backends.base import Backend, Prompt, Wrapped
-from backends.generate import Batch, Job, Method, generate
-from solvers.epd import Directions
-from solvers.field import Condition
+from backends.base import Backend, Prompt
+from backends.generate import Job, generate
+from solvers.predictor import Recipe
+from solvers.sampler import Sampler
 from src import ranks
-from training.ppo.task import Scorer, Task
-from training.stop import Stop
+from src.runs import Stop
+from src.seeds import generator
+from training.ppo.policy import FREE, WIDTH, Draws, Start, tensors_of
 
-T = TypeVar("T")
-Row: TypeAlias = dict[str, float]
-"""The scores of an image by name."""
+Scorer: TypeAlias = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
+"""Images [B, 3, H, W] in [0, 1] and their B prompts -> the scores [B] of every reward, by name.
+
+`functools.partial(rewards.scorer.score_all, rewards, batch=...)` is one. A ValueError stands for
+images that have no score: they are then scored one by one.
+"""
+Scoring: TypeAlias = Callable[[Tensor, Sequence[Job]], Mapping[str, Tensor]]
+"""The same of jobs; a result may be [B, F], such as features."""
 PARTS = ("text", "denoise", "decode", "reward")
+NONE = torch.finfo(torch.float32).min
+"""Stands for a score that could not be made, for a reason that was told."""
+NUDGE, NUDGED, LARGEST = 0.01, 4, 0.3
+"""How far a number is moved to see what it does, in how many images, and how far it ever is."""
 
 
-@dataclass
+def thumbnails(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] made small, as features [B, F]."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), 16).flatten(1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A predictor's sampler to start from, the model that it samples with, and what judges it.
+
+    Raises ValueError for no prompts, fewer than two held-out prompts, a prompt that is in both,
+    and batches below 1.
+    """
+
+    backend: Backend
+    sampler: Sampler  # its table is the distilled one
+    recipe: Recipe  # of that table; that of the exports
+    score: Scorer
+    reward: str  # the name, of those that `score` gives, that is trained on
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]  # evaluated on, never trained on
+    judge: Scorer | None = None  # more rewards, at evaluations alone; names other than `score`'s
+    features: Callable[[Tensor], Tensor] = thumbnails  # images -> [B, F], for sets and the pull
+    seed: int = 0
+    batch: int = 16  # images denoised at once on a rank
+    decode_batch: int = 8  # latents decoded at once
+    points_chunk: int | None = None  # points of a call evaluated at once, where memory is short
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.held_out) < 2:
+            count = f"{len(self.prompts)} and {len(self.held_out)}"
+            raise ValueError(f"training needs prompts and 2 or more held-out ones, not {count}")
+        both = set(self.prompts) & set(self.held_out)
+        if both:
+            raise ValueError(f"{sorted(map(str, both))[0]!r} is trained on and held out: drop one")
+        if self.batch < 1 or self.decode_batch < 1:
+            raise ValueError(f"batch {self.batch}, decode_batch {self.decode_batch}: 1 or more")
+
+
+# --- which images -------------------------------------------------------------------------
+
+
+def prompt_at(prompts: Sequence[Prompt], seed: int, position: int) -> Prompt:
+    """The prompt at a position of the endless stream: the list, shuffled anew in every round."""
+    around, place = divmod(position, len(prompts))
+    order = torch.randperm(len(prompts), generator=generator(seed, f"prompts/{around}"))
+    return prompts[int(order[place])]
+
+
+def noise_seed(seed: int, purpose: str) -> int:
+    """A seed in 0, ..., 2^63 - 1 for the first noise of a purpose."""
+    digest = hashlib.blake2b(f"{seed}/noise/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def step_jobs(
+    prompts: Sequence[Prompt], seed: int, step: int, *, count: int, k: int, grouping: str
+) -> tuple[list[Job], list[str]]:
+    """The `count` images of step `step` (from 0), prompt by prompt, k of each, and their streams.
+
+    A stream is of the random numbers that an image's table hangs on. With `crn` the k images of a
+    prompt share their first noise; else each has its own.
+    """
+    jobs, streams = [], []
+    for position in range(step * (count // k), (step + 1) * (count // k)):
+        prompt = prompt_at(prompts, seed, position)
+        for sample in range(k):
+            noise = f"{position}" if grouping == "crn" else f"{position}/{sample}"
+            jobs.append(Job(noise_seed(seed, noise), prompt))
+            streams.append(f"table/{step}/{position}/{sample}")
+    return jobs, streams
+
+
+def fixed_jobs(prompts: Sequence[Prompt], seed: int, count: int) -> list[Job]:
+    """The images that evaluations make: prompts in their order, again with other noise.
+
+    Their noise is apart from that of training.
+    """
+    return [
+        Job(noise_seed(seed, f"held-out/{i}"), prompts[i % len(prompts)]) for i in range(count)
+    ]
+
+
+# --- time ---------------------------------------------------------------------------------
+
+
 class Clock:
-    """Seconds by what they were spent on."""
+    """Seconds by what they were spent on; of a GPU by its own events, for which nothing waits."""
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.spans: list[tuple[str, Any, Any]] = []
 
-    def now(self) -> float:
-        """The time once the device is done with what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def now(self) -> Any:
+        """The time, or an event that will tell it."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextmanager
     def on(self, part: str) -> Iterator[None]:
-        """Count what happens meanwhile, apart from what is counted within."""
-        before, within = self.now(), sum(self.seconds.values())
+        """Count what happens meanwhile."""
+        before = self.now()
         yield
-        others = sum(self.seconds.values()) - within
-        self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - before - others
+        self.spans.append((part, before, self.now()))
+
+    def seconds(self) -> dict[str, float]:
+        """The sums by part; `denoise` is less what is within it."""
+        total: dict[str, float] = defaultdict(float)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for part, before, after in self.spans:
+            spent = before.elapsed_time(after) / 1000 if self.on_gpu else after - before
+            total[part] += spent
+            total["denoise"] -= spent if part in ("text", "decode") else 0.0
+        return {part: total[part] for part in PARTS}
 
 
-def timed(backend: Backend, clock: Clock, decode_batch: int) -> Wrapped:
+def timed(backend: Backend, clock: Clock, decode_batch: int) -> Backend:
     """The backend, its ends timed; it decodes so many latents at once."""
 
-    def encode(prompts: Sequence[Prompt]) -> Condition | None:
+    def encode(prompts: Sequence[Prompt]) -> Any:
         with clock.on("text"):
             return backend.encode(prompts)
 
@@ -60,106 +171,152 @@ def timed(backend: Backend, clock: Clock, decode_batch: int) -> Wrapped:
         with clock.on("decode"):
             return torch.cat([backend.decode(part) for part in latents.split(decode_batch)])
 
-    return Wrapped(backend, encoder=encode, decoder=decode)
+    return replace(backend, encode=encode, decode=decode)
+
+
+# --- images and scores --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scored:
     """What B images scored, in their order, on every rank."""
 
-    scores: dict[str, Tensor]  # [B] in float64, NaN where there is none
+    scores: dict[str, Tensor]  # [B] or [B, F] in float64, NaN where there is none
     reasons: tuple[str, ...]  # why not
     seconds: dict[str, float]  # of the slowest rank, by part
 
 
+def rows_of(sampler: Sampler, images: slice) -> Sampler:
+    """The sampler with its tables' and grids' rows of some images; [N, K] are all images'."""
+    solver: Any = sampler.solver
+    table = getattr(solver, "table", None)
+    if table is not None:
+        cut = {name: t[images] for name, t in tensors_of(table).items() if t.ndim == 3}
+        sampler = replace(sampler, solver=replace(solver, table=replace(table, **cut)))
+    return sampler if sampler.grids is None else replace(sampler, grids=sampler.grids[images])
+
+
 def batches(
-    task: Task, method: Method, jobs: Sequence[Job], clock: Clock, poll: Callable[[], object]
-) -> Iterator[Batch]:
-    """The images of jobs, `task.batch` at once; a table [B, N, K] has a row for each job."""
+    task: Task, sampler: Sampler, jobs: Sequence[Job], clock: Clock, stop: Stop
+) -> Iterator[tuple[Sequence[Job], Tensor, Tensor]]:
+    """The jobs, latents and images of each batch; tables [B, N, K] have a row for each job."""
     backend = timed(task.backend, clock, task.decode_batch)
     for start in range(0, len(jobs), task.batch):
-        poll()
+        stop.poll()
         part = jobs[start : start + task.batch]
-        own = of_images(method, slice(start, start + len(part)))
+        own, size = rows_of(sampler, slice(start, start + len(part))), len(part)
         with clock.on("denoise"):
-            batch = next(generate(backend, own, part, batch=len(part)))
-        yield batch
+            batch = next(generate(backend, own, part, batch=size, points_chunk=task.points_chunk))
+        yield part, batch.latents, batch.images
 
 
-def of_images(method: Method, images: slice) -> Method:
-    """The method with its table's rows of some images; a table [N, K] is all images'."""
-    table = method.table
-    if not isinstance(table, Directions) or table.r.ndim == 2:
-        return method
-    cut = (t[images] if t.ndim == 3 else t for t in table.tensors())  # known slopes are [N, H]
-    return replace(method, table=Directions(*cut))
+def images_of(task: Task, sampler: Sampler, jobs: Sequence[Job]) -> Tensor:
+    """The images of jobs, on this rank alone."""
+    clock = Clock(task.backend.device)
+    return torch.cat([images for _, _, images in batches(task, sampler, jobs, clock, Stop())])
+
+
+@torch.no_grad()
+def measured_unit(task: Task, start: Start, effect: float) -> Tensor:
+    """How far each Gaussian number moves by a draw of 1, [N, S].
+
+    The free numbers of multistep tables differ by orders of magnitude in what they do: each moves
+    so far that WIDTH of it changes the end of a trajectory by `effect` of its spread.
+    """
+    names = [name for name, wide in start.columns.items() for _ in range(wide)]
+    columns = [s for s, name in enumerate(names) if name in FREE]
+    places = [(n, s) for n in range(len(start.unit)) for s in columns]
+    if not places:
+        return start.unit
+    gauss = start.unit.new_zeros(1 + len(places), *start.unit.shape)
+    for i, (n, s) in enumerate(places, 1):
+        gauss[i, n, s] = NUDGE
+    jobs = [Job(noise_seed(task.seed, f"effect/{i}"), task.prompts[0]) for i in range(NUDGED)]
+    still = {name: a / a.sum(-1, keepdim=True) for name, a in start.alpha.items()}
+    many = {name: rows.expand(len(gauss) * NUDGED, *rows.shape) for name, rows in still.items()}
+    sampler = start.sampler_of(Draws(many, gauss.repeat_interleave(NUDGED, 0)))
+    clock = Clock(task.backend.device)
+    parts = [x for _, x, _ in batches(task, sampler, jobs * len(gauss), clock, Stop())]
+    ends = torch.cat(parts).double().cpu().reshape(len(gauss), -1)
+    moved = (ends[1:] - ends[:1]).square().mean(1).sqrt() / NUDGE
+    unit = start.unit.clone()
+    for (n, s), by in zip(places, (effect * ends[0].std() / moved).tolist(), strict=True):
+        unit[n, s] = min(by, LARGEST) / WIDTH if math.isfinite(by) else 0.0
+    return unit
 
 
 def score_jobs(
-    task: Task, method: Method, jobs: Sequence[Job], scorers: Sequence[Scorer], stop: Stop
+    task: Task, sampler: Sampler, jobs: Sequence[Job], scorings: Sequence[Scoring], stop: Stop
 ) -> Scored:
     """All jobs' scores, on every rank; each rank makes every n-th image.
 
     Raises Stopped, on all ranks, where a signal asks for it, and ValueError where no image has
     any score.
     """
-    own = of_images(method, slice(ranks.rank(), None, ranks.world_size()))
+    own = rows_of(sampler, slice(ranks.rank(), None, ranks.world_size()))
     clock = Clock(task.backend.device)
-    found: list[Row] = []
+    parts: list[tuple[int, dict[str, Tensor]]] = []
     reasons: list[str] = []
-    for batch in batches(task, own, ranks.share(jobs), clock, stop.poll):
+    for mine, _, images in batches(task, own, ranks.share(jobs), clock, stop):
         with clock.on("reward"):
-            found += scores_of(batch, scorers, reasons)
+            shown, columns = images.nan_to_num(0.0, 0.0, 0.0), {}
+            for scoring in scorings:
+                columns |= singly(scoring, shown, mine, reasons)
+        parts.append((len(mine), on_host(images, columns, reasons)))
     stop.agree()
-    told = ranks.gather_objects((found, reasons, clock.seconds))
-    images = in_order([mine for mine, _, _ in told])
-    why = tuple(reason for _, some, _ in told for reason in some)
-    names = dict.fromkeys(name for row in images for name in row)
-    if not names:
+    whole = {name: v.where(v != NONE, math.nan) for name, v in joined(parts).items()}
+    gathered = ranks.gather_objects((whole, reasons, clock.seconds()))
+    why = tuple(reason for _, some, _ in gathered for reason in some)
+    scores: dict[str, Tensor] = {}
+    for rank, (mine, _, _) in enumerate(gathered):
+        for name, values in mine.items():
+            empty = values.new_full((len(jobs), *values.shape[1:]), math.nan)
+            scores.setdefault(name, empty)[rank :: len(gathered)] = values
+    if not any(bool(values.isfinite().any()) for values in scores.values()):
         raise ValueError(f"no image could be scored: {why[0]}")
-    wide = torch.float64
-    return Scored(
-        {n: torch.tensor([row.get(n, math.nan) for row in images], dtype=wide) for n in names},
-        why,
-        {part: max(seconds[part] for _, _, seconds in told) for part in PARTS},
-    )
-
-
-def in_order(parts: Sequence[Sequence[T]]) -> list[T]:
-    """Every n-th of all from each of n ranks -> all in their order."""
-    whole = {
-        rank + i * len(parts): v for rank, part in enumerate(parts) for i, v in enumerate(part)
-    }
-    return [whole[i] for i in range(len(whole))]
-
-
-def scores_of(batch: Batch, scorers: Sequence[Scorer], reasons: list[str]) -> list[Row]:
-    """The scores of each image by all scorers; an image without any, or some, tells why."""
-    whole = batch.images.flatten(1).isfinite().all(1)
-    good = whole.nonzero()[:, 0].tolist()
-    reasons += ["the image holds NaN or infinity: try dtype float32"] * (len(whole) - len(good))
-    prompts = ["" if batch.jobs[i].prompt is None else str(batch.jobs[i].prompt) for i in good]
-    rows: list[Row] = [{} for _ in batch.jobs]
-    for scorer in scorers if good else ():
-        scores = singly(scorer, batch.images[whole], prompts, reasons)
-        for i, row in zip(good, scores, strict=True):
-            rows[i] |= row
-    return rows
+    slowest = {part: max(seconds[part] for _, _, seconds in gathered) for part in PARTS}
+    return Scored(scores, why, slowest)
 
 
 def singly(
-    scorer: Scorer, images: Tensor, prompts: Sequence[str], reasons: list[str]
-) -> list[Row]:
-    """The finite scores of each image; where all at once have none, of each alone."""
+    scoring: Scoring, images: Tensor, jobs: Sequence[Job], reasons: list[str]
+) -> dict[str, Tensor]:
+    """The scores of each image; where all at once have none, of each alone."""
     try:
-        columns = {name: values.tolist() for name, values in scorer(images, prompts).items()}
+        return dict(scoring(images, jobs))
     except ValueError as error:
         if len(images) == 1:
             reasons.append(str(error))
-            return [{}]
-        pairs = zip(images.split(1), prompts, strict=True)
-        return [singly(scorer, image, [prompt], reasons)[0] for image, prompt in pairs]
-    rows = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
-    for row in rows:
-        reasons += [f"{name} gave {v}" for name, v in row.items() if not math.isfinite(v)]
-    return [{name: v for name, v in row.items() if math.isfinite(v)} for row in rows]
+            return {}
+    ones = [slice(i, i + 1) for i in range(len(jobs))]
+    return joined([(1, singly(scoring, images[one], jobs[one], reasons)) for one in ones])
+
+
+def joined(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Columns one below the other, of parts of so many rows; NONE where a part has none."""
+    every = {name: values for _, part in parts for name, values in part.items()}
+
+    def column(name: str, like: Tensor) -> Tensor:
+        empty = [like.new_full((rows, *like.shape[1:]), NONE) for rows, _ in parts]
+        return torch.cat([part.get(name, e) for (_, part), e in zip(parts, empty, strict=True)])
+
+    return {name: column(name, like) for name, like in every.items()}
+
+
+def on_host(
+    images: Tensor, columns: Mapping[str, Tensor], reasons: list[str]
+) -> dict[str, Tensor]:
+    """The scores on the CPU in float64, NaN for images that are none: the batch's one wait."""
+    count, whole = len(images), images.flatten(1).isfinite().all(1)
+    flat = [whole.float()[:, None], *(v.reshape(count, -1).float() for v in columns.values())]
+    block = torch.cat(flat, 1).cpu().double()
+    good, rest = block[:, 0] > 0, block[:, 1:]
+    reasons += ["the image holds NaN or infinity: try dtype float32"] * int((~good).sum())
+    result = {}
+    for name, values in columns.items():
+        numbers, rest = rest.tensor_split([values[0].numel()], 1)
+        finite = numbers.isfinite().all(1)
+        reasons += [f"{name} gave {v:g}" for v in numbers[good & ~finite][:, 0].tolist()]
+        kept = good & finite & (numbers[:, 0] != NONE)
+        result[name] = numbers.where(kept[:, None], math.nan).reshape(values.shape)
+    return result

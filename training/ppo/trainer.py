@@ -1,32 +1,56 @@
-"""The loop of stage 2: roll out, score, update, now and then evaluate and save."""
+"""Stage 2, from top to bottom: draw, roll out, score, update; now and then evaluate and save.
 
+A run's folder, of which only the first rank writes: configs/, logs/ (metrics.jsonl, log.txt,
+TensorBoard's events), checkpoints/ (the last few, and best.pt), samples/ (pictures of the same
+prompts and noises at every save), and export/ (a predictor of every save, and the best).
+"""
+
+import dataclasses
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from solvers.predictor import Predictor
+from solvers.predictor import Predictor, save_predictor, to_content, validate
 from src import ranks
-from src.seeds import generator
-from training.ppo.evaluate import Evaluation, as_tensors, held_out_scores
-from training.ppo.files import BEST, Files, export_path, open_files, read_checkpoint
-from training.ppo.objectives import Taken, advantages, groups, rloo
-from training.ppo.policy import stacked, start_of
-from training.ppo.prompts import fixed_jobs, shots
-from training.ppo.rollout import Clock, Scored, batches, score_jobs
-from training.ppo.sections import Logging, Ppo
-from training.ppo.state import State, begin, exported, take_up
-from training.ppo.task import Task
-from training.ppo.update import update
-from training.stop import Stop, Stopped
+from src.images import grid, save_png
+from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
+from src.text import digest
+from training.ppo.config import Logging, Ppo
+from training.ppo.evaluate import (
+    by_prompt,
+    compared,
+    features_of,
+    fine_sampler,
+    held_out_scores,
+    pull_to_fine,
+)
+from training.ppo.learners import Learner, make_learner
+from training.ppo.objectives import advantages
+from training.ppo.policy import Actions, Start, start_of, tensors_of
+from training.ppo.rollout import (
+    Scored,
+    Task,
+    fixed_jobs,
+    images_of,
+    measured_unit,
+    score_jobs,
+    step_jobs,
+)
 
+SETTINGS = "configs/resolved_config.yaml"
 SHOWN = 8
 """Pictures in samples/ at each save."""
+FORMAT = 2
+MAY_CHANGE = ("steps", "eval_interval", "early_stop", "watch", "nonfinite_budget")
+"""The settings that a run may change when it goes on."""
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -39,16 +63,66 @@ class Outcome:
     stopped_early: bool = False
 
 
+@dataclass
+class Progress:
+    """Where a run stands, apart from what it has learned."""
+
+    step: int = 0  # updates done; the position of the stream of prompts follows from it
+    evaluated: int = -1  # the step that was evaluated last
+    best_step: int = 0
+    best_gain: float = 0.0  # on held-out prompts, over the starting table
+    without_best: int = 0  # evaluations since
+    nonfinite: int = 0  # images left out so far
+    start_scores: dict[str, list[float]] = field(default_factory=dict)  # of the held-out images
+
+
 @dataclass(frozen=True)
 class Session:
-    """What every part of a run leans on."""
+    """A run at work: what every part of it leans on."""
 
     task: Task
     ppo: Ppo
     logging: Logging
-    state: State
-    files: Files
+    start: Start
+    learner: Learner
+    progress: Progress
+    run: Run
     stop: Stop
+    board: Any = None  # TensorBoard's writer, where it is installed and wanted
+    fine: list[Tensor] = field(default_factory=list)  # features of the fine solution, once made
+
+    def write(self, numbers: Mapping[str, float | None]) -> None:
+        """A line of metrics.jsonl, and the same for TensorBoard."""
+        finite = {n: v for n, v in numbers.items() if v is not None and math.isfinite(v)}
+        self.run.measure(self.progress.step, finite)
+        if self.board is not None:
+            for name, value in finite.items():
+                self.board.add_scalar(name, value, self.progress.step)
+
+    def predictor(self) -> Predictor:
+        """The mean of what is learned, as a predictor."""
+        sampler: Any = self.start.sampler_of(self.learner.mean())
+        about = {"step": self.progress.step, "reward": self.task.reward, "seed": self.task.seed}
+        recipe = self.task.recipe
+        recipe = replace(recipe, training={**recipe.training, "ppo": about})
+        if sampler.sigmas != self.start.sampler.sigmas:
+            recipe = replace(recipe, schedule_type="custom", sigmas=sampler.sigmas)
+        return validate(Predictor(sampler.solver.table, recipe))
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "format": FORMAT,
+            "step": self.progress.step,
+            "progress": dataclasses.asdict(self.progress),
+            "learner": self.learner.state(),
+            "start": {"unit": self.start.unit, "numbers": numbers_of(self.start)},
+            "predictor": to_content(self.predictor()),
+            "about": about(self.task, self.ppo),
+        }
+
+
+# --- the loop -----------------------------------------------------------------------------
 
 
 def train(
@@ -63,112 +137,90 @@ def train(
 ) -> Outcome:
     """Train the table of `task` for `ppo.steps` steps in all, in `folder`, on all ranks.
 
-    Every rank calls this with the same arguments, after `src.ranks.init`; the first one writes:
-    logs/metrics.jsonl, TensorBoard's events and log.txt in logs/, checkpoints/, samples/ and
-    export/network-snapshot-export-step%06d.pkl. `resume` is a checkpoint, or a run's folder,
-    whose newest whole checkpoint is taken; the run that goes on is bit for bit the one that was
-    never stopped. `stop` is asked on the way: on a signal a checkpoint is written and Stopped
-    raised, on all ranks. `say` hears lines for people.
+    Every rank calls this with the same arguments, after `src.ranks.init`. `resume` is a
+    checkpoint, or a run's folder, whose newest whole checkpoint is taken; the run that goes on is
+    bit for bit the one that was never stopped. `stop` is asked on the way: on a signal a
+    checkpoint is written and Stopped raised, on all ranks. `say` hears lines for people.
 
     Raises ValueError, in one line, for a table or settings that cannot be trained, a checkpoint
     of another task, and more rewards that are no numbers than `ppo.nonfinite_budget`.
     """
-    heard: list[str] = []
-    start = start_of(task.method.table, heard.append)
-    state = begin(task, ppo, start)
-    from_file = None
-    if resume is not None:
-        from_file, content = read_checkpoint(resume, heard.append)
-        take_up(state, content, task, ppo, str(from_file))
-    step = state.progress.step
-    board = logging.tensorboard
-    files = open_files(folder, say, step, writes=ranks.is_first(), board=board)
-    for text in heard:
-        files.log.log(text)
-    if from_file is not None:
-        files.log.log(f"going on from {from_file} at step {step}")
-    session = Session(task, ppo, logging, state, files, stop or Stop())
+    run = run_of(folder, say, logging)
+    session = begin(task, ppo, logging, run, resume, stop or Stop())
+    if run.writes and logging.tensorboard:
+        session = replace(session, board=open_board(run, session.progress.step))
     try:
-        return run(session)
+        return loop(session)
     except Stopped:
-        files.keep(state.content(task, ppo), logging.keep_last)
-        files.log.log(f"stopped at step {state.progress.step} of {ppo.steps}: go on with --resume")
+        run.save(session.progress.step, session.content())
+        run.log(f"stopped at step {session.progress.step} of {ppo.steps}: go on with --resume")
         raise
     finally:
-        files.close()
+        if session.board is not None:
+            session.board.close()
 
 
-def run(session: Session) -> Outcome:
+def loop(session: Session) -> Outcome:
     """Do what is left of a run."""
-    ppo, progress = session.ppo, session.state.progress
-    bar = tqdm(
-        total=ppo.steps,
-        initial=progress.step,
-        desc="ppo",
-        unit="step",
-        disable=None if ranks.is_first() else True,
-    )
+    ppo, progress = session.ppo, session.progress
+    shown = None if ranks.is_first() else True
+    bar = tqdm(total=ppo.steps, initial=progress.step, desc="ppo", unit="step", disable=shown)
     with bar:
         while True:
             evaluate(session)
             early = 0 < ppo.early_stop <= progress.without_best
             last = early or progress.step >= ppo.steps
-            save(session, last=last)
+            if last or progress.step % session.logging.save_interval == 0:
+                save(session)
             if last:
                 break
-            bar.set_postfix(reward=advance(session))
+            bar.set_postfix(reward=iterate(session))
             bar.update()
     if early:
-        session.files.log.log(f"stopped early: no new best in {ppo.early_stop} evaluations")
-    content = session.state.content(session.task, ppo)
-    best = export_path(session.files.folder, BEST) if progress.evaluated >= 0 else None
-    return Outcome(progress.step, exported(content, "this run"), best, early)
+        session.run.log(f"stopped early: no new best in {ppo.early_stop} evaluations")
+    best = export_path(session.run.folder, BEST) if progress.evaluated >= 0 else None
+    return Outcome(progress.step, session.predictor(), best, early)
 
 
-def advance(session: Session) -> float | None:
-    """One step: roll out, score, update -> the mean reward.
+def iterate(session: Session) -> float | None:
+    """One iteration: draw tables, roll out, score, take advantages, update -> the mean reward.
 
     Raises Stopped before anything has changed.
     """
-    task, ppo, state = session.task, session.ppo, session.state
-    step, began = state.progress.step, time.perf_counter()
-    k, count = ppo.rloo_k, ppo.rollout_batch_size
-    plan = shots(task.prompts, task.seed, step, count=count, k=k, grouping=ppo.grouping)
-    with torch.no_grad():
-        now = state.policy()
-        draws = stacked([now.draw(generator(task.seed, shot.stream)) for shot in plan])
-        log_prob = now.log_prob(draws)
-        method = replace(task.method, table=state.policy.table(draws))
-    scored = score_jobs(task, method, [s.job for s in plan], [task.score], session.stop)
-    rewards = scored.scores.get(task.reward, torch.full((count,), math.nan))
+    task, ppo, learner, progress = session.task, session.ppo, session.learner, session.progress
+    began, step, count, k = time.perf_counter(), progress.step, ppo.rollout_batch_size, ppo.rloo_k
+    jobs, streams = step_jobs(
+        task.prompts, task.seed, step, count=count, k=k, grouping=ppo.grouping
+    )
+    draws = learner.draw(step, streams)
+    scorings = [by_prompt(task.score), *([pull_to_fine(task)] if ppo.pull_coef else [])]
+    scored = score_jobs(task, session.start.sampler_of(draws), jobs, scorings, session.stop)
+    rewards = scored.scores.get(task.reward, torch.full((count,), math.nan, dtype=torch.float64))
+    rewards = rewards - (ppo.pull_coef * scored.scores["pull"] if ppo.pull_coef else 0)
     check_budget(session, rewards, scored)
     updating = time.perf_counter()
-    gained = advantages(rewards, k, ppo.grouping)
-    valid = gained.isfinite().nonzero()[:, 0]
-    taken = Taken(draws, log_prob, gained).rows(valid)
-    measured = update(state, taken, ppo, task.seed)
+    gains = advantages(rewards, k, "mixed" if ppo.grouping == "mixed" else ppo.baseline)
+    measured = learner.update(step, draws, rewards, gains)
     ended = time.perf_counter()
-    state.progress.step += 1
-    raw = rloo(rewards[groups(count, k, ppo.grouping)])
-    told = {
+    progress.step += 1
+    numbers = {
         **spreads(scored, task.reward),
-        "advantage": mean(raw.abs()),
+        "advantage": finite_mean(gains.abs()),
         **measured,
-        "nonfinite": float(state.progress.nonfinite),
+        "nonfinite": float(progress.nonfinite),
         "images_per_second": count / (ended - began),
         **{f"seconds/{part}": spent for part, spent in scored.seconds.items()},
         "seconds/update": ended - updating,
         "seconds/step": ended - began,
     }
-    if state.progress.step % session.logging.log_interval == 0:
-        known = {name: v for name, v in told.items() if v is not None and math.isfinite(v)}
-        session.files.tell(state.progress.step, known)
-    return told["reward"]
+    if progress.step % session.logging.log_interval == 0:
+        session.write(numbers)
+    return numbers["reward"]
 
 
 def check_budget(session: Session, rewards: Tensor, scored: Scored) -> None:
     """Count the images without a reward; ValueError where they are more than the budget."""
-    progress, budget = session.state.progress, session.ppo.nonfinite_budget
+    progress, budget = session.progress, session.ppo.nonfinite_budget
     progress.nonfinite += int((~rewards.isfinite()).sum())
     if progress.nonfinite > budget:
         why = scored.reasons[0] if scored.reasons else f"no score is called {session.task.reward}"
@@ -180,73 +232,196 @@ def check_budget(session: Session, rewards: Tensor, scored: Scored) -> None:
 
 def spreads(scored: Scored, reward: str) -> dict[str, float | None]:
     """Mean and standard deviation of the reward, and of each one that was scored."""
-    told: dict[str, float | None] = {"reward": None, "reward_std": None}
+    numbers: dict[str, float | None] = {"reward": None, "reward_std": None}
     for name, scores in scored.scores.items():
-        told |= {f"reward/{name}": mean(scores), f"reward/{name}_std": deviation(scores)}
-    told["reward"], told["reward_std"] = (told.get(f"reward/{reward}{e}") for e in ("", "_std"))
-    return told
+        finite = scores[scores.isfinite()]
+        numbers[f"reward/{name}"] = finite_mean(scores)
+        numbers[f"reward/{name}_std"] = finite.std(correction=0).item() if len(finite) else None
+    ours = {f"reward{e}": numbers.get(f"reward/{reward}{e}") for e in ("", "_std")}
+    return numbers | ours
 
 
-def mean(values: Tensor) -> float | None:
+def finite_mean(values: Tensor) -> float | None:
     """The mean of the finite ones, None without any."""
-    known = values[values.isfinite()]
-    return known.mean().item() if len(known) else None
+    finite = values[values.isfinite()]
+    return finite.mean().item() if len(finite) else None
 
 
-def deviation(values: Tensor) -> float | None:
-    """Their standard deviation, None without any."""
-    known = values[values.isfinite()]
-    return known.std(correction=0).item() if len(known) else None
+# --- evaluating and saving ----------------------------------------------------------------
 
 
 def evaluate(session: Session) -> None:
-    """The policy's mean against the start, where it is due and not done; the best is kept.
+    """The mean against the start, where it is due and not done; the best is kept.
 
     Step 0 is the start itself, the first best.
     """
-    task, ppo, state = session.task, session.ppo, session.state
-    progress = state.progress
+    task, ppo, progress, stop = session.task, session.ppo, session.progress, session.stop
     due = ppo.eval_interval and progress.step % ppo.eval_interval == 0
     if not due or progress.evaluated == progress.step:
         return
+    jobs = fixed_jobs(task.held_out, task.seed, ppo.eval_prompts * ppo.eval_seeds)
+    if ppo.eval_seeds > 1 and not session.fine:
+        session.fine.append(features_of(task, fine_sampler(task.sampler), jobs, stop))
+    fine = session.fine[0] if session.fine else None
     if not progress.start_scores:
-        scores = held_out_scores(task, task.method.table, ppo.eval_prompts, session.stop)
+        scores = held_out_scores(task, session.start.sampler, jobs, stop, fine)
         progress.start_scores = {name: values.tolist() for name, values in scores.items()}
-    start = as_tensors(progress.start_scores)
+    start = {n: torch.tensor(v, dtype=torch.float64) for n, v in progress.start_scores.items()}
     now = start
     if progress.step:
-        table = state.policy.mean_table()
-        now = held_out_scores(task, table, ppo.eval_prompts, session.stop)
-    found = Evaluation(start, now)
-    gain = found.gain(task.reward)
-    value = gain.value if gain else -math.inf
-    is_best = not progress.step or value > progress.best_gain
+        sampler = session.start.sampler_of(session.learner.mean())
+        now = held_out_scores(task, sampler, jobs, stop, fine)
+    numbers = compared(start, now, jobs)
+    watched = ppo.watch or task.reward
+    gain = numbers.get(f"eval/{watched}_gain", -math.inf)
+    is_best = not progress.step or gain > progress.best_gain
     progress.evaluated = progress.step
     progress.without_best = 0 if is_best else progress.without_best + 1
     if is_best:
-        progress.best_step, progress.best_gain = progress.step, max(value, 0.0)
-        session.files.keep_best(state.content(task, ppo))
-    told = found.told() | {"eval/best_step": float(progress.best_step)}
-    session.files.tell(progress.step, told)
-    if gain and progress.step:
-        session.files.log.log(
-            f"step {progress.step}: {task.reward} {gain.value:+.5g} "
-            f"[{gain.low:+.5g}, {gain.high:+.5g}] over the start, on {ppo.eval_prompts} held out"
-        )
+        progress.best_step, progress.best_gain = progress.step, max(gain, 0.0)
+        if session.run.writes:
+            folder = session.run.folder
+            write_sealed(folder / "checkpoints" / f"{BEST}.pt", session.content())
+            save_predictor(session.predictor(), export_path(folder, BEST))
+    session.write(numbers | {"eval/best_step": float(progress.best_step)})
+    if progress.step and gain > -math.inf:
+        low, high = (numbers[f"eval/{watched}_gain_{end}"] for end in ("low", "high"))
+        said = f"step {progress.step}: {watched} {gain:+.5g} [{low:+.5g}, {high:+.5g}]"
+        session.run.log(f"{said} over the start, on {len(jobs)} held out")
 
 
-def save(session: Session, *, last: bool) -> None:
-    """Export, pictures and, last of all, the checkpoint, where they are due."""
-    task, state, logging = session.task, session.state, session.logging
-    step = state.progress.step
-    if step % logging.save_interval and not last:
+def save(session: Session) -> None:
+    """Write the export, pictures and, last of all, the checkpoint."""
+    task, run, step = session.task, session.run, session.progress.step
+    if not run.writes:
         return
-    content = state.content(task, session.ppo)
-    session.files.export(content, step)
-    if ranks.is_first():
-        jobs = fixed_jobs(task.held_out, task.seed, SHOWN)
-        method = replace(task.method, table=state.policy.mean_table())
-        clock = Clock(task.backend.device)
-        shown = [batch.images.cpu() for batch in batches(task, method, jobs, clock, lambda: None)]
-        session.files.show(torch.cat(shown), step)
-    session.files.keep(content, logging.keep_last)
+    save_predictor(session.predictor(), export_path(run.folder, step))
+    sampler = session.start.sampler_of(session.learner.mean())
+    images = images_of(task, sampler, fixed_jobs(task.held_out, task.seed, SHOWN))
+    shown = grid(images.float().cpu().nan_to_num(0.0), gap=2)
+    save_png(run.folder / "samples" / f"step{step:06d}.png", shown)
+    run.save(step, session.content())
+
+
+def export_path(folder: Path, step: int | str) -> Path:
+    """Where the predictor of a step lies, or the best one; its folder is made."""
+    name = f"step{step:06d}" if isinstance(step, int) else step
+    (folder / "export").mkdir(parents=True, exist_ok=True)
+    return folder / "export" / f"network-snapshot-export-{name}.pkl"
+
+
+def open_board(run: Run, step: int) -> Any:
+    """TensorBoard's writer; None, and a line in the log, where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (slow, and optional)
+    except ImportError:
+        run.log("no TensorBoard here (pip install tensorboard): metrics.jsonl has its numbers")
+        return None
+    return SummaryWriter(str(run.folder / run.logs), purge_step=step + 1 if step else None)
+
+
+# --- beginning and going on ---------------------------------------------------------------
+
+
+def run_of(folder: Path, say: Callable[[str], object], logging: Logging) -> Run:
+    """A run's folder, in which the first rank writes."""
+    return Run(
+        folder,
+        say,
+        writes=ranks.is_first(),
+        settings=SETTINGS,
+        logs="logs",
+        checkpoints="checkpoints",
+        keep=logging.keep_last,
+    )
+
+
+def begin(
+    task: Task, ppo: Ppo, logging: Logging, run: Run, resume: Path | None, stop: Stop
+) -> Session:
+    """A run before its first step, or where its checkpoint left it.
+
+    Raises ValueError, with the checkpoint's name, where it is of other settings or another table.
+    """
+    start = start_of(task.sampler, actions_of(ppo), run.log)
+    if resume is None:
+        start = replace(start, unit=measured_unit(task, start, ppo.effect))
+        learner, progress = make_learner(start, ppo, task.seed), Progress()
+    else:
+        path, content = read_checkpoint(resume, run.log)
+        check_content(content, about(task, ppo), numbers_of(start), str(path))
+        try:
+            start = replace(start, unit=content["start"]["unit"])
+            learner, progress = (
+                make_learner(start, ppo, task.seed),
+                Progress(**content["progress"]),
+            )
+            learner.load(content["learner"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            said = f"{type(error).__name__} {error}".splitlines()[0]
+            raise ValueError(f"{path} is no checkpoint of this policy: {said}") from error
+        run.log(f"going on from {path} at step {progress.step}")
+    run.rewind(progress.step)
+    return Session(task, ppo, logging, start, learner, progress, run, stop)
+
+
+def actions_of(ppo: Ppo) -> Actions:
+    """Which numbers are drawn, and how widely, as the settings say."""
+    names = ("points", "weights", "grid", "scale_dir", "scale_time", "guidance")
+    return Actions(
+        **{name: getattr(ppo, f"train_{name}") for name in names},
+        concentration=ppo.dirichlet_concentration,
+        grid_concentration=ppo.grid_concentration,
+        scale_std=ppo.scale_std,
+        guidance_std=ppo.guidance_std,
+    )
+
+
+def numbers_of(start: Start) -> dict[str, Tensor]:
+    """The numbers that a run starts from, by name."""
+    sigmas = torch.tensor(start.sampler.sigmas, dtype=torch.float64)
+    return tensors_of(start.table) | {"sigmas": sigmas}
+
+
+def read_checkpoint(path: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint, or the newest whole one of a run's folder; `say` hears of damaged ones.
+
+    Raises ValueError where there is none, or it is of an earlier version.
+    """
+    if path.is_file() or path.suffix == ".pt":
+        content = read_sealed(path)
+    else:
+        inner = "checkpoints" if (path / "checkpoints").is_dir() else "."
+        path, content = Run(path, say, checkpoints=inner).newest(say)
+    if content.get("format") != FORMAT:
+        said = f"{path} is no checkpoint of this version of stage 2"
+        raise ValueError(f"{said}: start anew from a predictor, such as those in its export/")
+    return path, content
+
+
+def check_content(
+    content: Mapping[str, Any], now: Mapping[str, Any], table: Mapping[str, Tensor], name: str
+) -> None:
+    """ValueError where a checkpoint's run began with another table, or has other settings."""
+    for key, value in now.items():
+        was = content["about"].get(key, value)
+        if was != value:
+            said = f"{name} was made with {key} {was}, not {value}"
+            raise ValueError(f"{said}: set it back, or start anew")
+    first = content["start"]["numbers"]
+    for key, tensor in table.items():
+        if key not in first or not torch.equal(tensor, first[key]):
+            said = f"{name} began with another table ({key} differs)"
+            raise ValueError(f"{said}: give its own predictor")
+
+
+def about(task: Task, ppo: Ppo) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    settings = dataclasses.asdict(ppo)
+    return {
+        "reward": task.reward,
+        "seed": task.seed,
+        "prompts": digest([str(p) for p in task.prompts]),
+        "held_out": digest([str(p) for p in task.held_out]),
+        **{f"ppo.{name}": v for name, v in settings.items() if name not in MAY_CHANGE},
+    }

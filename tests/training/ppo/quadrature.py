@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, NoiseLevels
-from backends.generate import Method
-from solvers.epd import Directions
+from solvers.epd import EPD, Directions
 from solvers.field import Condition
 from solvers.predictor import Recipe
 from solvers.process import VE
-from training.ppo.sections import Logging, Ppo
-from training.ppo.task import Task
+from solvers.sampler import Sampler
+from training.ppo.config import Logging, Ppo
+from training.ppo.rollout import Task
 from training.ppo.trainer import Outcome, train
 
 HEIGHT = 1e4
@@ -76,7 +76,7 @@ def task(start: Directions | None = None) -> Task:
     )
     return Task(
         quadrature(),
-        Method(sigmas=sigmas, table=start),
+        Sampler(EPD(start), tuple(sigmas.tolist())),
         recipe,
         reward,
         "near",

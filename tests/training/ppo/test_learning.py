@@ -1,20 +1,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from backends.generate import Method
-from backends.load import load_backend
+from backends.load import find_model, load_backend
+from backends.mixture import read_mixture
 from solvers.epd import Directions
-from solvers.predictor import Recipe
+from solvers.predictor import Predictor, Recipe
 from src.runs import Metrics
 from tests.training.ppo.quadrature import BEST, EVERY, START, task
-from training.ppo.search import Effort, search
-from training.ppo.sections import Ppo
-from training.ppo.task import Task
+from training.ppo.config import Ppo
+from training.ppo.rollout import Task
 from training.ppo.trainer import train
 
 LONG = Ppo(
@@ -35,19 +35,18 @@ def test_the_best_table_is_found_where_it_is_known(tmp_path: Path) -> None:
     assert last["eval/near_gain_low"] > 0
 
 
-def test_direct_search_finds_it_too_and_so_tells_the_headroom() -> None:
-    heard: list[float] = []
-    effort = Effort(rounds=8, candidates=12, best=3, images=4)
-    found = search(task(), effort, tell=lambda _round, best, start: heard.append(best - start))
-    assert abs(found.r.item() - BEST) < 0.02
-    assert heard[-1] > heard[0] > 0
+@pytest.mark.parametrize(("method", "rate", "k"), [("cma", 1e-3, 8), ("quotients", 0.1, 4)])
+def test_the_rivals_find_it_too(tmp_path: Path, method: str, rate: float, k: int) -> None:
+    rival = replace(LONG, method=method, learning_rate=rate, rloo_k=k)
+    outcome = train(task(), rival, replace(EVERY, save_interval=40), tmp_path)
+    assert abs(outcome.predictor.table.r.item() - BEST) < 0.25 * abs(START - BEST)
 
 
 def mixture() -> Task:
     """An exact model of five components, and how near an image is to one of their means."""
     backend = load_backend("mixture-3x4x4")
-    assert backend.family == "analytic"
-    means = backend.decode(backend.mixture.means).flatten(1)
+    known, _ = read_mixture(find_model("mixture-3x4x4"))
+    means = backend.decode(known.means).flatten(1)
 
     def near(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"near": -torch.cdist(images.flatten(1), means).amin(1)}
@@ -55,18 +54,26 @@ def mixture() -> Task:
     half = torch.full((4, 2), 0.5).double()
     places = torch.tensor([[1 / 3, 2 / 3]]).double().expand(4, 2)
     recipe = Recipe(5, 2, schedule_type="polynomial", schedule_rho=7.0, backend="analytic")
-    method = Method(
-        sigmas=backend.levels.grid("polynomial", 5),
-        table=Directions(places, half, 2 * half, 2 * half),
+    sampler = Predictor(Directions(places, half, 2 * half, 2 * half), recipe).sampler(
+        backend.levels
     )
-    return Task(backend, method, recipe, near, "near", (0, 1, 2), (3, 4), batch=64)
+    return Task(backend, sampler, recipe, near, "near", (0, 1, 2), (3, 4), batch=64)
 
 
-@pytest.mark.parametrize("grouping", ["crn", "prompt"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"grouping": "prompt"},
+        {"baseline": "james-stein", "antithetic": True},
+        {"train_grid": True, "train_scale_time": True, "train_guidance": True},
+        {"learning_by_interval": [2.0, 1.0, 1.0, 0.5], "entropy_by_interval": [1.0] * 4},
+    ],
+)
 def test_the_reward_rises_on_prompts_and_noise_never_trained_on(
-    tmp_path: Path, grouping: str
+    tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    ppo = Ppo(steps=15, learning_rate=5e-4, eval_interval=15, grouping=grouping)
+    ppo = Ppo(steps=15, learning_rate=5e-4, eval_interval=15, **more)
     train(mixture(), ppo, replace(EVERY, save_interval=100), tmp_path)
     last = Metrics(tmp_path / "logs" / "metrics.jsonl").read()[-1]
     assert last["step"] == 15

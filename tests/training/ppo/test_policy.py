@@ -1,17 +1,31 @@
 import math
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
-from backends.base import Backend
-from solvers.epd import EPD, Directions, MultistepTable
+from solvers.classic import Euler
+from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.field import Field
-from solvers.integrate import integrate
+from solvers.sampler import Sampler
 from src.seeds import generator, randn
 from tests.training.students import SHAPE, model
-from training.ppo.policy import LEAST, REACH, Policy, PolicyOptions, stacked, start_of
+from training.ppo.policy import (
+    LEAST,
+    REACH,
+    Actions,
+    Policy,
+    Start,
+    stacked,
+    start_of,
+    tensors_of,
+)
+
+ONE = torch.ones(1, 2).double()
+ALL = Actions(grid=True, scale_dir=True, scale_time=True, guidance=True)
 
 
 def quiet(_text: str) -> None:
@@ -19,21 +33,37 @@ def quiet(_text: str) -> None:
 
 
 def table(free: bool = False) -> Directions:
-    """Three intervals, two points, out of order; with `free`, weights of any sign and slopes."""
+    """Three intervals, two points, out of order; with `free`, weights of any sign."""
     r = torch.tensor([[0.7, 0.2], [0.3, 0.9], [0.5, 0.4]]).double()
     share = torch.tensor([[0.25, 0.75], [0.6, 0.4], [0.5, 0.5]]).double()
     time = torch.tensor([[1.01, 0.98], [1.0, 1.0], [0.97, 1.02]]).double()
     one = torch.ones_like(r)
     if not free:
         return Directions(r, share, time, one)
-    weight = torch.tensor([[-0.5, 1.4], [0.6, 0.4], [0.3, 0.3]]).double()
-    known = torch.tensor([[0.1, 0.0], [0.05, -0.05], [0.2, 0.1]]).double()
-    return Directions(r, weight, time, one, known)
+    mix = torch.tensor([[-0.5, 1.4], [0.6, 0.4], [0.3, 0.3]]).double()
+    size = mix.abs().sum(-1, keepdim=True)
+    return Directions(r, mix.abs() / size, time, mix.sign() * size)
 
 
-def policy(free: bool = False, **options: float) -> Policy:
-    made = PolicyOptions(**{"concentration": 10.0, **options})  # type: ignore[arg-type]
-    return Policy(start_of(table(free), quiet), made, seed=1)
+def multistep() -> MultistepTable:
+    """Three intervals, two points, two known slopes; places at the very edge."""
+    a = torch.tensor([[1.0, 0.0], [0.3, 0.8], [0.2, 0.7]]).double()
+    r = torch.tensor([[0.0, 0.5], [0.1, 1.0], [0.0, 0.7]]).double()
+    return MultistepTable(a, r, r * 0 + 0.45, a * 0.1, r * 0 + 1.01)
+
+
+def sampler(of: Table) -> Sampler:
+    levels = model().levels
+    solver = EPD(of) if isinstance(of, Directions) else ParallelMultistep(of)
+    return Sampler(solver, tuple(levels.grid("polynomial", 4).tolist()))
+
+
+def start(of: Table | None = None, actions: Actions | None = None) -> Start:
+    return start_of(sampler(of or table()), actions or Actions(), quiet)
+
+
+def policy(of: Table | None = None, actions: Actions | None = None) -> Policy:
+    return Policy(start(of, actions), seed=1)
 
 
 def moved(one: Policy, size: float = 0.1) -> Policy:
@@ -43,44 +73,73 @@ def moved(one: Policy, size: float = 0.1) -> Policy:
     return one
 
 
-def end(backend: Backend, tables: Directions) -> Tensor:
-    sigmas = backend.levels.grid("polynomial", 4)
-    x = randn(range(5), SHAPE, dtype=torch.float64) * sigmas[0]
-    return list(integrate(EPD(tables), Field(backend), x, sigmas))[-1]
+@torch.no_grad()
+def end(of: Sampler) -> Tensor:
+    x = randn(range(5), SHAPE, dtype=torch.float64) * of.sigmas[0]
+    return list(of.states(Field(model().denoise), x))[-1]
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_training_starts_at_the_distilled_table_whatever_its_order_and_signs(free: bool) -> None:
-    found, backend = policy(free).mean_table(), model()
-    assert bool((found.weight >= 0).all())
-    assert torch.allclose(found.weight.sum(-1), torch.ones(3).double())
-    assert torch.allclose(found.r, table(free).r, rtol=0, atol=1e-15)
-    assert torch.allclose(end(backend, found), end(backend, table(free)), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("of", [table(), table(True), multistep()])
+@pytest.mark.parametrize("actions", [Actions(), ALL])
+def test_training_starts_exactly_at_the_predictor(of: Table, actions: Actions) -> None:
+    one = policy(of, actions)
+    with torch.no_grad():
+        mean = one.start.sampler_of(one().mean())
+    assert mean.sigmas == pytest.approx(sampler(of).sigmas, rel=1e-14)
+    assert torch.allclose(end(mean), end(sampler(of)), rtol=1e-12, atol=1e-12)
+    free = one.start.sampler_of(one.start.draws(torch.zeros(one.start.size).double()))
+    assert torch.allclose(end(free), end(sampler(of)), rtol=1e-12, atol=1e-12)
 
 
-def test_a_sample_has_its_own_table() -> None:
-    one, backend = policy(True), model()
+@pytest.mark.parametrize("of", [table(True), multistep()])
+def test_a_sample_has_its_own_table_and_grid(of: Table) -> None:
+    one = policy(of, replace(ALL, guidance=False))
     draws = stacked([one().draw(generator(i)) for i in range(5)])
-    together = end(backend, one.table(draws))
+    together = end(one.start.sampler_of(draws))
     for i in range(5):
-        alone = end(backend, one.table(draws.rows(torch.tensor(i))))
-        assert torch.allclose(together[i], alone[i], rtol=1e-12, atol=1e-12)
+        alone = end(one.start.sampler_of(draws.rows(torch.tensor(i))))
+        assert torch.allclose(together[i], alone[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("points", {"r"}),
+        ("weights", {"weight"}),
+        ("scale_dir", {"dir_scale"}),
+        ("scale_time", {"time_scale"}),
+        ("guidance", {"guidance"}),
+        ("grid", set()),
+    ],
+)
+def test_an_action_moves_its_own_numbers_alone(name: str, tensors: set[str]) -> None:
+    off = {f.name: False for f in fields(Actions) if f.default in (True, False)}
+    one = policy(actions=Actions(**(off | {name: True})))
+    drawn = one.start.sampler_of(one().draw(generator(0)))
+    new: Table = drawn.solver.table  # type: ignore[attr-defined]
+    still = tensors_of(one.start.table)
+    changed = {n for n, t in tensors_of(new).items() if not torch.allclose(t, still[n])}
+    assert changed == tensors
+    assert (drawn.sigmas != one.start.sampler.sigmas) is (name == "grid")
+    assert (drawn.sigmas[0], drawn.sigmas[-1]) == sampler(table()).sigmas[:: len(drawn.sigmas) - 1]
 
 
 def test_the_probability_of_a_table_is_that_of_its_intervals_and_factors() -> None:
-    one = moved(policy(dir_scale=True, time_scale=True))
+    one = moved(policy(actions=Actions(scale_dir=True, scale_time=True, grid=True)))
     draws = stacked([one().draw(generator(i)) for i in range(2)])
     residual = REACH * torch.tanh(one.last(hidden(one)) / REACH)
-    segments, weight, factors = residual.split((3, 2, 4), -1)
-    start = one.start
+    segments, weight, factors, grid = residual.split((3, 2, 4, 1), -1)
+    alpha = one.start.alpha
     for b in range(2):
-        total = 0.0
+        drawn = {name: rows[b] for name, rows in draws.simplex.items()}
+        law = Dirichlet((alpha["grid"].log() + grid.t()).exp())
+        total = law.log_prob(drawn["grid"]).sum().item()
         for n in range(3):
-            alpha = torch.exp(torch.log(10 * start.segments[n]) + segments[n])
-            total += Dirichlet(alpha).log_prob(draws.segments[b, n]).item()
-            alpha = torch.exp(torch.log(10 * start.weight[n]) + weight[n])
-            total += Dirichlet(alpha).log_prob(draws.weight[b, n]).item()
-            total += Normal(factors[n], 0.05).log_prob(draws.factors[b, n]).sum().item()
+            law = Dirichlet(alpha["segments"][n] * segments[n].exp())
+            total += law.log_prob(drawn["segments"][n]).item()
+            law = Dirichlet(alpha["weight"][n] * weight[n].exp())
+            total += law.log_prob(drawn["weight"][n]).item()
+            total += Normal(factors[n], 0.05).log_prob(draws.gauss[b, n]).sum().item()
         assert one().log_prob(draws)[b].item() == pytest.approx(total, rel=1e-12)
 
 
@@ -93,36 +152,48 @@ def hidden(one: Policy) -> Tensor:
 
 def test_a_density_of_dirichlets_agrees_with_a_number_by_hand() -> None:
     r = torch.tensor([[0.2, 0.5]], dtype=torch.float64)
-    one = Policy(start_of(Directions(r, ONE / 2, ONE, ONE), quiet), PolicyOptions())
-    draws = stacked([one().centre()])
+    levels = replace(sampler(table()), solver=EPD(Directions(r, ONE / 2, ONE, ONE)))
+    one = Policy(start_of(replace(levels, sigmas=levels.sigmas[:2]), Actions(), quiet))
     log_gamma = math.lgamma
     by_hand = log_gamma(10) - log_gamma(2) - log_gamma(3) - log_gamma(5)
     by_hand += math.log(0.2) + 2 * math.log(0.3) + 4 * math.log(0.5)
     by_hand += log_gamma(10) - 2 * log_gamma(5) + 8 * math.log(0.5)
-    assert one().log_prob(draws).item() == pytest.approx(by_hand, rel=1e-12)
-
-
-ONE = torch.ones(1, 2).double()
+    assert one().log_prob(stacked([one().mean()])).item() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_entropy_and_divergence_are_the_sums_of_those_of_torch() -> None:
-    one = moved(policy(time_scale=True))
+    one = moved(policy(actions=Actions(scale_time=True, grid=True)))
     now, first = one(), one.initial()
-    pairs = [(getattr(now, n), getattr(first, n)) for n in ("segments", "weight", "factors")]
+    pairs = [*((now.simplex[n], first.simplex[n]) for n in now.simplex), (now.gauss, first.gauss)]
     kl = sum(kl_divergence(p, q).sum().item() for p, q in pairs)
+    entropy = sum(p.entropy().sum().item() for p, _ in pairs)
     assert now.kl(first).item() == pytest.approx(kl, rel=1e-12)
-    assert now.entropy().item() == pytest.approx(sum(p.entropy().sum().item() for p, _ in pairs))
+    assert now.entropy().shape == (3,)
+    assert now.entropy().sum().item() == pytest.approx(entropy)
     assert first.kl(first).item() == 0
 
 
-def test_draws_have_the_means_and_spreads_of_their_law() -> None:
-    one = policy(dir_scale=True)
-    draws = stacked([one().draw(generator(i, "law")) for i in range(4000)])
-    mean, c = one.start.segments, 10.0
-    assert torch.allclose(draws.segments.mean(0), mean, atol=0.01)
-    assert torch.allclose(draws.segments.var(0), mean * (1 - mean) / (c + 1), rtol=0.12)
-    assert torch.allclose(draws.weight.mean(0), one.start.weight, atol=0.01)
-    assert draws.factors.std().item() == pytest.approx(0.05, rel=0.03)
+@pytest.mark.parametrize("mirrors", [(None,), (False, True)])
+def test_draws_have_the_means_and_spreads_of_their_law(mirrors: tuple[bool | None, ...]) -> None:
+    one = policy(actions=Actions(scale_dir=True))
+    sources = [(i, mirror) for i in range(4000 // len(mirrors)) for mirror in mirrors]
+    draws = stacked([one().draw(generator(i, "law"), mirror) for i, mirror in sources])
+    mean, c = one.start.alpha["segments"] / 10, 10.0
+    segments = draws.simplex["segments"]
+    assert torch.allclose(segments.mean(0), mean, atol=0.01)
+    assert torch.allclose(segments.var(0), mean * (1 - mean) / (c + 1), rtol=0.12)
+    assert torch.allclose(draws.simplex["weight"].mean(0), table().weight, atol=0.01)
+    assert draws.gauss.std().item() == pytest.approx(0.05, rel=0.03)
+
+
+def test_a_mirrored_draw_is_opposite() -> None:
+    law = policy(actions=Actions(scale_dir=True))()
+    one, other = (law.draw(generator(4), mirror) for mirror in (False, True))
+    assert torch.allclose(one.gauss, -other.gauss)
+    both = [
+        draws.simplex["weight"][:, 0] - law.simplex["weight"].mean[:, 0] for draws in (one, other)
+    ]
+    assert bool((both[0] * both[1] < 0).all())
 
 
 def test_a_draw_hangs_on_its_generator_alone() -> None:
@@ -130,65 +201,85 @@ def test_a_draw_hangs_on_its_generator_alone() -> None:
     torch.rand(3, generator=generator(4))
     again = policy()().draw(generator(4, "table/0/1/2"))
     other = policy()().draw(generator(4, "table/0/1/3"))
-    assert torch.equal(first.segments, again.segments)
-    assert not torch.equal(first.segments, other.segments)
+    assert torch.equal(first.simplex["segments"], again.simplex["segments"])
+    assert not torch.equal(first.simplex["segments"], other.simplex["segments"])
 
 
 def test_draws_of_a_lopsided_law_stay_off_the_edge_and_likely() -> None:
-    r = torch.tensor([[1e-3]]).double()
+    r = torch.tensor([[1e-3], [0.5], [0.5]]).double()
     one = torch.ones_like(r)
-    lopsided = Policy(start_of(Directions(r, one, one, one), quiet), PolicyOptions())
+    lopsided = policy(Directions(r, one, one, one))
     draws = stacked([lopsided().draw(generator(i)) for i in range(50)])
-    assert draws.segments.min().item() >= 0.9 * LEAST
+    assert draws.simplex["segments"].min().item() >= 0.9 * LEAST
     assert bool(lopsided().log_prob(draws).isfinite().all())
-    assert bool((draws.weight == 1).all())
+    assert bool((draws.simplex["weight"] == 1).all())
 
 
 def test_no_training_can_make_a_law_collapse() -> None:
     far = moved(policy(), size=1e6)
-    assert bool(far().segments.concentration.isfinite().all())
-    assert far().segments.concentration.max().item() <= 10 * math.exp(REACH)
+    concentration = far().simplex["segments"].concentration
+    assert bool(concentration.isfinite().all())
+    assert concentration.max().item() <= 10 * math.exp(REACH)
     draws = stacked([far().draw(generator(i)) for i in range(5)])
     assert bool(far().log_prob(draws).isfinite().all())
 
 
 def test_a_row_at_the_edge_starts_uniform_and_is_told() -> None:
     heard: list[str] = []
-    r = torch.tensor([[0.0, 0.6], [0.2, 0.6]]).double()
-    weight = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).double()
+    r = torch.tensor([[0.0, 0.6], [0.2, 0.6], [0.2, 0.6]]).double()
+    weight = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]).double()
     one = torch.ones_like(r)
-    start = start_of(Directions(r, weight, one, one), heard.append)
-    assert torch.allclose(start.segments[0], torch.full((3,), 1 / 3).double())
-    assert torch.allclose(start.segments[1], torch.tensor([0.2, 0.4, 0.4]).double())
-    assert start.weight.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    alpha = start_of(sampler(Directions(r, weight, one, one)), Actions(), heard.append).alpha
+    assert torch.allclose(alpha["segments"][0], torch.full((3,), 10 / 3).double())
+    assert torch.allclose(alpha["segments"][1], torch.tensor([2.0, 4.0, 4.0]).double())
+    assert alpha["weight"][:2].tolist() == [[5, 5], [5, 5]]
     assert [text.split(":")[0] for text in heard] == ["interval 0", "interval 1"]
 
 
-def test_scales_are_kept_unless_they_are_trained() -> None:
-    kept = policy()
-    draw = kept.table(kept().draw(generator(0)))
-    assert torch.allclose(draw.dir_scale, table().dir_scale, rtol=1e-7)
-    assert torch.equal(draw.time_scale, table().time_scale)
-    trained = policy(dir_scale=True, time_scale=True)
-    drawn = trained().draw(generator(0))
-    factors = trained.table(drawn).dir_scale / table().dir_scale
-    assert torch.allclose(factors.log(), drawn.factors[:, :2])
-    factors = trained.table(drawn).time_scale / table().time_scale
-    assert torch.allclose(factors.log(), drawn.factors[:, 2:])
-
-
 def test_draws_keep_the_sum_of_weights_of_both_signs() -> None:
-    one, start = policy(True), table(True)
-    draws = one.table(stacked([one().draw(generator(i)) for i in range(20)]))
-    mix, wanted = draws.weight * draws.dir_scale, start.weight * start.dir_scale
+    one, first = policy(table(True)), table(True)
+    draws = one.start.table_of(stacked([one().draw(generator(i)) for i in range(20)]))
+    assert isinstance(draws, Directions)
+    mix, wanted = draws.weight * draws.dir_scale, first.weight * first.dir_scale
     assert torch.allclose(mix.sum(-1), wanted.sum(-1).expand(20, 3))
     assert mix[:, 0].std(0).min().item() > 0.05
     assert torch.allclose(draws.weight.sum(-1), torch.ones(20, 3).double())
 
 
-def test_a_table_of_another_solver_is_refused() -> None:
-    rows = [torch.ones(2, 1).double()] * 5
-    with pytest.raises(ValueError, match="MultistepTable: distil with --solver epd"):
-        start_of(MultistepTable(*rows), quiet)
-    with pytest.raises(ValueError, match="no table"):
-        start_of(None, quiet)
+def test_guidance_starts_at_the_rate_of_the_predictor_and_is_a_factor() -> None:
+    whole = replace(sampler(table()), guidance_rate=4.0)
+    first = start_of(whole, Actions(guidance=True, guidance_std=0.2), quiet)
+    one = Policy(first)
+    assert one.start.table_of(one().mean()).guidance.tolist() == [4.0] * 3  # type: ignore[union-attr]
+    draws = stacked([one().draw(generator(i)) for i in range(3000)])
+    rates = one.start.table_of(draws).guidance
+    assert rates is not None
+    assert rates.shape == (3000, 3, 1)
+    assert (rates / 4).log().std().item() == pytest.approx(0.2, rel=0.05)
+
+
+def test_an_intervals_learning_scales_its_gradient() -> None:
+    plain, scaled = policy(), Policy(start(), 1, [1.0, 0.0, 3.0])
+    draws = stacked([plain().draw(generator(i)) for i in range(4)])
+    for one in (plain, scaled):
+        one().simplex["weight"].log_prob(draws.simplex["weight"]).sum(0).backward(torch.eye(3)[1])
+    assert plain.last.weight.grad is not None
+    assert scaled.last.weight.grad is not None
+    assert plain.last.weight.grad.abs().max().item() > 0
+    assert scaled.last.weight.grad.abs().max().item() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: start_of(replace(sampler(table()), solver=Euler()), Actions(), quiet),
+            "has none",
+        ),
+        (lambda: start(actions=Actions(points=False, weights=False)), "nothing to train"),
+        (lambda: start(multistep(), Actions(False, False, scale_dir=True)), "nothing to train"),
+    ],
+)
+def test_what_no_policy_can_be_over_is_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
