@@ -13,13 +13,14 @@ import torch
 from backends.base import SCHEDULES, Backend, ModelOptions
 from backends.generate import Job, generate
 from backends.load import backbone_of, check_fit, load_backend
+from backends.spread import spread
 from solvers.predictor import FLOW_BACKENDS, Predictor, find_predictor, load_predictor
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, parse_name
 from src import ranks
 from src.files import to_json
 from src.options import BoolFlag, Number, OneLineCommand, SeedList, check_decided, model_options
 from src.samples import Samples, usual_folder
-from src.text import digest, meet, read_prompts
+from src.text import chosen_prompts, digest, meet
 
 NUMBERED = click.Choice(["seed", "order"])
 OF_RECIPE = ("num_steps", "schedule_type", "schedule_rho", "max_order", "afs", "guidance_rate")
@@ -49,6 +50,8 @@ Options: TypeAlias = Mapping[str, Any]
 @model_options
 @click.option("--batch", "--max_batch_size", type=click.IntRange(1), default=64, help="At once.")
 @click.option("--points_chunk", type=click.IntRange(1), help="Points at once, to save memory.")
+@click.option("--points_degree", type=click.IntRange(1), default=1, help="Ranks for an image.")
+@click.option("--timeout", type=Number(0, min_open=True), default=600.0, help="For them, seconds.")
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: samples/MODEL/METHOD.")
 @click.option("--subdirs", cls=BoolFlag, help="A sub-folder for every 1000 seeds.")
 @click.option("--grid", cls=BoolFlag, help="Also one picture of the first 100.")
@@ -62,17 +65,18 @@ def main(ctx: click.Context, **options: Any) -> None:
     python sample.py --predictor cifar10-5nfe --model edm-cifar10.pkl --seeds 0-63
     python sample.py --solver dpmpp-3 --num_steps 8 --class 7 --grid
     python sample.py --predictor sd15-best --model v1-5-pruned-emaonly.ckpt --prompt "a red fox"
-    torchrun --nproc_per_node=2 sample.py --solver heun --num_steps 18 --seeds 0-999 --subdirs
+    torchrun --nproc_per_node=4 sample.py --predictor sd3-512-best --points_degree 2 --seeds 0-7
     """  # noqa: D301
     options["device"] = ranks.init(options["device"])
+    mesh = ranks.point_mesh(options["points_degree"], options["device"], options["timeout"])
     predictor, name = None, options["predictor"]
     if name:
         predictor = load_predictor(find_predictor(name))
         decided = {option: getattr(predictor.recipe, option) for option in OF_RECIPE}
         check_decided(ctx, {"solver": predictor.recipe.base, **decided}, name)
     options["model"] = options["model"] or backbone_of(predictor.recipe if predictor else None)
-    texts = texts_of(options)
-    backend = open_model(options, texts, predictor)
+    texts = chosen_prompts(options["prompt"], options["prompt_file"], options["class"])
+    backend = spread(open_model(options, texts, predictor), mesh)
     sampler = sampler_of(options, predictor, backend)
     jobs = jobs_of(options, texts, backend)
     backend.guided(sampler.guidance_rate, backend.encode([job.prompt for job in jobs[:1]]))
@@ -86,17 +90,18 @@ def main(ctx: click.Context, **options: Any) -> None:
     say_notices(options, backend, sampler)
     rest, size = [job for job in jobs if job.seed in missing], options["batch"]
     parts = [rest[i : i + size] for i in range(0, len(rest), size)]
-    if ranks.is_first() and 0 < len(parts) < ranks.world_size():
+    if ranks.is_first() and 0 < len(parts) < ranks.world_size() // options["points_degree"]:
         click.echo(f"{len(parts)} batches leave ranks idle: lower --batch", err=True)
-    mine = [job for part in ranks.share(parts) for job in part]
-    more = {"trajectory": options["trajectory"], "points_chunk": options["points_chunk"]}
+    mine = [job for part in ranks.share(parts, mesh) for job in part]
+    more = {name: options[name] for name in ("trajectory", "points_chunk")}
     with ranks.progress(len(mine), "image") as bar, ThreadPoolExecutor(1) as writer:
         written = writer.submit(list)
         for batch in generate(backend, sampler, mine, batch=size, **more):
             strips = [backend.decode(state) for state in batch.states]
             written.result()  # one batch is written while the next is sampled
             names = [(job.seed, job.prompt) for job in batch.jobs]
-            written = writer.submit(samples.write, names, batch.images, strips)
+            if ranks.writes(mesh):
+                written = writer.submit(samples.write, names, batch.images, strips)
             bar.update(len(batch.jobs))
         written.result()
     ranks.barrier()
@@ -106,15 +111,6 @@ def main(ctx: click.Context, **options: Any) -> None:
             samples.write_grid(job.seed for job in jobs[:100])
         click.echo(f"{len(jobs)} images, {len(missing)} of them new, in {samples.folder}")
     ranks.close()
-
-
-def texts_of(options: Options) -> tuple[str, ...]:
-    """The prompts of the options, none where there are none; ValueError for two sources."""
-    sources = ("prompt", "prompt_file", "class")
-    given = [f"--{name}" for name in sources if options[name] not in (None, ())]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are given: choose one of them")
-    return read_prompts(options["prompt_file"]) if options["prompt_file"] else options["prompt"]
 
 
 def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | None) -> Backend:
@@ -179,14 +175,14 @@ def described(
 ) -> dict[str, Any]:
     """What goes into every picture: enough to make it again."""
     recipe, name = predictor and predictor.recipe, options["solver"] or "euler"
-    orders = SOLVERS[parse_name(recipe.base if recipe else name)[0]].orders
     order = recipe.max_order if recipe else options["max_order"]
+    has_orders = len(SOLVERS[parse_name(recipe.base if recipe else name)[0]].orders) > 1
     num_steps = len(sampler.sigmas) - options["denoise_to_zero"]
     about = {
         "model": options["model"],
         "predictor": options["predictor"],
         "solver": f"epd over {recipe.base}" if recipe else name,
-        "order": order if len(orders) > 1 else None,
+        "order": order if has_orders else None,
         "num_steps": num_steps,
         "num_points": recipe.num_points if recipe else None,
         "sigmas": sampler.sigmas[:num_steps],

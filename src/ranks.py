@@ -98,6 +98,11 @@ def point_mesh(degree: int, device: torch.device, timeout: float = 600.0) -> Dev
     return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("data", "points"))
 
 
+def writes(mesh: DeviceMesh | None) -> bool:
+    """-> whether this rank writes the images that it makes: one of those that share them does."""
+    return mesh is None or mesh.get_local_rank("points") == 0
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """-> the sum over ranks, on every rank; `tensor` stays as it is."""
     total = tensor.clone(memory_format=torch.contiguous_format)

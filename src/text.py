@@ -57,6 +57,17 @@ def column(content: str, path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: not CSV that can be read: {error}") from None
 
 
+def chosen_prompts(
+    prompt: tuple[str, ...], prompt_file: str | None, label: int | None
+) -> tuple[str, ...]:
+    """The prompts of a command's options, none where there are none; ValueError for two sources."""
+    options = {"--prompt": prompt or None, "--prompt-file": prompt_file, "--class": label}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given: choose one of them")
+    return read_prompts(prompt_file) if prompt_file else prompt
+
+
 def meet(seeds: Sequence[int], prompts: Sequence[str]) -> list[tuple[int, str]]:
     """Each seed with its prompt: the i-th prompt for the i-th seed, again from the first.
 
