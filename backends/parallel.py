@@ -35,6 +35,7 @@ from backends.generate import Job, generate
 from backends.load import check_fit
 from backends.pipelines import wrap
 from backends.scheduler import EPDScheduler, opened
+from backends.zeros import folding
 from solvers.predictor import Predictor
 from src.images import to_bytes
 from src.text import meet
@@ -113,12 +114,11 @@ class Parallel:
             if given["cfg_truncation"] <= 1:
                 raise ValueError('cfg_truncation compares one time: use points="sequence"')
         stacks = family_of(self.pipe) in STACKED and scale > 1
+        columns *= 2 if stacks else 1
         scheduler = EPDScheduler.from_predictor(
-            predictor,
-            self.pipe.scheduler,
-            points=self.points,
-            columns=columns * (2 if stacks else 1),
+            predictor, self.pipe.scheduler, points=self.points, columns=columns
         )
+        given |= folding(self.pipe, given, columns)
         scheduler.rate = rate
         given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
         callback = given.get("callback_on_step_end")

@@ -14,11 +14,8 @@ from backends.base import Backend, ModelOptions, classifier_free
 from backends.flow import CLOCK, clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
 from backends.text import Embedding, Texts, say_what_is_cut, usual_text
-from backends.zeros import fold_zeros
+from backends.zeros import TEXT_TOKENS, fold_zeros
 from solvers.field import Condition
-
-TEXT_TOKENS = 256
-"""T5's, in the pipeline's own default."""
 
 
 def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:

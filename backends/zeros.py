@@ -6,8 +6,9 @@ times as large stands for all: ln(256) is added to its scores, and the numbers a
 samples, T tokens of the image, L of the text, D channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PLAIN = "JointAttnProcessor2_0"
+TEXT_TOKENS = 256
+"""T5's, in the pipeline's own default."""
 LEAST_SHARE = 0.25
 """Of all tokens: with fewer zeros, attention without a mask is faster on a GPU."""
 
@@ -74,3 +77,27 @@ def fold_zeros(transformer: Any, zeros: int, others: int) -> bool:
         return False
     transformer.set_attn_processor(ours | {n: OneForAllZeros(p) for n, p in plain.items()})
     return True
+
+
+def folding(pipe: Any, given: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Arguments of a StableDiffusion3Pipeline's call that fold its zeros, for a batch of rows.
+
+    None where there is a T5, where the caller has a say in attention or in the length of texts,
+    or where the zeros are too few.
+    """
+    own = (
+        "prompt_embeds",
+        "max_sequence_length",
+        "joint_attention_kwargs",
+        "skip_guidance_layers",
+    )
+    taken = any(given.get(name) is not None for name in (*own, "ip_adapter_image"))
+    if type(pipe).__name__ != "StableDiffusion3Pipeline" or pipe.text_encoder_3 or taken:
+        return {}
+    usual = pipe.default_sample_size * pipe.vae_scale_factor
+    patch = pipe.vae_scale_factor * pipe.patch_size
+    height, width = ((given.get(side) or usual) // patch for side in ("height", "width"))
+    if not fold_zeros(pipe.transformer, TEXT_TOKENS, height * width + pipe.tokenizer_max_length):
+        return {}
+    log_zeros = torch.full((rows,), log(TEXT_TOKENS), device=pipe._execution_device)
+    return {"max_sequence_length": 1, "joint_attention_kwargs": {"log_zeros": log_zeros}}
