@@ -1,29 +1,38 @@
-"""EPD as a sampler in the style of k-diffusion, which ComfyUI's sampler nodes can call.
+"""Learned solvers in the style of k-diffusion, which ComfyUI's sampler nodes call.
 
 The K points of a step are rows of one call, all samples at the first point, then all at the
-second and so on: a model that repeats its conditions by tiling needs to know nothing of it.
+second and so on: a model that repeats its conditions by tiling needs to know nothing of it. A
+model that keeps tensors of B rows (ComfyUI's masks) is called point by point.
 """
 
+import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
-from solvers.epd import EPD, Directions, ParallelMultistep
+from backends import flow, vp
+from solvers.epd import EPD, Directions, Table
 from solvers.field import Condition, Field
-from solvers.integrate import Solver, Step, integrate
+from solvers.integrate import Loop, Point
 from solvers.predictor import Predictor, for_flow
 from solvers.process import FLOW, VE
+from solvers.sampler import Sampler
+from solvers.schedules import NoiseLevels
 
 Model = Callable[..., Tensor]
 """(x [B, *], sigma [B], **extra_args) -> denoised [B, *]."""
 Callback = Callable[[dict[str, Any]], object]
 EVEN = (1 / 3, 2 / 3)
 """The places of a table that nobody learned."""
+SAME_LEVEL = 0.01
+"""By how much a level may differ from the one that a table was learned on."""
 
 
 @torch.no_grad()
@@ -35,29 +44,33 @@ def sample_epd(
     callback: Callback | None = None,
     disable: bool | None = None,
     predictor: Predictor | None = None,
+    denoise_last: bool = True,
 ) -> Tensor:
-    """x [B, *] at sigmas[0] -> x at sigmas[-1]; a final 0 is a step by denoising alone.
+    """x [B, *] at sigmas[0] -> x at sigmas[-1]; of no level or one, x as it is.
 
-    `callback` gets x, i, sigma, sigma_hat and denoised of every step; `disable` hides the
-    bar. Without a predictor, two points a step at a third and two thirds on the log-sigma axis,
-    with equal weights. Raises ValueError where the predictor has another number of steps than
-    `sigmas` has, the final 0 not counted, or learned an analytic first step.
+    A final 0 is a step by denoising alone, or, without `denoise_last`, stands for the last level
+    before it. `callback` gets x, i, sigma, sigma_hat and denoised of every step; `disable` hides
+    the bar. Without a predictor, two points a step at a third and two thirds on the log-sigma
+    axis, with equal weights. `sigmas` may be the end of the predictor's own (`learned_sigmas`):
+    then its last rows are taken. Levels that it was not learned on give a warning.
+
+    Raises ValueError for levels that do not fall, another number of them than the predictor's,
+    or a predictor that guides by itself.
     """
-    if predictor and predictor.recipe.afs:
-        raise ValueError("sample_epd asks the model at every step: this predictor has afs on")
-    steps = int((sigmas > 0).sum()) - 1
-    solver = solver_of(predictor) if predictor else EPD(even_table(steps))
-    tell = partial(report, callback) if callback else None
-    bar = tqdm(total=len(sigmas) - 1, disable=disable)
-    denoiser = partial(tiled_call, model, dict(extra_args or {}), len(x))
-    telling = Telling(replace(solver, table=solver.table.to(x)), tell)
-    for i, state in enumerate(integrate(telling, Field(denoiser), x, sigmas)):
-        if sigmas[i + 1] == 0 and tell:
-            tell(i, x, float(sigmas[i]), state)
-        x = state
-        bar.update()
-    bar.close()
-    return x
+    grid = [float(sigma) for sigma in sigmas]
+    grid = grid if denoise_last or not grid or grid[-1] > 0 else grid[:-1]
+    if len(grid) < 2 or (len(grid) == 2 and predictor and grid[1] == 0):
+        return x
+    loop = Loop.start(x)
+    sampler = sampler_on(grid, predictor).at(loop.x)
+    ask: Any = Field(Tiled(model, dict(extra_args or {}), len(x)))
+    for i in trange(len(grid) - 1, disable=disable):
+        loop = sampler.advance(ask, loop)
+        if callback:
+            now, sigma = loop.past[0], sigmas[i]
+            told = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
+            callback(told | {"denoised": denoised(now, loop).squeeze(1)})
+    return loop.x.squeeze(1)
 
 
 def epd_sampler(predictor: Predictor) -> Callable[..., Tensor]:
@@ -65,55 +78,99 @@ def epd_sampler(predictor: Predictor) -> Callable[..., Tensor]:
     return partial(sample_epd, predictor=predictor)
 
 
-def solver_of(predictor: Predictor) -> EPD | ParallelMultistep:
-    """A predictor's solver, for the process that it was learned for."""
-    return predictor.solver(FLOW if for_flow(predictor.recipe) else VE)
+def learned_sigmas(predictor: Predictor) -> tuple[float, ...] | None:
+    """The levels that a predictor was learned on; None where they are its model's alone."""
+    recipe = predictor.recipe
+    if recipe.sigmas is not None:
+        return recipe.sigmas
+    published = vp.PUBLISHED.get(recipe.dataset_name) if recipe.backend == "ldm" else None
+    if for_flow(recipe):
+        low = recipe.sigma_min or 1 / flow.CLOCK
+        shift = recipe.flowmatch_shift or low * (flow.CLOCK - 1) / (1 - low)  # as low is shifted
+        levels = NoiseLevels(FLOW, low, 1.0, shift=shift)
+    elif published:
+        levels = vp.table_of(published).levels
+    elif recipe.sigma_min and recipe.sigma_max and recipe.schedule_type != "discrete":
+        levels = NoiseLevels(VE, recipe.sigma_min, recipe.sigma_max)
+    else:
+        return None
+    return predictor.sampler(levels).sigmas
+
+
+def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
+    """A predictor on a host's levels, or on the last of its own; an even table without one."""
+    steps = sum(sigma > 0 for sigma in grid) - 1
+    if predictor is None:
+        return Sampler(EPD(even_table(steps)), tuple(grid))
+    process = FLOW if for_flow(predictor.recipe) else VE
+    solver, afs = predictor.solver(process), predictor.recipe.afs
+    if predictor.table.guidance is not None:
+        raise ValueError("this predictor guides by itself, and here the host does")
+    own, rows = learned_sigmas(predictor), predictor.recipe.num_steps - 1
+    cut = rows - steps
+    if cut and (own is None or cut < 0 or not same(grid[: steps + 1], own[cut:])):
+        raise ValueError(
+            f"{steps + 1} levels above 0 for a predictor of {rows + 1}: take its own, "
+            "learned_sigmas(predictor), or the last of them"
+        )
+    if own is None or not same(grid[: steps + 1], own[cut:]):
+        text = "none that are written down" if own is None else ", ".join(f"{s:.4g}" for s in own)
+        warnings.warn(f"the predictor was learned on other levels: {text}", stacklevel=3)
+    solver = replace(solver, table=cut_table(predictor.table, cut))
+    return Sampler(solver, tuple(grid), process, afs and not cut)
+
+
+def same(grid: list[float], own: tuple[float, ...]) -> bool:
+    """Whether levels are those of a table."""
+    return all(math.isclose(a, b, rel_tol=SAME_LEVEL) for a, b in zip(grid, own, strict=True))
+
+
+def cut_table(table: Table, first: int) -> Any:
+    """A table without its first rows."""
+    rows = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    return replace(table, **{n: t[first:] for n, t in rows.items() if isinstance(t, Tensor)})
 
 
 def even_table(steps: int) -> Directions:
     """The same two points in every step, nothing learned."""
-    r = torch.tensor(EVEN, dtype=torch.float64).repeat(steps, 1)
+    r = torch.tensor(EVEN, dtype=torch.float64).repeat(max(steps, 1), 1)
     one = torch.ones_like(r)
     return Directions(r, one / len(EVEN), one, one)
 
 
-def tiled_call(
-    model: Model,
-    extra_args: Mapping[str, Any],
-    b: int,
-    x: Tensor,
-    sigma: Tensor,
-    _cond: Condition | None,
-) -> Tensor:
-    """The model at k times the rows, its tensors of B rows repeated by tiling."""
-    k = len(x) // b
-    arguments = {
-        name: v.repeat(k, *[1] * (v.ndim - 1)) if is_rows(v, b) else v
-        for name, v in extra_args.items()
-    }
-    return model(x, sigma, **arguments)
+def denoised(now: Point, loop: Loop) -> Tensor:
+    """What is known of x0 at the start of a step, without a call for the caller's sake."""
+    return now.x0 if "d" in vars(now) else now.x - now.sigma * loop.slopes[0]
 
 
-def is_rows(value: Any, b: int) -> bool:
-    """Whether it is a tensor with a row for each of B samples."""
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == b
+@dataclass
+class Tiled:
+    """The model at k times the rows, its tensors of B rows repeated by tiling.
 
+    Where it cannot be, as it keeps tensors of B rows itself, it is called for B rows at a time.
+    """
 
-def report(callback: Callback, i: int, x: Tensor, sigma: float, denoised: Tensor) -> None:
-    """Tell what k-diffusion's samplers tell."""
-    callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+    model: Model
+    extra_args: dict[str, Any]
+    rows: int
+    apart: bool = field(default=False)
 
+    def __call__(self, x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+        """x [k * B, *] at sigma [k * B] -> x0."""
+        k = len(x) // self.rows
+        if k > 1 and not self.apart:
+            try:
+                return self.model(x, sigma, **self.tiled(k))
+            except RuntimeError:  # shapes that do not meet, or no memory for so many rows
+                self.apart = True
+        parts = zip(x.split(self.rows), sigma.split(self.rows), strict=True)
+        return torch.cat([self.model(*part, **self.extra_args) for part in parts])
 
-@dataclass(frozen=True)
-class Telling:
-    """A solver that tells where it stands at every step."""
-
-    solver: Solver
-    tell: Callable[[int, Tensor, float, Tensor], None] | None
-
-    def __call__(self, field: Field, step: Step) -> Tensor:
-        following, now = self.solver(field, step), step.now
-        if self.tell:
-            known = now.x0 if "d" in vars(now) else now.x  # no call for the caller's sake
-            self.tell(step.index, now.x.squeeze(1), now.sigma, known.squeeze(1))
-        return following
+    def tiled(self, k: int) -> dict[str, Any]:
+        """The extra arguments for k times the rows."""
+        return {
+            name: v.repeat(k, *[1] * (v.ndim - 1))
+            if isinstance(v, Tensor) and v.ndim and len(v) == self.rows
+            else v
+            for name, v in self.extra_args.items()
+        }

@@ -22,7 +22,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from backends import flow
+from backends import flow, vp
 from backends.asking import Run
 from backends.clock import (
     BETA_SCHEDULERS,
@@ -48,17 +48,8 @@ from solvers.process import FLOW
 from solvers.sampler import Sampler, SolverOptions, make_solver
 
 diffusers: Any = library  # its own annotations are not those of what it returns
-SD = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "ms_coco/ldm": ("DDIMScheduler", SD | {"beta_start": 0.00085, "beta_end": 0.012}),
-    "lsun_bedroom_ldm/ldm": ("DDIMScheduler", SD | {"beta_start": 0.0015, "beta_end": 0.0195}),
-    "ms_coco/sd3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-    "ms_coco/flux": (
-        "FlowMatchEulerDiscreteScheduler",
-        {"shift": 3.0, "use_dynamic_shifting": True},
-    ),
-}
-"""The schedulers of the published models, by their predictors' data set and backend."""
+PUBLISHED = {"sd3": {"shift": 3.0}, "flux": {"shift": 3.0, "use_dynamic_shifting": True}}
+"""What the schedulers of the published flow-matching models say."""
 POINTS = ("sequence", "rows")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -336,13 +327,15 @@ def check_like(recipe: Recipe, like: Any, clock: Clock) -> None:
 
 def published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """Class and config of the scheduler of a published model; ValueError for other predictors."""
-    name, config = PUBLISHED.get(f"{recipe.dataset_name}/{recipe.backend}", ("", {}))
-    if not name:
-        raise ValueError(
-            f"a predictor for {recipe.dataset_name} ({recipe.backend}) needs the scheduler of its "
-            "model: like=pipe.scheduler"
-        )
-    return name, config
+    if recipe.backend == "ldm" and recipe.dataset_name in vp.PUBLISHED:
+        ends = {"clip_sample": False, "set_alpha_to_one": False}
+        return "DDIMScheduler", vp.PUBLISHED[recipe.dataset_name] | ends
+    if recipe.backend in PUBLISHED and recipe.dataset_name == "ms_coco":
+        return "FlowMatchEulerDiscreteScheduler", PUBLISHED[recipe.backend]
+    raise ValueError(
+        f"a predictor for {recipe.dataset_name} ({recipe.backend}) needs the scheduler of its "
+        "model: like=pipe.scheduler"
+    )
 
 
 def plain_like(like: Any) -> tuple[str, dict[str, Any]]:

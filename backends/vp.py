@@ -17,6 +17,13 @@ from torch import Tensor
 from backends.base import NoiseLevels, Timesteps
 from solvers.process import VE
 
+PUBLISHED = {
+    "ms_coco": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "lsun_bedroom_ldm": {
+        "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"
+    },
+}  # fmt: skip
+"""The betas of the published latent models, by their predictors' data set."""
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
