@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from backends import flow, vp
+from backends import vp
 from solvers.epd import EPD, Directions, Table
 from solvers.field import Condition, Field
 from solvers.integrate import Loop, Point
-from solvers.predictor import Predictor, for_flow
+from solvers.predictor import Predictor, for_flow, levels_of
 from solvers.process import FLOW, VE
 from solvers.sampler import Sampler
-from solvers.schedules import NoiseLevels
 
 Model = Callable[..., Tensor]
 """(x [B, *], sigma [B], **extra_args) -> denoised [B, *]."""
@@ -81,20 +80,9 @@ def epd_sampler(predictor: Predictor) -> Callable[..., Tensor]:
 def learned_sigmas(predictor: Predictor) -> tuple[float, ...] | None:
     """The levels that a predictor was learned on; None where they are its model's alone."""
     recipe = predictor.recipe
-    if recipe.sigmas is not None:
-        return recipe.sigmas
     published = vp.PUBLISHED.get(recipe.dataset_name) if recipe.backend == "ldm" else None
-    if for_flow(recipe):
-        low = recipe.sigma_min or 1 / flow.CLOCK
-        shift = recipe.flowmatch_shift or low * (flow.CLOCK - 1) / (1 - low)  # as low is shifted
-        levels = NoiseLevels(FLOW, low, 1.0, shift=shift)
-    elif published:
-        levels = vp.table_of(published).levels
-    elif recipe.sigma_min and recipe.sigma_max and recipe.schedule_type != "discrete":
-        levels = NoiseLevels(VE, recipe.sigma_min, recipe.sigma_max)
-    else:
-        return None
-    return predictor.sampler(levels).sigmas
+    levels = vp.table_of(published).levels if published else levels_of(recipe)
+    return None if levels is None else predictor.sampler(levels).sigmas
 
 
 def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:

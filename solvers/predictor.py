@@ -32,7 +32,7 @@ from torch import Tensor
 
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.integrate import MAX_SLOPES
-from solvers.process import VE, Process
+from solvers.process import FLOW, VE, Process
 from solvers.published import decode, from_published, require
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
 from solvers.schedules import SCHEDULES, NoiseLevels, custom
@@ -173,6 +173,19 @@ def recipe_sigmas(recipe: Recipe, levels: NoiseLevels) -> Tensor:
         sigma_min=recipe.sigma_min,
         sigma_max=recipe.sigma_max,
     )
+
+
+def levels_of(recipe: Recipe) -> NoiseLevels | None:
+    """The levels that a recipe itself tells of; None where they are its model's alone."""
+    if for_flow(recipe):
+        low = recipe.sigma_min or 1e-3
+        shift = recipe.flowmatch_shift or low * 999 / (1 - low)  # 1/1000 as low is shifted
+        return NoiseLevels(FLOW, low, 1.0, shift=shift)
+    low, high = recipe.sigma_min, recipe.sigma_max
+    if recipe.sigmas is not None:
+        low, high = recipe.sigmas[-1], recipe.sigmas[0]
+    spaced = recipe.schedule_type != "discrete"
+    return NoiseLevels(VE, low, high) if low and high and spaced else None
 
 
 # --- checks -------------------------------------------------------------------------------
@@ -491,6 +504,16 @@ def described(predictor: Predictor) -> str:
     return "\n".join(lines)
 
 
+def listed(predictor: Predictor) -> str:
+    """The levels of a predictor as a list; ValueError where they are its model's alone."""
+    levels = levels_of(predictor.recipe)
+    if levels is None:
+        raise ValueError(
+            "its levels are those of its model's own timesteps"
+        )
+    return ", ".join(f"{sigma:.6g}" for sigma in predictor.sampler(levels).sigmas)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Show or convert a predictor; the exit status is 1 for a file that cannot be served."""
     parser = argparse.ArgumentParser(
@@ -499,13 +522,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the settings and the table")
     show.add_argument("path", help="a file, or a name within exps/ such as cifar10-5nfe")
+    show.add_argument("--sigmas", action="store_true", help="only its levels, as a list")
     convert = commands.add_parser("convert", help="write as .pkl or .json, by the ending")
     convert.add_argument("source", help="a file of ours or a published one, or a name")
     convert.add_argument("target", type=Path, help="the file to write")
     options = parser.parse_args(arguments)
     try:
         if options.command == "show":
-            text = described(load_predictor(find_predictor(options.path)))
+            predictor = load_predictor(find_predictor(options.path))
+            text = listed(predictor) if options.sigmas else described(predictor)
         else:
             save_predictor(load_predictor(find_predictor(options.source)), options.target)
             text = f"wrote {options.target}"
