@@ -37,6 +37,7 @@ Options: TypeAlias = Mapping[str, Any]
 @click.option("--max_order", type=click.IntRange(1, 4), help="Order of a multistep solver.")
 @click.option("--afs/--no-afs", cls=BoolFlag, help="Analytic first step: one call less.")
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
+@click.option("--guidance", help="Rates by step, 1,4,6,4, or in a range of levels, 4@0.2-0.8.")
 @click.option("--denoise_to_zero", cls=BoolFlag, help="One more call at the end, to sigma 0.")
 @click.option("--s_churn", type=Number(0), default=0.0, help="EDM's noise, with --solver edm.")
 @click.option("--s_min", type=Number(0), default=0.0, help="Its lowest level.")
@@ -79,7 +80,7 @@ def main(ctx: click.Context, **options: Any) -> None:
     backend = spread(open_model(options, texts, predictor), mesh)
     sampler = sampler_of(options, predictor, backend)
     jobs = jobs_of(options, texts, backend)
-    backend.guided(sampler.guidance_rate, backend.encode([job.prompt for job in jobs[:1]]))
+    backend.guided(sampler.strongest, backend.encode([job.prompt for job in jobs[:1]]))
     about = described(options, texts, predictor, backend, sampler)
     samples = Samples(options["outdir"] or usual_folder(about), about, options["subdirs"])
     if options["dry_run"]:
@@ -151,8 +152,8 @@ def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) 
             guidance_rate=options["guidance_rate"],
             options=SolverOptions(order=options["max_order"], **churn),
         )
-    zero = (0.0,) if options["denoise_to_zero"] else ()
-    return replace(sampler, sigmas=(*sampler.sigmas, *zero))
+    sampler = sampler.with_guidance(options["guidance"]) if options["guidance"] else sampler
+    return replace(sampler, sigmas=(*sampler.sigmas, *[0.0] * options["denoise_to_zero"]))
 
 
 def jobs_of(options: Options, texts: tuple[str, ...], backend: Backend) -> list[Job]:
@@ -188,7 +189,7 @@ def described(
         "sigmas": sampler.sigmas[:num_steps],
         "nfe": sampler.calls,
         "afs": sampler.afs,
-        "guidance_rate": sampler.guidance_rate,
+        "guidance_rate": options["guidance"] or sampler.guidance_rate,
         "denoise_to_zero": options["denoise_to_zero"],
         "churn": {n: str(options[n]) for n in options if n.startswith("s_") and name == "edm"},
         "class": "by seed" if options["class"] is None else options["class"],
@@ -204,7 +205,7 @@ def described(
 def say_notices(options: Options, backend: Backend, sampler: Sampler) -> None:
     """Say what is easily overlooked."""
     dtype = str(backend.dtype).removeprefix("torch.")
-    if options["negative_prompt"] and sampler.guidance_rate == 1 and ranks.is_first():
+    if options["negative_prompt"] and sampler.strongest == 1 and ranks.is_first():
         click.echo("the negative prompt has no effect at guidance_rate 1", err=True)
     if backend.device.type == "cpu" and isinstance(backend.usual_prompt(0), str):
         slow = ", many times slower than in float32" if dtype == "float16" else ""

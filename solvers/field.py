@@ -57,6 +57,7 @@ class Tally:
 
     calls: int = 0
     rows: int = 0
+    branches: int = 0  # rows with those of "nothing"; only `Sampler.cost` knows them
 
 
 @dataclass(frozen=True)

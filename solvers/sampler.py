@@ -1,6 +1,7 @@
 """`Sampler`, all between noise and sample but the network, and solvers by name."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
 from solvers.epd import EPD, ParallelMultistep, step_rates
 from solvers.exponential import DEIS, DPMpp, UniPC
-from solvers.field import Field, Rates, Tally
+from solvers.field import Condition, Field, Guided, Rates, Tally
 from solvers.integrate import Loop, Solver, advance, integrate, levels
 from solvers.process import VE, Level, Process
 from solvers.schedules import NoiseLevels
@@ -224,21 +225,57 @@ class Sampler:
         """Evaluations of the network for an image, each of the K points counted."""
         return self.cost.rows
 
+    @property
+    def branches(self) -> int:
+        """The same with the rows of "nothing" that classifier-free guidance adds."""
+        return self.cost.branches
+
     @cached_property
     def cost(self) -> Tally:
         """Calls and rows for an image, counted on a network that answers with nothing."""
-        images = 1
+        images, seen = 1, []
         sampler = self
         if isinstance(self.solver, EDM):
             quiet = replace(self.solver, noise=lambda _index, x: torch.zeros_like(x))
             sampler = replace(self, solver=quiet)
-        elif isinstance(self.solver, EPD) and self.solver.table.r.ndim == 3:
+        elif isinstance(self.solver, EPD | ParallelMultistep) and self.solver.table.r.ndim == 3:
             images = len(self.solver.table.r)
-        field = Field(lambda x, _sigma, _cond: torch.zeros_like(x))
+
+        def nothing(x: Tensor, _sigma: Tensor, _cond: Condition | None) -> Tensor:
+            seen.append(len(x))
+            return torch.zeros_like(x)
+
+        field = Field(Guided(nothing, self.guidance_rate), Condition({}, {}))
         with torch.no_grad():
             for _ in sampler.states(field, torch.zeros(images, 1)):
                 pass
-        return Tally(field.tally.calls, field.tally.rows // images)
+        return Tally(field.tally.calls, field.tally.rows // images, sum(seen) // images)
+
+    def with_guidance(self, text: str) -> "Sampler":
+        """The sampler at rates by hand: "4", one a step "1,4,6,4", or "4@0.2-0.8".
+
+        The last is rate 4 at the levels of an interval and none elsewhere (Kynkaanniemi et al.
+        2024, arXiv:2404.07724). Raises ValueError for anything else.
+        """
+        before = [level for level in self.sigmas if level > 0][: len(self.sigmas) - 1]
+        if isinstance(self.solver, EPD | ParallelMultistep):
+            before = before[: self.solver.table.r.shape[-2]]
+        rate, at, interval = text.partition("@")
+        try:
+            rates = [float(part) for part in rate.split(",")]
+            low, high = map(float, interval.split("-")) if at else (0.0, math.inf)
+        except ValueError:
+            rates, low, high = [], 0.0, math.inf
+        if len(rates) == 1:
+            rates = [rates[0] if low <= level <= high else 1.0 for level in before]
+        wrong = len(rates) != len(before) or (at and "," in rate)
+        if wrong or not all(0 <= rate < math.inf for rate in rates):
+            forms = f"one rate, {len(before)} with commas between, or RATE@LOW-HIGH"
+            raise ValueError(f"guidance {text!r}: write {forms}")
+        if isinstance(self.solver, EPD | ParallelMultistep):
+            table = replace(self.solver.table, guidance=torch.tensor(rates).double())
+            return replace(self, solver=replace(self.solver, table=table))
+        return replace(self, rates=tuple(rates))
 
 
 def hand_made(

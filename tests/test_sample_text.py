@@ -75,6 +75,22 @@ def test_a_negative_prompt_changes_the_image(run: Run, tmp_path: Path) -> None:
     assert not torch.equal(plain, negative)
 
 
+def test_guidance_by_step_is_another_picture_and_equal_rates_the_same(
+    run: Run, tmp_path: Path
+) -> None:
+    options = (*EULER, "--seeds", "0", "--prompt", "a")
+    run(*options, "--guidance_rate", "5", out="constant")
+    steps = int(EULER[EULER.index("--num_steps") + 1]) - 1
+    run(*options, "--guidance", ",".join(["5"] * steps), out="same")
+    run(*options, "--guidance", ",".join(["5", *["1"] * (steps - 1)]), out="other")
+    constant, same, other = (
+        read_png(tmp_path / out / "000000.png")[0] for out in ("constant", "same", "other")
+    )
+    assert torch.equal(constant, same)
+    assert not torch.equal(constant, other)
+    assert "write one rate" in refused(run(*options, "--guidance", "1,2,3,4,5,6,7,8,9", out="x"))
+
+
 def test_other_prompts_want_another_folder(run: Run) -> None:
     assert run(*EULER, "--seeds", "0", "--prompt", "a").exit_code == 0
     assert "another --outdir" in refused(run(*EULER, "--seeds", "0", "--prompt", "b"))

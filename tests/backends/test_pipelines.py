@@ -294,10 +294,14 @@ def test_a_prompt_is_refused_by_an_unconditional_model(folders: Folders) -> None
 def test_flux_is_told_its_guidance(folders: Folders) -> None:
     backend = load_backend(str(folders("flux")), options=SMALL)
     cond = backend.encode([TEXT])
+    assert cond is not None
     x, sigma = randn([0], backend.latent_shape), torch.ones(1)
     with torch.no_grad():
         weak, strong = (backend.guided(rate, cond)(x, sigma, cond) for rate in (1.0, 7.0))
+        pair = replace(cond.repeat(2), rates=(1.0, 7.0))
+        both = backend.guided(3.5, cond)(torch.cat([x, x]), torch.ones(2), pair)
     assert not torch.allclose(weak, strong)
+    assert torch.allclose(both, torch.cat([weak, strong]), atol=1e-5)
 
 
 def test_a_flux_without_guidance_refuses_it() -> None:

@@ -119,6 +119,36 @@ def test_hand_made_solvers_take_a_rate_for_each_step() -> None:
     assert torch.allclose(constant, end(Sampler(Heun(), SIGMAS, VE, guidance_rate=3.0)))
 
 
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [("4", [4, 4, 4]), ("1,4,6", [1, 4, 6]), ("4@0.5-5", [1, 4, 4]), ("4@9-99", [4, 1, 1])],
+)
+def test_rates_by_hand_are_one_one_a_step_or_those_of_an_interval(text: str, rates: list) -> None:
+    for solver in (Euler(), EPD(directions()), ParallelMultistep(multistep())):
+        by_hand = Sampler(solver, SIGMAS, VE, guidance_rate=2.0).with_guidance(text)
+        wanted = Sampler(Euler(), SIGMAS, VE, rates=tuple(map(float, rates)))
+        if isinstance(solver, EPD | ParallelMultistep):
+            guided = replace(solver.table, guidance=torch.tensor(rates).double())
+            wanted = Sampler(replace(solver, table=guided), SIGMAS, VE)  # type: ignore[arg-type]
+        assert torch.equal(end(by_hand), end(wanted))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,2", "1,2,3,4", "a", "-1", "nan", "4@1", "4@a-b", "1,2,3@0-1"]
+)
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"guidance .*: write one rate, 3 with commas between"):
+        Sampler(Euler(), SIGMAS, VE).with_guidance(text)
+
+
+def test_rows_count_those_of_nothing_apart() -> None:
+    plain = Sampler(EPD(directions()), SIGMAS, VE)
+    assert (plain.calls, plain.rows, plain.branches) == (6, 9, 9)
+    assert replace(plain, guidance_rate=4.0).branches == 18
+    some = plain.with_guidance("1,4,1")
+    assert (some.calls, some.rows, some.branches) == (6, 9, 12)
+
+
 def test_images_of_their_own_grids_are_those_of_each_alone() -> None:
     rows = [[10, 3, 1, 0.2], [10, 5, 2, 0.2], [10, 1, 0.5, 0.2]]
     grids = torch.tensor(rows, dtype=torch.float64)

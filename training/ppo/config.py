@@ -98,7 +98,7 @@ class Model:
     resolution: int | None = key(None, low=1)
     guidance_type: str | None = key(None, of=("cfg",))
     guidance_rate: float | None = key(None, low=0)
-    schedule_type: str | None = key(None, of=SCHEDULES)
+    schedule_type: str | None = key(None, of=(*SCHEDULES, "custom"))
     schedule_rho: float | None = key(None, above=0)
     num_steps: int | None = key(None, low=2)
     num_points: int | None = key(None, low=1)
