@@ -1,7 +1,9 @@
 """The one way to load a backend: a path, a shipped model, or a name on the hub."""
 
 import math
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,13 +11,15 @@ import torch
 from backends.base import Backend, ModelOptions
 from backends.edm import load_pixels
 from backends.mixture import CPU, load_mixture
-from solvers.predictor import FLOW_BACKENDS, Recipe
+from solvers.predictor import Recipe
 from src.files import read_json
 
-SHIPPED = Path(__file__).resolve().parent.parent / "src" / "models"
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "src" / "models"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model_index.json"
 DEFAULT = "fashion-mnist-32"
+ON_PIXELS = {"edm", "analytic"}
 SAME_SIZE = 0.1
 """By how much the side of a square of the same area may differ, for pictures in other ratios."""
 
@@ -76,20 +80,92 @@ def family(backend: Backend) -> str:
     return backend.family
 
 
-def backbone_of(recipe: Recipe | None) -> str:
-    """The name of the model that a predictor was learned for; the shipped one without any.
+@dataclass(frozen=True)
+class Backbone:
+    """Where the model of a published predictor is looked for, and where it comes from."""
 
-    Raises ValueError where it is not shipped, and nobody says where it is.
+    files: tuple[str, ...]  # within src/<data set>/, and the folder of weights
+    source: str
+    variable: str | None = None  # of the environment
+    hub: str | None = None
+
+
+EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained (0.2 to 1.2 GB)"
+BACKBONES = {
+    "cifar10/edm": Backbone(("edm-cifar10-32x32-uncond-vp.pkl", "*.pkl"), EDM),
+    "ffhq/edm": Backbone(("edm-ffhq-64x64-uncond-vp.pkl", "*.pkl"), EDM),
+    "imagenet64/edm": Backbone(("edm-imagenet-64x64-cond-adm.pkl", "*.pkl"), EDM),
+    "lsun_bedroom_ldm/ldm": Backbone(
+        ("model.ckpt", "lsun_bedroom_ldm/model.ckpt"),
+        "CompVis' lsun_beds256 (ommer-lab.com/files/latent-diffusion/lsun_bedrooms.zip, 2 GB)",
+    ),
+    "ms_coco/ldm": Backbone(
+        ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned-emaonly.ckpt", "stable-diffusion-v1-5"),
+        "v1-5-pruned-emaonly (4.3 GB) of stable-diffusion-v1-5/stable-diffusion-v1-5 on the hub",
+        "EPD_SD15",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+    "ms_coco/sd3": Backbone(
+        ("stable-diffusion-3-medium-diffusers",),
+        "stabilityai/stable-diffusion-3-medium-diffusers (15.5 GB) on the hub",
+        "EPD_SD3",
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+    ),
+    "ms_coco/flux": Backbone(
+        ("FLUX.1-dev",),
+        "black-forest-labs/FLUX.1-dev (33.7 GB) on the hub",
+        "EPD_FLUX",
+        "black-forest-labs/FLUX.1-dev",
+    ),
+}
+"""By the data set and the backend of a recipe."""
+
+
+def backbone_of(recipe: Recipe | None, root: Path = ROOT) -> str:
+    """The model that a predictor was learned for, where it is: a path, or a shipped or hub name.
+
+    That is what its own run was given, or, for a published predictor, the first of `places_of`
+    that is there; the shipped default without a recipe.
+
+    Raises ValueError where it is nowhere, with its source and the places.
     """
     if recipe is None or recipe.dataset_name == "unknown":
         return DEFAULT
-    if recipe.dataset_name in shipped_models():
-        return recipe.dataset_name
-    wanted = recipe.backend_config.get("model_name_or_path") or recipe.dataset_name
+    own = recipe.training.get("model")
+    places = places_of(recipe, root)
+    for place in (*([own] if own else []), recipe.dataset_name, *places):
+        if Path(place).exists() or place in shipped_models() or cached(place):
+            return str(place)
+    backbone = BACKBONES.get(f"{recipe.dataset_name}/{recipe.backend}")
+    source = f": it is {backbone.source}" if backbone else ""
+    looked = f", looked for at {', '.join(places)}" if places else ""
     raise ValueError(
-        f"the predictor is for {wanted} ({recipe.backend}), which does not ship with the "
-        "repository: give its folder or file with --model"
+        f"the predictor is for {own or recipe.dataset_name} ({recipe.backend}){looked}{source}; "
+        "give its folder or file with --model"
     )
+
+
+def places_of(recipe: Recipe, root: Path = ROOT) -> list[str]:
+    """Where the model of a published predictor may be, in the order in which it is looked for."""
+    backbone = BACKBONES.get(f"{recipe.dataset_name}/{recipe.backend}")
+    if backbone is None:
+        return []
+    places = [os.environ.get(backbone.variable or "", "")]
+    weights = Path(os.environ.get("EPD_WEIGHTS", root / "weights"))
+    for folder in (root / "src" / recipe.dataset_name, weights):
+        for file in backbone.files:
+            matches = sorted(folder.glob(file)) if "*" in file and folder != weights else []
+            places += [str(path) for path in matches] or [str(folder / file)] * ("*" not in file)
+    return [place for place in (*places, backbone.hub or "") if place]
+
+
+def cached(name: str) -> bool:
+    """Whether a name on the hub is in its cache on this machine."""
+    if not HUB_NAME.fullmatch(name):
+        return False
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (text to image alone)
+
+    return isinstance(try_to_load_from_cache(name, INDEX), str)
 
 
 def is_single_file(path: Path) -> bool:
@@ -107,7 +183,13 @@ def kind(folder: Path) -> str:
 
 
 def check_fit(recipe: Recipe, backend: Backend) -> None:
-    """ValueError where a predictor was learned at another resolution than the model's."""
+    """ValueError where a predictor was learned for another family or resolution than the model's.
+
+    Of families on pixels, any will do: their levels are the same.
+    """
+    if recipe.backend != backend.family and not {recipe.backend, backend.family} <= ON_PIXELS:
+        own = f"the predictor is for {recipe.backend} ({recipe.dataset_name})"
+        raise ValueError(f"{own}, the model is of {backend.family}: choose one of its family")
     if recipe.backend == "ldm" or recipe.img_resolution is None:
         return  # the published recipes of LDMs give latents, or a size that is not theirs
     height, width = backend.size
@@ -115,6 +197,6 @@ def check_fit(recipe: Recipe, backend: Backend) -> None:
         return
     learned = f"the predictor is for {recipe.img_resolution} pixels ({recipe.dataset_name})"
     size = f"{width}" if height == width else f"{height}x{width}"
-    flow = recipe.backend in FLOW_BACKENDS
-    way = f"add --resolution {recipe.img_resolution}" if flow else "choose one of its size"
+    sized = backend.family not in ON_PIXELS
+    way = f"add --resolution {recipe.img_resolution}" if sized else "choose one of its size"
     raise ValueError(f"{learned}, the model makes {size}: {way}")

@@ -330,8 +330,9 @@ def published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     if recipe.backend == "ldm" and recipe.dataset_name in vp.PUBLISHED:
         ends = {"clip_sample": False, "set_alpha_to_one": False}
         return "DDIMScheduler", vp.PUBLISHED[recipe.dataset_name] | ends
-    if recipe.backend in PUBLISHED and recipe.dataset_name == "ms_coco":
-        return "FlowMatchEulerDiscreteScheduler", PUBLISHED[recipe.backend]
+    shift = {} if recipe.flowmatch_shift is None else {"shift": recipe.flowmatch_shift}
+    if recipe.backend in PUBLISHED and (shift or recipe.dataset_name == "ms_coco"):
+        return "FlowMatchEulerDiscreteScheduler", PUBLISHED[recipe.backend] | shift
     raise ValueError(
         f"a predictor for {recipe.dataset_name} ({recipe.backend}) needs the scheduler of its "
         "model: like=pipe.scheduler"
