@@ -12,7 +12,7 @@ from rewards.weights import (
     broken,
     find,
     hint,
-    read_record,
+    records,
     sha256,
 )
 from src.options import OneLineCommand, one_line_errors
@@ -52,7 +52,7 @@ def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
         return "missing", hint(name).partition(": ")[2]
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     why = broken(path) or next((w for p in files if (w := changed(p, thoroughly))), "")
-    published = WEIGHTS[name].sha256 if path.suffix == Path(WEIGHTS[name].place).suffix else ""
+    published = WEIGHTS[name].sha256 if path.name == Path(WEIGHTS[name].place).name else ""
     if not why and thoroughly and published and sha256(path) != published:
         why = "its SHA-256 is not that of the published file"
     size = sum(p.stat().st_size for p in files)
@@ -61,13 +61,11 @@ def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
 
 def changed(path: Path, thoroughly: bool) -> str:
     """How a file differs from what was fetched; "" where it does not, or was not fetched."""
-    record = read_record(path)
-    size = path.stat().st_size
+    size, record = path.stat().st_size, records(path.parent).get(path.name)
     if record and size != record["size"]:
         return f"it has {size} bytes, but {record['size']} were fetched"
-    if record and thoroughly and sha256(path) != record["sha256"]:
-        return "its SHA-256 is not that of what was fetched"
-    return ""
+    differs = record and thoroughly and sha256(path) != record["sha256"]
+    return "its SHA-256 is not that of what was fetched" if differs else ""
 
 
 if __name__ == "__main__":

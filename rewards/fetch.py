@@ -11,16 +11,8 @@ import click
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-from rewards.weights import (
-    WEIGHTS,
-    Weight,
-    lookup,
-    origin,
-    place,
-    read_record,
-    sha256,
-    write_record,
-)
+from rewards.weights import RECORD, WEIGHTS, lookup, origin, place, records, sha256
+from src.files import write_json
 from src.options import OneLineCommand, one_line_errors
 
 TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
@@ -28,7 +20,7 @@ TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
-class Item:
+class RemoteFile:
     """One file of a repository, where it goes, and what it must be; sha256 may be "", unknown."""
 
     weights: str
@@ -37,6 +29,14 @@ class Item:
     to: Path
     size: int
     sha256: str
+
+    def differs(self, path: Path) -> str:
+        """How a file is another one; "" where it is this one."""
+        size = path.stat().st_size
+        if size != self.size:
+            return f"{size} B, not {self.size}"
+        digest = sha256(path) if self.sha256 else ""
+        return "" if digest == self.sha256 else f"SHA-256 {digest}, not {self.sha256}"
 
 
 @click.command(cls=OneLineCommand)
@@ -47,28 +47,29 @@ def main(names: tuple[str, ...], yes: bool) -> None:
     """Fetch the weights of these NAMES; without any, list them.
 
     What would be fetched, how much and to where is said first. A stopped fetch goes on where it
-    was. Example: bash launch.sh weights clip aesthetic
+    was; what came is checked. Example: bash launch.sh weights clip aesthetic
     """
     if not names:
         for name, weight in WEIGHTS.items():
             click.echo(f"{name:<13} {weight.about} [{weight.repo or origin(name)}]")
         return
     items = [item for name in dict.fromkeys(names) for item in plan(name)]
-    wanted = [item for item in items if not is_there(item)]
+    wanted = [item for item in items if not item.to.exists()]
     for item in items:
+        if item not in wanted and (why := item.differs(item.to)):
+            raise ValueError(f"{item.to} is another file ({why}): move it away")
         size = f"{item.size:,} B" if item in wanted else "is there"
         click.echo(f"{item.to}: {size}, {WEIGHTS[item.weights].about}")
-    if not wanted:
-        return
     total = sum(item.size for item in wanted)
-    if not yes and not click.confirm(f"Fetch {len(wanted)} files, {total / 1e9:.2f} GB?"):
+    ask = f"Fetch {len(wanted)} files, {total / 1e9:.2f} GB?"
+    if wanted and not yes and not click.confirm(ask):
         raise ValueError("nothing was fetched")
     for item in wanted:
         fetch(item)
         click.echo(f"{item.to}: fetched and checked")
 
 
-def plan(name: str) -> list[Item]:
+def plan(name: str) -> list[RemoteFile]:
     """The files of the weights of that name, as the hub describes them; fetches nothing.
 
     ValueError, in one line: an unknown name, weights that the hub does not have, no connection,
@@ -77,38 +78,26 @@ def plan(name: str) -> list[Item]:
     weight = lookup(name)
     if not weight.repo:
         raise ValueError(f"{name} is not on the hub: get {place(name)}: {origin(name)}")
-    with one_line(name, weight):
+    with one_line(name):
         info = HfApi().model_info(weight.repo, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or ()}
-    patterns = weight.wanted
-    if any("*" not in p and p not in files for p in patterns):
-        raise ValueError(f"{name}: {page(weight)} has not all of {', '.join(patterns)}")
-    chosen = [file for n, file in files.items() if any(fnmatch(n, p) for p in patterns)]
+    if any("*" not in pattern and pattern not in files for pattern in weight.wanted):
+        raise ValueError(f"{name}: {page(name)} has not all of {', '.join(weight.wanted)}")
     return [
-        Item(
+        RemoteFile(
             name,
-            file.rfilename,
+            file,
             info.sha or "main",
-            place(name) / file.rfilename if weight.is_folder else place(name),
-            file.size or 0,
-            weight.sha256 or (file.lfs.sha256 if file.lfs else ""),
+            place(name) / file if weight.is_folder else place(name),
+            described.size or 0,
+            weight.sha256 or (described.lfs.sha256 if described.lfs else ""),
         )
-        for file in chosen
+        for file, described in files.items()
+        if any(fnmatch(file, pattern) for pattern in weight.wanted)
     ]
 
 
-def is_there(item: Item) -> bool:
-    """Whether it was fetched before; ValueError where another file is in its place."""
-    if not item.to.exists():
-        return False
-    size = item.to.stat().st_size
-    digest = read_record(item.to).get("sha256") or (sha256(item.to) if item.sha256 else "")
-    if size != item.size or (item.sha256 and digest != item.sha256):
-        raise ValueError(f"{item.to} is another file ({size} B, not {item.size}): move it away")
-    return True
-
-
-def fetch(item: Item) -> None:
+def fetch(item: RemoteFile) -> None:
     """Fetch one file, or the rest of it, check it, put it in its place, record it.
 
     ValueError, in one line, where the connection fails (what came is kept for the next time) or
@@ -116,36 +105,32 @@ def fetch(item: Item) -> None:
     """
     weight = WEIGHTS[item.weights]
     folder = place(item.weights) if weight.is_folder else item.to.parent
-    with one_line(item.weights, weight):
-        path = Path(
-            hf_hub_download(weight.repo, item.name, revision=item.revision, local_dir=folder)
-        )
-    size, digest = path.stat().st_size, sha256(path)
-    if size != item.size or (item.sha256 and digest != item.sha256):
-        path.unlink()
-        raise ValueError(f"{item.to}: what came has another SHA-256 ({digest}): try again")
-    path.replace(item.to)
-    write_record(item.to, {"size": size, "sha256": digest, "from": f"{weight.repo}/{item.name}"})
+    with one_line(item.weights):
+        came = hf_hub_download(weight.repo, item.name, revision=item.revision, local_dir=folder)
+    if why := item.differs(Path(came)):
+        Path(came).unlink()
+        raise ValueError(f"{item.to}: what came is another file ({why}): try again")
+    Path(came).replace(item.to)
+    record = {"size": item.size, "sha256": sha256(item.to), "from": f"{weight.repo}/{item.name}"}
+    write_json(item.to.parent / RECORD, {**records(item.to.parent), item.to.name: record})
 
 
-def page(weight: Weight) -> str:
-    """The repository's page."""
-    return f"{constants.ENDPOINT}/{weight.repo}"
+def page(name: str) -> str:
+    """The page of its repository."""
+    return f"{constants.ENDPOINT}/{WEIGHTS[name].repo}"
 
 
 @contextmanager
-def one_line(name: str, weight: Weight) -> Iterator[None]:
+def one_line(name: str) -> Iterator[None]:
     """Turn what may go wrong on the way into a ValueError of one line."""
     try:
         yield
     except GatedRepoError as error:
-        raise ValueError(
-            f"{name}: accept its licence at {page(weight)}, log in with `hf auth login`, "
-            "then try again"
-        ) from error
+        login = "log in with `hf auth login`, then try again"
+        raise ValueError(f"{name}: accept its licence at {page(name)}, {login}") from error
     except TRANSPORT as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: {page(weight)} cannot be read: {why}") from error
+        raise ValueError(f"{name}: {page(name)} cannot be read: {why}") from error
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def fingerprint(name: str, setup: Setup | None = None) -> str:
     setup = setup or Setup()
     parts: list[object] = [name, setup.amp]
     for one in singles([name]):
-        parts.append(source_hash(ADAPTERS[one].module if one in ADAPTERS else one.split(":")[0]))
+        own = ADAPTERS[one].load if one in ADAPTERS else one
+        parts.append(source_hash(own.partition(":")[0]))
     for weights, path in sorted(files_of([name], setup.paths).items()):
         parts.append((weights, stamp(path)))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

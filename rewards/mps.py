@@ -51,17 +51,9 @@ CLIP_H: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class MPSSizes:
-    """Of the networks: the sections of transformers' CLIPConfig, and the arguments of Stack."""
-
-    clip: Mapping[str, Any]
-    stack: Mapping[str, int]
-
-
-PUBLISHED = MPSSizes(
-    CLIP_H, {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
-)
+Sizes = tuple[Mapping[str, Any], Mapping[str, int]]
+"""Of the networks: the sections of transformers' CLIPConfig, and the arguments of Stack."""
+PUBLISHED: Sizes = (CLIP_H, {})
 
 
 # --- the stack: image tokens ask, text tokens answer; no norm and no projection has a bias ----
@@ -172,10 +164,11 @@ def rotate(x: Tensor) -> Tensor:
 class MPSNetworks(nn.Module):
     """CLIP and the stack, by the names of the published file."""
 
-    def __init__(self, sizes: MPSSizes) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.model: Any = transformers.CLIPModel(transformers.CLIPConfig(**sizes.clip))
-        self.cross_model = Stack(**sizes.stack)
+        clip, stack = sizes
+        self.model: Any = transformers.CLIPModel(transformers.CLIPConfig(**clip))
+        self.cross_model = Stack(**stack)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Tokens [P, L] -> [P, L + 1, D]: those of the text, and its embedding at last."""
@@ -228,7 +221,7 @@ class MPS:
             return self.networks.read(self.tokenise(prompts).to(self.device)).float()
 
 
-def load(loader: Loader, sizes: MPSSizes = PUBLISHED) -> MPS:
+def load(loader: Loader, sizes: Sizes = PUBLISHED) -> MPS:
     """The reward `mps`, of the published file, which is a whole pickled module."""
     path, setup = loader.path("mps"), loader.setup
     networks = load_state(read_state(path), sizes, str(path), setup.device, setup.amp)
@@ -240,7 +233,7 @@ def load(loader: Loader, sizes: MPSSizes = PUBLISHED) -> MPS:
 
 
 def load_state(
-    state: State, sizes: MPSSizes, source: str, device: torch.device, amp: bool = False
+    state: State, sizes: Sizes, source: str, device: torch.device, amp: bool = False
 ) -> MPSNetworks:
     """The networks with the tensors of the published module."""
     kept = renamed(state, {}, UNUSED)

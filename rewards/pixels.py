@@ -7,7 +7,7 @@ part of the image that it needs. A gradient passes through the roundings as if t
 there. B images, C channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,8 +41,8 @@ class Preprocess:
     """
 
     size: int
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
     mode: str = "shortest"
     resize: int = 0
     interpolation: str = "bicubic"
@@ -54,7 +54,7 @@ class Preprocess:
         at_once = max(1, PIXELS // images[0, 0].numel())
         parts = (to_levels(part.float() * 255) for part in images.split(at_once))
         square = torch.cat([self.square(part) for part in parts]) / 255
-        mean, std = (square.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (square.new_tensor(tuple(v))[:, None, None] for v in (self.mean, self.std))
         return (square - mean) / std
 
     def square(self, levels: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ def filters(old: int, new: int, start: int, count: int, name: str, device: torch
     wide = max(old / new, 1.0)
     blocks = []
     for at in range(start, start + count, BLOCK):
-        made = torch.arange(at, min(at + BLOCK, start + count), dtype=torch.float64)[:, None]
-        centre = (made + 0.5) * (old / new)
+        pixels = torch.arange(at, min(at + BLOCK, start + count), dtype=torch.float64)[:, None]
+        centre = (pixels + 0.5) * (old / new)
         first = (centre - reach * wide + 0.5).trunc().clamp(min=0)
         last = (centre + reach * wide + 0.5).trunc().clamp(max=old)
         needed = slice(int(first[0]), int(last[-1]))
@@ -163,20 +163,23 @@ BY_NUMBER = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 def by_open_clip(content: Mapping[str, Any], size: int, source: Path) -> Preprocess:
     """What open_clip's preprocess_cfg says; ValueError where that is not served."""
-    usual = Preprocess(size)
-    made = Preprocess(
-        size,
-        tuple(content.get("mean", MEAN)),
-        tuple(content.get("std", STD)),
-        mode=content.get("resize_mode", usual.mode),
-        interpolation=content.get("interpolation", usual.interpolation),
-        fill=content.get("fill_color", usual.fill),
+    return checked(
+        Preprocess(
+            size,
+            content.get("mean", MEAN),
+            content.get("std", STD),
+            mode=content.get("resize_mode", "shortest"),
+            interpolation=content.get("interpolation", "bicubic"),
+            fill=content.get("fill_color", 0),
+        ),
+        source,
     )
-    return checked(made, source)
 
 
-def by_transformers(content: Mapping[str, Any], size: int, source: Path) -> Preprocess:
+def by_transformers(content: Any, size: int, source: Path) -> Preprocess:
     """What preprocessor_config.json says; ValueError, naming it, where it is not served."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: it is no object")
     to, crop = content.get("size", size), content.get("crop_size", size)
     edge = to.get("shortest_edge", 0) if isinstance(to, dict) else to
     sides = {size} if edge else {to.get("height"), to.get("width")}
@@ -187,24 +190,27 @@ def by_transformers(content: Mapping[str, Any], size: int, source: Path) -> Prep
     if sides != {size} or (edge and (not cut or edge < size)) or (cut and crops != {size}):
         raise ValueError(f"{source}: it does not make images of {size}x{size}, as the model takes")
     normal = content.get("do_normalize", True)
-    made = Preprocess(
-        size,
-        tuple(content.get("image_mean", MEAN) if normal else (0.0,) * 3),
-        tuple(content.get("image_std", STD) if normal else (1.0,) * 3),
-        mode="shortest" if edge else "squash",
-        resize=edge,
-        interpolation=BY_NUMBER.get(content.get("resample", 3), "other"),
-        middle=int,
+    return checked(
+        Preprocess(
+            size,
+            content.get("image_mean", MEAN) if normal else (0.0,) * 3,
+            content.get("image_std", STD) if normal else (1.0,) * 3,
+            mode="shortest" if edge else "squash",
+            resize=edge,
+            interpolation=BY_NUMBER.get(content.get("resample", 3), "other"),
+            middle=int,
+        ),
+        source,
     )
-    return checked(made, source)
 
 
-def checked(made: Preprocess, source: Path) -> Preprocess:
+def checked(preprocess: Preprocess, source: Path) -> Preprocess:
     """The same, if it is served."""
-    if made.mode not in ("shortest", "squash", "longest"):
-        raise ValueError(f"{source}: resize_mode {made.mode!r} is not served")
-    if made.interpolation not in FILTERS:
+    if preprocess.mode not in ("shortest", "squash", "longest"):
+        raise ValueError(f"{source}: resize_mode {preprocess.mode!r} is not served")
+    if preprocess.interpolation not in FILTERS:
         raise ValueError(f"{source}: only the resizes {', '.join(FILTERS)} are served")
-    if len(made.mean) != 3 or len(made.std) != 3 or not isinstance(made.fill, int):
-        raise ValueError(f"{source}: mean and std need three numbers each, the fill one")
-    return made
+    for numbers in (preprocess.mean, preprocess.std, (preprocess.fill,) * 3):
+        if len(numbers) != 3 or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"{source}: mean and std need three numbers each, the fill one")
+    return preprocess

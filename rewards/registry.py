@@ -56,13 +56,12 @@ class Loader:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A reward's module, the function `load(loader) -> Reward` in it, the weights that it reads.
+    """Where a reward's function `load(loader) -> Reward` is, and the weights that it reads.
 
     about: what its number is; by_prompt: whether it looks at the prompt.
     """
 
-    module: str
-    load: str
+    load: str  # module:function
     weights: tuple[str, ...]
     about: str
     by_prompt: bool = True
@@ -70,46 +69,39 @@ class Adapter:
 
 ADAPTERS = {
     "hps": Adapter(
-        "rewards.clip",
-        "load_hps",
+        "rewards.clip:load_hps",
         ("hps",),
         "HPS v2.1, a cosine, about 0.2 to 0.35: which of two images people prefer for a prompt",
     ),
     "pickscore": Adapter(
-        "rewards.clip",
-        "load_pickscore",
+        "rewards.clip:load_pickscore",
         ("pickscore",),
         "PickScore v1, a logit, about 15 to 26: what users of a web page picked for a prompt",
     ),
     "imagereward": Adapter(
-        "rewards.imagereward",
-        "load",
+        "rewards.imagereward:load",
         ("imagereward", "bert"),
         "ImageReward v1.0, signed, about -2 to 2: experts' ranks of images for a prompt, "
         "normalised to mean 0 and deviation 1",
     ),
     "clip": Adapter(
-        "rewards.clip",
-        "load_clip",
+        "rewards.clip:load_clip",
         ("clip",),
         "cosine of image and prompt in a CLIP, ViT-L/14 by default, about 0.15 to 0.35",
     ),
     "aesthetic": Adapter(
-        "rewards.clip",
-        "load_aesthetic",
+        "rewards.clip:load_aesthetic",
         ("clip", "aesthetic"),
         "LAION's aesthetic predictor v2, 1 to 10, whatever the prompt",
         by_prompt=False,
     ),
     "mps": Adapter(
-        "rewards.mps",
-        "load",
+        "rewards.mps:load",
         ("mps",),
         "MPS, a logit, about 5 to 20: what people prefer under its default condition",
     ),
     "efficientnet-minilm": Adapter(
-        "rewards.efficientnet_minilm",
-        "load",
+        "rewards.efficientnet_minilm:load",
         ("efficientnet", "minilm"),
         "cosine of the prompt's sentence embedding with the one guessed from the image, for "
         "emoji: about 0.55 for the right name, 0.25 for another; no training sees it",
@@ -212,8 +204,9 @@ def _load(name: str, loader: Loader) -> Reward:
     if name not in ADAPTERS:
         return _own(name)
     try:
-        module = importlib.import_module(ADAPTERS[name].module)
-        return cast(Callable[[Loader], Reward], getattr(module, ADAPTERS[name].load))(loader)
+        module, _, function = ADAPTERS[name].load.partition(":")
+        load: Callable[[Loader], Reward] = getattr(importlib.import_module(module), function)
+        return load(loader)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name} needs the package {error.name}: pip install -r requirements.txt"

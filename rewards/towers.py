@@ -97,14 +97,14 @@ class Cosine:
         return (self.scale * cosines).to(images.device)
 
 
-def half_type(device: torch.device) -> torch.dtype:
-    """float16 on a GPU, bfloat16 elsewhere."""
-    return torch.float16 if device.type == "cuda" else torch.bfloat16
+def half_for(device: torch.device, amp: bool) -> torch.dtype | None:
+    """float16 on a GPU, bfloat16 elsewhere; None without `amp`."""
+    return None if not amp else torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
     """Products in half precision where `amp` asks for it."""
-    return torch.autocast(device.type, dtype=half_type(device), enabled=amp)
+    return torch.autocast(device.type, dtype=half_for(device, True), enabled=amp)
 
 
 # --- open_clip ------------------------------------------------------------------------------
@@ -263,11 +263,6 @@ def weights_in(folder: Path, names: Sequence[str]) -> Path:
     if path is None:
         raise ValueError(f"{folder}: it has neither {' nor '.join(names)}")
     return path
-
-
-def half_for(device: torch.device, amp: bool) -> torch.dtype | None:
-    """The type of matrices, None for float32."""
-    return half_type(device) if amp else None
 
 
 def exponential(scale: Tensor) -> float:

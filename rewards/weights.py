@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from src.files import nearest, write_json
+from src.files import nearest
 
 ROOT = "EPD_WEIGHTS"
 PIPELINE = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
@@ -372,19 +372,10 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Size, SHA-256 and origin of a file as it was fetched; {} where it was not."""
-    return _records(path.parent).get(path.name, {})
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Remember size, SHA-256 and origin of a file beside it."""
-    write_json(path.parent / RECORD, {**_records(path.parent), path.name: dict(record)})
-
-
-def _records(folder: Path) -> dict[str, dict[str, Any]]:
+def records(folder: Path) -> dict[str, Any]:
+    """Size, SHA-256 and origin of the files of a folder that were fetched, by name."""
     try:
-        records = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return records if isinstance(records, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import close_session, constants
 
 from rewards.fetch import main
-from rewards.weights import RECORD, read_record
+from rewards.weights import RECORD, records
 
 ROOT = Path(__file__).parents[2]
 HPS = "xswu/HPSv2/HPS_v2.1_compressed.pt"
@@ -149,7 +149,7 @@ def test_a_file_is_announced_checked_recorded_and_not_fetched_again(hub: Hub, he
     path = here / "hps" / "HPS_v2.1_compressed.pt"
     assert path.read_bytes() == CONTENT
     assert (path.parent / RECORD).is_file()
-    assert read_record(path)["sha256"] == hashlib.sha256(CONTENT).hexdigest()
+    assert records(path.parent)[path.name]["sha256"] == hashlib.sha256(CONTENT).hexdigest()
     assert "is there" in fetch("hps", "--yes").output
     assert len(hub.fetched) == 1
 
@@ -158,7 +158,7 @@ def test_a_file_with_another_hash_is_thrown_away(hub: Hub, here: Path) -> None:
     hub.false_hash = True
     done = fetch("hps", "--yes")
     assert done.exit_code == 1
-    assert "what came has another SHA-256" in done.output
+    assert "what came is another file (SHA-256" in done.output
     assert not list((here / "hps").glob("*.pt"))
 
 

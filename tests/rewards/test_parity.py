@@ -30,6 +30,7 @@ from tests.eval.test_features import drawn
 from tests.rewards.twins import (
     BLIP,
     MPS_SIZES,
+    MPS_STACK,
     OPEN_CLIP,
     PROMPTS,
     TEXT,
@@ -129,7 +130,7 @@ def write(folder: Path) -> None:
     module = PublishedMPS(None)
     torch.save(module, folder / "mps.pth")
     torch.save(module.state_dict(), folder / "mps.pt")
-    write_json(folder / "mps.json", {**MPS_SIZES.stack, "condition": mps.CONDITION})
+    write_json(folder / "mps.json", {**MPS_STACK, "condition": mps.CONDITION})
     rows = [{"case": c, "waves": waves(c), "state": stack(c).state_dict()} for c in STACKS]
     torch.save([{**row, "masked": MASKED} for row in rows], folder / "stacks.pt")
     torch.save(drawn(), folder / "inception.pth")

@@ -114,9 +114,11 @@ def test_what_a_transformers_folder_states_is_followed(
         ({"size": 32, "crop_size": 32, "resample": 0}, "only the resizes bilinear, bicubic"),
         ({"size": 32, "crop_size": 32, "do_rescale": False}, "resized and rescaled"),
         ({"size": 32, "crop_size": 32, "image_mean": [0.5]}, "three numbers each"),
+        ({"size": 32, "crop_size": 32, "image_std": ["a", "b", "c"]}, "three numbers each"),
+        ([32], "it is no object"),
     ],
 )
-def test_what_is_not_served_is_refused(config: dict[str, Any], words: str) -> None:
+def test_what_is_not_served_is_refused(config: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{words}"):
         by_transformers(config, 32, HERE)
 

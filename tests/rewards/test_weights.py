@@ -1,5 +1,6 @@
 """The table of weights, where they are looked for, what is wrong with files, and the doctor."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from rewards import doctor
 from rewards.registry import ADAPTERS, Setup, load_rewards
 from rewards.weights import (
+    RECORD,
     REWARDS,
     WEIGHTS,
     broken,
@@ -20,7 +22,6 @@ from rewards.weights import (
     require,
     sha256,
     variable,
-    write_record,
 )
 
 Write = Callable[[Path], object]
@@ -49,6 +50,11 @@ def folder(path: Path) -> Path:
     (path / "config.json").write_text("{}")
     save_file({"a": torch.arange(9.0)}, path / "model.safetensors")
     return path
+
+
+def record(path: Path, size: int, digest: str) -> None:
+    content = {path.name: {"size": size, "sha256": digest}}
+    (path.parent / RECORD).write_text(json.dumps(content))
 
 
 def in_hub_cache(repo: str, *files: str) -> Path:
@@ -253,12 +259,12 @@ def test_the_doctor_says_what_is_found_missing_and_wrong_and_every_place() -> No
 
 def test_a_file_that_changed_since_it_was_fetched_is_wrong() -> None:
     path = saved(place("hps"))
-    write_record(path, {"size": path.stat().st_size, "sha256": sha256(path)})
+    record(path, path.stat().st_size, sha256(path))
     assert doctor.examine("hps", thoroughly=True)[0] == "found"
-    write_record(path, {"size": path.stat().st_size, "sha256": "0" * 64})
+    record(path, path.stat().st_size, "0" * 64)
     assert doctor.examine("hps")[0] == "found"
     assert "SHA-256" in doctor.examine("hps", thoroughly=True)[1]
-    write_record(path, {"size": 7, "sha256": "0" * 64})
+    record(path, 7, "0" * 64)
     assert "but 7 were fetched" in doctor.examine("hps")[1]
 
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torchvision import transforms
 
 from rewards.imagereward import BlipSizes
-from rewards.mps import MPSNetworks, MPSSizes
+from rewards.mps import MPSNetworks
 from rewards.pixels import MEAN, STD
 
 transformers: Any = library
@@ -61,10 +61,8 @@ WORDS = [
     "on",
     "the",
 ]
-MPS_SIZES = MPSSizes(
-    {"text_config": TEXT, "vision_config": VISION, "projection_dim": 12},
-    {"dim": 12, "layer_num": 2, "dim_head": 4, "heads": 3, "ff_mult": 4},
-)
+MPS_STACK = {"dim": 12, "layer_num": 2, "dim_head": 4, "heads": 3, "ff_mult": 4}
+MPS_SIZES = ({"text_config": TEXT, "vision_config": VISION, "projection_dim": 12}, MPS_STACK)
 
 
 def images(count: int = 4, height: int = 40, width: int = 36, seed: int = 0) -> Tensor:
