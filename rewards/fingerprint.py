@@ -7,7 +7,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from rewards.registry import ADAPTERS, Setup, files_of, singles
+from rewards.weights import sha256
 
+ROOT = Path(__file__).parents[1]
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -24,6 +26,8 @@ def fingerprint(name: str, setup: Setup | None = None) -> str:
     for one in singles([name]):
         own = ADAPTERS[one].load if one in ADAPTERS else one
         parts.append(source_hash(own.partition(":")[0]))
+        if one in ADAPTERS and ADAPTERS[one].shipped:
+            parts.append(sha256(ROOT / ADAPTERS[one].shipped))
     for weights, path in sorted(files_of([name], setup.paths).items()):
         parts.append((weights, stamp(path)))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

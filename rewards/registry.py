@@ -58,13 +58,15 @@ class Loader:
 class Adapter:
     """Where a reward's function `load(loader) -> Reward` is, and the weights that it reads.
 
-    about: what its number is; by_prompt: whether it looks at the prompt.
+    about: what its number is; by_prompt: whether it looks at the prompt; shipped: its own
+    weights, that come with the repository.
     """
 
     load: str  # module:function
     weights: tuple[str, ...]
     about: str
     by_prompt: bool = True
+    shipped: str = ""
 
 
 ADAPTERS = {
@@ -105,13 +107,14 @@ ADAPTERS = {
         ("efficientnet", "minilm"),
         "cosine of the prompt's sentence embedding with the one guessed from the image, for "
         "emoji: about 0.55 for the right name, 0.25 for another; no training sees it",
+        shipped="src/models/efficientnet-minilm/model.safetensors",
     ),
     "fashion-judge": Adapter(
-        "rewards.fashion",
-        "load",
+        "rewards.fashion:load",
         (),
         "ln p of the class that is asked for, at most 0, for Fashion-MNIST: a classifier trained "
         "here on the same pictures, not on the model's",
+        shipped="src/models/fashion-mnist-judge/model.safetensors",
     ),
 }
 GONE = {"brisque": "no model of grain is served any more: efficientnet-minilm, clip or aesthetic"}

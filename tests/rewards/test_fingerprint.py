@@ -50,3 +50,12 @@ def test_other_weights_and_half_precision_change_it(tmp_path: Path) -> None:
     assert fingerprint("hps", Setup(amp=True, paths=setup.paths)) != before
     os.utime(path, ns=(1, 1))
     assert fingerprint("hps", setup) != before
+
+
+def test_other_shipped_weights_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint("fashion-judge")
+    path = tmp_path / "src/models/fashion-mnist-judge/model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"retrained")
+    monkeypatch.setattr("rewards.fingerprint.ROOT", tmp_path)
+    assert fingerprint("fashion-judge") != before
