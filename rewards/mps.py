@@ -26,7 +26,7 @@ CONDITION = (
 )
 """The paper's, for the overall score."""
 THRESHOLD = 0.3  # of relevance, relative to the most relevant token
-UNUSED = (".position_ids", ".norm.bias", ".pos_emb", ".inv_freq")
+UNUSED = (".position_ids", ".norm.bias", ".pos_emb", ".inv_freq", ".mask")
 """Buffers of the published file: positions, zeros, and caches of the rotary embedding."""
 CLIP_H: dict[str, Any] = {
     "projection_dim": 1024,

@@ -238,4 +238,5 @@ class PublishedMPS(nn.Module):
                 del norm._parameters["bias"]  # a buffer there, as in the published file
                 norm.register_buffer("bias", torch.zeros(12))
                 block.register_buffer("pos_emb", None)
+                block.register_buffer("mask", torch.ones(5, 5))  # what a run left behind
         self.stranger = stranger
