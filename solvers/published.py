@@ -20,16 +20,9 @@ from src.pickles import Inert, module_tensors
 
 PARAMETERS = ("r_params", "weight_s", "scale_dir_params", "scale_time_params")
 SETTINGS = (
-    *(
-        "dataset_name",
-        "img_resolution",
-        "num_steps",
-        "num_points",
-        "schedule_type",
-        "schedule_rho",
-    ),
-    *("guidance_type", "guidance_rate", "afs", "scale_dir", "scale_time", "fcn", "max_order", "M"),
-    *("predict_x0", "lower_order_final", "alpha"),
+    *("img_resolution", "num_steps", "num_points", "schedule_type", "schedule_rho", "afs", "M"),
+    *("guidance_type", "guidance_rate", "scale_dir", "scale_time", "fcn", "max_order", "alpha"),
+    *("predict_x0", "lower_order_final"),
 )
 """What published predictors and our recipes call by one name."""
 BASES_BY_STUDENT = {"epd": "euler", "ipndm": "ipndm"}
@@ -43,10 +36,8 @@ def from_published(content: Mapping[Any, Any]) -> tuple[Table, dict[str, Any]]:
 
     Raises ValueError where it is not that of a published predictor, or a setting cannot be served.
     """
-    model = next(
-        (v for v in map(content.get, ("model", "predictor")) if isinstance(v, Inert)), None
-    )
-    if model is None:
+    model = content.get("model", content.get("predictor"))
+    if not isinstance(model, Inert):
         raise ValueError('it is neither a predictor of ours nor a published one with a "model"')
     raw = module_tensors(model)
     metadata = {
@@ -131,7 +122,7 @@ def around_one(raw: Tensor, reach: float) -> Tensor:
 def from_dyweight(
     metadata: Mapping[str, Any], raw: Mapping[str, Tensor]
 ) -> tuple[MultistepTable, dict[str, Any]]:
-    """DyWeight's weights [N, N] and time scales [N - 1] -> parallel multistep, K = 1, N - 1 calls.
+    """DyWeight's weights [N, N] and time scales [N - 1] -> parallel multistep, K = 1, with AFS.
 
     With d_0 the analytic slope at t_0, tau_0 = t_0 and S_i = sum_j w_ij, its steps are
 
@@ -139,47 +130,40 @@ def from_dyweight(
         x_{i+1} = x_i + (t_{i+1} - tau_i) sum_{j<=i} w_ij d_j
         tau_{i+1} = tau_i + S_i (t_{i+1} - tau_i)
 
-    The first step costs no call and only scales the noise: our grid starts behind it, at that
-    factor. Later steps make d_0 of x and of the slopes since then.
+    Our loop keeps no d_0: later steps make it of x and of the slopes since then.
     """
-    w = raw["hybrid_weights"].double().cpu() * raw.get("mask", torch.ones(1)).cpu()
+    w = (raw["hybrid_weights"].double() * raw.get("mask", torch.ones(1))).cpu().tril()
     n = len(w)
     told = raw.get("t_scale", torch.ones(n - 1)).double().cpu()
     if w.shape != (n, n) or n < 2 or told.shape != (n - 1,) or metadata.get("afs") is False:
         raise ValueError("DyWeight has hybrid_weights [N, N], t_scale [N - 1], and afs on")
-    w, entries = w.tril(), entries_of(metadata)
+    entries = entries_of(metadata)
     if entries.get("num_steps", n + 1) != n + 1:
         raise ValueError(f"num_steps {entries['num_steps']} is not that of {n} rows of weights")
     low, high = (number(name, entries.get(name)) for name in ("sigma_min", "sigma_max"))
-    t = NoiseLevels(VE, low, high).grid(
-        str(entries.get("schedule_type", "polynomial")), n + 1, rho=entries.get("schedule_rho")
-    )
-    tau = [t[0]]
+    schedule, rho = str(entries.get("schedule_type", "polynomial")), entries.get("schedule_rho")
+    t = NoiseLevels(VE, low, high).grid(schedule, n + 1, rho=rho)
+    tau = t.clone()
     for i in range(n - 1):
-        tau.append(tau[i] + w[i].sum() * (t[i + 1] - tau[i]))
-    analytic = (1 + t[0] ** 2).sqrt()
-    free = analytic + (t[1] - t[0]) * w[0, 0]  # x_i = free d_0 + sum_j spent_j d_j
-    spent = torch.zeros_like(w[0])
-    sigmas = torch.stack([free / analytic * t[0], *tau[2:], t[n]])
-    longer = torch.ones_like(spent)  # than our slopes, which divide by our levels
-    longer[1] = sigmas[0] / tau[1]
-    weight, b = torch.zeros(n - 1, 1).double(), torch.zeros(n - 1, n).double()
-    for i in range(1, n):
-        moved = (t[i + 1] - tau[i]) * w[i] * longer
+        tau[i + 1] = tau[i] + w[i].sum() * (t[i + 1] - tau[i])
+    free, spent = (1 + t[0] ** 2).sqrt(), w.new_zeros(n)  # x_i = free d_0 + sum_j spent_j d_j
+    weight, b = w.new_zeros(n, 1), w.new_zeros(n, n)
+    for i in range(n):
+        moved, h = (t[i + 1] - tau[i]) * w[i], tau[i + 1] - tau[i]
         of_x = moved[0] / free
-        slopes = (moved - of_x * spent)[1 : i + 1] / (sigmas[i] - sigmas[i - 1])
-        weight[i - 1, 0] = slopes[-1]
-        b[i - 1, 0] = of_x * (1 + sigmas[i - 1] ** 2).sqrt() / (sigmas[i] - sigmas[i - 1])
-        b[i - 1, 1:i] = slopes[:-1].flip(0)
+        slopes = (moved - of_x * spent)[1 : i + 1].flip(0) / h  # newest first
+        b[i, 0] = of_x * (1 + tau[i] ** 2).sqrt() / h
+        b[i, 1:i], weight[i, 0] = slopes[1:], slopes[:1].sum()
         free, spent = free + moved[0], spent + moved
     if b[:, 1 + MAX_SLOPES :].any():
         raise ValueError(f"its steps use more than {MAX_SLOPES} earlier slopes")
-    b = b[:, : 1 + MAX_SLOPES]
-    time_scale = (told * torch.stack(tau[1:]) / sigmas[:-1]).unsqueeze(1)
-    table = MultistepTable(torch.zeros_like(b), torch.zeros_like(weight), weight, b, time_scale)
-    grid = {"schedule_type": "custom", "sigmas": sigmas.tolist(), "num_steps": n, "num_points": 1}
-    kind = {"solver": "epd-multistep", "afs": False, "source": "a published DyWeight predictor"}
-    return table, entries | grid | kind
+    b, zeros = b[:, : 1 + MAX_SLOPES], torch.zeros_like(weight)
+    time_scale = torch.cat([told.new_ones(1), told]).unsqueeze(1)
+    kind = {"solver": "epd-multistep", "num_points": 1, "afs": True, "num_steps": n + 1}
+    grid = {"schedule_type": "custom", "sigmas": tau.tolist()}
+    about = {"source": "a published DyWeight predictor"}
+    table = MultistepTable(torch.zeros_like(b), zeros, weight, b, time_scale)
+    return table, entries | kind | grid | about
 
 
 def entries_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def read_pickle(path: str | Path) -> Any:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(f"{path}: {reason or error}") from None
     except BROKEN as error:
-        text = str(error) if type(error) is ValueError else quoted(error, 300)
+        text = "".join(c if c.isprintable() else "?" for c in str(error)[:300])
         if isinstance(error, EOFError | struct.error):
             text = "it is empty or cut short"
         elif type(error) is not ValueError:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+MOST_OPERATIONS = 5_000_000  # a network has about 20 to 60 a parameter
 SPARE = 1 << 16  # values that calls may handle beyond four times the bytes of the stream
 RENAMED = {**IMPORT_MAPPING, "numpy._core.multiarray": "numpy.core.multiarray"}  # Python 2's first
 STANDARD = {*sys.stdlib_module_names, "nt", "posix"}
@@ -84,6 +85,18 @@ def no_storages(_what: object) -> object:
     raise ValueError("it has a storage where none belongs")
 
 
+class Operations(dict[int, Any]):
+    """Methods by their codes, for as many operations as a file of tensors may have."""
+
+    left = MOST_OPERATIONS
+
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"it has more than {MOST_OPERATIONS} operations")
+        return super().__getitem__(code)
+
+
 class Reader(pickle._Unpickler):
     """The unpickler of a stream of `size` bytes, every operation replaced that touches an object.
 
@@ -92,7 +105,8 @@ class Reader(pickle._Unpickler):
     in a cache, and hashes keys that take forever or overflow its stack.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    methods: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    dispatch: Any
     stack: list[Any]
     append: Callable[[object], None]
     pop_mark: Callable[[], list[Any]]
@@ -107,6 +121,7 @@ class Reader(pickle._Unpickler):
         load: Callable[[Any], object] = no_storages,
     ) -> None:
         super().__init__(stream, encoding="latin1")
+        self.dispatch = Operations(self.methods)
         self.refer, self.load_storage = refer, load
         self.budget = 4 * size + SPARE
 
@@ -220,12 +235,12 @@ class Reader(pickle._Unpickler):
         raise ValueError("refused: it uses extension codes or buffers outside of it")
 
 
-OPERATIONS = "REDUCE NEWOBJ NEWOBJ_EX BUILD SETITEM SETITEMS DICT ADDITEMS FROZENSET BYTEARRAY8"
+REPLACED = "REDUCE NEWOBJ NEWOBJ_EX BUILD SETITEM SETITEMS DICT ADDITEMS FROZENSET BYTEARRAY8"
 REFUSED = "EXT1 EXT2 EXT4 NEXT_BUFFER READONLY_BUFFER"
-for name in OPERATIONS.split():
-    Reader.dispatch[getattr(pickle, name)[0]] = getattr(Reader, f"load_{name.lower()}")
+for name in REPLACED.split():
+    Reader.methods[getattr(pickle, name)[0]] = getattr(Reader, f"load_{name.lower()}")
 for name in REFUSED.split():
-    Reader.dispatch[getattr(pickle, name)[0]] = Reader.refuse
+    Reader.methods[getattr(pickle, name)[0]] = Reader.refuse
 
 
 def key(value: Any) -> Any:
