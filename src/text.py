@@ -60,7 +60,7 @@ def column(content: str, path: Path) -> Iterator[str]:
 def chosen_prompts(
     prompt: tuple[str, ...], prompt_file: str | None, label: int | None
 ) -> tuple[str, ...]:
-    """The prompts of a command's options, none where there are none; ValueError for two sources."""
+    """The prompts that a command asks for, perhaps none; ValueError for two sources."""
     options = {"--prompt": prompt or None, "--prompt-file": prompt_file, "--class": label}
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
