@@ -14,7 +14,8 @@ from backends.base import SCHEDULES, Backend, ModelOptions
 from backends.generate import Job, generate
 from backends.load import backbone_of, check_fit, load_backend
 from backends.spread import spread
-from solvers.predictor import FLOW_BACKENDS, Predictor, find_predictor, load_predictor
+from solvers.predictor import Predictor, find_predictor, load_predictor
+from solvers.recipe import FLOW_BACKENDS
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, parse_name
 from src import ranks
 from src.files import to_json

@@ -23,7 +23,8 @@ from yaml import YAMLError
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import find_model, load_backend
 from rewards.efficientnet import load_features, prepared
-from solvers.predictor import FLOW_BACKENDS, save_predictor
+from solvers.predictor import save_predictor
+from solvers.recipe import FLOW_BACKENDS
 from src import ranks
 from src.files import nearest, read_text, to_json, write_text
 from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand, one_line_errors

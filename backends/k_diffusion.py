@@ -21,8 +21,9 @@ from backends import vp
 from solvers.epd import EPD, Directions, Table
 from solvers.field import Condition, Field
 from solvers.integrate import Loop, Point
-from solvers.predictor import Predictor, for_flow, levels_of
+from solvers.predictor import Predictor, levels_of
 from solvers.process import FLOW, VE
+from solvers.recipe import for_flow
 from solvers.sampler import Sampler
 
 Model = Callable[..., Tensor]

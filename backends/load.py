@@ -11,7 +11,7 @@ import torch
 from backends.base import Backend, ModelOptions
 from backends.edm import load_pixels
 from backends.mixture import CPU, load_mixture
-from solvers.predictor import Recipe
+from solvers.recipe import Recipe
 from src.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent

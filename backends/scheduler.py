@@ -34,17 +34,15 @@ from backends.clock import (
     spread_of,
 )
 from solvers.predictor import (
-    FLOW_BACKENDS,
     Predictor,
-    Recipe,
     find_predictor,
-    for_flow,
     from_content,
     load_predictor,
     to_content,
     validate,
 )
 from solvers.process import FLOW
+from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
 from solvers.sampler import Sampler, SolverOptions, make_solver
 
 diffusers: Any = library  # its own annotations are not those of what it returns

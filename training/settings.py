@@ -13,15 +13,8 @@ from typing import Any
 
 import click
 
-from solvers.predictor import (
-    BASES,
-    FLOW_BACKENDS,
-    Recipe,
-    check_recipe,
-    find_predictor,
-    load_predictor,
-    one_of,
-)
+from solvers.predictor import find_predictor, load_predictor
+from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe, one_of
 from solvers.sampler import SOLVERS, parse_name
 from src.files import nearest
 from src.options import Number

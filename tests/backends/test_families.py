@@ -22,7 +22,8 @@ from backends.parallel import parallel
 from backends.scheduler import EPDScheduler
 from solvers.epd import Directions, MultistepTable
 from solvers.field import Field
-from solvers.predictor import Predictor, Recipe
+from solvers.predictor import Predictor
+from solvers.recipe import Recipe
 from tests import twins
 
 diffusers = twins.diffusers

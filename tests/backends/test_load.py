@@ -7,7 +7,8 @@ import pytest
 
 from backends.base import Backend
 from backends.load import backbone_of, check_fit, load_backend, places_of
-from solvers.predictor import Recipe, find_predictor, load_predictor
+from solvers.predictor import find_predictor, load_predictor
+from solvers.recipe import Recipe
 
 
 def recipe(name: str) -> Recipe:

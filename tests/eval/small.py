@@ -11,8 +11,9 @@ from eval.features import load_space
 from eval.fid import Statistics
 from eval.measure import FrechetReference, Problem, fine_solution
 from solvers.epd import Directions, MultistepTable
-from solvers.predictor import Predictor, Recipe, save_predictor
+from solvers.predictor import Predictor, save_predictor
 from solvers.process import FLOW, VE
+from solvers.recipe import Recipe
 from tests.eval.pictures import CHEAP
 
 D = 5

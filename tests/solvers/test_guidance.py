@@ -13,8 +13,9 @@ from torch import Tensor
 from solvers.classic import Euler, Heun
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.field import Condition, Field, Guided
-from solvers.predictor import Predictor, Recipe, load_predictor, save_predictor
+from solvers.predictor import Predictor, load_predictor, save_predictor
 from solvers.process import VE
+from solvers.recipe import Recipe
 from solvers.sampler import Sampler
 
 SIGMAS = (10.0, 3.0, 1.0, 0.2)

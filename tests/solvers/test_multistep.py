@@ -10,8 +10,9 @@ from solvers.classic import IPNDM, Euler
 from solvers.epd import MultistepTable, ParallelMultistep, earlier_slopes
 from solvers.field import Condition, Field
 from solvers.integrate import Step, integrate
-from solvers.predictor import Predictor, Recipe, load_predictor, save_predictor, validate
+from solvers.predictor import Predictor, load_predictor, save_predictor, validate
 from solvers.process import FLOW, VE
+from solvers.recipe import Recipe
 from solvers.schedules import NoiseLevels
 
 SIGMAS = (10.0, 4.0, 1.5, 0.5, 0.1)

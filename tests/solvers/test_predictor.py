@@ -20,7 +20,6 @@ from solvers.field import Condition, Field
 from solvers.integrate import integrate
 from solvers.predictor import (
     Predictor,
-    Recipe,
     decode,
     find_predictor,
     load_predictor,
@@ -29,6 +28,7 @@ from solvers.predictor import (
     validate,
 )
 from solvers.process import FLOW, VE
+from solvers.recipe import Recipe
 from solvers.schedules import time_uniform
 from tests import nvidia as files
 

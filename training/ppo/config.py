@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from solvers.predictor import FLOW_BACKENDS, SCHEDULES, Recipe
+from solvers.recipe import FLOW_BACKENDS, Recipe
+from solvers.schedules import SCHEDULES
 from src.files import nearest, read_text
 from src.options import DTYPES
 from src.runs import NAME

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from backends.generate import Job, generate
-from solvers.predictor import Recipe
+from solvers.recipe import Recipe
 from solvers.sampler import Sampler
 from src import ranks
 from src.runs import Stop

@@ -15,8 +15,8 @@ from torch import Tensor
 from backends.base import Backend, NoiseLevels
 from solvers.epd import EPD, Directions
 from solvers.field import Condition
-from solvers.predictor import Recipe
 from solvers.process import VE
+from solvers.recipe import Recipe
 from solvers.sampler import Sampler
 from training.ppo.config import Logging, Ppo
 from training.ppo.rollout import Task

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from solvers.predictor import Recipe, find_predictor, load_predictor
+from solvers.predictor import find_predictor, load_predictor
+from solvers.recipe import Recipe
 from src.text import read_prompts
 from training.ppo.config import Config, check_ranks, leaves, load_config, resolved, to_yaml
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from backends.load import find_model, load_backend
 from backends.mixture import read_mixture
 from solvers.epd import Directions
-from solvers.predictor import Predictor, Recipe
+from solvers.predictor import Predictor
+from solvers.recipe import Recipe
 from src.runs import Metrics
 from tests.training.ppo.quadrature import BEST, EVERY, START, task
 from training.ppo.config import Ppo
