@@ -14,7 +14,7 @@ from torch import Tensor
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
 from backends.latents import decode, image_size, prepare_vae, vae_factor
 from backends.text import Embedding, Texts, say_what_is_cut, usual_text
-from backends.vp import clean, prediction_of, scaled, table_of
+from backends.vp import Table, clean, prediction_of, scaled, table_of
 from solvers.field import Condition
 
 
@@ -46,6 +46,8 @@ def built(
     prepare_vae(vae, options)
     table, prediction = table_of(pipe.scheduler.config), prediction_of(pipe.scheduler.config)
 
+    here = Table(table.log_sigmas.to(device))  # no copy in a call
+
     def encode(prompts: Sequence[Prompt]) -> Condition | None:
         if texts:
             return texts.condition(prompts)
@@ -54,7 +56,7 @@ def built(
         return None
 
     def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        seen, t = scaled(x, sigma).to(unet.dtype), table.sigma_inv(sigma).to(x.dtype)
+        seen, t = scaled(x, sigma).to(unet.dtype), here.sigma_inv(sigma).to(x.dtype)
         cond = cond or encode([None] * len(x))
         text = {"encoder_hidden_states": cond.given["text"]} if cond else {}
         output = unet(seen, t, **text, return_dict=False)[0]

@@ -65,9 +65,9 @@ class Seen:
 
 
 class OnGPU(Tensor):
-    """A tensor on the pretend GPU; `inner` has its numbers, `seen` what was asked of it."""
+    """A tensor on the pretend GPU; `numbers` are the real ones, `seen` what was asked of it."""
 
-    inner: Tensor
+    numbers: Tensor
     seen: Seen
 
     @staticmethod
@@ -80,13 +80,13 @@ class OnGPU(Tensor):
             dtype=real.dtype,
             device=CUDA,
         )
-        tensor.inner, tensor.seen = real, seen
+        tensor.numbers, tensor.seen = real, seen
         return tensor
 
     def __init__(self, real: Tensor, seen: Seen) -> None:
         super().__init__()
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnGPU({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -96,12 +96,12 @@ class OnGPU(Tensor):
 
     def tolist(self) -> Any:
         self.seen.waits[f"tolist: {line_of_ours()}"] += 1
-        return self.inner.tolist()
+        return self.numbers.tolist()
 
-    def numpy(self, **_: Any) -> Any:
+    def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu() first")
 
-    __array__ = numpy
+    __array__ = numpy  # pyright: ignore[reportAssignmentType]
 
 
 class Pretend(TorchDispatchMode):
@@ -146,7 +146,7 @@ class Pretend(TorchDispatchMode):
         """A result as a tensor on the GPU; what an operation changed in place is itself."""
         if not isinstance(result, Tensor):
             return result
-        same = [t for t in inputs if t.inner is result]
+        same = [t for t in inputs if t.numbers is result]
         return same[0] if same else OnGPU(result, self.seen)
 
     def copy(self, func: Any, args: Any, kwargs: Any, target: torch.device | None) -> Any:
@@ -168,7 +168,7 @@ class Pretend(TorchDispatchMode):
 
 def real(value: Any) -> Any:
     """A tensor's numbers on the CPU; anything else as it is."""
-    return value.inner if isinstance(value, OnGPU) else value
+    return value.numbers if isinstance(value, OnGPU) else value
 
 
 def by_mask(name: str, args: Any) -> bool:

@@ -1,11 +1,50 @@
 """No step of sampling waits for the GPU; shown on a pretend one, which is shown to see waits."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from tests.pretend_gpu import pretend_gpu
+from backends.base import Backend
+from backends.generate import Job, generate
+from backends.mixture import load_mixture
+from backends.pipelines import wrap
+from backends.pixels import pixel_backend
+from solvers.predictor import find_predictor, load_predictor
+from solvers.sampler import SOLVERS, Sampler, hand_made
+from tests import twins
+from tests.pretend_gpu import Seen, pretend_gpu
+from tests.tiny import tiny_edm
 
+ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
+EPDS = ("epd-k2-5nfe", "epd-ipndm-k2-5nfe", "epd-multistep-k2-5nfe")
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd": twins.sd,
+    "uncond": twins.uncond,
+    "sd3": twins.sd3,
+    "flux": twins.flux,
+}
+
+
+def edm() -> Backend:
+    return pixel_backend(tiny_edm().to(CUDA), CUDA)
+
+
+def seen_in(
+    make: Callable[[], Backend], sampler: Callable[[Backend], Sampler], prompt: Any
+) -> Seen:
+    """What two batches wait for and send, apart from making the backend and encoding texts."""
+    with pretend_gpu() as seen:
+        backend = make()
+        backend.encode([prompt])
+        seen.waits.clear()
+        seen.uploads.clear()
+        for _ in generate(backend, sampler(backend), [Job(i, prompt) for i in range(4)], batch=2):
+            pass
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -62,3 +101,46 @@ def test_what_cuda_refuses_is_refused(mix: object) -> None:
 def test_a_number_from_the_cpu_is_taken() -> None:
     with pretend_gpu():
         assert (torch.zeros(3, device=CUDA) + torch.tensor(2.0)).device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_no_solver_waits_or_sends(name: str) -> None:
+    short, long = (
+        seen_in(edm, lambda b, n=n: hand_made(name, b.levels, n, afs=True), 2) for n in (3, 6)
+    )
+    assert not short.waits + long.waits
+    assert short.uploads == long.uploads  # noise and classes, once a batch
+
+
+@pytest.mark.parametrize("name", EPDS)
+def test_no_learned_solver_waits_and_its_table_is_sent_once_a_batch(name: str) -> None:
+    predictor = load_predictor(find_predictor(f"fashion-mnist-32/{name}"))
+    seen = seen_in(edm, lambda b: predictor.sampler(b.levels), 2)
+    assert not seen.waits
+    assert max(seen.uploads.values()) <= 2 * 8  # tensors of a table, in two batches
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_pipeline_waits_or_sends_in_a_step(name: str) -> None:
+    pipe = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    prompt = None if name == "uncond" else "a"
+    rate = 1.0 if name in ("uncond", "flux") else 5.0
+    short, long = (
+        seen_in(
+            lambda: wrap(pipe.to(CUDA), CUDA),
+            lambda b, n=n: hand_made("ipndm", b.levels, n, guidance_rate=rate),
+            prompt,
+        )
+        for n in (3, 6)
+    )
+    assert not short.waits + long.waits
+    assert short.uploads == long.uploads
+
+
+def test_the_mixture_does_not_wait_either() -> None:
+    folder = ROOT / "src" / "models" / "mixture-3x4x4"
+    seen = seen_in(
+        lambda: load_mixture(folder, CUDA), lambda b: hand_made("unipc", b.levels, 6), 1
+    )
+    assert not seen.waits
