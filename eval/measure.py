@@ -139,7 +139,7 @@ def learned(paths: Sequence[Path], backend: Backend) -> list[Candidate]:
                 _label(recipe.schedule_type, recipe.schedule_rho),
                 recipe.num_points,
                 from_here(path),
-                tuple(recipe.training.get("fitted_on") or ()),
+                tuple(map(space_name, recipe.training.get("fitted_on") or ())),
             )
         )
     seen = Counter((c.name, c.nfe) for c in candidates)
@@ -148,6 +148,13 @@ def learned(paths: Sequence[Path], backend: Backend) -> list[Candidate]:
         for c in candidates
     ]
     return sorted(named, key=lambda c: (c.nfe, c.name))
+
+
+def space_name(network: str) -> str:
+    """The feature space of a network by the name that train_distill.py knows it by."""
+    kind = network.partition("=")[0]  # of dinov2=FOLDER
+    file = "inception" if "inception" in kind and Path(kind).suffix else kind
+    return {"efficientnet-lite0": "efficientnet"}.get(kind, file)
 
 
 def from_here(path: Path | str) -> str:

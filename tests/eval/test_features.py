@@ -1,6 +1,5 @@
 """Feature spaces: torch-fidelity's Inception from a local file, CLIP, DINOv2, one's own."""
 
-import io
 import json
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch_fidelity
 import transformers as library
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models.inception import Inception3
 
 from eval.features import EFFICIENTNET, load_space
@@ -52,18 +50,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def images(count: int, height: int = 32, width: int = 27) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def test_inception_is_torch_fidelitys(weights: Path) -> None:
-    space, given = load_space("inception", CPU, weights), images(2)
-    buffer = io.BytesIO()
-    torch.save(drawn(), buffer)
-    buffer.seek(0)
-    theirs = FeatureExtractorInceptionV3("it", ["2048"], feature_extractor_weights_path=buffer)
-    expected = theirs(to_bytes(given))[0]
-    assert expected.std() > 0.01
-    assert torch.allclose(space(given), expected, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(space(given[:1, :1]), space(given[:1, :1].expand(-1, 3, -1, -1)))
 
 
 def test_the_number_is_torch_fidelitys(weights: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.pictures import Identity, Pictures, find_pictures, identities, read_batches, subset
-from src.images import read_png, save_png, to_bytes
+from src.images import save_png
 from tests.eval.pictures import fill, image, sampled
 
 
@@ -51,14 +51,6 @@ def test_a_zip_holds_what_its_folder_holds(tmp_path: Path) -> None:
     mine, others = read(here), read(there)
     assert sorted(mine) == sorted(others) == list(range(7))
     assert all(torch.equal(mine[i], others[i]) for i in mine)
-
-
-@pytest.mark.parametrize("batch", [1, 3, 100])
-def test_the_batch_changes_nothing_and_sizes_may_differ(tmp_path: Path, batch: int) -> None:
-    images = read(find_pictures(fill(tmp_path, 11)), batch)
-    assert sorted(images) == list(range(11))
-    for i, pixels in images.items():
-        assert torch.equal(pixels, to_bytes(read_png(tmp_path / f"{i:06d}.png")[0]))
 
 
 def test_every_kind_of_picture_becomes_three_channels_on_white(tmp_path: Path) -> None:

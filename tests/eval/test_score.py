@@ -62,15 +62,6 @@ def test_every_image_is_scored_under_the_prompt_that_sample_py_wrote(
         assert found == pytest.approx(expected(folder, reward), rel=1e-5)
 
 
-def test_the_prompts_are_in_the_pictures_too(tmp_path: Path) -> None:
-    folder = sampled(tmp_path / "a", 5)
-    before = expected(folder, brightness)
-    (folder / "samples.json").unlink()
-    assert run(folder, "--reward", BRIGHT).exit_code == 0
-    rows = read_csv(folder / "scores")
-    assert [float(row[BRIGHT]) for row in rows] == pytest.approx(before, rel=1e-5)
-
-
 def test_the_summary_has_means_and_intervals(tmp_path: Path) -> None:
     folder = sampled(tmp_path / "a", 11)
     done = run(folder, "--reward", BRIGHT, "--outdir", tmp_path / "out")
@@ -113,17 +104,6 @@ def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None
     assert [one.scores["it"] for one in scored] == pytest.approx(
         expected(folder, brightness), rel=1e-5
     )
-
-
-def test_another_reward_joins_what_is_there_and_a_new_picture_too(tmp_path: Path) -> None:
-    folder = sampled(tmp_path / "a", 4)
-    assert run(folder, "--reward", BRIGHT).exit_code == 0
-    sampled(folder, 6)
-    assert run(folder, "--reward", RED).exit_code == 0
-    assert run(folder, "--reward", BRIGHT, "--reward", RED).exit_code == 0
-    rows = read_csv(folder / "scores")
-    assert [float(row[BRIGHT]) for row in rows] == pytest.approx(expected(folder, brightness))
-    assert [float(row[RED]) for row in rows] == pytest.approx(expected(folder, redness))
 
 
 def test_a_changed_picture_and_a_changed_prompt_are_scored_anew(tmp_path: Path) -> None:
