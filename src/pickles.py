@@ -126,6 +126,8 @@ def read_file(file: BinaryIO, size: int) -> Any:
     file.seek(0)
     if head.startswith(b"PK\x03\x04"):
         return read_zip(file, size)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a git-lfs pointer, not the file itself: `git lfs pull` fetches it")
     source = Source(file, size)
     if MAGIC.to_bytes(10, "little") in head:
         return read_legacy(source, size)

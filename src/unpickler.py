@@ -30,11 +30,13 @@ BUILTINS = {
     *("tuple", "list", "set", "frozenset", "dict", "range", "slice", "unicode"),
 }
 LOWERCASE = {
-    *("numpy.dtype", "functools.partial", "collections.deque", "collections.defaultdict"),
-    *("datetime.datetime", "datetime.date", "datetime.timedelta"),
+    *("functools.partial", "collections.deque", "collections.defaultdict", "logging.getLogger"),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta", "types.SimpleNamespace"),
+    *("numpy.dtype", "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
     *(f"builtins.{n}" for n in ("object", "complex", "range", "slice", "bytearray", "frozenset")),
 }
-"""Classes with the names of functions."""
+"""What makes objects that stay inert, and has the name of a function; so has all of FACTORIES."""
+FACTORIES = ("numpy.random.", "torch._utils._rebuild_")
 NUMPY_SCALARS = {"b1": "?", "i4": "i", "i8": "q", "u8": "Q", "f2": "e", "f4": "f", "f8": "d"}
 COPIED = (str, bytes, list, tuple, dict, set, frozenset)
 PLAIN = (str, bytes, int, float, type(None), torch.dtype)
@@ -136,7 +138,7 @@ class Reader(pickle._Unpickler):
         dotted = f"{RENAMED.get(module, module)}.{name}"
         root, _, rest = dotted.partition(".")
         allowed = root in VALUES or (root == "builtins" and rest in BUILTINS)
-        if root in STANDARD and not allowed and dotted not in (*MAKERS, *INSTANCES):
+        if root in STANDARD and not allowed and dotted not in NAMED:
             asked = quoted(f"{module}.{name}")
             raise ValueError(f"refused: it asks for {asked}, which is not allowed in it")
         dtype = vars(torch).get(rest) if root == "torch" else None
@@ -160,7 +162,8 @@ class Reader(pickle._Unpickler):
         if target.name in MAKERS:
             return MAKERS[target.name](*args)
         is_class = is_class and target.name.partition(".")[0] not in STANDARD
-        if is_class or last[:1].isupper() or target.name in LOWERCASE:
+        is_class = is_class or last[:1].isupper() or target.name.startswith(FACTORIES)
+        if is_class or target.name in LOWERCASE:
             return Inert(target.name, args)
         raise ValueError(f"refused: it calls {quoted(target.name)}, which is not allowed in it")
 
@@ -353,3 +356,4 @@ MAKERS: dict[str, Callable[..., object]] = {
     "numpy.core.multiarray.scalar": numpy_scalar,
     "numpy.core.multiarray._reconstruct": lambda *_args: Inert("numpy.ndarray"),
 }
+NAMED = {*MAKERS, *INSTANCES, *LOWERCASE}

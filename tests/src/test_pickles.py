@@ -5,6 +5,7 @@ import contextlib
 import copyreg
 import functools
 import io
+import logging
 import os
 import pickle
 import struct
@@ -270,6 +271,7 @@ CRAFTED = {
     "terminal escapes": (b"cos\nsy\x1b[31mst\x07em\n(tR.", r"sy\x1b[31mst\x07em"),
     "empty": (b"", "empty"),
     "text": (b"hello, world\n", "broken"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "picture": (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "none belongs"),
     "storage in a storage": (by_bytes(NESTED), "storage where none belongs"),
     "storage of another count": (by_bytes(GOOD.replace(b"\x05" + b"\0" * 7, b"\6" * 8)), "claims"),
@@ -397,10 +399,14 @@ class Callback(collections.OrderedDict):
 
 
 def test_foreign_classes_stay_inert_and_numpy_numbers_are_numbers(write: Write) -> None:
-    mine = Callback(a=1, path=Path("a"))
+    mine = Callback(
+        a=1, path=Path("a"), log=logging.getLogger("a"), rng=numpy.random.RandomState()
+    )
     mine.best = 2
     numbers = {"a": numpy.float64(1.5), "b": numpy.int32(-3), "c": numpy.bool_(True)}
     content = {Callback: mine, **numbers, "array": numpy.ones(3), "set": {1, (2, 3)}}
+    read = read_pickle(write(pickle.dumps({"five": numpy.ones(3)}, 5)))
+    assert read["five"].class_name.endswith("_frombuffer")
     read = read_pickle(write(pickle.dumps(content)))
     value = read.pop(Global(f"{__name__}.Callback"))
     assert isinstance(value, Inert)
