@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from exps.build.fashion_data import FOLDER, load_split, rows_of
-from exps.build.fit_network import Plan, fit_network, initialise, training
+from exps.build.fit_network import Plan, fit_network, training
 from rewards.fashion import ClothesClassifier, load_judge
 from src.files import write_atomically, write_json
 
@@ -55,8 +55,6 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     splits = {split: load_split(data, split) for split in ("train", "t10k")}
     images, labels = splits["train"]
     network = load_judge(start).network if start else ClothesClassifier()
-    if not start:
-        initialise(network, plan.seed)
     network = network.requires_grad_(True).to(memory_format=torch.channels_last)
 
     def draw(step: int, g: Generator) -> tuple[Tensor, ...]:

@@ -138,34 +138,14 @@ def lr_at(step: int, plan: Plan) -> float:
     return plan.lr * min(1.0, (step + 1) / plan.warmup, (plan.steps - step) / last if last else 1)
 
 
-def initialise(network: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> None:
-    """Fill the weights in place, every draw from the seed.
-
-    Matrices and kernels uniform with variance 1 / (3 fan-in), embeddings and single vectors small
-    normal, biases 0, gains left at 1; what has one of `zero` in its name starts at 0.
-    """
-    g = Generator().manual_seed(seed)
-    norms = (nn.LayerNorm, nn.GroupNorm)
-    kept = {id(p) for m in network.modules() if isinstance(m, norms) for p in m.parameters()}
-    tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if id(p) in kept or p.ndim == 0 or (p.ndim == 1 and name.endswith("weight")):
-                continue
-            if name.endswith("bias") or any(part in name for part in zero):
-                p.zero_()
-            elif p.ndim == 1 or id(p) in tables or "embedding" in name.rsplit(".", 1)[-1]:
-                p.copy_(0.02 * torch.randn(p.shape, generator=g))
-            else:
-                bound = p[0].numel() ** -0.5
-                p.copy_((torch.rand(p.shape, generator=g) * 2 - 1) * bound)
-
-
 Work = Callable[[Path, Path, Path | None, Plan], None]
 
 
 def training(defaults: Plan, data: Path | None = None) -> Callable[[Work], click.Command]:
-    """Make a command of work(data, outdir, start, plan), with the options of a training."""
+    """Make a command of work(data, outdir, start, plan), with the options of a training.
+
+    What a network is untrained hangs on the seed as well.
+    """
     folder = click.Path(path_type=Path, file_okay=False)
 
     def decorate(work: Work) -> click.Command:
@@ -183,6 +163,7 @@ def training(defaults: Plan, data: Path | None = None) -> Callable[[Work], click
             seed: int, threads: int,
         ) -> None:  # fmt: skip
             plan = replace(defaults, steps=steps, batch=batch, lr=lr, seed=seed, threads=threads)
+            torch.manual_seed(seed)
             try:
                 work(data, outdir, start, plan)
             except ValueError as error:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from exps.build.emoji_data import load_emoji, load_pictures, on_white
-from exps.build.fit_network import Plan, fit_network, initialise, training
+from exps.build.fit_network import Plan, fit_network, training
 from exps.build.scenes import Stage, paint
-from exps.build.tiny_models import CLIP, load_clip, save_clip, tokenise
+from exps.build.tiny_models import load_clip, save_clip, tokenise
 from src.files import write_json
 
 MEAN, STD = (0.75, 0.71, 0.66), (0.32, 0.33, 0.37)  # as in open_clip_config.json
@@ -61,9 +61,7 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     """Write OUTDIR/clip, a folder of open_clip's, and OUTDIR/scores.json."""
     emoji = load_emoji(data)
     pictures, stage = load_pictures(data, emoji), Stage(emoji)
-    clip, tokenizer = load_clip(start or CLIP)
-    if not start:
-        initialise(clip, plan.seed)
+    clip, tokenizer = load_clip(start)
     g = Generator().manual_seed(plan.seed)
     tests: dict[str, tuple[Tensor, Tensor]] = {}
     for name, held_out in (("trained", False), ("held_out", True)):

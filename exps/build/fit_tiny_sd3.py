@@ -10,7 +10,6 @@ so that the run can be stopped, exported and gone on with at any time.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Generator, Tensor
 
 from backends.zeros import fold_zeros
 from exps.build.emoji_data import load_emoji, load_pictures
-from exps.build.fit_network import Plan, fit_network, initialise, training
+from exps.build.fit_network import Plan, fit_network, training
 from exps.build.scenes import Stage, paint
 from exps.build.tiny_models import (
     LATENT,
@@ -33,18 +32,11 @@ from exps.build.tiny_models import (
     write_pipeline,
 )
 from src.files import write_json
-from src.images import grid, save_png
 
-ZERO = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 ZEROS = 256  # rows, in the pipeline's default
 NO_TEXT = 0.1
 FEWER_ZEROS = 0.3  # the share with fewer rows of zeros, so that their number matters little
 POOL, POOL_STEPS = 2048, 256  # scenes that are encoded together, and the steps they serve
-SHOWN = (
-    *("red apple", "smiling face", "rocket", "dog face", "pizza", "red heart", "cat face", "sun"),
-    *("a red apple and a rocket", "banana on blue", "small tree", "fire on the left"),
-    *("cat left of dog face", "octopus on yellow", "house above automobile", "soccer ball"),
-)
 
 
 @dataclass
@@ -97,30 +89,6 @@ def flow_loss(parts: Parts) -> Callable[..., Tensor]:
     return loss
 
 
-@torch.no_grad()
-def sample(transformer: Any, parts: Parts, prompts: list[str], seed: int) -> Tensor:
-    """28 Euler steps with guidance 4 -> images in [0, 1]."""
-    text = parts.read(tokenise(parts.tokenizer, [*prompts, *[""] * len(prompts)]))
-    x = torch.randn(len(prompts), *LATENT, generator=Generator().manual_seed(seed))
-    zeros = torch.full((2 * len(x),), log(ZEROS))
-    for sigma, following in pairwise(torch.linspace(1, 0, 29)):
-        with torch.autocast("cpu", torch.bfloat16):
-            both = velocity(
-                transformer, x.repeat(2, 1, 1, 1), sigma.expand(len(zeros)), text, zeros
-            )
-        v, free = both.float().chunk(2)
-        x = x + (following - sigma) * (free + 4 * (v - free))
-    return parts.decode(x)
-
-
-def export(average: Any, step: int, parts: Parts, outdir: Path) -> None:
-    """The pipeline's folder, usual prompts from two seeds, and how far it has come."""
-    images = torch.cat([sample(average, parts, list(SHOWN), seed) for seed in (0, 1)])
-    save_png(outdir / "samples.png", grid(images, columns=8))
-    write_pipeline(average, parts, outdir / "tiny-sd3")
-    write_json(outdir / "state.json", {"steps": step})
-
-
 @training(Plan(50_000, 32, 5e-4, warmup=500, cooldown=0, ema_steps=1000))
 def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     """Train, or go on; OUTDIR/tiny-sd3 is the pipeline at any time."""
@@ -128,14 +96,16 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     emoji = load_emoji(data)
     parts = load_parts(outdir.with_name("vae") / "vae", outdir.with_name("clip") / "clip")
     transformer = load_part(diffusers.SD3Transformer2DModel, "transformer", start).train()
-    if not start:
-        initialise(transformer, plan.seed, ZERO)
     fold_zeros(transformer, ZEROS, 0)
     pool = Pool(parts, Stage(emoji), load_pictures(data, emoji), plan.seed)
     silence = tokenise(parts.tokenizer, [""])
     draw = partial(drawn, pool=pool, silence=silence, batch=plan.batch)
-    show = partial(export, parts=parts, outdir=outdir)
-    fit_network(transformer, draw, flow_loss(parts), plan, outdir, show)
+
+    def export(average: Any, step: int) -> None:
+        write_pipeline(average, parts, outdir / "tiny-sd3")
+        write_json(outdir / "state.json", {"steps": step})
+
+    fit_network(transformer, draw, flow_loss(parts), plan, outdir, export)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from exps.build.emoji_data import load_emoji, load_pictures, on_white
-from exps.build.fit_network import Plan, fit_network, initialise, training
+from exps.build.fit_network import Plan, fit_network, training
 from exps.build.scenes import Stage, paint
 from exps.build.tiny_models import LATENT, diffusers, load_part
 from src.files import write_json
@@ -59,8 +59,6 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     emoji = load_emoji(data)
     pictures, stage = load_pictures(data, emoji), Stage(emoji)
     vae = load_part(diffusers.AutoencoderKL, "vae", start)
-    if not start:
-        initialise(vae, plan.seed)
     g = Generator().manual_seed(plan.seed)
     tests = {
         "trained": paint(stage.draw(256, g), pictures),

@@ -48,9 +48,10 @@ def load_part(kind: Any, part: str, start: Path | None) -> Any:
     return kind.from_config(kind.load_config(PIPELINE / part))
 
 
-def load_clip(folder: Path = CLIP) -> tuple[Any, Any]:
-    """Return the open_clip model in float32 and eval mode, and its tokenizer."""
-    model = open_clip.create_model(f"local-dir:{folder}")
+def load_clip(start: Path | None = CLIP) -> tuple[Any, Any]:
+    """Return an open_clip model in float32, and its tokenizer: start's weights, or none."""
+    folder = start or CLIP
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=start is not None)
     return model.float().eval(), transformers.CLIPTokenizer.from_pretrained(folder)
 
 
@@ -134,13 +135,6 @@ class Parts:
         with torch.autocast("cpu", torch.bfloat16):
             mean = self.vae.encode(pixels).latent_dist.mean
         return (mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents of the transformer's scale -> images in [0, 1]."""
-        config = self.vae.config
-        shown = self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
-        return (shown / 2 + 0.5).clamp(0, 1)
 
 
 def load_parts(vae: Path, clip: Path) -> Parts:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from exps.build.fit_network import LOG_EVERY, Plan, fit_network, gradients, initialise, lr_at
+from exps.build.fit_network import LOG_EVERY, Plan, fit_network, gradients, lr_at
 from src.files import read_jsonl
 
 
@@ -87,14 +87,3 @@ def test_the_rate_rises_stays_and_falls_to_zero() -> None:
     assert [lr_at(step, plan) for step in (0, 9, 50, 75, 100)] == pytest.approx(
         [0.02, 0.2, 0.2, 0.1, 0]
     )
-
-
-@pytest.mark.parametrize("zero", [(), ("0.weight",)])
-def test_weights_hang_on_the_seed(zero: tuple[str, ...]) -> None:
-    network = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    initialise(network, 5, zero)
-    first = {name: p.clone() for name, p in network.named_parameters()}
-    initialise(network, 5, zero)
-    assert all(torch.equal(first[name], p) for name, p in network.named_parameters())
-    assert bool(first["0.weight"].any()) == (not zero)
-    assert bool((first["1.weight"] == 1).all())
