@@ -123,7 +123,7 @@ class Opened:
         """What the pipeline hands its scheduler for so many steps, without a network call."""
         scheduler = OneCall(self.like, self.clock)
         given = {"num_inference_steps": steps, "output_type": "latent"}
-        self.call(scheduler, [""], None, given)
+        self.call(scheduler, [""], None, given | self.guidance(1.0, 1))
         return scheduler
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:

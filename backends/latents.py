@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from backends.base import ModelOptions, pixels
@@ -35,7 +36,16 @@ def prepare_vae(vae: Any, options: ModelOptions) -> None:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1], by the VAE's scale and shift."""
+    """Latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1], by the VAE's scale and shift.
+
+    A VAE in float16 whose config says force_upcast decodes in float32.
+    """
     shift = vae.config.get("shift_factor") or 0.0
-    x = latents / vae.config.scaling_factor + shift
-    return pixels(vae.decode(x.to(vae.dtype), return_dict=False)[0])
+    x, dtype = latents / vae.config.scaling_factor + shift, vae.dtype
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    images = pixels(vae.decode(x.to(vae.dtype), return_dict=False)[0])
+    if upcast:
+        vae.to(dtype)
+    return images

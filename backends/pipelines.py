@@ -3,7 +3,6 @@
 This module and `scheduler` alone import diffusers; `load` imports them when a model asks.
 """
 
-import json
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,17 @@ from typing import Any
 import diffusers as library
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+)
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from backends import compvis
 from backends.any_pipeline import any_backend
 from backends.base import Backend, ModelOptions
 from backends.flux import flux_backend
@@ -141,9 +146,9 @@ def opened(name: str, dtype: torch.dtype | None) -> Any:
         raise ValueError(f"{name}: no pipeline of diffusers is called {str(class_name)[:80]!r}")
     kind, missing = KINDS.get(class_name), lacking(Path(name), index)
     if missing:
-        whole = f"the whole is {kind.source} on the hub, {kind.gigabytes} GB; " if kind else ""
+        source = f"the whole is {kind.source} on the hub, {kind.gigabytes} GB; " if kind else ""
         raise ValueError(
-            f"{Path(name) / missing[0]} has no weights (.safetensors): {whole}give the folder of "
+            f"{Path(name) / missing[0]} has no weights (.safetensors): {source}give the folder of "
             "a local copy with --model"
         )
     return from_folder(name, index, dtype or (kind.half if kind else torch.bfloat16), {})
@@ -173,11 +178,40 @@ def from_folder(
     absent = {part: None for part, made_by in index.items() if made_by == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
         absent |= {"safety_checker": None, "feature_extractor": None}
-    made_by = getattr(diffusers, index["_class_name"])
+    made_by, folder = getattr(diffusers, index["_class_name"]), local(name)
+    half = "fp16" if folder and halves_alone(folder, index) else None
     try:
-        return made_by.from_pretrained(name, dtype=dtype, **{**absent, **parts})
-    except (OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name}: {first_line(error)}") from error
+        return made_by.from_pretrained(name, dtype=dtype, variant=half, **{**absent, **parts})
+    except (*BROKEN, SafetensorError, AttributeError) as error:
+        fault = broken_file(folder) if folder else None
+        raise ValueError(fault or f"{name}: {first_line(error)}") from error
+
+
+def local(name: str) -> Path | None:
+    """The folder of a pipeline: its own, or that of a name in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    index = try_to_load_from_cache(name, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def halves_alone(folder: Path, index: Mapping[str, Any]) -> bool:
+    """Whether a network of a pipeline has half-precision weights alone (NAME.fp16.safetensors)."""
+    files = [[file.name for p in WEIGHTS for file in (folder / part).glob(p)] for part in index]
+    return any(names and all(".fp16" in name for name in names) for names in files)
+
+
+def broken_file(folder: Path) -> str | None:
+    """What is wrong with the first file of weights that cannot be read."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            safe_open(file, "pt").__enter__().__exit__(None, None, None)
+        except (*BROKEN, SafetensorError) as error:
+            with file.open("rb") as opened_file:
+                pointer = opened_file.read(64).startswith(b"version https://git-lfs")
+            what = "a pointer of git-lfs: run git lfs pull" if pointer else first_line(error)
+            return f"{file}: no weights that can be read: {what}"
+    return None
 
 
 def lacking(folder: Path, index: Mapping[str, Any]) -> list[str]:
@@ -208,18 +242,28 @@ def single_file(path: Path, dtype: torch.dtype | None, options: ModelOptions) ->
     shipped.
     """
     tensors = read_tensors(path)
-    found = [n for n, kind in KINDS.items() if any(mark in tensors for mark in kind.marks)]
-    if not found:
+    if compvis.is_unconditional(tensors):
+        try:
+            return compvis.ldm_pipeline(tensors, dtype or KINDS["LDMPipeline"].half)
+        except (*BROKEN, IndexError) as error:
+            raise ValueError(f"{path}: not CompVis' layout: {first_line(error)}") from error
+    names = [n for n, kind in KINDS.items() if any(mark in tensors for mark in kind.marks)]
+    if not names:
         raise ValueError(f"{path}: its tensors are of no model that is known ({', '.join(KINDS)})")
-    shipped = KINDS[found[0]].config
+    family = infer_diffusers_model_type(tensors)
+    if names[0] == "StableDiffusionPipeline" and family not in ("v1", "v2"):
+        raise ValueError(
+            f"{path}: a single file of {family!r} is not served: give its diffusers folder"
+        )
+    shipped = KINDS[names[0]].config
     folder = options.config or (str(CONFIGS / shipped) if shipped else None)
     if folder is None:
         raise ValueError(
-            f"{path}: a single file of {found[0]} lacks tokenizers and more: give a diffusers "
-            f"folder with --model_config ({KINDS[found[0]].source} on the hub)"
+            f"{path}: a single file of {names[0]} lacks tokenizers and more: give a diffusers "
+            f"folder with --model_config ({KINDS[names[0]].source} on the hub)"
         )
     try:
-        return from_tensors(found[0], tensors, folder, dtype or KINDS[found[0]].half)
+        return from_tensors(names[0], tensors, folder, dtype or KINDS[names[0]].half)
     except (*BROKEN, AttributeError, SingleFileComponentError) as error:
         raise ValueError(f"{path} with the config of {folder}: {first_line(error)}") from error
 
@@ -268,9 +312,11 @@ def network(
             dict(tensors), config=str(config.parent), subfolder=config.name, dtype=dtype
         )
     kind = getattr(transformers, class_name)
-    model = kind(kind.config_class.from_pretrained(config))
+    with init_empty_weights(include_buffers=False):  # T5-XXL would be 19 GB of random numbers
+        model = kind(kind.config_class.from_pretrained(config))
     there = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    model.load_state_dict({n: own_tensor(n, t, there) for n, t in model.state_dict().items()})
+    own = {n: own_tensor(n, t, there) for n, t in model.state_dict().items()}
+    model.load_state_dict(own, assign=True)
     return model.to(dtype).eval()
 
 

@@ -7,7 +7,7 @@ Appendix C.3).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,13 @@ class Table:
     """The log levels [T] of a network's timesteps; between steps they are linear in t."""
 
     log_sigmas: Tensor  # rising, float64, on the CPU
+    copies: dict[torch.device, Tensor] = field(default_factory=dict, compare=False)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The table on a device, copied there once."""
+        if device not in self.copies:
+            self.copies[device] = self.log_sigmas.to(device)
+        return self.copies[device]
 
     @property
     def last(self) -> int:
@@ -40,14 +47,14 @@ class Table:
 
     def sigma(self, t: Tensor) -> Tensor:
         """Timesteps [n] in [0, T - 1], whole or not -> levels [n]."""
-        table = self.log_sigmas.to(t.device)
+        table = self.on(t.device)
         t = t.double().clamp(0, self.last)
         low = t.floor().long().clamp(max=self.last - 1)
         return table[low].lerp(table[low + 1], t - low).exp()
 
     def sigma_inv(self, sigma: Tensor) -> Tensor:
         """Levels [n] -> timesteps [n], the ends for levels beyond them; in float64."""
-        table = self.log_sigmas.to(sigma.device)
+        table = self.on(sigma.device)
         wanted = sigma.double().log().clamp(table[0], table[-1])
         low = (torch.searchsorted(table, wanted, right=True) - 1).clamp(0, self.last - 1)
         return low + (wanted - table[low]) / (table[low + 1] - table[low])

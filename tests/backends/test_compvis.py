@@ -1,0 +1,50 @@
+"""CompVis' LSUN checkpoint gives, in diffusers' modules, what the paper's own networks give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends.compvis import MARKS
+from backends.load import load_backend
+from solvers.predictor import find_predictor, load_predictor
+from tests.backends.compvis_net import VQ, UNet
+from tests.twins import seeded
+
+
+def test_a_checkpoint_of_compvis_is_its_networks(tmp_path: Path) -> None:
+    """Two levels of attention of one and two heads, one without; noise and VQ-f4 by its codes."""
+    unet = seeded(UNet(32, [1, 1, 2], 2, [False, True, True]), 1, 0.1)
+    first = seeded(VQ([32, 32, 64], 2, 3, 16), 2, 0.1)
+    parts = {"model.diffusion_model": unet, "first_stage_model": first}
+    state = {f"{p}.{n}": t for p, m in parts.items() for n, t in m.state_dict().items()}
+    torch.save(
+        {"state_dict": state | {"betas": torch.zeros(1000)}, "global_step": 1},
+        tmp_path / "model.ckpt",
+    )
+    backend = load_backend(str(tmp_path / "model.ckpt"))
+    assert (backend.family, backend.shape, backend.size) == ("ldm", (3, 64, 64), (256, 256))
+    assert backend.levels.sigma_max == pytest.approx(83.82, rel=1e-3)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 5
+    times = torch.tensor([100, 700])
+    clock = backend.levels.timesteps
+    assert clock is not None
+    sigma = clock.sigma_of(times).float()
+    wide = sigma.reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        eps = unet(x / (1 + wide**2).sqrt(), times)
+        x0 = backend.denoise(x, sigma, None)
+        images = first.decode(x0)
+    assert torch.allclose(x0, x - wide * eps, rtol=1e-4, atol=1e-3)
+    different = (backend.decode(x0) - (images / 2 + 0.5).clamp(0, 1)).abs() > 1e-4
+    assert different.float().mean() < 1e-3  # but for codes that are equally near
+    sampler = load_predictor(find_predictor("lsun-bedroom-5nfe")).sampler(backend.levels)
+    assert sampler.sigmas[0] == pytest.approx(83.82, rel=1e-3)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_one_line(tmp_path: Path) -> None:
+    state = {name: torch.zeros(1, 1) for name in MARKS}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"model\.ckpt: not CompVis' layout") as error:
+        load_backend(str(tmp_path / "model.ckpt"))
+    assert "\n" not in str(error.value)
