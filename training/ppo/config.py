@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -395,16 +395,6 @@ def resolved(config: Config, recipe: Recipe) -> Config:
             raise ValueError(f"{said}: {where} has {recipe.num_steps - 1} intervals")
     data = replace(config.data, prompt_csv=config.data.prompt_csv or PROMPTS)
     return replace(config, data=data, model=replace(model, model=name, **theirs))
-
-
-def leaves(section: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key by its dotted name, with its value."""
-    for entry in dataclasses.fields(section):
-        value = getattr(section, entry.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{above}{entry.name}.")
-        else:
-            yield above + entry.name, value
 
 
 def to_yaml(config: Config) -> str:

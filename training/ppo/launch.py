@@ -30,7 +30,6 @@ from training.ppo.config import (
     MULTI,
     Config,
     check_ranks,
-    leaves,
     load_config,
     resolved,
     to_yaml,
@@ -40,9 +39,6 @@ from training.ppo.trainer import SETTINGS, Outcome, run_of, train
 
 CLASSES = ("edm", "analytic")
 """Backends whose prompts are class numbers."""
-FIXED = ("model.", "reward.type", "reward.multi.")
-MAY_MOVE = ("model.model", "model.backend_options.")
-"""What decides the images and their rewards stays; files may move. Checkpoints hold the rest."""
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -75,8 +71,6 @@ def main(
     check_ranks(config.ppo, int(os.environ.get("WORLD_SIZE", "1")))
     predictor = load_predictor(find_predictor(config.data.predictor_snapshot))
     config = resolved(config, predictor.recipe)
-    if folder is not None:
-        check_same(config, folder)
     prompts = prompts_of(config)
     if dry_run:
         click.echo(to_yaml(config), nl=False)
@@ -117,16 +111,6 @@ def settings(
     name = given.run.run_name if given else "*"
     folder = find_run(resume, root, settings=SETTINGS, name=name, checkpoints="checkpoints/*.pt")
     return given or load_config(folder / SETTINGS, changes), folder
-
-
-def check_same(config: Config, folder: Path) -> None:
-    """ValueError, with both values, where a run would go on with other images or rewards."""
-    was = dict(leaves(load_config(folder / SETTINGS)))
-    for name, value in leaves(config):
-        fixed = name.startswith(FIXED) and not name.startswith(MAY_MOVE)
-        if fixed and value != was[name]:
-            said = f"{name} {value}: the run in {folder} has {was[name]}"
-            raise ValueError(f"{said}: leave it as it was, or start without --resume")
 
 
 # --- prompts ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from where they are. B tables, N intervals, K points, S Gaussian numbers of an i
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
+from solvers.predictor import named_tensors
 from solvers.sampler import Sampler
 from src.seeds import generator
+from training.ppo.config import Ppo
 
 HIDDEN = 128
 BLOCKS = 2
@@ -33,22 +35,6 @@ WIDTH = 0.3
 FREE = ("r", "a", "weight", "b")
 """Numbers of a multistep table, which are moved by addition."""
 TINY = torch.finfo(torch.float64).tiny
-
-
-@dataclass(frozen=True)
-class Actions:
-    """Which numbers of a table are drawn, and how widely."""
-
-    points: bool = True
-    weights: bool = True
-    grid: bool = False
-    scale_dir: bool = False
-    scale_time: bool = False
-    guidance: bool = False
-    concentration: float = 10.0
-    grid_concentration: float = 200.0
-    scale_std: float = 0.05  # of the logarithms of the scales
-    guidance_std: float = 0.15  # of the logarithms of the rates
 
 
 @dataclass(frozen=True)
@@ -181,7 +167,7 @@ class Start:
         table = self.table
         parts = (draws.gauss * self.unit).split(list(self.columns.values()), -1)
         moved = dict(zip(self.columns, parts, strict=True))
-        new = tensors_of(table)
+        new = named_tensors(table)
         if "segments" in draws.simplex:
             places = draws.simplex["segments"].cumsum(-1)[..., :-1].clamp(max=1)
             rank = table.r.argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -215,7 +201,7 @@ def mixed(table: Any, shares: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     return weight, torch.where(signed, torch.where(moved < 0, -size, size), table.dir_scale)
 
 
-def start_of(sampler: Sampler, actions: Actions, say: Callable[[str], object]) -> Start:
+def start_of(sampler: Sampler, ppo: Ppo, say: Callable[[str], object]) -> Start:
     """A sampler as what a policy can start from; it stays the same.
 
     Rows with a segment or a share below LEAST become uniform, which `say` hears, as that does
@@ -229,56 +215,51 @@ def start_of(sampler: Sampler, actions: Actions, say: Callable[[str], object]) -
     table = plain(solver.table)
     table = canonical(table) if isinstance(table, Directions) else table
     count = len(table.r)
-    if actions.guidance and table.guidance is None:
+    if ppo.train_guidance and table.guidance is None:
         rate = torch.full((count, 1), float(sampler.guidance_rate), dtype=torch.float64)
         table = replace(table, guidance=rate)
-    alpha = concentrations(table, sampler.sigmas, actions, say)
-    columns = {name: getattr(table, name).shape[1] for name in moved_names(table, actions)}
+    alpha = concentrations(table, sampler.sigmas, ppo, say)
+    columns = {name: getattr(table, name).shape[1] for name in moved_names(table, ppo)}
     if not alpha and not columns:
         raise ValueError("there is nothing to train: set ppo.train_points=true, say")
-    scales = {"dir_scale": actions.scale_std, "time_scale": actions.scale_std}
+    scales = {"dir_scale": ppo.scale_std, "time_scale": ppo.scale_std}
     std = [scales.get(name, WIDTH) for name, wide in columns.items() for _ in range(wide)]
-    step = {"guidance": actions.guidance_std / WIDTH}
+    step = {"guidance": ppo.guidance_std / WIDTH}
     unit = [step.get(name, 1.0) for name, wide in columns.items() for _ in range(wide)]
     units = torch.tensor(unit, dtype=torch.float64).expand(count, -1)
     return Start(sampler, table, alpha, columns, units, torch.tensor(std, dtype=torch.float64))
 
 
 def concentrations(
-    table: Table, sigmas: Sequence[float], actions: Actions, say: Callable[[str], object]
+    table: Table, sigmas: Sequence[float], ppo: Ppo, say: Callable[[str], object]
 ) -> dict[str, Tensor]:
     """The Dirichlets of the rows that are drawn, by name, in the order in which they are drawn."""
     alpha: dict[str, Tensor] = {}
-    if isinstance(table, Directions) and actions.points:
+    if isinstance(table, Directions) and ppo.train_points:
         rows = inner(segments_of(table.r), "positions", say)
-        alpha["segments"] = actions.concentration * rows
-    if isinstance(table, Directions) and actions.weights:
-        alpha["weight"] = actions.concentration * inner(table.weight, "weights", say)
-    if actions.grid:
+        alpha["segments"] = ppo.dirichlet_concentration * rows
+    if isinstance(table, Directions) and ppo.train_weights:
+        alpha["weight"] = ppo.dirichlet_concentration * inner(table.weight, "weights", say)
+    if ppo.train_grid:
         steps = torch.tensor(sigmas, dtype=torch.float64).log().diff()
-        alpha["grid"] = actions.grid_concentration * (steps / steps.sum())[None]
+        alpha["grid"] = ppo.grid_concentration * (steps / steps.sum())[None]
     return alpha
 
 
-def moved_names(table: Table, actions: Actions) -> list[str]:
+def moved_names(table: Table, ppo: Ppo) -> list[str]:
     """The tensors of a table whose numbers Gaussians move."""
-    names = ["dir_scale"] if actions.scale_dir and isinstance(table, Directions) else []
-    names += ["time_scale"] if actions.scale_time else []
-    names += ["guidance"] if actions.guidance else []
+    names = ["dir_scale"] if ppo.train_scale_dir and isinstance(table, Directions) else []
+    names += ["time_scale"] if ppo.train_scale_time else []
+    names += ["guidance"] if ppo.train_guidance else []
     if isinstance(table, MultistepTable):
-        names += (["r"] if actions.points else []) + (list(FREE[1:]) if actions.weights else [])
+        names += ["r"] if ppo.train_points else []
+        names += FREE[1:] if ppo.train_weights else ()
     return names
-
-
-def tensors_of(table: Table) -> dict[str, Tensor]:
-    """The tensors that a table has, by name."""
-    every = {f.name: getattr(table, f.name) for f in fields(table)}
-    return {name: t for name, t in every.items() if t is not None and t.numel()}
 
 
 def plain(table: Table) -> Table:
     """A table in float64 on the CPU, every tensor [N, .]."""
-    wide = {name: t.detach().double().cpu() for name, t in tensors_of(table).items()}
+    wide = {name: t.detach().double().cpu() for name, t in named_tensors(table).items()}
     return replace(table, **{n: t[:, None] if t.ndim == 1 else t for n, t in wide.items()})
 
 

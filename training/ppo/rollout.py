@@ -19,12 +19,13 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from backends.generate import Job, generate
+from solvers.predictor import named_tensors
 from solvers.recipe import Recipe
 from solvers.sampler import Sampler
 from src import ranks
 from src.runs import Stop
 from src.seeds import generator
-from training.ppo.policy import FREE, WIDTH, Draws, Start, tensors_of
+from training.ppo.policy import FREE, WIDTH, Draws, Start
 
 Scorer: TypeAlias = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 """Images [B, 3, H, W] in [0, 1] and their B prompts -> the scores [B] of every reward, by name.
@@ -191,7 +192,7 @@ def rows_of(sampler: Sampler, images: slice) -> Sampler:
     solver: Any = sampler.solver
     table = getattr(solver, "table", None)
     if table is not None:
-        cut = {name: t[images] for name, t in tensors_of(table).items() if t.ndim == 3}
+        cut = {name: t[images] for name, t in named_tensors(table).items() if t.ndim == 3}
         sampler = replace(sampler, solver=replace(solver, table=replace(table, **cut)))
     return sampler if sampler.grids is None else replace(sampler, grids=sampler.grids[images])
 

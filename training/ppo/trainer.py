@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from solvers.predictor import Predictor, save_predictor, to_content, validate
+from solvers.predictor import (
+    Predictor,
+    named_tensors,
+    save_predictor,
+    to_content,
+    validate,
+)
 from src import ranks
 from src.images import grid, save_png
 from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
@@ -33,7 +39,7 @@ from training.ppo.evaluate import (
 )
 from training.ppo.learners import Learner, make_learner
 from training.ppo.objectives import advantages
-from training.ppo.policy import Actions, Start, start_of, tensors_of
+from training.ppo.policy import Start, start_of
 from training.ppo.rollout import (
     Scored,
     Task,
@@ -343,7 +349,7 @@ def begin(
 
     Raises ValueError, with the checkpoint's name, where it is of other settings or another table.
     """
-    start = start_of(task.sampler, actions_of(ppo), run.log)
+    start = start_of(task.sampler, ppo, run.log)
     if resume is None:
         start = replace(start, unit=measured_unit(task, start, ppo.effect))
         learner, progress = make_learner(start, ppo, task.seed), Progress()
@@ -365,22 +371,10 @@ def begin(
     return Session(task, ppo, logging, start, learner, progress, run, stop)
 
 
-def actions_of(ppo: Ppo) -> Actions:
-    """Which numbers are drawn, and how widely, as the settings say."""
-    names = ("points", "weights", "grid", "scale_dir", "scale_time", "guidance")
-    return Actions(
-        **{name: getattr(ppo, f"train_{name}") for name in names},
-        concentration=ppo.dirichlet_concentration,
-        grid_concentration=ppo.grid_concentration,
-        scale_std=ppo.scale_std,
-        guidance_std=ppo.guidance_std,
-    )
-
-
 def numbers_of(start: Start) -> dict[str, Tensor]:
     """The numbers that a run starts from, by name."""
     sigmas = torch.tensor(start.sampler.sigmas, dtype=torch.float64)
-    return tensors_of(start.table) | {"sigmas": sigmas}
+    return named_tensors(start.table) | {"sigmas": sigmas}
 
 
 def read_checkpoint(path: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:

@@ -1,5 +1,7 @@
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -7,7 +9,7 @@ from omegaconf import OmegaConf
 from solvers.predictor import find_predictor, load_predictor
 from solvers.recipe import Recipe
 from src.text import read_prompts
-from training.ppo.config import Config, check_ranks, leaves, load_config, resolved, to_yaml
+from training.ppo.config import Config, check_ranks, load_config, resolved, to_yaml
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "training" / "ppo"
@@ -193,9 +195,15 @@ def test_the_weights_of_multi_make_its_name() -> None:
     assert config.reward.name == "multi:hps=1.0,mps=0.0"
 
 
+def leaves(tree: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        inner = isinstance(value, dict) and name != "weights"
+        yield from leaves(value, f"{above}{name}.") if inner else [above + name]
+
+
 def test_the_page_explains_every_key() -> None:
     page = (FOLDER / "README.md").read_text()
-    keys = [name for name, _ in leaves(named("sd3_512"))]
+    keys = list(leaves(dataclasses.asdict(named("sd3_512"))))
     missing = [k for k in keys if f"`{k}`" not in page and f"`.{k.split('.')[-1]}`" not in page]
     assert missing == []
 

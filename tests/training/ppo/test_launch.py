@@ -181,7 +181,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_never_was(twins: Path) -> None:
     ("override", "words"),
     [
         ("model.guidance_rate=5", "model.guidance_rate 5.0 is not that of"),
-        ("reward.type=clip", "reward.type clip: the run in"),
+        ("ppo.learning_rate=0.1", "was made with ppo.learning_rate 7e-05, not 0.1"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_images(twins: Path, override: str, words: str) -> None:

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,22 +11,23 @@ from torch.distributions import Dirichlet, Normal, kl_divergence
 from solvers.classic import Euler
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.field import Field
+from solvers.predictor import named_tensors
 from solvers.sampler import Sampler
 from src.seeds import generator, randn
 from tests.training.students import SHAPE, model
+from training.ppo.config import Ppo
 from training.ppo.policy import (
     LEAST,
     REACH,
-    Actions,
     Policy,
     Start,
     stacked,
     start_of,
-    tensors_of,
 )
 
 ONE = torch.ones(1, 2).double()
-ALL = Actions(grid=True, scale_dir=True, scale_time=True, guidance=True)
+NONE = Ppo(train_points=False, train_weights=False)
+ALL = Ppo(train_grid=True, train_scale_dir=True, train_scale_time=True, train_guidance=True)
 
 
 def quiet(_text: str) -> None:
@@ -58,11 +60,11 @@ def sampler(of: Table) -> Sampler:
     return Sampler(solver, tuple(levels.grid("polynomial", 4).tolist()))
 
 
-def start(of: Table | None = None, actions: Actions | None = None) -> Start:
-    return start_of(sampler(of or table()), actions or Actions(), quiet)
+def start(of: Table | None = None, actions: Ppo | None = None) -> Start:
+    return start_of(sampler(of or table()), actions or Ppo(), quiet)
 
 
-def policy(of: Table | None = None, actions: Actions | None = None) -> Policy:
+def policy(of: Table | None = None, actions: Ppo | None = None) -> Policy:
     return Policy(start(of, actions), seed=1)
 
 
@@ -80,8 +82,8 @@ def end(of: Sampler) -> Tensor:
 
 
 @pytest.mark.parametrize("of", [table(), table(True), multistep()])
-@pytest.mark.parametrize("actions", [Actions(), ALL])
-def test_training_starts_exactly_at_the_predictor(of: Table, actions: Actions) -> None:
+@pytest.mark.parametrize("actions", [Ppo(), ALL])
+def test_training_starts_exactly_at_the_predictor(of: Table, actions: Ppo) -> None:
     one = policy(of, actions)
     with torch.no_grad():
         mean = one.start.sampler_of(one().mean())
@@ -93,7 +95,7 @@ def test_training_starts_exactly_at_the_predictor(of: Table, actions: Actions) -
 
 @pytest.mark.parametrize("of", [table(True), multistep()])
 def test_a_sample_has_its_own_table_and_grid(of: Table) -> None:
-    one = policy(of, replace(ALL, guidance=False))
+    one = policy(of, replace(ALL, train_guidance=False))
     draws = stacked([one().draw(generator(i)) for i in range(5)])
     together = end(one.start.sampler_of(draws))
     for i in range(5):
@@ -113,19 +115,19 @@ def test_a_sample_has_its_own_table_and_grid(of: Table) -> None:
     ],
 )
 def test_an_action_moves_its_own_numbers_alone(name: str, tensors: set[str]) -> None:
-    off = {f.name: False for f in fields(Actions) if f.default in (True, False)}
-    one = policy(actions=Actions(**(off | {name: True})))
+    more: dict[str, Any] = {f"train_{name}": True}
+    one = policy(actions=replace(NONE, **more))
     drawn = one.start.sampler_of(one().draw(generator(0)))
     new: Table = drawn.solver.table  # type: ignore[attr-defined]
-    still = tensors_of(one.start.table)
-    changed = {n for n, t in tensors_of(new).items() if not torch.allclose(t, still[n])}
+    still = named_tensors(one.start.table)
+    changed = {n for n, t in named_tensors(new).items() if not torch.allclose(t, still[n])}
     assert changed == tensors
     assert (drawn.sigmas != one.start.sampler.sigmas) is (name == "grid")
     assert (drawn.sigmas[0], drawn.sigmas[-1]) == sampler(table()).sigmas[:: len(drawn.sigmas) - 1]
 
 
 def test_the_probability_of_a_table_is_that_of_its_intervals_and_factors() -> None:
-    one = moved(policy(actions=Actions(scale_dir=True, scale_time=True, grid=True)))
+    one = moved(policy(actions=Ppo(train_scale_dir=True, train_scale_time=True, train_grid=True)))
     draws = stacked([one().draw(generator(i)) for i in range(2)])
     residual = REACH * torch.tanh(one.last(hidden(one)) / REACH)
     segments, weight, factors, grid = residual.split((3, 2, 4, 1), -1)
@@ -153,7 +155,7 @@ def hidden(one: Policy) -> Tensor:
 def test_a_density_of_dirichlets_agrees_with_a_number_by_hand() -> None:
     r = torch.tensor([[0.2, 0.5]], dtype=torch.float64)
     levels = replace(sampler(table()), solver=EPD(Directions(r, ONE / 2, ONE, ONE)))
-    one = Policy(start_of(replace(levels, sigmas=levels.sigmas[:2]), Actions(), quiet))
+    one = Policy(start_of(replace(levels, sigmas=levels.sigmas[:2]), Ppo(), quiet))
     log_gamma = math.lgamma
     by_hand = log_gamma(10) - log_gamma(2) - log_gamma(3) - log_gamma(5)
     by_hand += math.log(0.2) + 2 * math.log(0.3) + 4 * math.log(0.5)
@@ -162,7 +164,7 @@ def test_a_density_of_dirichlets_agrees_with_a_number_by_hand() -> None:
 
 
 def test_entropy_and_divergence_are_the_sums_of_those_of_torch() -> None:
-    one = moved(policy(actions=Actions(scale_time=True, grid=True)))
+    one = moved(policy(actions=Ppo(train_scale_time=True, train_grid=True)))
     now, first = one(), one.initial()
     pairs = [*((now.simplex[n], first.simplex[n]) for n in now.simplex), (now.gauss, first.gauss)]
     kl = sum(kl_divergence(p, q).sum().item() for p, q in pairs)
@@ -175,7 +177,7 @@ def test_entropy_and_divergence_are_the_sums_of_those_of_torch() -> None:
 
 @pytest.mark.parametrize("mirrors", [(None,), (False, True)])
 def test_draws_have_the_means_and_spreads_of_their_law(mirrors: tuple[bool | None, ...]) -> None:
-    one = policy(actions=Actions(scale_dir=True))
+    one = policy(actions=Ppo(train_scale_dir=True))
     sources = [(i, mirror) for i in range(4000 // len(mirrors)) for mirror in mirrors]
     draws = stacked([one().draw(generator(i, "law"), mirror) for i, mirror in sources])
     mean, c = one.start.alpha["segments"] / 10, 10.0
@@ -187,7 +189,7 @@ def test_draws_have_the_means_and_spreads_of_their_law(mirrors: tuple[bool | Non
 
 
 def test_a_mirrored_draw_is_opposite() -> None:
-    law = policy(actions=Actions(scale_dir=True))()
+    law = policy(actions=Ppo(train_scale_dir=True))()
     one, other = (law.draw(generator(4), mirror) for mirror in (False, True))
     assert torch.allclose(one.gauss, -other.gauss)
     both = [
@@ -229,7 +231,7 @@ def test_a_row_at_the_edge_starts_uniform_and_is_told() -> None:
     r = torch.tensor([[0.0, 0.6], [0.2, 0.6], [0.2, 0.6]]).double()
     weight = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]).double()
     one = torch.ones_like(r)
-    alpha = start_of(sampler(Directions(r, weight, one, one)), Actions(), heard.append).alpha
+    alpha = start_of(sampler(Directions(r, weight, one, one)), Ppo(), heard.append).alpha
     assert torch.allclose(alpha["segments"][0], torch.full((3,), 10 / 3).double())
     assert torch.allclose(alpha["segments"][1], torch.tensor([2.0, 4.0, 4.0]).double())
     assert alpha["weight"][:2].tolist() == [[5, 5], [5, 5]]
@@ -248,7 +250,7 @@ def test_draws_keep_the_sum_of_weights_of_both_signs() -> None:
 
 def test_guidance_starts_at_the_rate_of_the_predictor_and_is_a_factor() -> None:
     whole = replace(sampler(table()), guidance_rate=4.0)
-    first = start_of(whole, Actions(guidance=True, guidance_std=0.2), quiet)
+    first = start_of(whole, Ppo(train_guidance=True, guidance_std=0.2), quiet)
     one = Policy(first)
     assert one.start.table_of(one().mean()).guidance.tolist() == [4.0] * 3  # type: ignore[union-attr]
     draws = stacked([one().draw(generator(i)) for i in range(3000)])
@@ -273,11 +275,14 @@ def test_an_intervals_learning_scales_its_gradient() -> None:
     ("make", "words"),
     [
         (
-            lambda: start_of(replace(sampler(table()), solver=Euler()), Actions(), quiet),
+            lambda: start_of(replace(sampler(table()), solver=Euler()), Ppo(), quiet),
             "has none",
         ),
-        (lambda: start(actions=Actions(points=False, weights=False)), "nothing to train"),
-        (lambda: start(multistep(), Actions(False, False, scale_dir=True)), "nothing to train"),
+        (lambda: start(actions=NONE), "nothing to train"),
+        (
+            lambda: start(multistep(), replace(NONE, train_scale_dir=True)),
+            "nothing to train",
+        ),
     ],
 )
 def test_what_no_policy_can_be_over_is_refused(make: Callable[[], object], words: str) -> None:

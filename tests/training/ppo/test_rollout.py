@@ -14,7 +14,7 @@ from tests.training.ppo.quadrature import quadrature, reward, task
 from training.ppo.config import Ppo
 from training.ppo.evaluate import by_prompt
 from training.ppo.learners import make_learner
-from training.ppo.policy import Actions, start_of
+from training.ppo.policy import start_of
 from training.ppo.rollout import (
     Clock,
     Scored,
@@ -73,7 +73,7 @@ def scored(of: Task, count: int, scorer: Scorer, sampler: Sampler | None = None)
 
 
 def test_an_image_does_not_depend_on_the_size_of_the_batch() -> None:
-    start = start_of(task().sampler, Actions(), print)
+    start = start_of(task().sampler, Ppo(), print)
     learner = make_learner(start, Ppo(), 0)
     sampler = start.sampler_of(learner.draw(0, [f"{i}" for i in range(7)]))
     results = [
