@@ -181,11 +181,12 @@ rl_demo() {
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3.yaml \
     --override "run.output_root=$out/runs" --override "data.heldout_prompts=$out/choose.txt" "$@"
   best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
-  draw() { "$VENV_PYTHON" sample.py --model tiny-sd3 --prompt-file "$out/report.txt" --seeds 1000-1189 "$@"; }
+  draw() { "$VENV_PYTHON" sample.py --model tiny-sd3 --prompt-file "$out/report.txt" --seeds 1000-1094 "$@"; }
   draw --predictor exps/tiny-sd3/epd-k2-6nfe.pkl --outdir "$out/before"
   draw --predictor "$best" --outdir "$out/after"
   "$VENV_PYTHON" -m src.figures "$out/before" "$out/after" --output "$out/grid.png"
-  run -m eval.score "$out/after" "$out/before" --reward clip --weights clip=src/models/tiny-clip --reward efficientnet-minilm
+  set -- -m eval.score "$out/before" "$out/after" --reward clip --weights clip=src/models/tiny-clip
+  "$VENV_PYTHON" "$@" --reward efficientnet-minilm || run "$@"  # the judge's weights may be missing
 }
 
 tests() {
