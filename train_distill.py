@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from yaml import YAMLError
 
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import find_model, load_backend
+from eval.features import load_space
 from rewards.efficientnet import load_features, prepared
+from rewards.registry import Setup, load_reward
 from solvers.predictor import save_predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
@@ -31,7 +33,8 @@ from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand, one_li
 from src.runs import Run, Stop, Stopped, checkpoints, find_run, new_run, read_sealed
 from src.seeds import randint
 from src.text import read_prompts
-from training.distances import load_network
+from training.descend import Reward
+from training.distances import OF_FEATURES, Network, load_network
 from training.distill import Model, Problem, best_sampler, learn, make_problem, predictor_of
 from training.plots import draw_losses, draw_table
 from training.settings import GRADIENT_ALONE, Settings, preset, resolved
@@ -61,6 +64,7 @@ class Backbone:
     resolution: int | None = None
     model_config: str | None = None
     features: str | None = None
+    reward: str | None = None
     dtype: str = "float32"
 
 
@@ -87,7 +91,8 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resolution", type=click.IntRange(1), help="Of text-to-image models, in pixels.")
 @click.option("--model_config", help="Diffusers folder with what a single file lacks.")
 @click.option("--class", "label", type=click.IntRange(0), help="Class; else drawn by the seed.")
-@click.option("--features", help=f"TorchScript file, or {FEATURES}, for their distances.")
+@click.option("--features", help=f"Of their distances: {FEATURES}, a TorchScript file, KIND=FILE.")
+@click.option("--reward", help="Of its distance: a name of rewards/, or module:function.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32")
 @click.option("--total_kimg", type=Number(0, min_open=True), help="samples, in thousands.")
 @click.option("--guidance_type", type=click.Choice(["uncond", "cfg"]), help="As the rate says.")
@@ -299,21 +304,24 @@ def opened(
     key = {"model": fingerprint(path) if cache else "", "dtype": str(backend.dtype)}
     key |= {"prompts": list(prompts), "class": backbone.label}
     key |= {"negative_prompt": backbone.negative_prompt}
+    features, reward, fitted_on = looks_of(backbone, settings, backend, prompt_of)
     model = Model(
         backend.denoise,
         levels,
         backend.shape,
         lambda seeds: backend.encode([prompt_of(seed) for seed in seeds]),
         backend.guide,
-        features_of(backbone, settings, backend),
-        backend.device,
-        backend.dtype,
-        cache,
-        key,
-        recipe,
-        plain,
-        functools.partial(agreed, stop),
-        stop.poll,
+        features,
+        reward,
+        fitted_on,
+        device=backend.device,
+        dtype=backend.dtype,
+        cache=cache,
+        about=key,
+        recipe=recipe,
+        training=plain,
+        reduce=functools.partial(agreed, stop),
+        poll=stop.poll,
     )
     return backend, model
 
@@ -324,24 +332,53 @@ def agreed(stop: Stop, tensor: Tensor) -> Tensor:
     return ranks.all_reduce_sum(tensor)
 
 
-def features_of(
-    backbone: Backbone, settings: Settings, backend: Backend
-) -> Callable[[Tensor], Tensor] | None:
-    """The network of features on what a state decodes to, loaded once."""
-    distances = {settings.distance, settings.last_distance}
-    if not {"inception", "features"} & distances:
-        return None
-    if backbone.features is None:
-        raise ValueError("inception and features need their network: give --features FILE")
-    if backbone.features == FEATURES:
-        maps = load_features(backend.device).maps
-        return lambda x: maps(prepared(backend.decode(x))).mean((2, 3))
-    network: Callable[..., Tensor] = load_network(backbone.features, backend.device)
-    if "inception" in distances:  # NVIDIA's TorchScript
-        return lambda x: network(
-            backend.decode(x).expand(-1, 3, -1, -1) * 255, return_features=True
-        )
-    return lambda x: network(backend.decode(x))
+def looks_of(
+    backbone: Backbone, settings: Settings, backend: Backend, prompt_of: Callable[[int], Prompt]
+) -> tuple[Network | None, Reward | None, tuple[str, ...]]:
+    """The network of features and the reward that the distances ask for, and their names.
+
+    Both look at what a state decodes to. Raises ValueError where one is asked for but not given.
+    """
+    asked, names = f"{settings.distance}+{settings.last_distance}", []
+    features: Network | None = None
+    reward: Reward | None = None
+    if any(name in asked for name in OF_FEATURES):
+        if backbone.features is None:
+            raise ValueError(f"distance {settings.distance} needs its network: give --features")
+        features = features_of(backbone.features, "inception" in asked, backend)
+        names.append(backbone.features)
+    if "reward" in asked:
+        if backbone.reward is None:
+            raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
+        scorer = load_reward(backbone.reward, Setup(torch.device(backend.device)))
+        names.append(backbone.reward)
+
+        def scored(x: Tensor, numbers: Sequence[int]) -> Tensor:
+            prompts = [str(prompt_of(number)) for number in numbers]
+            return scorer(backend.decode(x).expand(-1, 3, -1, -1), prompts)
+
+        reward = scored
+    return features, reward, tuple(names)
+
+
+def features_of(name: str, inception: bool, backend: Backend) -> Network:
+    """Features of what a state decodes to: a TorchScript file, a shipped network, or a space.
+
+    A space is one of `eval.features`, as a name (dinov2=FOLDER) or module:function.
+    """
+    if name.endswith((".pt", ".pth", ".ts", ".torchscript")):
+        network = load_network(name, backend.device)
+        if inception:  # NVIDIA's TorchScript
+            return lambda x: network(
+                backend.decode(x).expand(-1, 3, -1, -1) * 255, return_features=True
+            )
+        return lambda x: network(backend.decode(x))
+    kind, _, place = name.partition("=")
+    if kind == FEATURES:  # at a side of 224, or FEATURES=SIDE, which is faster
+        maps, side = load_features(backend.device).maps, int(place or 224)
+        return lambda x: maps(prepared(backend.decode(x), side)).mean((2, 3))
+    space = load_space(kind, backend.device, Path(place) if place else None)
+    return lambda x: space.network(backend.decode(x).expand(-1, 3, -1, -1))
 
 
 if __name__ == "__main__":

@@ -248,6 +248,12 @@ def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
         (["--class", "1", "--prompts", "no.txt"], "not both"),
         (["--method", "gradient", "--last_distance", "inception"], "--features"),
         (["--method", "gradient", "--distance", "features", "--features", "no.pt"], "no.pt"),
+        (["--distance", "l2+0.1*features"], "--features"),
+        (["--distance", "distribution", "--features", "no_module:f"], "no_module"),
+        (["--distance", "reward"], "--reward"),
+        (["--distance", "reward", "--reward", "clipp"], "clip"),
+        (["--distance", "lpips"], "unknown distance 'lpips'"),
+        (["--guidance_type", "uncond", "--guidance_rate", "2"], "guidance_rate 1"),
         (["--backend", "sd3"], "sd3"),
         (["--lr", "nan"], "nan"),
         (["--total_kimg", "0"], "0"),
@@ -287,6 +293,35 @@ def test_dry_run_resolves_a_preset_without_its_weights() -> None:
     assert json.loads(fitted.output)["scale_dir"] == 0.05
     error = refused(CliRunner().invoke(main, ["--preset", "cifar10-5nfe"]))
     assert "give --model" in error
+
+
+def test_the_published_command_is_understood(model: Path) -> None:
+    published = (
+        "--batch=128 --total_kimg=10 --sampler_stu=ipndm --sampler_tea=dpm --num_steps=4 --M=3 "
+        "--afs=True --scale_dir=0.05 --scale_time=0.05 --seed=0 --lr 0.2 --coslr "
+        "--predict_x0 True --lower_order_final=False --schedule_type=time_uniform "
+        "--schedule_rho=1 --guidance_type uncond --dry-run"
+    )
+    result = CliRunner().invoke(main, [f"--dataset_name={model}", *published.split()])
+    assert result.exit_code == 0, result.output
+    settings = json.loads(result.output)
+    wanted = {"method": "gradient", "solver": "epd-ipndm", "teacher": "dpm2", "samples": 9984}
+    wanted |= {"lower_order_final": False, "coslr": True, "model": str(model), "afs": True}
+    assert settings.items() >= wanted.items()
+
+
+def test_a_table_is_fitted_to_what_samples_look_like(
+    distill: Distill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def first(images):\n    return images.flatten(1)[:, :4]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    look = ["--distance", "l2+0.5*distribution", "--features", "mine:first"]
+    result = distill(*FIT, *look)
+    assert result.exit_code == 0, result.output
+    *_, last = untimed(tmp_path / "out")
+    assert last["objective"] <= 1.5
+    recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
+    assert recipe.training["fitted_on"] == ["mine:first"]
 
 
 def command(model: Path, folder: Path, *options: str) -> list[str]:

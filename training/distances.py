@@ -1,11 +1,12 @@
-"""How far a student's state is from its teacher's: one number per sample.
+"""How far students are from their teacher: sample by sample, and as sets of samples.
 
-Shapes: B samples, * one sample, x [B, *] -> [B]. All are differentiable in the student, and
-treat the teacher as constant. Features are of images, so a network of features is given what
-decodes a state.
+Shapes: B samples, * one sample, x [B, *], D numbers that are looked at of a sample. All are
+differentiable in the student, and treat the teacher as constant. Features are of images, so a
+network of features is given what decodes a state.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from training.student import Distance, squared
 
 Network = Callable[[Tensor], Tensor]
 NAMES = ("l2", "huber", "inception", "features")
+"""What a gradient makes small."""
+FIT_NAMES = ("l2", "features", "inception", "distribution", "energy", "frechet", "reward")
+"""What a fit makes small, and any weighted sum of them."""
+OF_FEATURES = {"features", "inception", "distribution", "energy", "frechet"}
+TERM = re.compile(r"(?:([0-9.eE-]+) ?\* ?)?([a-z0-9]+)")
 HUBER = 0.00054
 """c / sqrt(numbers of a sample) of the pseudo-Huber distance (Song & Dhariwal, below)."""
 
@@ -90,3 +96,43 @@ def distance_named(
             raise ValueError(f"the distance {name!r} needs its network: give --features FILE")
         case _:
             raise ValueError(f"unknown distance {name!r}: choose from {', '.join(NAMES)}")
+
+
+# --- of sets ------------------------------------------------------------------------------
+
+
+def parse_terms(text: str) -> tuple[tuple[float, str], ...]:
+    """A sum of distances as its weights and names: "l2+0.1*distribution".
+
+    Raises ValueError for an unknown name, and for a weight that is not above 0.
+    """
+    terms = []
+    for part in text.split("+"):
+        match = TERM.fullmatch(part.strip())
+        if match is None or match[2] not in FIT_NAMES:
+            names = ", ".join(FIT_NAMES)
+            raise ValueError(f"unknown distance {part.strip()!r}: choose from {names}, or a sum")
+        weight = float(match[1] or 1)
+        if not 0 < weight < math.inf:
+            raise ValueError(f"the weight {weight} of {match[2]} is out of range: above 0")
+        terms.append((weight, match[2]))
+    return tuple(terms)
+
+
+def energy(y: Tensor, t: Tensor) -> Tensor:
+    """The energy distance 2 E|y - t| - E|y - y'| - E|t - t'| of two sets [n, D] (Szekely 2013)."""
+    exact = "donot_use_mm_for_euclid_dist"
+    own, others, across = (
+        torch.cdist(a, b, compute_mode=exact).mean() for a, b in ((y, y), (t, t), (y, t))
+    )
+    return 2 * across - own - others
+
+
+def frechet(y: Tensor, t: Tensor) -> Tensor:
+    """The Frechet distance of the Gaussians that have the moments of two sets [n, D]."""
+    y, t = y.double(), t.double()
+    a, b = torch.cov(y.T), torch.cov(t.T)
+    values, vectors = torch.linalg.eigh(b)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ a @ root).clamp(min=1e-12).sqrt().sum()
+    return (y.mean(0) - t.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross

@@ -24,7 +24,8 @@ from solvers.sampler import Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels
 from src import ranks
 from src.seeds import randn
-from training.distances import Network, distance_named
+from training.descend import DescendOptions, Lens, Reward, descend
+from training.distances import OF_FEATURES, Network, distance_named, parse_terms
 from training.fit import HISTORY, FitOptions, fit
 from training.gradient import GradientOptions, Learner, checkpointed
 from training.refine import ROBUST, RefineOptions, enough, gauss_newton
@@ -35,6 +36,8 @@ from training.teacher import Batches, Cache, Teacher, in_parts
 
 Conditions: TypeAlias = Callable[[Sequence[int]], Condition | None]
 """(numbers of samples) -> what the network is told of them, B rows."""
+ROBUSTLY, BY = "refine, robust first", "refine by "
+"""What a fit calls its refinements."""
 Tick: TypeAlias = tuple[str, dict[str, float]]
 """What was done, and its figures by name."""
 OWN = "denoiser"
@@ -51,6 +54,7 @@ def distill(
     conditions: Conditions = lambda _numbers: None,
     settings: Settings | None = None,
     features: Network | None = None,
+    reward: Reward | None = None,
     report: Callable[[str, float], object] = lambda _what, _error: None,
 ) -> Predictor:
     """A predictor that samples `denoiser` in a few sequential calls.
@@ -58,8 +62,9 @@ def distill(
     `denoiser(x [B, *shape], sigma [B], cond)` estimates the clean sample. `levels` are the noise
     levels that it knows, or "ve" (x0 + sigma eps, 0.002 to 80) or "flow" ((1 - sigma) x0 +
     sigma eps, as x - sigma v of a velocity v, 0.001 to 1). `conditions` makes what it is told as
-    `cond`, and with guidance also what "nothing" is. `features` is the network (images or
-    latents [B, *] -> [B, F]) of the distances that need one.
+    `cond`, and with guidance also what "nothing" is. `features` (latents [B, *], to be decoded
+    first where a decoder stands behind them -> [B, F]) and `reward` (latents [B, *] and the
+    samples' numbers -> [B], more is better) are for the distances that need them.
 
     By default every schedule is fitted greedily (Gram matrices over positions, no gradient), the
     best is refined end to end with its levels, and all choices are made on noises of their own.
@@ -70,7 +75,7 @@ def distill(
     """
     settings = settings or Settings()
     model = Model(denoiser, named_levels(levels), tuple(shape), conditions, device=settings.device)
-    problem = make_problem(replace(model, features=features), settings)
+    problem = make_problem(replace(model, features=features, reward=reward), settings)
     state: dict[str, Any] = {}
     for what, metrics in learn(problem, state):
         report(what, metrics.get("rmse_judged", math.nan))
@@ -104,6 +109,8 @@ class Model:
     conditions: Conditions = lambda _numbers: None
     guide: Guide = classifier_free
     features: Network | None = None  # latents [B, *] -> [B, F], of what they decode to
+    reward: Reward | None = None  # latents [B, *] and the samples' numbers -> [B]
+    fitted_on: tuple[str, ...] = ("features",)  # names of the features and the reward
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32  # the network's; the state is float32 at least
     cache: Cache | None = None
@@ -170,7 +177,7 @@ def make_problem(model: Model, settings: Settings) -> Problem:
         measured = validation
     judges = batches("judge", reference, range(rank, settings.judges, world))
     learned = make_batches(model, settings, "distill", learned, my_parts(settings))
-    check_answer(learned)
+    check_answer(learned, model, settings)
     return Problem(settings, model, students, learned, validation, measured, judges)
 
 
@@ -212,17 +219,52 @@ def make_batches(
 
 
 @torch.no_grad()
-def check_answer(batches: Batches) -> None:
-    """ValueError for a network that does not answer with finite numbers in a tensor like x."""
-    slope, x = batches.start(batches.parts[0][:2])
+def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
+    """ValueError for a network, features or a reward that do not answer as they should."""
+    numbers = batches.parts[0][:2]
+    slope, x = batches.start(numbers)
     answer = slope.denoiser(
         x, x.new_full((len(x),), batches.teacher.sampler.sigmas[0]), slope.cond
     )
-    shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-    if shape != tuple(x.shape):
-        raise ValueError(f"the denoiser gives {shape} for x {tuple(x.shape)}: give one like x")
+    check_finite("the denoiser", answer, tuple(x.shape))
+    names = {name for _, name in terms_of(settings)}
+    if names & OF_FEATURES:
+        if model.features is None:
+            raise ValueError(f"the distance {settings.distance!r} needs its network of features")
+        check_finite("the network of features", looked(model.features, answer), (len(x), None))
+    if "reward" in names:
+        if model.reward is None:
+            raise ValueError(f"the distance {settings.distance!r} needs its reward")
+        check_finite("the reward", looked(model.reward, answer, numbers), (len(x),))
+
+
+def looked(look: Callable[..., Tensor], x: Tensor, *more: Sequence[int]) -> Tensor:
+    """What features or a reward make of latents; ValueError where they cannot look at them."""
+    try:
+        return look(x, *more)
+    except (RuntimeError, TypeError, IndexError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"features or reward cannot look at {tuple(x.shape)}: {said}") from error
+
+
+def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> None:
+    """ValueError for an answer that is no tensor of that shape, None being any, or has NaN."""
+    seen = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    fits = isinstance(seen, tuple) and len(seen) == len(shape)
+    if not fits or any(a not in (b, None) for a, b in zip(shape, seen, strict=True)):
+        wanted = str(shape).replace("None", "F")
+        raise ValueError(f"{what} gives {seen} for {shape[0]} samples, not {wanted}")
+    assert isinstance(answer, Tensor)
     if not bool(answer.isfinite().all()):
-        raise ValueError("the denoiser gives numbers that are not finite")
+        raise ValueError(f"{what} gives numbers that are not finite")
+
+
+def terms_of(settings: Settings) -> tuple[tuple[float, str], ...]:
+    """The weights and names of what a fit is to make small."""
+    names = (settings.distance, settings.last_distance or settings.distance)
+    if settings.method == "gradient":
+        return tuple((1.0, name) for name in names)
+    return parse_terms(settings.distance)
 
 
 # --- students and teachers ----------------------------------------------------------------
@@ -332,33 +374,40 @@ def learn(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     yield from (learn_by_gradient if by_gradient else learn_by_fit)(problem, state)
 
 
-def learn_by_fit(
-    problem: Problem, state: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, float]]]:
+def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     """A greedy fit for each schedule to be tried, then refinements of the best one, end to end.
 
-    The state's candidates are [schedule, error on the judges, theta]; nothing is back-propagated.
+    The state's candidates are [what was done, schedule, error on the judges, theta]; nothing is
+    back-propagated.
     """
-    settings, model = problem.settings, problem.model
-    candidates = state.setdefault("candidates", [])
-    fits = len(problem.students)
-    names = list(problem.students)
-    phases = ((), ROBUST)[: 1 + bool(settings.robust)] if settings.rounds else ()
-    for i in range(len(candidates), fits + len(phases)):
-        if i < fits:
-            schedule, what = names[i], f"fit {names[i]}"
-            student = problem.students[schedule]
+    settings, students = problem.settings, problem.students
+    candidates, plan = state.setdefault("candidates", []), plan_of(problem)
+    for what in plan[len(candidates) :]:
+        metrics: dict[str, float] = {"trajectories": settings.samples or 0}
+        verb, _, schedule = what.partition(" ")
+        if verb == "fit":
+            student = students[schedule]
             start = start_of(student, settings) if settings.init else greedy(problem, student)
             theta = student.encode(start)
+        elif what.startswith(BY):
+            _, schedule, _, theta = best_of(candidates)
+            theta, metrics["objective"] = descended(problem, students[schedule], theta)
         else:
-            phase = phases[i - fits]
-            what = "refine, robust first" if phase else "refine"
-            schedule, _, theta = best_of(candidates[:fits])
-            theta = refined(problem, problem.students[schedule], theta, phase)
-        sampler = problem.students[schedule].sampler(theta)
-        error = rmse(sampler, problem.judges, model.reduce)
-        candidates.append([schedule, error, theta])
-        yield what, {"trajectories": settings.samples or 0, "rmse_judged": error}
+            _, schedule, _, theta = best_of(candidates[: len(students)])
+            phase = ROBUST if what == ROBUSTLY else ()
+            theta = refined(problem, students[schedule], theta, phase)
+        error = rmse(students[schedule].sampler(theta), problem.judges, problem.model.reduce)
+        candidates.append([what, schedule, error, theta])
+        yield what, {**metrics, "rmse_judged": error}
+
+
+def plan_of(problem: Problem) -> list[str]:
+    """What a fit does, step by step."""
+    s, fits = problem.settings, [f"fit {schedule}" for schedule in problem.students]
+    others = any(name != "l2" for _, name in terms_of(s))
+    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
+    squares = [] if others and s.init else squares
+    return [*fits, *squares, *([BY + s.distance] if others else [])]
 
 
 def greedy(problem: Problem, student: Student) -> Table:
@@ -395,17 +444,35 @@ def refined(problem: Problem, student: Student, theta: Tensor, phase: tuple[floa
     return gauss_newton(student, theta, ends, options, judges=judges)
 
 
+def descended(problem: Problem, student: Student, theta: Tensor) -> tuple[Tensor, float]:
+    """The vector after a refinement by the settings' distance, and that in units of the start."""
+    s, model = problem.settings, problem.model
+    ends = problem.learned if s.every else at(problem.learned, student.sigmas[-1:])
+    names, values = {name for _, name in terms_of(s)}, [math.nan]
+    lens = Lens(
+        model.features if names & OF_FEATURES else None,
+        model.reward if "reward" in names else None,
+    )
+    options = DescendOptions(s.rounds or 4, reduce=model.reduce)
+    judges = [*ends, *problem.judges]
+    theta = descend(student, theta, ends, judges, terms_of(s), lens, options, values.append)
+    return theta, values[-1]
+
+
 def at(batches: Batches, sigmas: tuple[float, ...]) -> Batches:
     """The same batches, sharing what is kept, with targets at these levels."""
     return replace(batches, levels=sigmas)
 
 
 def best_of(candidates: Sequence[Any]) -> Any:
-    """The candidate with the least error; ValueError where none has one."""
-    best = min(candidates, key=lambda each: each[1])
-    if best[1] == math.inf:
+    """The candidate with the least error, or one by another aim, which began from that.
+
+    Raises ValueError where none has an error that is a number.
+    """
+    best = min(candidates, key=lambda each: each[2])
+    if best[2] == math.inf:
         raise ValueError("no table was learned: the network gives numbers that are not finite")
-    return best
+    return candidates[-1] if candidates[-1][0].startswith(BY) else best
 
 
 def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
@@ -448,7 +515,7 @@ def best_sampler(problem: Problem, state: Mapping[str, Any]) -> Sampler:
     """The best of what was learned so far."""
     if "learner" in state:
         return replace(problem.student, grid=False).sampler(state["learner"]["best"])
-    schedule, _, theta = best_of(state["candidates"])
+    _, schedule, _, theta = best_of(state["candidates"])
     return problem.students[schedule].sampler(theta)
 
 
@@ -461,8 +528,10 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
     s, recipe = problem.settings, recipe_of(problem.settings)
     sampler, training = best_sampler(problem, state), {**recipe.training, **problem.model.training}
     if "candidates" in state:
-        schedule, error, _ = best_of(state["candidates"])
+        _, schedule, error, _ = best_of(state["candidates"])
         training |= {"schedule": schedule, "rmse": error}
+    if {name for _, name in terms_of(s)} & {*OF_FEATURES, "reward"}:
+        training["fitted_on"] = list(problem.model.fitted_on)
     recipe = replace(
         recipe, process=sampler.process.name, training=training, **problem.model.recipe
     )

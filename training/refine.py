@@ -150,10 +150,8 @@ def normal_products(
     Samples weigh as the `scale` of `squared_error` has it. They are taken a few at a time where
     the columns of all would fill the memory.
     """
-    count = max(1, COLUMN_NUMBERS // (len(theta) * batch.x[0].numel()))
     total = torch.zeros(())
-    for first in range(0, len(batch.x), count):
-        part = batch.part(slice(first, first + count))
+    for part in batch.parts(COLUMN_NUMBERS // (len(theta) * batch.x[0].numel())):
         moving = ends(student, theta, part, nudge)
         end = next(moving)
         columns = [(x - end) / h for x, h in zip(moving, nudge, strict=True)]

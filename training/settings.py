@@ -18,6 +18,7 @@ from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe, one_of
 from solvers.sampler import SOLVERS, parse_name
 from src.files import nearest
 from src.options import Number
+from training.distances import parse_terms
 from training.gradient import OBJECTIVES
 
 METHODS = ("fit", "gradient")
@@ -294,6 +295,8 @@ def check(settings: Settings, flow: bool) -> None:
     for name in FIT_ALONE if s.method == "gradient" else GRADIENT_ALONE:
         if getattr(s, name) not in (None, False):
             raise ValueError(f"{name} {getattr(s, name)} does nothing in --method {s.method}")
+    if s.method == "fit":
+        parse_terms(s.distance)
     check_teacher(s)
     check_recipe(dataclasses.replace(recipe_of(s), process="flow" if flow else "ve"))
 

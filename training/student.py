@@ -5,7 +5,7 @@ Shapes: B samples, N intervals, K points, P free numbers, * one sample of any sh
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,11 +33,18 @@ class Batch:
     field: Field
     x: Tensor
     targets: tuple[Tensor, ...]  # [B, *] each
+    numbers: tuple[int, ...] = ()  # of the samples, where they have any
 
     def part(self, rows: slice) -> "Batch":
         """Some samples of the batch."""
         field = dataclasses.replace(self.field, cond=rows_of(self.field.cond, rows))
-        return Batch(field, self.x[rows], tuple(target[rows] for target in self.targets))
+        targets = tuple(target[rows] for target in self.targets)
+        return Batch(field, self.x[rows], targets, self.numbers[rows])
+
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """The batch, at most `count` samples at a time."""
+        firsts = range(0, len(self.x), max(1, count))
+        return (self.part(slice(i, i + max(1, count))) for i in firsts)
 
 
 @dataclass(frozen=True)

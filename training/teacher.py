@@ -147,7 +147,7 @@ class Batches(Sequence[Batch]):
         if self.levels is not None:
             at = dict(zip(self.teacher.stops, targets, strict=True))
             targets = tuple(at[level] for level in self.levels)
-        return Batch(slope, x, tuple(target.to(x.device) for target in targets))
+        return Batch(slope, x, tuple(target.to(x.device) for target in targets), seeds)
 
 
 def in_parts(seeds: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:

@@ -144,7 +144,10 @@ def quick(denoiser: Denoiser, shape: tuple[int, ...] = (3,)) -> Predictor:
 
 @pytest.mark.parametrize(
     ("answer", "says"),
-    [(lambda x, *_: x[:1], r"\(1, 3\) for x \(2, 3\)"), (lambda *_: None, "NoneType")],
+    [
+        (lambda x, *_: x[:1], r"\(1, 3\) for 2 samples, not \(2, 3\)"),
+        (lambda *_: None, "NoneType"),
+    ],
 )
 def test_a_network_that_answers_with_something_else_is_one_line(
     answer: Denoiser, says: str

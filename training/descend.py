@@ -1,0 +1,246 @@
+"""Refinement of a table by any objective on where its samples end, without back-propagation.
+
+The end of a trajectory, and what a network of features or a reward makes of it, is a function of
+some tens of numbers, whose Jacobian is that many more trajectories. A round keeps the objective
+as it is and takes what it looks at as linear in the numbers (a prox-linear step: Burke 1985;
+Gauss-Newton, where the objective is a square). A step is paid for by what it does to the samples,
+as the numbers themselves have no common scale.
+
+Shapes: n samples, P free numbers, F features, D numbers that are looked at of each sample.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from src import ranks
+from training.distances import Network, energy, frechet
+from training.gram import gram
+from training.refine import COLUMN_NUMBERS, ends, fitting_nudges
+from training.student import Batch, Reduce, Student, last_state, squared
+
+Reward = Callable[[Tensor, Sequence[int]], Tensor]
+"""Latents [B, *] and the numbers of these samples -> how good each is, [B]."""
+PRICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Of a step as far as the ends are from their targets, in units of the start's objective."""
+STEPS = 60
+"""Of the inner search, which asks no network."""
+DIRECTIONS = 64
+"""The principal directions of the teacher's features that are looked at."""
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What an objective looks at of a sample: its features in a basis, and its reward last."""
+
+    features: Network | None
+    reward: Reward | None
+    mean: Tensor = field(default_factory=lambda: torch.zeros(1))  # [F]
+    basis: Tensor = field(default_factory=lambda: torch.eye(1))  # [F, D]
+
+    def __call__(self, x: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Latents [B, *] -> [B, D], float32 on the CPU."""
+        columns = []
+        if self.features:
+            columns.append((self.features(x).flatten(1).float().cpu() - self.mean) @ self.basis)
+        if self.reward:
+            columns.append(self.reward(x, numbers).float().cpu().reshape(-1, 1))
+        return torch.cat(columns, 1) if columns else torch.zeros(len(x), 0)
+
+    def on(self, batches: Sequence[Batch]) -> "Lens":
+        """The lens with the basis of the teacher's ends in these batches, of all ranks."""
+        if not self.features:
+            return self
+        plain = [self.features(batch.targets[-1]).flatten(1).float().cpu() for batch in batches]
+        seen = torch.cat([part for rank in ranks.gather_objects(plain) for part in rank])
+        mean = seen.mean(0)
+        _, sizes, basis = torch.linalg.svd((seen - mean).double(), full_matrices=False)
+        count = min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum()))
+        return dataclasses.replace(self, mean=mean, basis=basis[:count].T.float())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of distances, each in units of its value at the start."""
+
+    terms: tuple[tuple[float, str], ...]
+    units: tuple[float, ...] = ()
+
+    def parts(self, y: Tensor, t: Tensor, error: Tensor) -> list[Tensor]:
+        """The value of each term, for what is looked at of student and teacher [n, D] each.
+
+        `error` is the mean squared error of the ends; a reward is the last number looked at.
+        """
+        rewarded = any(name == "reward" for _, name in self.terms)
+        faces = (y[:, :-1], t[:, :-1]) if rewarded else (y, t)
+        ways: dict[str, Callable[[], Tensor]] = {
+            "l2": lambda: error,
+            "features": lambda: (faces[0] - faces[1]).square().sum(1).mean(),
+            "energy": lambda: energy(*faces),
+            "frechet": lambda: frechet(*faces),
+            "reward": lambda: -y[:, -1].mean(),
+        }
+        ways |= {"inception": ways["features"], "distribution": ways["frechet"]}
+        return [ways[name]() for _, name in self.terms]
+
+    def __call__(self, y: Tensor, t: Tensor, error: Tensor) -> Tensor:
+        """The weighted sum."""
+        parts = zip(self.terms, self.parts(y, t, error), self.units, strict=True)
+        return torch.stack([w * part.double() / unit for (w, _), part, unit in parts]).sum()
+
+    def started(self, y: Tensor, t: Tensor, error: Tensor) -> "Objective":
+        """The same with its units; a reward's is how it varies between samples."""
+        pairs = zip(self.terms, self.parts(y, t, error), strict=True)
+        spread = float(y[:, -1].std()) if y.shape[1] else 0.0
+        units = (spread if name == "reward" else part.item() for (_, name), part in pairs)
+        return dataclasses.replace(self, units=tuple(max(unit, 1e-12) for unit in units))
+
+
+@dataclass(frozen=True)
+class DescendOptions:
+    """How long and how finely; the defaults serve."""
+
+    rounds: int = 4
+    nudge: float = 1e-3
+    per_round: int | None = None  # batches in a round's Jacobian, taken in turn; None: all
+    reduce: Reduce = ranks.all_reduce_sum
+
+
+@torch.no_grad()
+def descend(
+    student: Student,
+    theta: Tensor,
+    batches: Sequence[Batch],
+    judges: Sequence[Batch],
+    terms: tuple[tuple[float, str], ...],
+    lens: Lens,
+    options: DescendOptions,
+    report: Callable[[float], object] = lambda _value: None,
+) -> Tensor:
+    """The vector after some rounds, never one with a larger objective on `judges`.
+
+    Each round tries several prices of a step, at one trajectory each. `report` hears the
+    objective, which is the sum of the weights at first, but for rewards.
+    """
+    lens = lens.on([*batches, *judges])
+    seen = Seen(student, judges, lens, options.reduce)
+    objective = Objective(terms).started(*seen.at(theta))
+    best, nudge = objective(*seen.at(theta)).item(), torch.full_like(theta, options.nudge)
+    report(best)
+    count, failed = min(options.per_round or len(batches), len(batches)), 0
+    for i in range(options.rounds):
+        part = [batches[(i * count + j) % len(batches)] for j in range(count)]
+        linear = linearised(student, theta, part, lens, nudge, options.reduce)
+        nudge = fitting_nudges(linear.products)
+        tried = []
+        for price in PRICES:
+            step = linear.step(objective, price)
+            value = objective(*seen.at(theta + step)).item()
+            tried.append((value if math.isfinite(value) else math.inf, step))
+        value, step = min(tried, key=lambda pair: pair[0])
+        report(min(value, best))
+        if value < best:
+            theta, best, failed = theta + step, value, 0
+        elif failed:
+            break
+        else:
+            failed = 1
+    return theta
+
+
+@dataclass
+class Seen:
+    """What is looked at of the ends in some batches, of all ranks."""
+
+    student: Student
+    batches: Sequence[Batch]
+    lens: Lens
+    reduce: Reduce
+    targets: Tensor | None = None
+
+    def at(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the student [n, D], of the teacher [n, D], and the mean squared error."""
+        sampler, looks, total = self.student.sampler(theta), [], torch.zeros(2).double()
+        for batch in self.batches:
+            end = last_state(sampler, batch)
+            looks.append(self.lens(end, batch.numbers))
+            error = squared(end, batch.targets[-1]).double().sum().cpu()
+            total += torch.stack([error, torch.tensor(float(batch.x.numel())).double()])
+        if self.targets is None:
+            teacher = [self.lens(batch.targets[-1], batch.numbers) for batch in self.batches]
+            self.targets = gathered(teacher)
+        total = self.reduce(total)
+        return gathered(looks), self.targets, total[0] / total[1]
+
+
+def gathered(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts of all ranks."""
+    return torch.cat([part for rank in ranks.gather_objects(list(parts)) for part in rank])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The ends, and what is looked at of them, as linear in the numbers."""
+
+    looks: Tensor  # [n, D]
+    moves: Tensor  # [n, P, D]
+    targets: Tensor  # [n, D]
+    products: Tensor  # [P + 1, P + 1], of the ends' Jacobian and, last, what is left
+    count: int  # numbers of all ends
+
+    def step(self, objective: Objective, price: float) -> Tensor:
+        """The step [P] that makes the objective, as far as it is linear, and its price least."""
+        a, q, left = self.products[:-1, :-1], self.products[:-1, -1], self.products[-1, -1]
+        metric = a / left
+        ridge = metric.diagonal() * 1e-3 + metric.diagonal().max() * 1e-9
+        root = torch.linalg.cholesky(metric + torch.diag(ridge))
+        z = torch.zeros(len(a), dtype=torch.float64, requires_grad=True)
+        method = torch.optim.LBFGS([z], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+        def step() -> Tensor:
+            return torch.linalg.solve_triangular(root.T, z[:, None], upper=True)[:, 0]
+
+        def closure() -> float:
+            with torch.enable_grad():
+                move = step()
+                looks = self.looks + torch.einsum("npd,p->nd", self.moves, move.float())
+                error = (left - 2 * q @ move + move @ a @ move) / self.count
+                value = objective(looks, self.targets, error) + price * z.square().sum()
+                (z.grad,) = torch.autograd.grad(value, z)
+            return value.item()
+
+        method.step(closure)
+        return step().detach()
+
+
+def linearised(
+    student: Student,
+    theta: Tensor,
+    batches: Sequence[Batch],
+    lens: Lens,
+    nudge: Tensor,
+    reduce: Reduce,
+) -> Linear:
+    """The ends of batches, and what is looked at of them, by difference quotients."""
+    looks, moves, targets = [], [], []
+    total, size = torch.zeros(()), torch.zeros(1)
+    most = COLUMN_NUMBERS // (len(theta) * batches[0].x[0].numel())
+    for part in (part for batch in batches for part in batch.parts(most)):
+        moving = ends(student, theta, part, nudge)
+        end = next(moving)
+        look, columns, seen = lens(end, part.numbers), [], []
+        for x, h in zip(moving, nudge, strict=True):
+            columns.append((x - end).unsqueeze(1) / h)
+            seen.append((lens(x, part.numbers) - look) / h)
+        total = total + gram([*columns, (part.targets[-1] - end).unsqueeze(1)])
+        looks.append(look)
+        moves.append(torch.stack(seen, 1).float())
+        targets.append(lens(part.targets[-1], part.numbers))
+        size += part.x.numel()
+    return Linear(
+        gathered(looks), gathered(moves), gathered(targets), reduce(total), int(reduce(size))
+    )
