@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.load import check_fit, find_model, load_backend
+from backends.load import check_fit, find_model, kind, load_backend
 from rewards.registry import ADAPTERS, Setup, load_rewards, parse
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
@@ -173,7 +173,8 @@ def check_rewards(config: Config) -> None:
 def check_model(config: Config) -> None:
     """ValueError for a model that is not here, or plainly not whole."""
     path = find_model(local_model(str(config.model.model)))
-    wrong = broken(path) if path.exists() else ""
+    exact = (path / "config.json").is_file() and kind(path) == "analytic"  # it has no weights
+    wrong = broken(path) if path.exists() and not exact else ""
     if wrong:
         raise ValueError(f"model.model {path}: {wrong}")
     if config.model.backend_options.model_config:
