@@ -4,20 +4,8 @@ from pathlib import Path
 
 import click
 
-from rewards.weights import (
-    BACKBONES,
-    METRICS,
-    REWARDS,
-    WEIGHTS,
-    broken,
-    find,
-    hint,
-    records,
-    sha256,
-)
+from rewards.weights import TABLE, WEIGHTS, broken, find, hint, records, sha256
 from src.options import OneLineCommand, one_line_errors
-
-SECTIONS = {"rewards": REWARDS, "metrics": METRICS, "backbones": BACKBONES}
 
 
 @click.command(cls=OneLineCommand)
@@ -29,7 +17,7 @@ def main(thoroughly: bool) -> None:
     Ends with 1 where something is wrong. Example: bash launch.sh doctor --hash
     """
     wrong = 0
-    for section, names in SECTIONS.items():
+    for section, names in TABLE.items():
         click.echo(f"{section}:")
         for name in names:
             state, detail = examine(name, thoroughly=thoroughly)
@@ -51,7 +39,7 @@ def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
     if path is None:
         return "missing", hint(name).partition(": ")[2]
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    why = broken(path) or next((w for p in files if (w := changed(p, thoroughly))), "")
+    why = broken(path) or next((w for p in files if (w := _changed(p, thoroughly))), "")
     published = WEIGHTS[name].sha256 if path.name == Path(WEIGHTS[name].place).name else ""
     if not why and thoroughly and published and sha256(path) != published:
         why = "its SHA-256 is not that of the published file"
@@ -59,7 +47,7 @@ def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
     return ("wrong", f"{path}: {why}") if why else ("found", f"{path} ({size:,} B)")
 
 
-def changed(path: Path, thoroughly: bool) -> str:
+def _changed(path: Path, thoroughly: bool) -> str:
     """How a file differs from what was fetched; "" where it does not, or was not fetched."""
     size, record = path.stat().st_size, records(path.parent).get(path.name)
     if record and size != record["size"]:

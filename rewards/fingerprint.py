@@ -2,8 +2,8 @@
 
 import ast
 import hashlib
+import sys
 import sysconfig
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from rewards.registry import ADAPTERS, Setup, files_of, singles
@@ -40,56 +40,43 @@ def stamp(path: Path) -> list[tuple[str, int, int]]:
 
 
 def source_hash(module: str) -> str:
-    """SHA-256 of a module's source files: its own and those that it imports, see `sources`."""
-    digest = hashlib.sha256()
-    for name, path in sorted(sources(module).items()):
-        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    """SHA-256 of a module's source files, see `sources`."""
+    content = [(name, sha256(path)) for name, path in sorted(sources(module).items())]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def sources(module: str) -> dict[str, Path]:
-    """The Python files that a module is made of, by the names of their modules.
+    """The Python files of a module and of all that it imports, by the names of their modules.
 
     Imports are followed wherever they stand in the code, but not into what is installed (the
     standard library, site-packages). Nothing is imported or run.
     """
+    roots = [Path(p) for p in sys.path if not p.startswith(INSTALLED)]
     files: dict[str, Path] = {}
     waiting = [module]
     while waiting:
-        for name, path in modules_on(waiting.pop()).items():
-            if name not in files:
+        parts = waiting.pop().split(".")
+        for count in range(1, len(parts) + 1):  # packages first; a name in a module is no file
+            name, place = ".".join(parts[:count]), Path(*parts[:count])
+            tried = [root / p for root in roots for p in (place / "__init__.py", f"{place}.py")]
+            path = next((path for path in tried if path.is_file()), None)
+            if path and name not in files:
                 files[name] = path
-                waiting += imported_by(path, name)
+                waiting += _imports(path, name)
     return files
 
 
-def modules_on(dotted: str) -> dict[str, Path]:
-    """The modules on a dotted name, packages first; what follows them is a name in a module."""
-    path, files, parts = None, {}, dotted.split(".")
-    for count in range(1, len(parts) + 1):
-        name = ".".join(parts[:count])
-        spec = PathFinder.find_spec(name, path)
-        if spec is None or (spec.origin or "").startswith(INSTALLED):
-            break
-        if spec.origin and spec.origin.endswith(".py"):
-            files[name] = Path(spec.origin)
-        path = spec.submodule_search_locations
-        if path is None:
-            break
-    return files
-
-
-def imported_by(path: Path, name: str) -> list[str]:
+def _imports(path: Path, name: str) -> list[str]:
     """The dotted names that a source file imports; [] where it cannot be parsed."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
         return []
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
-            up = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*up, *([node.module] if node.module else [])])
-            names += [f"{base}.{alias.name}" for alias in node.names]
+            inner = node.level - (path.name == "__init__.py")  # packages that a dot goes up
+            up = name.split(".")[: -inner or None] if node.level else []
+            base = [*up, *([node.module] if node.module else [])]
+            names += [".".join([*base, alias.name]) for alias in node.names]
     return names

