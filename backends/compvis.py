@@ -6,12 +6,16 @@ autoencoder. The sizes are read off the checkpoint's tensors, whose names and la
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers as library
 import torch
 from accelerate import init_empty_weights
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from torch import Tensor
 
 from backends.vp import PUBLISHED
@@ -20,26 +24,6 @@ diffusers: Any = library  # its own annotations are not those of what it returns
 HEAD = 32
 UNET, FIRST = "model.diffusion_model.", "first_stage_model."
 MARKS = (f"{UNET}input_blocks.0.0.weight", f"{FIRST}quantize.embedding.weight")
-UNET_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_ATTENTION = {"group_norm": "norm", "to_out.0": "proj_out"}
-VQ_ATTENTION = {
-    **{"group_norm": "norm", "to_out.0": "proj_out"},
-    **{"to_q": "q", "to_k": "k", "to_v": "v"},
-}
 
 
 def is_unconditional(tensors: Mapping[str, Tensor]) -> bool:
@@ -82,8 +66,10 @@ def ldm_pipeline(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
             sample_size=256,
             scaling_factor=float(tensors.get("scale_factor", torch.ones(()))),
         )
-    filled(unet, lambda name: unet_tensor(name, layers, attended, unet_of))
-    filled(vq, lambda name: first[vq_name(name, depth)])
+    names = convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))
+    filled(unet, {name: t for key, value in names.items() for name, t in attention(key, value)})
+    codes = {"quantize.embedding.weight": first["quantize.embedding.weight"]}
+    filled(vq, convert_ldm_vae_checkpoint(dict(tensors), dict(vq.config)) | codes)
     betas = {**PUBLISHED["lsun_bedroom_ldm"], "clip_sample": False, "set_alpha_to_one": False}
     return diffusers.LDMPipeline(
         vqvae=vq.to(dtype).eval(),
@@ -92,11 +78,26 @@ def ldm_pipeline(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     )
 
 
-def filled(network: torch.nn.Module, tensor_of: Callable[[str], Tensor]) -> None:
+def filled(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give an empty network its tensors, convolutions of size 1 as matrices where it has those."""
-    state = {name: (tensor_of(name), like) for name, like in network.state_dict().items()}
-    fit = {n: t.reshape(like.shape) if t.ndim > like.ndim else t for n, (t, like) in state.items()}
-    network.load_state_dict(fit, assign=True)
+    like = network.state_dict()
+    network.load_state_dict({n: t.reshape(like[n].shape) for n, t in tensors.items()}, assign=True)
+
+
+def attention(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor under the names of UNet2DModel's attention; there, q, k, v of a head are one."""
+    block, middle, rest = name.partition(".attentions.")
+    place, _, rest = rest.partition(".")
+    if not middle:
+        return [(name, tensor)]
+    whole = f"{block}.attentions.{place}"
+    if rest.startswith("qkv."):
+        heads = tensor.unflatten(0, (-1, 3, HEAD))
+        parts = (heads[:, i].flatten(0, 1) for i in range(3))
+        names = (f"{whole}.{rest.replace('qkv', f'to_{part}')}" for part in "qkv")
+        return list(zip(names, parts, strict=True))
+    renamed = rest.replace("proj_out", "to_out.0").replace("norm", "group_norm")
+    return [(f"{whole}.{renamed}", tensor)]
 
 
 def unet_shape(tensors: Mapping[str, Tensor]) -> tuple[int, list[int], list[bool]]:
@@ -110,58 +111,3 @@ def unet_shape(tensors: Mapping[str, Tensor]) -> tuple[int, list[int], list[bool
     firsts = [1 + level * (layers + 1) for level in range(len(downs) + 1)]
     widths = [tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in firsts]
     return layers, widths, [f"input_blocks.{i}.1.qkv.weight" in tensors for i in firsts]
-
-
-def replaced(name: str, names: Mapping[str, str]) -> str:
-    """The name with the first of `names` that it starts with replaced."""
-    for ours, theirs in names.items():
-        if name.startswith(f"{ours}."):
-            return theirs + name[len(ours) :]
-    return name
-
-
-def unet_tensor(
-    name: str, layers: int, attended: list[bool], tensors: Mapping[str, Tensor]
-) -> Tensor:
-    """The tensor of a UNet2DModel's name; there, q, k and v of a head stand in one."""
-    block, kind, i, rest = "", "", 0, name
-    if match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
-        way, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        folder = "input_blocks" if way == "down" else "output_blocks"
-        first = level * (layers + 1) + (way == "down")
-        if kind == "downsamplers":
-            return tensors[f"{folder}.{first + layers}.0.{rest.replace('conv', 'op', 1)}"]
-        if kind == "upsamplers":
-            place = 2 if attended[::-1][level] else 1
-            return tensors[f"{folder}.{first + layers}.{place}.{rest}"]
-        block = f"{folder}.{first + i}.{int(kind == 'attentions')}"
-    elif match := re.match(r"mid_block\.(\w+)\.(\d+)\.(.+)", name):
-        kind, i, rest = match[1], int(match[2]), match[3]
-        block = f"middle_block.{1 if kind == 'attentions' else 2 * i}"
-    else:
-        return tensors[replaced(name, UNET_TOP)]
-    if kind == "attentions" and (part := re.match(r"to_([qkv])\.(\w+)", rest)):
-        whole = tensors[f"{block}.qkv.{part[2]}"]
-        heads = whole.unflatten(0, (-1, 3, HEAD))
-        return heads[:, "qkv".index(part[1])].flatten(0, 1)
-    return tensors[
-        f"{block}.{replaced(rest, UNET_ATTENTION if kind == 'attentions' else UNET_RESNET)}"
-    ]
-
-
-def vq_name(name: str, levels: int) -> str:
-    """A VQModel's tensor's name there; decoders count their levels from the other end."""
-    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    in_level = r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)"
-    if match := re.match(in_level, name):
-        side, way, level, part, i, rest = match.groups()
-        level = int(level) if way == "down" else levels - 1 - int(level)
-        if part == "resnets":
-            return f"{side}.{way}.{level}.block.{i}.{rest}"
-        return f"{side}.{way}.{level}.{part.removesuffix('rs')}.{rest}"
-    if match := re.match(r"(encoder|decoder)\.mid_block\.(\w+)\.(\d+)\.(.+)", name):
-        side, part, i, rest = match.groups()
-        if part == "attentions":
-            return f"{side}.mid.attn_1.{replaced(rest, VQ_ATTENTION)}"
-        return f"{side}.mid.block_{int(i) + 1}.{rest}"
-    return name

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 STACKED = (
-    *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "LTX", "Sana", "PixArtAlpha"),
-    *("PixArtSigma", "Mochi", "HiDreamImage", "Kolors", "HunyuanDiT"),
+    *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
+    *("LTX", "Sana", "PixArtSigma", "Mochi"),
 )
 """Families whose pipelines put the rows of the negative prompt into one batch with the others."""
 APART = (
-    *("Flux", "Flux2", "Flux2Klein", "QwenImage", "Chroma", "Wan", "Lumina2", "HunyuanVideo"),
+    *("Flux", "Flux2", "QwenImage", "Chroma", "Wan", "Lumina2", "HunyuanVideo"),
     *("CogView4", "ZImage"),
 )
 """Families that call their network once more for guidance, or need no such rows."""
-VARIANTS = ("", "Img2Img", "ImageToVideo", "VideoToVideo", "ControlNet", "ControlNetImg2Img")
+VARIANTS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
 ONE_TIME = {
     "AuraFlow": "it makes one number of a timestep",
     "Kandinsky5T2I": "it repeats its timestep for every row",
@@ -26,6 +26,7 @@ ONE_TIME = {
     "PRX": "it makes one number of a timestep",
     "Cosmos2TextToImage": "it makes one number of a timestep",
     "LTXImageToVideo": "it steps a part of its latents",
+    "WanVideoToVideo": "it makes one video a prompt",
 }
 EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""

@@ -93,6 +93,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
         self.num_inference_steps: int | None = None
         self.under_way: Run | None = None
+        self.located = False  # whether the first timestep is known
         self.noise_sigma: float | None = None
         self.last_scale = 1.0
         self.prepares = False  # whether `prepare` will be called
@@ -180,11 +181,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor([*run.at[:, 0].tolist(), sampler.sigmas[-1]])
         # pipelines that hand over sigmas or timesteps count ours from then on
         self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
-        self.under_way = run
+        self.under_way, self.located = run, False
         self.place()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this timestep; ValueError inside an interval, whose start is not there."""
+        self.located = True
         calls, asked = len(self.timesteps), self.num_inference_steps
         if begin_index and asked != calls:
             raise ValueError(
@@ -196,6 +198,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network sees of a pipeline's rows."""
+        self.locate(timestep)
         return self.running.seen(sample)
 
     def step(
@@ -207,6 +210,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         generator: Any = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The next place that the network is asked at, or, after the last call, the image."""
+        self.locate(timestep)
         run = self.running
         following = run.answer(sample, model_output)
         following = (following if run.left else following * self.last_scale).to(
@@ -236,6 +240,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """x at the level of the next call, whatever `timesteps`, from an image to keep."""
+        self.locate(timesteps)
         levels = self.running.level()
         rows = noise.new_tensor(levels if len(noise) % len(levels) == 0 else levels[:1])
         return self.running.clock.noised(original, noise, rows.repeat(len(noise) // len(rows)))
@@ -243,6 +248,16 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """The same, under the name that flow-matching pipelines use."""
         return self.add_noise(sample, noise, timestep)
+
+    def locate(self, timestep: Any) -> None:
+        """Start where a pipeline does that cuts the timesteps and says nothing of it."""
+        if self.located or self.running.loop is not None:
+            return
+        first = self.timesteps.reshape(len(self.timesteps), -1)[:, 0]
+        same = first == torch.as_tensor(timestep, device=first.device).flatten()[:1]
+        places = same.nonzero()[:, 0].tolist()
+        starts = [i for i in places if i in self.running.beginnings]
+        self.set_begin_index((starts or places or [0])[0])
 
     # --- what `parallel` asks for ---------------------------------------------------------
 

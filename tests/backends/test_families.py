@@ -5,6 +5,7 @@ pipeline finds give the same latents; a solver by name is the pipeline's own of 
 guidance as rows is the pipeline's guidance. Where a family cannot, it says why.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from backends.any_pipeline import any_backend
@@ -199,3 +201,75 @@ def test_guidance_as_rows_is_the_pipelines_guidance(name: str) -> None:
     theirs = call(pipe, name, parallel(pipe, predictor), **given)
     tolerance = 1e-4 if name == "Chroma" else 1e-5
     assert close(rows, theirs, tolerance)
+
+
+# --- variants -----------------------------------------------------------------------------
+
+IMAGE = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+SIZE = {"height": 16, "width": 16}
+FROM = {"image": IMAGE[..., :16, :16], "strength": 2 / 3}
+
+
+def controlled() -> Any:
+    pipe = twins.sd()
+    control = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(8, 8)
+    )
+    for parameter in control.controlnet_down_blocks.parameters():
+        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return diffusers.StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=control, requires_safety_checker=False
+    )
+
+
+def of(kind: str, maker: Any) -> Callable[[], Any]:
+    """Another pipeline of a twin's parts."""
+
+    def build() -> Any:
+        pipe = maker()
+        names = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        other = getattr(diffusers, kind)(
+            **{n: v for n, v in pipe.components.items() if n in names}
+        )
+        replaced = {n: v for n, v in vars(pipe).items() if n.startswith("_get_")}
+        vars(other).update(replaced)
+        return other
+
+    return build
+
+
+VARIANTS = {
+    "SDXL from an image": (of("StableDiffusionXLImg2ImgPipeline", twins.sdxl), FROM),
+    "SD3 from an image": (of("StableDiffusion3Img2ImgPipeline", twins.sd3), FROM | SIZE),
+    "FLUX.1 from an image": (of("FluxImg2ImgPipeline", twins.flux), FROM | SIZE),
+    "Qwen-Image from an image": (
+        of("QwenImageImg2ImgPipeline", twins.qwen), FROM | SIZE | {"negative_prompt": "bad"}
+    ),
+    "SD1.5 with ControlNet": (controlled, {"image": FROM["image"], **SIZE}),
+    "LTX from an image": (
+        of("LTXImageToVideoPipeline", twins.ltx),
+        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
+    ),
+    "Wan from a video": (
+        of("WanVideoToVideoPipeline", twins.wan),
+        {"video": [Image.new("RGB", (32, 32), (90, 50, 10))] * 5, "strength": 2 / 3,
+         "height": 32, "width": 32},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
+    maker, given = VARIANTS[name]
+    pipe, calls = maker(), []
+    pipe.set_progress_bar_config(disable=True)
+    predictor = learned(pipe, "epd")
+    given = {**given, "prompt": TEXT, "output_type": "latent"}
+    fast = parallel(pipe, predictor)(**given, generator=drawn(3))[0]
+    pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
+    network = pipe.components.get("transformer") or pipe.unet
+    network.register_forward_hook(lambda *_: calls.append(1))
+    slow = pipe(**given, generator=drawn(3), num_inference_steps=predictor.evaluations)[0]
+    assert close(fast, slow)
+    if "strength" in given:  # two of the three intervals, of three calls each
+        assert len(calls) in (6, 12)

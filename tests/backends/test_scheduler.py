@@ -380,5 +380,5 @@ def test_parallel_pipeline_checks_the_resolution() -> None:
         parallel_pipeline(twins.sd3(), "sd3-512-best")
     predictor = load_predictor(find_predictor("sd3-512-best"))
     recipe = replace(predictor.recipe, img_resolution=16)
-    with pytest.raises(ValueError, match="not for a ve model"):
+    with pytest.raises(ValueError, match="the model is of ldm"):
         parallel_pipeline(twins.sd(), replace(predictor, recipe=recipe))
