@@ -1,7 +1,7 @@
 """What every backend is: a denoiser with the two ends of sampling, as one value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -10,10 +10,7 @@ from torch import Tensor
 from solvers.field import Condition, Denoiser, Guided
 from solvers.schedules import SCHEDULES, NoiseLevels, Timesteps
 
-__all__ = [
-    "SCHEDULES", "Backend", "ModelOptions", "NoiseLevels", "Prompt", "Timesteps", "Wrapped",
-    "classifier_free", "no_prompt", "pixels",
-]  # fmt: skip
+__all__ = ["SCHEDULES", "NoiseLevels", "Timesteps"]  # of solvers.schedules, for backends
 
 Prompt: TypeAlias = str | int | None
 """What one image is asked for: a text, a class number, or nothing."""
@@ -59,31 +56,6 @@ class Backend:
     def guided(self, rate: float, cond: Condition | None) -> Denoiser:
         """The denoiser under guidance, 1 being none; ValueError where there is no such thing."""
         return self.guide(self.denoise, rate, cond)
-
-    # Former names, while callers move.
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        return self.denoise(x, sigma, cond)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return self.shape
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.size
-
-
-def Wrapped(
-    backend: Backend,
-    network: Denoiser | None = None,
-    encoder: Callable[[Sequence[Prompt]], Condition | None] | None = None,
-    decoder: Callable[[Tensor], Tensor] | None = None,
-) -> Backend:
-    """Former name of `replace` for backends."""
-    backend = replace(backend, encode=encoder or backend.encode, decode=decoder or backend.decode)
-    if network is None:
-        return backend
-    return replace(backend, denoise=network, guide=lambda denoise, _rate, _cond: denoise)
 
 
 @dataclass(frozen=True)

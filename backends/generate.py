@@ -4,7 +4,7 @@ Shapes: B images of a batch, * one latent, [B, C, H, W] images in [0, 1].
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -12,37 +12,9 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from solvers.classic import EDM
-from solvers.epd import EPD, MultistepTable, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field, Tally
-from solvers.integrate import Solver
-from solvers.sampler import Sampler, SolverOptions, make_solver
+from solvers.sampler import Sampler
 from src.seeds import randn
-
-
-@dataclass(frozen=True)
-class Method:
-    """All that decides how noise becomes a sample: the grid, the solver and its table."""
-
-    sigmas: Tensor  # [num_steps], falling, float64
-    solver: str = "euler"
-    options: SolverOptions = field(default_factory=SolverOptions)
-    table: Table | None = None  # Directions: EPD over `solver`; else parallel multistep
-    afs: bool = False
-    denoise_to_zero: bool = False
-    guidance_rate: float = 1.0
-    points_chunk: int | None = None  # how many of the K points at once, where memory is short
-
-    def as_sampler(self) -> Sampler:
-        """The same as a sampler."""
-        base = make_solver(self.solver, self.options)
-        solver: Solver = base
-        if isinstance(self.table, MultistepTable):
-            solver = ParallelMultistep(self.table, self.options.process)
-        elif self.table:
-            solver = EPD(self.table, base)
-        zero = (0.0,) if self.denoise_to_zero else ()
-        sigmas = (*self.sigmas.tolist(), *zero)
-        return Sampler(solver, sigmas, self.options.process, self.afs, self.guidance_rate)
 
 
 @dataclass(frozen=True)
@@ -66,7 +38,7 @@ class Batch:
 
 def generate(
     backend: Backend,
-    sampler: "Sampler | Method",
+    sampler: Sampler,
     jobs: Sequence[Job],
     *,
     batch: int,
@@ -79,9 +51,6 @@ def generate(
     to the network at once, where memory is short. Raises ValueError for a prompt that the
     backend cannot take, or guidance without prompts.
     """
-    if isinstance(sampler, Method):
-        points_chunk = points_chunk or sampler.points_chunk
-        sampler = sampler.as_sampler()
     rest = iter(jobs)
     while part := tuple(islice(rest, batch)):
         yield sample(backend, sampler, part, trajectory, points_chunk)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from backends.pixels import pixel_backend
 
 from backends.base import Backend
 from backends.generate import Job, generate
 from backends.mixture import load_mixture
 from backends.pipelines import wrap
-from backends.pixels import pixel_backend
 from solvers.predictor import find_predictor, load_predictor
 from solvers.sampler import SOLVERS, Sampler, hand_made
 from tests import twins

@@ -7,12 +7,18 @@ import torch
 
 from backends.base import Backend, NoiseLevels
 from backends.edm import pixel_backend
-from backends.generate import Job, Method, generate
-from backends.methods import HandMade, predictor_method, recipe_sigmas, sequential_calls
+from backends.generate import Job, generate
 from backends.mixture import Mixture, mixture_backend
-from solvers.predictor import find_predictor, load_predictor
+from solvers.predictor import find_predictor, load_predictor, recipe_sigmas
 from solvers.process import FLOW, VE
-from solvers.sampler import SOLVERS, SolverOptions, make_solver, num_steps_for
+from solvers.sampler import (
+    SOLVERS,
+    Sampler,
+    SolverOptions,
+    hand_made,
+    make_solver,
+    num_steps_for,
+)
 from tests.tiny import tiny_edm
 
 CPU = torch.device("cpu")
@@ -32,8 +38,11 @@ def mixture(levels: NoiseLevels = LEVELS) -> Backend:
     )
 
 
-def latents(model: Backend, method: Method, jobs: list[Job], batch: int) -> torch.Tensor:
-    return torch.cat([made.latents for made in generate(model, method, jobs, batch=batch)])
+def latents(
+    model: Backend, sampler: Sampler, jobs: list[Job], batch: int, chunk: int | None = None
+) -> torch.Tensor:
+    batches = generate(model, sampler, jobs, batch=batch, points_chunk=chunk)
+    return torch.cat([made.latents for made in batches])
 
 
 JOBS = [Job(seed, seed % 3) for seed in range(7)]
@@ -42,9 +51,8 @@ JOBS = [Job(seed, seed % 3) for seed in range(7)]
 @pytest.mark.parametrize("name", [*SOLVERS, "dpmpp-3", "unipc-2", "deis-4"])
 def test_an_image_depends_on_its_own_job_alone(name: str) -> None:
     """Kernels differ a little between batch sizes: 1e-4 of latents in about [-1, 1]."""
-    method = HandMade(name, 6).method(
-        LEVELS, SolverOptions(s_churn=10.0 if name == "edm" else 0.0)
-    )
+    options = SolverOptions(s_churn=10.0 if name == "edm" else 0.0)
+    method = hand_made(name, LEVELS, 6, options=options)
     model = tiny()
     together = latents(model, method, JOBS, batch=7)
     apart = latents(model, method, JOBS[::-1], batch=2).flip(0)
@@ -54,9 +62,9 @@ def test_an_image_depends_on_its_own_job_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["cifar10/cifar10-5nfe", "cifar10/cifar10-5nfe-ipndm"])
 def test_a_predictor_samples_with_the_calls_that_it_promises(name: str) -> None:
     predictor = load_predictor(find_predictor(name))
-    method = predictor_method(predictor, LEVELS)
+    method = predictor.sampler(LEVELS)
     (made,) = generate(mixture(), method, [Job(0), Job(1)], batch=2)
-    assert made.tally.calls == sequential_calls(method) == predictor.nfe == 5
+    assert made.tally.calls == method.calls == predictor.nfe == 5
     assert made.tally.rows == 2 * predictor.evaluations == 16
 
 
@@ -64,9 +72,9 @@ def test_a_predictor_samples_with_the_calls_that_it_promises(name: str) -> None:
 @pytest.mark.parametrize("afs", [False, True])
 def test_calls_are_as_counted(name: str, afs: bool) -> None:
     nfe = 7 if afs or SOLVERS[name].calls == 1 else 8
-    method = HandMade(name, num_steps_for(name, nfe, afs), afs=afs).method(LEVELS)
+    method = hand_made(name, LEVELS, num_steps_for(name, nfe, afs), afs=afs)
     (made,) = generate(mixture(), method, [Job(0)], batch=1)
-    assert made.tally.calls == made.tally.rows == sequential_calls(method) == nfe
+    assert made.tally.calls == made.tally.rows == method.calls == nfe
 
 
 def test_an_nfe_that_a_solver_lacks_is_refused() -> None:
@@ -76,25 +84,26 @@ def test_an_nfe_that_a_solver_lacks_is_refused() -> None:
 
 def test_points_in_chunks_give_the_same_numbers() -> None:
     predictor = load_predictor(find_predictor("cifar10-5nfe"))
-    method = predictor_method(predictor, LEVELS)
+    method = predictor.sampler(LEVELS)
     model = mixture()
     once = latents(model, method, [Job(0), Job(1)], batch=2)
-    chunked = latents(model, replace(method, points_chunk=1), [Job(0), Job(1)], batch=2)
+    chunked = latents(model, method, [Job(0), Job(1)], batch=2, chunk=1)
     assert torch.allclose(once, chunked, atol=1e-12)
 
 
 def test_denoise_to_zero_ends_on_the_denoiser() -> None:
-    method = HandMade("ipndm", 5).method(LEVELS)
+    method = hand_made("ipndm", LEVELS, 5)
     model = mixture()
     plain = latents(model, method, [Job(3)], batch=1)
-    ended = latents(model, replace(method, denoise_to_zero=True), [Job(3)], batch=1)
-    sigma = method.sigmas[-1:].to(plain)
-    assert torch.allclose(ended, model(plain, sigma, None), atol=1e-12)
-    assert sequential_calls(replace(method, denoise_to_zero=True)) == 5
+    to_zero = replace(method, sigmas=(*method.sigmas, 0.0))
+    ended = latents(model, to_zero, [Job(3)], batch=1)
+    sigma = torch.full((1,), method.sigmas[-1], dtype=torch.float64)
+    assert torch.allclose(ended, model.denoise(plain, sigma, None), atol=1e-12)
+    assert to_zero.calls == 5
 
 
 def test_every_state_on_the_way_is_kept_when_asked() -> None:
-    method = HandMade("euler", 5).method(LEVELS)
+    method = hand_made("euler", LEVELS, 5)
     (made,) = generate(mixture(), method, [Job(0), Job(1)], batch=2, trajectory=True)
     assert len(made.states) == 4
     assert torch.equal(made.states[-1], made.latents)
@@ -104,7 +113,7 @@ def test_every_state_on_the_way_is_kept_when_asked() -> None:
 
 def test_guidance_pulls_towards_the_class() -> None:
     model = mixture()
-    method = HandMade("heun", 20).method(LEVELS)
+    method = hand_made("heun", LEVELS, 20)
     target = MEANS[2]
 
     def distance(rate: float) -> float:
@@ -118,25 +127,21 @@ def test_guidance_pulls_towards_the_class() -> None:
 
 
 def test_guidance_without_a_class_is_refused() -> None:
-    method = replace(HandMade("euler", 3).method(LEVELS), guidance_rate=2.0)
+    method = replace(hand_made("euler", LEVELS, 3), guidance_rate=2.0)
     with pytest.raises(ValueError, match="needs prompts or classes"):
         next(generate(tiny(), method, [Job(0)], batch=1))
 
 
 def test_a_double_network_keeps_a_double_state() -> None:
     network = tiny_edm().cast(torch.float64)
-    (made,) = generate(
-        pixel_backend(network, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
-    )
+    (made,) = generate(pixel_backend(network, CPU), hand_made("euler", LEVELS, 3), JOBS, batch=7)
     assert made.latents.dtype == torch.float64
     assert made.images.dtype == torch.float32
 
 
 def test_a_half_network_keeps_a_float_state() -> None:
     network = tiny_edm().cast(torch.bfloat16)
-    (made,) = generate(
-        pixel_backend(network, CPU), HandMade("euler", 3).method(LEVELS), JOBS, batch=7
-    )
+    (made,) = generate(pixel_backend(network, CPU), hand_made("euler", LEVELS, 3), JOBS, batch=7)
     assert made.latents.dtype == torch.float32
 
 
@@ -152,7 +157,7 @@ def test_a_flow_predictor_is_not_for_a_ve_model() -> None:
 
 def test_afs_on_a_flow_model_is_refused() -> None:
     with pytest.raises(ValueError, match="afs"):
-        HandMade("euler", 5, afs=True).method(NoiseLevels(FLOW, 0.001, 1.0))
+        hand_made("euler", NoiseLevels(FLOW, 0.001, 1.0), 5, afs=True)
 
 
 @pytest.mark.parametrize(

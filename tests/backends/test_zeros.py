@@ -36,11 +36,11 @@ def test_a_pipeline_that_a_backend_shares_serves_its_owner_as_before(pipe: Any) 
 
 def test_the_slope_is_that_of_all_the_rows(pipe: Any) -> None:
     backend: Any = pipelines.wrap(pipe, torch.device("cpu"))
-    x = torch.randn(2, *backend.latent_shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, *backend.shape, generator=torch.Generator().manual_seed(1))
     sigma = torch.tensor([0.9, 0.2])
     text, _, pooled, _ = pipe.encode_prompt("a", None, None, do_classifier_free_guidance=False)
     velocity = pipe.transformer(x, text.repeat(2, 1, 1), pooled.repeat(2, 1), 1000 * sigma)[0]
-    ours = backend(x, sigma, backend.encode(["a", "a"]))
+    ours = backend.denoise(x, sigma, backend.encode(["a", "a"]))
     torch.testing.assert_close(ours, x - sigma[:, None, None, None] * velocity)
 
 
