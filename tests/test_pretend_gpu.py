@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from backends.pixels import pixel_backend
 
 from backends.base import Backend
+from backends.edm import pixel_backend
 from backends.generate import Job, generate
 from backends.mixture import load_mixture
 from backends.pipelines import wrap
