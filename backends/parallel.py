@@ -34,7 +34,7 @@ from backends.families import (
 from backends.generate import Job, generate
 from backends.load import check_fit
 from backends.pipelines import wrap
-from backends.scheduler import EPDScheduler, opened
+from backends.scheduler import EPDScheduler, chosen, opened
 from backends.zeros import folding
 from solvers.predictor import Predictor
 from src.images import to_bytes
@@ -98,7 +98,7 @@ class Parallel:
         """
         defaults = parameters_of(self.pipe)
         given = arguments(self.pipe, args, kwargs)
-        predictor = self.chosen(given.get("num_inference_steps"))
+        predictor = chosen(self.learned, given.get("num_inference_steps"), strict=True)
         rows = self.points == "rows"
         copies = predictor.recipe.num_points if rows else 1
         scale, rate = guidance_of(self.pipe, given), None
@@ -129,18 +129,6 @@ class Parallel:
                 given["callback_on_step_end_tensor_inputs"] = inputs
         with installed(self.pipe, scheduler):
             return self.pipe(**given)
-
-    def chosen(self, steps: int | None) -> Predictor:
-        """The predictor with so many calls; of one predictor, None and its own numbers do."""
-        by_calls = {predictor.nfe: predictor for predictor in self.learned}
-        if len(by_calls) == 1:
-            (predictor,) = by_calls.values()
-            if steps in (None, predictor.nfe, predictor.evaluations):
-                return predictor
-        if steps not in by_calls:
-            there = ", ".join(map(str, sorted(by_calls)))
-            raise ValueError(f"num_inference_steps is {steps}: the predictors have {there}")
-        return by_calls[steps]
 
 
 def arguments(pipe: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +192,7 @@ def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str,
 @contextmanager
 def installed(pipe: Any, scheduler: EPDScheduler) -> Iterator[None]:
     """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards."""
-    if scheduler.copies == 1:
+    if not scheduler.by_rows:
         with lent(pipe, {"scheduler": scheduler}):
             yield
         return
@@ -263,7 +251,7 @@ class Times(list[Tensor]):
 
     def repeat(self, count: int) -> Tensor:
         """The first one's first time, so often."""
-        return self[0][:1].repeat(count)
+        return self[0].reshape(-1)[:1].repeat(count)
 
 
 def as_times(timesteps: Tensor, steps: int) -> tuple[Times, int]:

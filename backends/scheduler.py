@@ -153,12 +153,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         exact: dict[float, float] = {}
         copies = 1
         if self.learned:
-            predictor = self.chosen(asked)
+            predictor = chosen(self.learned, asked)
             recipe = predictor.recipe
             mu = mu if recipe.flowmatch_mu is None else recipe.flowmatch_mu
             sampler = predictor.sampler(levels_of(self.like, clock, mu))
             self.noise_sigma = sampler.sigmas[0] if clock.table else 1.0
-            copies = recipe.num_points if own(self, "points") == "rows" else 1
+            copies = recipe.num_points if self.by_rows else 1
         else:
             course = course_of(self.like, clock, asked, sigmas=sigmas, timesteps=timesteps, mu=mu)
             # of orders up to 2 as theirs, which count the last step, to 0, among those to lower
@@ -276,7 +276,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     @property
     def copies(self) -> int:
         """How many rows an image has, where there is one predictor."""
-        return self.learned[0].recipe.num_points if own(self, "points") == "rows" else 1
+        return self.learned[0].recipe.num_points if self.by_rows else 1
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether points are rows."""
+        return own(self, "points") == "rows"
 
     def place(self) -> None:
         """Move the prepared rows to where the first call is, if both are there."""
@@ -291,15 +296,20 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("call set_timesteps first")
         return self.under_way
 
-    def chosen(self, calls: int | None) -> Predictor:
-        """The predictor with so many sequential calls; the only one whatever the number."""
-        if len(self.learned) == 1:
-            return self.learned[0]
-        by_calls = {predictor.nfe: predictor for predictor in self.learned}
-        if calls not in by_calls:
-            there = ", ".join(map(str, sorted(by_calls)))
-            raise ValueError(f"no predictor of {calls} calls: num_inference_steps may be {there}")
-        return by_calls[calls]
+
+def chosen(learned: Sequence[Predictor], calls: int | None, *, strict: bool = False) -> Predictor:
+    """The predictor with so many sequential calls; the only one whatever the number.
+
+    Where `strict`, the only one is so only for no number, or one of its own.
+    """
+    only = learned[0]
+    if len(learned) == 1 and not (strict and calls not in (None, only.nfe, only.evaluations)):
+        return only
+    by_calls = {predictor.nfe: predictor for predictor in learned}
+    if calls not in by_calls:
+        there = ", ".join(map(str, sorted(by_calls)))
+        raise ValueError(f"no predictor of {calls} calls: num_inference_steps may be {there}")
+    return by_calls[calls]
 
 
 def own(scheduler: EPDScheduler, name: str) -> Any:

@@ -153,6 +153,17 @@ def test_points_as_rows_are_points_one_by_one(name: str, kind: str) -> None:
     assert close(fast, by_scheduler(name, scheduler, num_inference_steps=steps, **given))
 
 
+@pytest.mark.parametrize("kind", ["epd", "epd-multistep"])
+def test_one_point_needs_no_rows_and_no_call_more(kind: str) -> None:
+    pipe, calls = twins.sd3(), []
+    pipe.set_progress_bar_config(disable=True)
+    predictor = learned(pipe, kind, k=1)
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    fast = call(pipe, "SD3", parallel(pipe, predictor))
+    assert len(calls) == predictor.nfe
+    assert close(fast, call(pipe, "SD3", parallel(pipe, predictor, points="sequence")))
+
+
 @families
 def test_they_are_our_loop_over_the_network_of_any_pipeline(name: str) -> None:
     pipe, row = twin(name), FAMILIES[name]

@@ -339,7 +339,11 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(name: str, like: Any, w
 @pytest.mark.parametrize(
     ("options", "given", "words"),
     [
-        ({}, {"num_inference_steps": 28}, "num_inference_steps is 28: the predictors have 20"),
+        (
+            {},
+            {"num_inference_steps": 28},
+            "of 28 calls: num_inference_steps may be 20",
+        ),
         ({"guidance": "rows"}, {"prompt": None}, "takes texts"),
         ({"guidance": "columns"}, {}, "pipeline or rows"),
         ({"guidance": "rows", "points": "sequence"}, {}, "cannot take guidance as rows"),
