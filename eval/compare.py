@@ -20,11 +20,11 @@ from eval.measure import (
     FINE_STEPS,
     SCHEDULES,
     SOLVERS,
+    Benchmark,
     Candidate,
     Fine,
     Frechet,
     FrechetReference,
-    Problem,
     Rewards,
     Score,
     best,
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def compare(
-    problem: Problem,
+    benchmark: Benchmark,
     fixed: Sequence[Candidate],
     rivals: Sequence[Candidate] = (),
     references: Sequence[FrechetReference] = (),
@@ -95,27 +95,27 @@ def compare(
     The best has the least RMSE on the first 64 jobs. Raises ValueError for candidates that solve
     another problem than the fine solution does.
     """
-    fine = solve_finely(problem, references, rewards)
+    fine = solve_finely(benchmark, references, rewards)
     chosen = list(rivals)
     if len({(c.name, c.nfe) for c in rivals}) < len(rivals):
-        few = replace(problem, jobs=problem.jobs[:CHOOSE_ON])
+        few = replace(benchmark, jobs=benchmark.jobs[:CHOOSE_ON])
         chosen = best(measure(few, rivals, fine), rivals)
     every = [*chosen, *fixed]
-    return Comparison(measure(problem, every, fine, references, rewards), fine, every)
+    return Comparison(measure(benchmark, every, fine, references, rewards), fine, every)
 
 
 def rivals_for(
     solvers: Sequence[str],
     nfes: Sequence[str | int],
     schedules: Sequence[str],
-    problem: Problem,
+    benchmark: Benchmark,
 ) -> list[Candidate]:
     """Every hand-made candidate of these solvers, calls and schedules (["best"]: the usual).
 
     Combinations that do not exist are left out. ValueError for unknown names, and for calls
     that are no numbers from 1 on.
     """
-    levels, rate = problem.backend.levels, problem.fine.sampler.guidance_rate
+    levels, rate = benchmark.backend.levels, benchmark.fine.sampler.guidance_rate
     for nfe in nfes:
         if not str(nfe).isdecimal() or int(nfe) < 1:
             raise ValueError(f"--nfe {nfe!r} is no number from 1 on: write, say, 1,3,5")
@@ -164,7 +164,7 @@ class Sets:
 
     def statistics(
         self,
-        problem: Problem,
+        benchmark: Benchmark,
         candidate: Candidate,
         jobs: Sequence[Job],
         references: Sequence[FrechetReference],
@@ -179,14 +179,14 @@ class Sets:
             key = hashlib.sha256(to_json([*whole, space.about, space.version]).encode())
             paths[space.name] = self.folder / f"{key.hexdigest()[:32]}.npz"
         missing = [r for r in references if not paths[r.space.name].is_file()]
-        new = images_statistics(problem, candidate, jobs, missing) if missing else {}
+        new = images_statistics(benchmark, candidate, jobs, missing) if missing else {}
         for name, statistics in new.items():
             save_statistics(paths[name], statistics)
         return {name: load_statistics(path) for name, path in paths.items()}
 
 
 def with_sets(
-    problem: Problem, result: Comparison, references: Sequence[FrechetReference], sets: Sets
+    benchmark: Benchmark, result: Comparison, references: Sequence[FrechetReference], sets: Sets
 ) -> Comparison:
     """The comparison with Frechet distances that are means over the sets, with their spread."""
     from_fine = [reference for reference in references if reference.statistics is None]
@@ -194,8 +194,8 @@ def with_sets(
     def with_distances(score: Score, candidate: Candidate) -> Score:
         values: dict[str, list[float]] = {}
         for jobs in sets.jobs:
-            mine = sets.statistics(problem, candidate, jobs, references)
-            fine = sets.statistics(problem, problem.fine, jobs, from_fine)
+            mine = sets.statistics(benchmark, candidate, jobs, references)
+            fine = sets.statistics(benchmark, benchmark.fine, jobs, from_fine)
             for reference in references:
                 name = reference.space.name
                 target = reference.statistics or fine[name]
@@ -207,7 +207,7 @@ def with_sets(
         return replace(score, frechet=next(iter(frechets.values())).value, frechets=frechets)
 
     scores = [with_distances(s, c) for s, c in zip(result.scores, result.candidates, strict=True)]
-    fine = replace(result.fine, score=with_distances(result.fine.score, problem.fine))
+    fine = replace(result.fine, score=with_distances(result.fine.score, benchmark.fine))
     return replace(result, scores=scores, fine=fine)
 
 
@@ -271,16 +271,16 @@ def main(**options: Any) -> None:
     if (texts_for := reads_texts(names)) and not all(isinstance(j.prompt, str) for j in jobs):
         raise ValueError(f"{texts_for[0]} judges images by their prompts: this model takes none")
     fine = fine_solution(backend.levels, options["fine"], options["guidance_rate"])
-    problem = Problem(backend, jobs, fine, options["batch"])
+    benchmark = Benchmark(backend, jobs, fine, options["batch"])
     fixed = learned(predictor_files([*options["predictor"], *options["more"]]), backend)
-    rivals = rivals_for(options["solvers"], options["nfe"], options["schedules"], problem)
+    rivals = rivals_for(options["solvers"], options["nfe"], options["schedules"], benchmark)
     if not fixed and not rivals:
         fix = "name solvers that can make these calls, or predictors"
         raise ValueError(f"nothing to compare: {fix}")
     rewards = load_rewards(names, setup)
     references = references_for(model, options["features"], options["reference"], paths, device)
     images = options["images"]
-    result = compare(problem, fixed, rivals, () if images else references, rewards)
+    result = compare(benchmark, fixed, rivals, () if images else references, rewards)
     settings: dict[str, Any] = {
         "model": from_here(options["model"]),
         "seeds": runs_of(options["seeds"]),
@@ -298,9 +298,9 @@ def main(**options: Any) -> None:
         version = stamp(model) if model.exists() else str(model)
         code = [source_hash(f"backends.{module}") for module in ("load", "generate")]
         sets = Sets(jobs, outdir / "cache", (version, settings["dtype"], *code))
-        result = with_sets(problem, result, references, sets)
+        result = with_sets(benchmark, result, references, sets)
         settings["frechet"] = f"of {images} images in {len(jobs)} disjoint sets of seeds"
-    write_results(outdir, result, problem, settings, options["shown"])
+    write_results(outdir, result, benchmark, settings, options["shown"])
     click.echo((outdir / "results.txt").read_text(encoding="utf-8").rstrip())
     click.echo(f"report.html, results.txt, .csv, .json and .png are in {outdir}")
 
@@ -335,16 +335,16 @@ def references_for(
 
 
 def write_results(
-    outdir: Path, result: Comparison, problem: Problem, settings: Mapping[str, Any], shown: int
+    outdir: Path, result: Comparison, benchmark: Benchmark, settings: Mapping[str, Any], shown: int
 ) -> None:
     """report.html, results.txt, .csv, .json and .png of a comparison."""
-    scores, fine, count = result.scores, result.fine.score, len(problem.jobs)
-    steps = len(problem.fine.sampler.sigmas) - 1
+    scores, fine, count = result.scores, result.fine.score, len(benchmark.jobs)
+    steps = len(benchmark.fine.sampler.sigmas) - 1
     finely = f"{fine.name} in {steps} steps on {fine.schedule} ({fine.nfe} calls)"
     meaning = MEANING | {n: ADAPTERS[n].about for n in fine.rewards if n in ADAPTERS}
-    about = {**settings, "images": count, "batch": problem.batch, "fine": finely}
+    about = {**settings, "images": count, "batch": benchmark.batch, "fine": finely}
     about |= {"chosen_on": f"the first {min(CHOOSE_ON, count)} images", "meaning": meaning}
-    about |= provenance(problem.backend.device)
+    about |= provenance(benchmark.backend.device)
     rows = [asdict(score) for score in scores]
     write_json(outdir / "results.json", {"about": about, "fine": asdict(fine), "scores": rows})
     write_csv(outdir / "results.csv", scores)
@@ -359,10 +359,10 @@ def write_results(
     title = f"{settings['model']}, {count} images, against {finely}"
     figure = curves(scores, title, fine)
     save(figure, outdir / "results.png")
-    jobs = problem.jobs[:shown]
+    jobs = benchmark.jobs[:shown]
     strips = []
-    for candidate in (*result.candidates, problem.fine):
-        (batch,) = generate(problem.backend, candidate.sampler, jobs, batch=len(jobs))
+    for candidate in (*result.candidates, benchmark.fine):
+        (batch,) = generate(benchmark.backend, candidate.sampler, jobs, batch=len(jobs))
         strips.append(Strip(candidate.name, candidate.nfe, batch.images))
     facts = {"images": str(count), "fine solution": finely}
     facts |= {name: str(value) for name, value in about.items() if value and name != "meaning"}

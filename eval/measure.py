@@ -180,7 +180,7 @@ def predictor_files(patterns: Sequence[str]) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Benchmark:
     """On what everything is compared."""
 
     backend: Backend
@@ -272,47 +272,47 @@ class Running:
 
 
 def solve_finely(
-    problem: Problem,
+    benchmark: Benchmark,
     references: Sequence[FrechetReference] = (),
     rewards: Rewards | None = None,
 ) -> Fine:
     """The fine solutions, and their own Frechet distance, rewards and time."""
     latents: list[Tensor] = []
     sums = Running()
-    bar = ranks.progress(len(problem.jobs), "image", "fine solution")
-    for _, part in problem.parts():
-        batch = _timed(problem, problem.fine, part, sums)
+    bar = ranks.progress(len(benchmark.jobs), "image", "fine solution")
+    for _, part in benchmark.parts():
+        batch = _timed(benchmark, benchmark.fine, part, sums)
         sums.add(batch, references, rewards)
         sums.squared.append(torch.zeros(len(part), dtype=torch.float64))
         latents.append(batch.latents.cpu())
         bar.update(len(part))
     bar.close()
     seen = {name: torch.cat(values) for name, values in sums.rewards.items()}
-    score = _score(problem.fine, sums, references, sums.statistics, {})
+    score = _score(benchmark.fine, sums, references, sums.statistics, {})
     return Fine(torch.cat(latents), score, seen, sums.statistics)
 
 
 def measure(
-    problem: Problem,
+    benchmark: Benchmark,
     candidates: Sequence[Candidate],
     fine: Fine,
     references: Sequence[FrechetReference] = (),
     rewards: Rewards | None = None,
 ) -> list[Score]:
-    """The scores of candidates, in their order, all on the problem's jobs.
+    """The scores of candidates, in their order, all on the benchmark's jobs.
 
     Candidates take turns batch by batch, so that what else the machine does meets all alike.
     Raises ValueError for a candidate that starts or ends at another noise level than the fine
     solution, or under other guidance.
     """
     for candidate in candidates:
-        check_comparable(candidate, problem.fine)
+        check_comparable(candidate, benchmark.fine)
     running = [Running() for _ in candidates]
-    bar = ranks.progress(len(problem.jobs) * len(candidates), "image", "candidates")
-    for at, part in problem.parts():
+    bar = ranks.progress(len(benchmark.jobs) * len(candidates), "image", "candidates")
+    for at, part in benchmark.parts():
         target = fine.latents[at : at + len(part)].double()
         for candidate, sums in zip(candidates, running, strict=True):
-            batch = _timed(problem, candidate, part, sums)
+            batch = _timed(benchmark, candidate, part, sums)
             sums.add(batch, references, rewards)
             error = batch.latents.cpu() - target
             sums.squared.append(error.square().flatten(1).mean(1))
@@ -325,7 +325,7 @@ def measure(
 
 
 def images_statistics(
-    problem: Problem,
+    benchmark: Benchmark,
     candidate: Candidate,
     jobs: Sequence[Job],
     references: Sequence[FrechetReference],
@@ -333,7 +333,7 @@ def images_statistics(
     """The statistics of the jobs' images by feature space; nothing else of them is kept."""
     sums = Running()
     bar = ranks.progress(len(jobs), "image", f"{candidate.name}, {candidate.nfe} calls")
-    for images in generate(problem.backend, candidate.sampler, jobs, batch=problem.batch):
+    for images in generate(benchmark.backend, candidate.sampler, jobs, batch=benchmark.batch):
         sums.add(images, references, None)
         bar.update(len(images.jobs))
     bar.close()
@@ -396,9 +396,11 @@ def check_comparable(candidate: Candidate, fine: Candidate) -> None:
 
 
 @torch.no_grad()
-def _timed(problem: Problem, candidate: Candidate, jobs: Sequence[Job], sums: Running) -> Batch:
+def _timed(
+    benchmark: Benchmark, candidate: Candidate, jobs: Sequence[Job], sums: Running
+) -> Batch:
     """One batch of images; its time, decoding included, over that of one bare call before it."""
-    backend, sigmas = problem.backend, problem.fine.sampler.sigmas
+    backend, sigmas = benchmark.backend, benchmark.fine.sampler.sigmas
     cond = backend.encode([job.prompt for job in jobs])
     network = backend.guided(candidate.sampler.guidance_rate, cond)
     dtype = torch.promote_types(backend.dtype, torch.float32)

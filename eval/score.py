@@ -37,7 +37,7 @@ BY_CLASS = ("fashion-judge",)  # rewards that take the number of a class for a p
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPicture:
     """A picture with its scores, each in its reward's own units."""
 
     name: str
@@ -48,7 +48,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Task:
+class Scoring:
     """What is to be scored, and how."""
 
     pictures: Pictures
@@ -75,7 +75,7 @@ def prompts_for(pictures: Pictures, given: tuple[str, ...]) -> tuple[str, ...] |
     return (given * count if len(given) == 1 else given) or None
 
 
-def score_pictures(task: Task, folder: Path) -> tuple[list[Scored], dict[str, str]]:
+def score_pictures(task: Scoring, folder: Path) -> tuple[list[ScoredPicture], dict[str, str]]:
     """All scores, on every rank, and why pictures were left out, by their names.
 
     Scores that the folder has already are kept; new ones are added batch by batch. Raises
@@ -112,13 +112,13 @@ def score_pictures(task: Task, folder: Path) -> tuple[list[Scored], dict[str, st
     return [item for item in items.values() if item.scores], left_out
 
 
-def items_of(task: Task) -> tuple[dict[int, Scored], dict[str, str]]:
+def items_of(task: Scoring) -> tuple[dict[int, ScoredPicture], dict[str, str]]:
     """The pictures by their places, not yet scored, and why some cannot be read, by name.
 
     Raises ValueError for these, unless they are skipped, and for a picture whose prompt nobody
     tells though some reward looks at it.
     """
-    items: dict[int, Scored] = {}
+    items: dict[int, ScoredPicture] = {}
     bad: dict[str, str] = {}
     mine = identities(task.pictures, ranks.share(range(len(task.pictures.items))))
     pairs = [pair for share in ranks.gather_objects(mine) for pair in share.items()]
@@ -133,7 +133,7 @@ def items_of(task: Task) -> tuple[dict[int, Scored], dict[str, str]]:
             if task.by_prompt:
                 raise ValueError(f"{name} does not say its prompt: give --prompt or --prompt-file")
             prompt = ""
-        items[at] = Scored(name, one.seed, str(prompt), {}, one.digest)
+        items[at] = ScoredPicture(name, one.seed, str(prompt), {}, one.digest)
         disagreeing += one.disagrees
     if bad and not task.skip_bad:
         raise ValueError(f"{next(iter(bad.values()))} (--skip-bad leaves such images out)")
@@ -155,7 +155,7 @@ def read_cache(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def score_missing(
-    task: Task, items: Mapping[int, Scored], missing: Sequence[int], bad: dict[str, str]
+    task: Scoring, items: Mapping[int, ScoredPicture], missing: Sequence[int], bad: dict[str, str]
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """The scores by the single rewards of the pictures `missing`, a batch after the other."""
     skipped = bad if task.skip_bad else None
@@ -169,8 +169,8 @@ def score_missing(
 
 
 def score_images(
-    task: Task, pictures: Sequence[Scored], images: Tensor, bad: dict[str, str]
-) -> Iterator[tuple[Scored, dict[str, float]]]:
+    task: Scoring, pictures: Sequence[ScoredPicture], images: Tensor, bad: dict[str, str]
+) -> Iterator[tuple[ScoredPicture, dict[str, float]]]:
     """The scores of images of one size; those that have none go into `bad`, one by one.
 
     ValueError instead, with the first and the last image, where the task does not skip them.
@@ -213,17 +213,19 @@ def named(estimate: Estimate) -> dict[str, float]:
     return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def column(scored: Sequence[Scored], name: str) -> Tensor:
+def column(scored: Sequence[ScoredPicture], name: str) -> Tensor:
     """The scores [N] of a reward."""
     return torch.tensor([one.scores[name] for one in scored], dtype=torch.float64)
 
 
-def pairs(first: Sequence[Scored], second: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
+def pairs(
+    first: Sequence[ScoredPicture], second: Sequence[ScoredPicture]
+) -> list[tuple[ScoredPicture, ScoredPicture]]:
     """The pictures of one seed (else of one name) and prompt in both.
 
     ValueError where there are none, and where one place has two of them.
     """
-    sides: list[dict[tuple[str, str], Scored]] = [{}, {}]
+    sides: list[dict[tuple[str, str], ScoredPicture]] = [{}, {}]
     for side, scored in zip(sides, (first, second), strict=True):
         for one in scored:
             key = (one.name if one.seed is None else f"seed {one.seed}", one.prompt)
@@ -236,7 +238,7 @@ def pairs(first: Sequence[Scored], second: Sequence[Scored]) -> list[tuple[Score
 
 
 def versus(
-    both: Sequence[tuple[Scored, Scored]], names: Sequence[str]
+    both: Sequence[tuple[ScoredPicture, ScoredPicture]], names: Sequence[str]
 ) -> dict[str, dict[str, Estimate]]:
     """Of each reward both means, the second's lead over the first, and how often it wins."""
     numbers = {}
@@ -321,9 +323,9 @@ def main(**options: Any) -> None:
     keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
     by_prompt = any(n not in ADAPTERS or ADAPTERS[n].by_prompt for n in keys)
     how = (options["batch"], options["skip_bad"], by_prompt, not reads_texts(names))
-    scored: list[list[Scored]] = []
+    scored: list[list[ScoredPicture]] = []
     for at, pictures in enumerate(found):
-        task = Task(pictures, prompts[at], rewards, keys, setup.device, *how)
+        task = Scoring(pictures, prompts[at], rewards, keys, setup.device, *how)
         folder = scores_folder(pictures, options["outdir"], at, len(found))
         rows, left_out = score_pictures(task, folder)
         write = partial(report, task, folder, rows, left_out, setup, options["output_json"])
@@ -336,9 +338,9 @@ def main(**options: Any) -> None:
 
 
 def report(
-    task: Task,
+    task: Scoring,
     folder: Path,
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredPicture],
     left_out: dict[str, str],
     setup: Setup,
     output_json: Path | None,
@@ -370,7 +372,10 @@ def report(
 
 
 def compare(
-    places: Sequence[Path], scored: Sequence[Sequence[Scored]], names: Sequence[str], folder: Path
+    places: Sequence[Path],
+    scored: Sequence[Sequence[ScoredPicture]],
+    names: Sequence[str],
+    folder: Path,
 ) -> None:
     """The pairs of two places, written and printed."""
     both = pairs(scored[0], scored[1])

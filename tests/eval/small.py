@@ -1,4 +1,4 @@
-"""An exact backend, a problem on it, and predictors for it."""
+"""An exact backend, a benchmark on it, and predictors for it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from backends.generate import Job
 from backends.mixture import Mixture, mixture_backend
 from eval.features import load_space
 from eval.fid import Statistics
-from eval.measure import FrechetReference, Problem, fine_solution
+from eval.measure import Benchmark, FrechetReference, fine_solution
 from solvers.epd import Directions, MultistepTable
 from solvers.predictor import Predictor, save_predictor
 from solvers.process import FLOW, VE
@@ -28,11 +28,11 @@ def exact(process: str = "ve") -> Backend:
     return mixture_backend(Mixture(means, std, weight), levels)
 
 
-def problem(images: int = 8, batch: int = 4, steps: int = 200) -> Problem:
+def benchmark(images: int = 8, batch: int = 4, steps: int = 200) -> Benchmark:
     """One on the exact backend."""
     backend = exact()
     jobs = tuple(Job(seed) for seed in range(images))
-    return Problem(backend, jobs, fine_solution(backend.levels, steps), batch)
+    return Benchmark(backend, jobs, fine_solution(backend.levels, steps), batch)
 
 
 def reference() -> FrechetReference:

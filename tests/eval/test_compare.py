@@ -16,12 +16,12 @@ from backends.generate import generate
 from backends.load import load_backend
 from eval.compare import compare, jobs_for, main, rivals_for, runs_of
 from eval.fid import save_statistics, statistics_of
-from eval.measure import Problem, fine_solution, from_here, measure, solve_finely, variants
+from eval.measure import Benchmark, fine_solution, from_here, measure, solve_finely, variants
 from rewards.base import score
 from src.seeds import parse_seeds
 from tests import twins
 from tests.eval.pictures import CHEAP, features, redness
-from tests.eval.small import problem, save
+from tests.eval.small import benchmark, save
 from tests.rewards.twins import write_open_clip_folder
 from tests.tiny import tiny_model
 
@@ -135,7 +135,7 @@ def test_without_a_reference_images_are_held_against_the_fine_solutions(
 
 
 def test_each_solver_takes_its_best_schedule() -> None:
-    here = problem(images=6)
+    here = benchmark(images=6)
     rivals = rivals_for(["euler", "dpmpp-2"], [4], ["best"], here)
     assert len(rivals) == 12
     chosen, every = compare(here, (), rivals).scores, compare(here, rivals).scores
@@ -172,7 +172,7 @@ def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: 
     jobs = jobs_for(backend, [0, 1, 2, 3], PROMPTS)
     assert [job.prompt for job in jobs] == [*PROMPTS, *PROMPTS]
     (euler,) = variants("euler", 2, ["flowmatch"], backend.levels, 2.0)
-    here = Problem(backend, jobs, fine_solution(backend.levels, 3, 2.0), batch=4)
+    here = Benchmark(backend, jobs, fine_solution(backend.levels, 3, 2.0), batch=4)
     rewards = {"red": redness}
     fine = solve_finely(here, rewards=rewards)
     (one,) = measure(here, [euler], fine, rewards=rewards)

@@ -12,10 +12,10 @@ from eval.fid import statistics_of
 from eval.measure import (
     SCHEDULES,
     SOLVERS,
+    Benchmark,
     Candidate,
     Fine,
     FrechetReference,
-    Problem,
     best,
     by_hand,
     fine_solution,
@@ -29,15 +29,15 @@ from eval.measure import (
 from solvers.epd import EPD, Directions
 from src.images import to_bytes
 from tests.eval.pictures import CHEAP, features
-from tests.eval.small import exact, problem, reference, save, save_multistep
+from tests.eval.small import benchmark, exact, reference, save, save_multistep
 
-PROBLEM = problem()
-LEVELS = PROBLEM.backend.levels
+BENCHMARK = benchmark()
+LEVELS = BENCHMARK.backend.levels
 
 
 @pytest.fixture(scope="module")
 def fine() -> Fine:
-    return solve_finely(PROBLEM, [reference()])
+    return solve_finely(BENCHMARK, [reference()])
 
 
 def heun(steps: int) -> Candidate:
@@ -114,7 +114,7 @@ def test_parallel_multistep_on_levels_of_its_own_makes_a_call_an_interval(
     backend = exact(process)
     (one,) = learned([save_multistep(tmp_path / "p.pkl", points, process)], backend)
     assert (one.schedule, one.points, one.sampler.afs) == ("custom", points, False)
-    here = Problem(backend, (Job(0), Job(1)), fine_solution(backend.levels, 8), 2)
+    here = Benchmark(backend, (Job(0), Job(1)), fine_solution(backend.levels, 8), 2)
     (score,) = measure(here, [one], solve_finely(here))
     assert (score.nfe, score.rows) == (3, 3 * points)
     assert 0 < score.rmse < 5
@@ -141,31 +141,31 @@ def test_patterns_names_and_paths_find_predictors_once(tmp_path: Path) -> None:
 
 
 def test_the_error_is_the_root_of_the_mean_square_over_all_numbers(fine: Fine) -> None:
-    assert measure(PROBLEM, [PROBLEM.fine], fine)[0].rmse == 0
+    assert measure(BENCHMARK, [BENCHMARK.fine], fine)[0].rmse == 0
     moved = replace(fine, latents=fine.latents + 0.25)
-    assert measure(PROBLEM, [PROBLEM.fine], moved)[0].rmse == pytest.approx(0.25, rel=1e-12)
+    assert measure(BENCHMARK, [BENCHMARK.fine], moved)[0].rmse == pytest.approx(0.25, rel=1e-12)
 
 
 def test_the_error_does_not_hang_on_the_batch(fine: Fine) -> None:
-    errors = [measure(replace(PROBLEM, batch=b), [heun(5)], fine)[0].rmse for b in (1, 3, 8)]
+    errors = [measure(replace(BENCHMARK, batch=b), [heun(5)], fine)[0].rmse for b in (1, 3, 8)]
     assert errors == pytest.approx([errors[0]] * 3, rel=1e-9)
 
 
 def test_calls_and_evaluations_are_counted_apart(fine: Fine) -> None:
-    scores = measure(PROBLEM, [heun(3), epd(1), epd(3)], fine)
+    scores = measure(BENCHMARK, [heun(3), epd(1), epd(3)], fine)
     assert [(s.nfe, s.rows, s.points) for s in scores] == [(6, 6, 1), (5, 5, 1), (5, 11, 3)]
     assert all(s.time > 0 for s in scores)
 
 
 def test_a_table_that_stays_at_x_is_euler(fine: Fine) -> None:
     euler = by_hand("euler", 4, "polynomial", LEVELS)
-    first, second = measure(PROBLEM, [euler, epd(2, afs=False)], fine)
+    first, second = measure(BENCHMARK, [euler, epd(2, afs=False)], fine)
     assert first.rmse == pytest.approx(second.rmse, rel=1e-12)
 
 
 def as_seen(candidate: Candidate) -> Tensor:
     """The features of a candidate's images, as their bytes."""
-    batches = generate(PROBLEM.backend, candidate.sampler, PROBLEM.jobs, batch=3)
+    batches = generate(BENCHMARK.backend, candidate.sampler, BENCHMARK.jobs, batch=3)
     images = torch.cat([batch.images for batch in batches])
     return features((to_bytes(images).float() / 255).expand(-1, 3, -1, -1)).double()
 
@@ -173,19 +173,19 @@ def as_seen(candidate: Candidate) -> Tensor:
 def test_frechet_distances_are_of_all_images_as_their_bytes(fine: Fine) -> None:
     """To statistics that are given, and to the fine solution's own images."""
     fixed, free = reference(), FrechetReference(reference().space)
-    (score,) = measure(PROBLEM, [heun(2)], fine, [fixed])
-    mine, theirs = statistics_of(as_seen(heun(2))), statistics_of(as_seen(PROBLEM.fine))
+    (score,) = measure(BENCHMARK, [heun(2)], fine, [fixed])
+    mine, theirs = statistics_of(as_seen(heun(2))), statistics_of(as_seen(BENCHMARK.fine))
     assert fixed.statistics
     assert score.frechet == pytest.approx(fixed.statistics.distance(mine), rel=1e-5)
     assert fine.score.frechet == pytest.approx(fixed.statistics.distance(theirs), rel=1e-5)
-    (score,) = measure(PROBLEM, [heun(2)], fine, [free])
+    (score,) = measure(BENCHMARK, [heun(2)], fine, [free])
     assert score.frechets[CHEAP].value == pytest.approx(theirs.distance(mine), rel=1e-4)
-    assert measure(PROBLEM, [heun(2)], fine)[0].frechet is None
+    assert measure(BENCHMARK, [heun(2)], fine)[0].frechet is None
 
 
 def test_the_best_of_each_name_and_number_of_calls_is_that_of_least_error(fine: Fine) -> None:
     rivals = [c for n in (4, 6) for c in variants("euler", n, ("polynomial", "logsnr"), LEVELS)]
-    scores = measure(PROBLEM, rivals, fine)
+    scores = measure(BENCHMARK, rivals, fine)
     chosen = best(scores, rivals)
     assert [c.nfe for c in chosen] == [4, 6]
     for candidate in chosen:
@@ -198,6 +198,6 @@ def test_candidates_that_solve_another_problem_are_refused(fine: Fine) -> None:
     short = Candidate("short", replace(heun(3).sampler, sigmas=sigmas), "polynomial-7")
     guided = replace(heun(3), sampler=replace(heun(3).sampler, guidance_rate=4.0), source="g.pkl")
     with pytest.raises(ValueError, match=r"short ends at sigma 0\.01"):
-        measure(PROBLEM, [short], fine)
+        measure(BENCHMARK, [short], fine)
     with pytest.raises(ValueError, match=r"g\.pkl has the guidance rate 4"):
-        measure(PROBLEM, [guided], fine)
+        measure(BENCHMARK, [guided], fine)

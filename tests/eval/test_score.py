@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from eval.pictures import find_pictures
-from eval.score import Scored, Task, main, pairs, score_pictures, versus
+from eval.score import ScoredPicture, Scoring, main, pairs, score_pictures, versus
 from rewards.base import Reward
 from src.images import read_png, save_png
 from src.stats import Estimate
@@ -76,8 +76,8 @@ def test_the_summary_has_means_and_intervals(tmp_path: Path) -> None:
     assert str(Estimate(numbers["mean"], numbers["low"], numbers["high"])) in done.output
 
 
-def task(folder: Path, reward: Reward, **more: Any) -> Task:
-    return Task(find_pictures(folder), None, {"it": reward}, {"it": "it 1"}, CPU, **more)
+def task(folder: Path, reward: Reward, **more: Any) -> Scoring:
+    return Scoring(find_pictures(folder), None, {"it": reward}, {"it": "it 1"}, CPU, **more)
 
 
 def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None:
@@ -263,15 +263,21 @@ def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
 
 
 def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> None:
-    first = [Scored("000001.png", 1, "fox", {"it": 1.0}), Scored("000002.png", 2, "owl", {})]
-    second = [Scored("000000/000001.png", 1, "fox", {"it": 4.0}), Scored("2.png", 2, "cat", {})]
+    first = [
+        ScoredPicture("000001.png", 1, "fox", {"it": 1.0}),
+        ScoredPicture("000002.png", 2, "owl", {}),
+    ]
+    second = [
+        ScoredPicture("000000/000001.png", 1, "fox", {"it": 4.0}),
+        ScoredPicture("2.png", 2, "cat", {}),
+    ]
     both = pairs(first, second)
     assert both == [(first[0], second[0])]
     assert versus(both, ["it"])["it"]["difference"] == Estimate(3.0, 3.0, 3.0)
     with pytest.raises(ValueError, match="nothing to compare"):
         pairs(first[1:], second)
     with pytest.raises(ValueError, match="have one seed and prompt"):
-        pairs([first[0], Scored("other/1.png", 1, "fox", {})], second)
+        pairs([first[0], ScoredPicture("other/1.png", 1, "fox", {})], second)
 
 
 def test_two_ranks_score_what_one_does_and_go_on_with_it(tmp_path: Path) -> None:
