@@ -28,12 +28,6 @@ from src.seeds import MAX_SEED
 EXAMPLE = "training/ppo/cfgs/sd3_512.yaml"
 MULTI = "multi"
 PROMPTS = "src/prompts/train.txt"
-MODELS = {
-    "ldm": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "flux": "black-forest-labs/FLUX.1-dev",
-}
-"""The usual model of a backend, for files of the published code, which name none."""
 PUBLISHED = {
     "model_id": "model",
     "model_name_or_path": "model",
@@ -73,7 +67,7 @@ class Data:
 class BackendOptions:
     """How a model is opened; the names are those of sample.py's options."""
 
-    dtype: str = key("float32", of=tuple(DTYPES))
+    dtype: str = key("float32", of=("auto", *DTYPES))
     model_config: str | None = None
     negative_prompt: str | None = None
     cpu_offload: bool = False
@@ -93,7 +87,7 @@ class BackendOptions:
 class Model:
     """The backbone and the grid; what is given must be as in the predictor's recipe."""
 
-    model: str | None = None  # folder, file, or name on the hub; None: MODELS
+    model: str | None = None  # folder, file, or name on the hub; None: the predictor's
     dataset_name: str | None = None
     backend: str | None = None
     resolution: int | None = key(None, low=1)
@@ -385,16 +379,13 @@ def resolved(config: Config, recipe: Recipe) -> Config:
         if ours is not None and ours != value:
             said = f"model.{name} {ours} is not that of {where}, which is {value}"
             raise ValueError(f"{said}: set model.{name}={value}, or choose another predictor")
-    name = model.model or MODELS.get(recipe.backend)
-    if name is None:
-        raise ValueError(f"model.model is missing, and {recipe.backend} has no usual one: give it")
     for name_by in ("learning_by_interval", "entropy_by_interval"):
         count = len(getattr(config.ppo, name_by))
         if count not in (0, recipe.num_steps - 1):
             said = f"ppo.{name_by} has {count} numbers"
             raise ValueError(f"{said}: {where} has {recipe.num_steps - 1} intervals")
     data = replace(config.data, prompt_csv=config.data.prompt_csv or PROMPTS)
-    return replace(config, data=data, model=replace(model, model=name, **theirs))
+    return replace(config, data=data, model=replace(model, **theirs))
 
 
 def to_yaml(config: Config) -> str:

@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.load import check_fit, find_model, kind, load_backend
-from rewards.registry import ADAPTERS, Setup, load_rewards, parse
+from backends.load import backbone_of, check_fit, find_model, kind, load_backend
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
 from solvers.predictor import Predictor, find_predictor, load_predictor
+from solvers.recipe import Recipe
 from src import ranks
 from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand, one_line_errors
@@ -74,10 +75,10 @@ def main(
     prompts = prompts_of(config)
     if dry_run:
         click.echo(to_yaml(config), nl=False)
-        for line in lacking(config):
+        for line in lacking(config, predictor.recipe):
             click.echo(f"before it can run: {line}", err=True)
         return
-    for line in lacking(config):
+    for line in lacking(config, predictor.recipe):
         raise ValueError(line)
     device = ranks.init(device)
     task = make_task(config, predictor, prompts, device)
@@ -154,39 +155,31 @@ def texts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 # --- weights ------------------------------------------------------------------------------
 
 
-def lacking(config: Config) -> Iterator[str]:
+def lacking(config: Config, recipe: Recipe) -> Iterator[str]:
     """What stands in the way, as far as can be seen without loading anything."""
-    for check in (check_rewards, check_model):
+    rewards = [config.reward.name, *config.reward.judges]
+    checks = (lambda: files_of(rewards, weight_paths(config)), lambda: model_of(config, recipe))
+    for check in checks:
         try:
-            check(config)
+            check()
         except ValueError as error:
             yield str(error)
 
 
-def check_rewards(config: Config) -> None:
-    """ValueError for an unknown reward, and weights that are missing or not whole."""
-    singles = {one for name in (config.reward.name, *config.reward.judges) for one in parse(name)}
-    needed = [w for one in sorted(singles) if one in ADAPTERS for w in ADAPTERS[one].weights]
-    require(needed, weight_paths(config))
-
-
-def check_model(config: Config) -> None:
-    """ValueError for a model that is not here, or plainly not whole."""
-    path = find_model(local_model(str(config.model.model)))
+def model_of(config: Config, recipe: Recipe) -> str:
+    """The model, where it is on this machine; ValueError where it is not, or not whole."""
+    name = config.model.model or backbone_of(recipe)
+    ours = [key for key, weight in BACKBONES.items() if weight.repo == name]
+    if ours and not Path(name).exists():
+        name = str(require(ours[:1])[ours[0]])
+    path = find_model(name)
     exact = (path / "config.json").is_file() and kind(path) == "analytic"  # it has no weights
     wrong = broken(path) if path.exists() and not exact else ""
     if wrong:
         raise ValueError(f"model.model {path}: {wrong}")
     if config.model.backend_options.model_config:
         find_model(config.model.backend_options.model_config)
-
-
-def local_model(name: str) -> str:
-    """A path or shipped name as it is; one of the table of weights by its name on the hub."""
-    ours = [key for key, weight in BACKBONES.items() if weight.repo == name]
-    if Path(name).exists() or not ours:
-        return name
-    return str(require(ours[:1])[ours[0]])
+    return name
 
 
 def weight_paths(config: Config) -> dict[str, str]:
@@ -216,7 +209,7 @@ def make_task(
     loaded = load_rewards([reward.name, *reward.judges], setup)
     trained = {reward.name: loaded[reward.name]}
     judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
-    backend = open_backend(config, prompts, device)
+    backend = open_backend(config, predictor.recipe, prompts, device)
     check_fit(predictor.recipe, backend)
     sampler = predictor.sampler(backend.levels)
     backend.guided(sampler.strongest, backend.encode(prompts[0][:1]))
@@ -236,24 +229,26 @@ def make_task(
 
 
 def open_backend(
-    config: Config, prompts: tuple[tuple[Prompt, ...], ...], device: torch.device
+    config: Config,
+    recipe: Recipe,
+    prompts: tuple[tuple[Prompt, ...], ...],
+    device: torch.device,
 ) -> Backend:
     """The model; ValueError where it is of another family than the settings say."""
     texts = tuple(text for part in prompts for text in part if isinstance(text, str))
     given, side = config.model.backend_options, config.model.resolution
+    names = {f.name for f in dataclasses.fields(ModelOptions)}
+    same = {name: value for name, value in dataclasses.asdict(given).items() if name in names}
     options = ModelOptions(
-        (side, side) if side else None,
-        given.negative_prompt,
-        given.model_config,
-        given.cpu_offload,
-        given.vae_tiling,
-        given.vae_slicing,
+        size=(side, side) if side else None,
+        config=given.model_config,
         encode_first=texts if given.release_encoders else (),
+        **same,
     )
-    name = local_model(str(config.model.model))
-    if given.dtype == "float16" and device.type == "cpu":
+    name, dtype = model_of(config, recipe), DTYPES.get(given.dtype)
+    if dtype == torch.float16 and device.type == "cpu":
         click.echo("float16 is slow on a CPU: model.backend_options.dtype=float32, say", err=True)
-    backend = load_backend(name, device=device, dtype=DTYPES[given.dtype], options=options)
+    backend = load_backend(name, device=device, dtype=dtype, options=options)
     if backend.family != config.model.backend:
         said = f"model.backend {config.model.backend} is not that of {name}"
         raise ValueError(f"{said}, which is {backend.family}: choose another model or backend")

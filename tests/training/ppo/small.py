@@ -23,6 +23,7 @@ SIDE = 16
 SMALL = {
     "model.resolution": str(SIDE),
     "ppo.rollout_batch_size": "4",
+    "ppo.minibatch_size": "4",
     "ppo.eval_prompts": "2",
     "ppo.eval_interval": "2",
     "ppo.steps": "3",
@@ -39,7 +40,7 @@ def small_hps(patch: pytest.MonkeyPatch) -> None:
 
 def write_twins(name: str, folder: Path) -> None:
     """What a file needs: its model, the predictor for its size, and HPS."""
-    twins.saved(folder / "model", twins.MAKERS[FAMILIES[name]]())
+    twins.saved(folder / "model", twins.MAKERS[FAMILIES[name.removesuffix("_guided")]]())
     predictor = load_predictor(find_predictor(config_of(name).data.predictor_snapshot))
     recipe = dataclasses.replace(predictor.recipe, img_resolution=SIDE)
     save_predictor(Predictor(predictor.table, recipe), folder / "start.pkl")

@@ -75,7 +75,7 @@ def test_what_a_file_leaves_out_is_the_predictors_own(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     config = resolved(load_config(tmp_path / "c.yaml"), recipe(named("sd3_512")))
     model = named("sd3_512").model
-    for name in ("model", "num_steps", "guidance_rate", "resolution", "schedule_type"):
+    for name in ("num_steps", "guidance_rate", "resolution", "schedule_type"):
         assert getattr(config.model, name) == getattr(model, name)
 
 

@@ -127,7 +127,8 @@ def test_rewards_of_weight_zero_are_neither_loaded_nor_needed(twins: Path) -> No
     changes = ("reward.type=multi", "reward.multi.weights={hps: 1.0, mps: 0.0, clip: 0}")
     paths = f"reward.weights_path={{hps: {twins / 'hps.pt'}}}"
     config = load_config(SD3, [*changes, paths, f"model.model={twins / 'model'}"])
-    assert list(launch.lacking(config)) == []
+    recipe = load_predictor(twins / "start.pkl").recipe
+    assert list(launch.lacking(config, recipe)) == []
 
 
 def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[Prompt, ...], ...]:

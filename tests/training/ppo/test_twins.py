@@ -9,7 +9,7 @@ from src.runs import Metrics
 from tests.training.ppo.small import small_hps, start, told, write_twins
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3_512", "flux_dev"])
+@pytest.mark.parametrize("name", ["sd15", "sd3_1024", "sd3_512_guided", "flux_dev_guided"])
 def test_a_published_file_runs_on_twins_from_its_own_yaml(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,3 +26,4 @@ def test_a_published_file_runs_on_twins_from_its_own_yaml(
     assert ended.recipe.training["ppo"]["step"] == 3
     assert (ended.table.r - begun.table.r).abs().max() > 0
     assert (ended.recipe.schedule_type, ended.nfe) == (begun.recipe.schedule_type, begun.nfe)
+    assert (ended.table.guidance is not None) is name.endswith("_guided")
