@@ -35,8 +35,9 @@ from src.seeds import randint
 from src.text import read_prompts
 from training.descend import Reward
 from training.distances import OF_FEATURES, Network, load_network
-from training.distill import Model, Problem, best_sampler, learn, make_problem, predictor_of
+from training.distill import best_sampler, learn, predictor_of
 from training.plots import draw_losses, draw_table
+from training.problem import Model, Problem, make_problem
 from training.settings import GRADIENT_ALONE, Settings, preset, resolved
 from training.student import rmse
 from training.teacher import Cache, fingerprint
@@ -129,10 +130,14 @@ def main(
         cache = Cache(
             cache, int(options["cache_gb"] * 1e9), functools.partial(click.echo, err=True)
         )
-    backend, model = opened(backbone, settings, device, cache, stop)
+    backend, model = opened(backbone, settings, device, cache)
     if settings.name == Settings.name:
         settings = replace(settings, name=backbone.model.rstrip("/").rpartition("/")[2])
-    problem = make_problem(model, settings)
+    bar = ranks.progress(None, "call")
+    model = replace(
+        model, poll=functools.partial(called, stop, bar), report=functools.partial(shown, bar)
+    )
+    problem = make_problem(replace(model, reduce=functools.partial(agreed, stop)), settings)
     if dry_run:
         levels = {"backend": backend.family, "sigmas": problem.student.sigmas}
         click.echo(to_json(vars(backbone) | vars(problem.settings) | levels, 2))
@@ -145,6 +150,7 @@ def main(
             run.log("stopped: go on with --resume")
             sys.exit(stop.exit_status)
         finally:
+            bar.close()
             ranks.close()
 
 
@@ -264,7 +270,7 @@ def open_run(
 
 
 def opened(
-    backbone: Backbone, settings: Settings, device: torch.device, cache: Cache | None, stop: Stop
+    backbone: Backbone, settings: Settings, device: torch.device, cache: Cache | None
 ) -> tuple[Backend, Model]:
     """The backend, and what of it is distilled.
 
@@ -320,10 +326,19 @@ def opened(
         about=key,
         recipe=recipe,
         training=plain,
-        reduce=functools.partial(agreed, stop),
-        poll=stop.poll,
     )
     return backend, model
+
+
+def shown(bar: tqdm, value: float) -> None:
+    """Beside the bar, what a refinement makes small."""
+    bar.set_postfix_str(f"{value:.4g}", refresh=False)
+
+
+def called(stop: Stop, bar: tqdm) -> None:
+    """Before a call of the network: count it, and stop here where that is asked for."""
+    bar.update()
+    stop.poll()
 
 
 def agreed(stop: Stop, tensor: Tensor) -> Tensor:
