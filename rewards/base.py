@@ -106,10 +106,9 @@ RANGES = {
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """The weighted mean of rewards, each brought to a common range.
+    """sum_i weight_i (scale_i score_i + shift_i) / sum_i weight_i, a Reward made of rewards.
 
-    sum_i weight_i (scale_i score_i + shift_i) / sum_i weight_i. Weights are positive; rewards
-    that `ranges` does not name count as they are.
+    Weights are positive; rewards that `ranges` does not name count as they are.
     """
 
     rewards: Mapping[str, Reward]
@@ -117,19 +116,10 @@ class WeightedSum:
     ranges: Mapping[str, Range]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
-        return self.mean(self.parts(images, prompts))
-
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each reward's scores [B], in its own units."""
-        return {name: score(r, images, prompts, name) for name, r in self.rewards.items()}
+        return self.mean({n: score(r, images, prompts, n) for n, r in self.rewards.items()})
 
     def mean(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted mean [B] of scores that are at hand, in their own units."""
-        total = sum(self.weights[name] for name in self.rewards)
-        ranged = [self._ranged(name, parts[name]) for name in self.rewards]
-        return torch.stack(ranged).sum(0) / total
-
-    def _ranged(self, name: str, scores: Tensor) -> Tensor:
-        to = self.ranges.get(name, Range())
-        return self.weights[name] * (scores * to.scale + to.shift)
+        ranges = {name: self.ranges.get(name, Range()) for name in self.rewards}
+        ranged = [self.weights[n] * (parts[n] * to.scale + to.shift) for n, to in ranges.items()]
+        return torch.stack(ranged).sum(0) / sum(self.weights[name] for name in ranges)

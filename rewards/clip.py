@@ -28,13 +28,11 @@ from rewards.towers import (
 VIT_L, VIT_H = "ViT-L-14-quickgelu", "ViT-H-14"
 UNUSED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 """Beside the weights in OpenAI's own files."""
-WIDTHS = (1024, 128, 64, 16, 1)
-PLACES = (0, 2, 4, 6, 7)  # of the linear layers; the others were dropout
 
 
 def load_clip(loader: Loader) -> Cosine:
     """The reward `clip`: the cosine in ViT-L/14 of OpenAI, or any CLIP, about 0.15 to 0.35."""
-    return Cosine(shared(loader))
+    return Cosine(_shared(loader))
 
 
 def load_hps(loader: Loader, config: Mapping[str, Any] | None = None) -> Cosine:
@@ -44,8 +42,7 @@ def load_hps(loader: Loader, config: Mapping[str, Any] | None = None) -> Cosine:
     square between black bars.
     """
     path, setup = loader.path("hps"), loader.setup
-    state = read_state(path)
-    sections = config or known_config(VIT_H)
+    state, sections = read_state(path), config or known_config(VIT_H)
     return Cosine(open_clip_towers(state, sections, str(path), setup.device, setup.amp))
 
 
@@ -57,13 +54,13 @@ def load_pickscore(loader: Loader) -> Cosine:
 
 def load_aesthetic(loader: Loader) -> "Aesthetic":
     """The reward `aesthetic`, on the model that `clip` uses too."""
-    path, towers = loader.path("aesthetic"), shared(loader)
-    device = loader.setup.device
-    head = fill(lambda: LinearStack(towers.width), read_state(path), str(path), device)
+    path, towers = loader.path("aesthetic"), _shared(loader)
+    state = read_state(path)
+    head = fill(lambda: LinearStack(towers.width), state, str(path), loader.setup.device)
     return Aesthetic(towers, head)
 
 
-def shared(loader: Loader) -> Towers:
+def _shared(loader: Loader) -> Towers:
     """The one model of `clip` and `aesthetic`."""
     path, setup = loader.path("clip"), loader.setup
     return loader.get(("clip", path), lambda: load_towers(path, setup.device, setup.amp))
@@ -77,10 +74,9 @@ def load_towers(
     A file may be OpenAI's own, which is TorchScript: its tensors are read, its code is not.
     config: sections of the open_clip model that a file is of; ViT-L/14 with OpenAI's activation.
     """
-    if (path / OPEN_CLIP).is_file():
-        return open_clip_folder(path, device, amp)
     if path.is_dir():
-        return clip_folder(path, device, amp)
+        of_folder = open_clip_folder if (path / OPEN_CLIP).is_file() else clip_folder
+        return of_folder(path, device, amp)
     state = renamed(read_state(path), {}, UNUSED)
     return open_clip_towers(state, config or known_config(VIT_L), str(path), device, amp)
 
@@ -93,23 +89,21 @@ class Aesthetic:
     head: "LinearStack"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
         return self.head(self.towers.images(images)).to(images.device)
 
 
 class LinearStack(nn.Module):
     """The head of ImageReward and the aesthetic predictor: linear layers, nothing between.
 
-    [B, D] -> [B], under the names `layers.N` of the published files.
+    [B, D] -> [B], under the names `layers.N` of the published files, which had dropout between.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        ends = zip((width, *WIDTHS), WIDTHS, strict=False)
-        self.layers = nn.Sequential(*(nn.Identity() for _ in range(PLACES[-1] + 1)))
-        for i, (inputs, outputs) in zip(PLACES, ends, strict=True):
-            self.layers[i] = nn.Linear(inputs, outputs)
+        places = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+        self.layers = nn.Sequential(
+            *(nn.Linear(*places[i]) if i in places else nn.Identity() for i in range(8))
+        )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B]."""
         return self.layers(features).squeeze(-1)

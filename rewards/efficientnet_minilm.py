@@ -39,7 +39,6 @@ class EmojiScore:
     amp: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
         with autocast(self.device, self.amp):
             features = self.features(images).float()
         guess = F.normalize(self.matrix(features.to(self.device)), dim=-1)

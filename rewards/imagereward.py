@@ -28,12 +28,12 @@ VISION = {
     "blocks.": "encoder.layers.",
     "norm.": "post_layernorm.",
 }
-BLOCK = {
-    ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.",
-    ".attn.qkv.": ".self_attn.qkv.",
-    ".attn.proj.": ".self_attn.projection.",
-}
+BLOCK = (
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+)
 UNUSED = ("vision_proj.weight", "vision_proj.bias", "text_proj.weight", "text_proj.bias")
 """Of BLIP's pretraining; in the file, and of no use to the score."""
 
@@ -102,7 +102,6 @@ class ImageReward:
     amp: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
         tokens, present = self.tokens(prompts).to(self.device).unbind(1)
         pixels = self.preprocess(images.to(self.device))
         with autocast(self.device, self.amp):
@@ -123,29 +122,18 @@ def load_state(
     state: State, sizes: BlipSizes, source: str, device: torch.device, amp: bool = False
 ) -> Blip:
     """The networks with the tensors of the published state dict; the head stays float32."""
-    half = half_for(device, amp)
-    networks = fill(lambda: Blip(sizes), converted(state), source, device, half)
-    networks.head.float()
-    return networks
-
-
-def converted(state: State) -> dict[str, Tensor]:
-    """The published names -> those of `Blip`; what the score does not use is left out."""
     vision = renamed(within(state, "blip.visual_encoder."), VISION)
-    new = {f"vision.{in_block(name)}": value for name, value in vision.items()}
+    for old, new in BLOCK:
+        vision = {name.replace(old, new): value for name, value in vision.items()}
     text = renamed(within(state, "blip.text_encoder."), {}, ("position_ids",))
-    new |= {f"text.{name}": value for name, value in text.items()}
-    new |= {f"head.{name}": value for name, value in within(state, "mlp.").items()}
     parts = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
     rest = renamed(state, {}, UNUSED)
-    return new | {n: v for n, v in rest.items() if not n.startswith(parts)}
-
-
-def in_block(name: str) -> str:
-    """The name of a parameter of a block of the image tower."""
-    for old, new in BLOCK.items():
-        name = name.replace(old, new)
-    return name
+    ours = {name: value for name, value in rest.items() if not name.startswith(parts)}
+    for prefix, tensors in (("vision", vision), ("text", text), ("head", within(state, "mlp."))):
+        ours |= {f"{prefix}.{name}": value for name, value in tensors.items()}
+    networks = fill(lambda: Blip(sizes), ours, source, device, half_for(device, amp))
+    networks.head.float()
+    return networks
 
 
 def tokenizer(path: Path, sizes: BlipSizes) -> Any:

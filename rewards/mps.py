@@ -7,7 +7,6 @@ D channels, h heads of c channels. Names of parameters are those of the publishe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from rewards.pixels import Preprocess
 from rewards.registry import Loader
 from rewards.states import State, fill, read_state, renamed
-from rewards.towers import TextCache, Tokenise, autocast, half_for, padded_tokenizer
+from rewards.towers import TextCache, autocast, half_for, padded_tokenizer
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
@@ -28,29 +27,18 @@ CONDITION = (
 THRESHOLD = 0.3  # of relevance, relative to the most relevant token
 UNUSED = (".position_ids", ".norm.bias", ".pos_emb", ".inv_freq", ".mask")
 """Buffers of the published file: positions, zeros, and caches of the rotary embedding."""
+
+
+def _tower(width: int, heads: int, layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, "projection_dim": 1024, "hidden_act": "gelu"}
+
+
 CLIP_H: dict[str, Any] = {
     "projection_dim": 1024,
-    "text_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "projection_dim": 1024,
-        "hidden_act": "gelu",
-    },
-    "vision_config": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 32,
-        "patch_size": 14,
-        "image_size": 224,
-        "projection_dim": 1024,
-        "hidden_act": "gelu",
-    },
+    "text_config": _tower(1024, 16, 24),
+    "vision_config": {**_tower(1280, 16, 32), "patch_size": 14, "image_size": 224},
 }
-
-
 Sizes = tuple[Mapping[str, Any], Mapping[str, int]]
 """Of the networks: the sections of transformers' CLIPConfig, and the arguments of Stack."""
 PUBLISHED: Sizes = (CLIP_H, {})
@@ -87,7 +75,7 @@ class Stack(nn.Module):
 
 
 class Cross(nn.Module):
-    """Attention of normed queries to the context, and a feed-forward of them beside it."""
+    """Attention of normed queries to the context, and a feed-forward beside it, as in Stack."""
 
     def __init__(self, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
         super().__init__()
@@ -102,7 +90,6 @@ class Cross(nn.Module):
         )
 
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """As Stack, without the sum."""
         normed = self.norm(queries)
         q = self.to_q(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.to_kv(context).chunk(2, -1)
@@ -123,17 +110,15 @@ class Parallel(nn.Module):
         self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(inner, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, Q, D] -> [B, Q, D], without the sum."""
         q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.widths, -1)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.attn_out(attend(rotate(q), rotate(k), v, None)) + self.ff_out(ff)
 
 
 class SwiGLU(nn.Module):
-    """silu(second half) * first half."""
+    """silu(second half) * first half, [*, 2 C] -> [*, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[*, 2 C] -> [*, C]."""
         first, second = x.chunk(2, -1)
         return F.silu(second) * first
 
@@ -198,38 +183,31 @@ class MPS:
     """exp(logit_scale) * cosine of the prompt and what the image makes of it: a Reward."""
 
     networks: MPSNetworks
-    tokenise: Tokenise
+    texts: TextCache  # B prompts -> [B, L + 1, D]
     preprocess: Preprocess
     device: torch.device
     amp: bool
-    condition: str = CONDITION
-
-    @cached_property
-    def texts(self) -> TextCache:
-        """B prompts -> [B, L + 1, D]."""
-        return TextCache(self._read, size=256)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
-        text, condition = self.texts(prompts), self.texts([self.condition])[0, :-1]
+        text, condition = self.texts(prompts), self.texts([CONDITION])[0, :-1]
         mask, pixels = relevant(text[:, :-1], condition), self.preprocess(images.to(self.device))
         with autocast(self.device, self.amp):
             return self.networks(pixels, text, mask).float().to(images.device)
 
-    def _read(self, prompts: Sequence[str]) -> Tensor:
-        with autocast(self.device, self.amp):
-            return self.networks.read(self.tokenise(prompts).to(self.device)).float()
-
 
 def load(loader: Loader, sizes: Sizes = PUBLISHED) -> MPS:
     """The reward `mps`, of the published file, which is a whole pickled module."""
-    path, setup = loader.path("mps"), loader.setup
-    networks = load_state(read_state(path), sizes, str(path), setup.device, setup.amp)
+    path, device, amp = loader.path("mps"), loader.setup.device, loader.setup.amp
+    networks = load_state(read_state(path), sizes, str(path), device, amp)
     text, vision = networks.model.config.text_config, networks.model.config.vision_config
     tokenise = padded_tokenizer(text.max_position_embeddings, text.vocab_size, path)
-    return MPS(
-        networks, tokenise, Preprocess(vision.image_size, middle=int), setup.device, setup.amp
-    )
+
+    def read(prompts: Sequence[str]) -> Tensor:
+        with autocast(device, amp):
+            return networks.read(tokenise(prompts).to(device)).float()
+
+    pixels = Preprocess(vision.image_size, middle=int)
+    return MPS(networks, TextCache(read, size=256), pixels, device, amp)
 
 
 def load_state(

@@ -139,24 +139,19 @@ def filters(old: int, new: int, start: int, count: int, name: str, device: torch
     return tuple(blocks)
 
 
-def bilinear(x: Tensor) -> Tensor:
-    """Of distances in pixels."""
-    return (1 - x).clamp(min=0)
-
-
-def bicubic(x: Tensor) -> Tensor:
+def _bicubic(x: Tensor) -> Tensor:
     """Keys' with a = -1/2."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     return torch.where(x < 1, near, far.where(x < 2, 0))
 
 
-def lanczos(x: Tensor) -> Tensor:
-    """Of three lobes."""
-    return (torch.sinc(x) * torch.sinc(x / 3)).where(x < 3, 0)
-
-
-FILTERS = {"bilinear": (1, bilinear), "bicubic": (2, bicubic), "lanczos": (3, lanczos)}
+FILTERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "bilinear": (1, lambda x: (1 - x).clamp(min=0)),
+    "bicubic": (2, _bicubic),
+    "lanczos": (3, lambda x: (torch.sinc(x) * torch.sinc(x / 3)).where(x < 3, 0)),
+}
+"""How far each reaches, and its weights at distances x in pixels."""
 BY_NUMBER = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, as in the files of transformers."""
 

@@ -131,7 +131,6 @@ def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, 
     Raises ValueError, in one line, for an unknown name, a missing or wrong file of weights, and
     a library that is not installed.
     """
-    names = list(dict.fromkeys(names))
     wanted = {name: parse(name) for name in names}
     setup = setup or Setup()
     if setup.amp and setup.device.type == "cpu":
@@ -140,9 +139,15 @@ def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, 
         )
         setup = replace(setup, amp=False)
     loader = Loader(setup)
-    files_of(names, loader.setup.paths)
-    loaded = {single: _load(single, loader) for single in singles(names)}
-    return {name: _reward(name, wanted[name], loaded) for name in names}
+    files_of(wanted, setup.paths)
+    loaded = {single: _load(single, loader) for single in singles(wanted)}
+
+    def reward(name: str, weights: dict[str, float]) -> Reward:
+        if name in loaded:
+            return loaded[name]
+        return WeightedSum({single: loaded[single] for single in weights}, weights, RANGES)
+
+    return {name: reward(name, weights) for name, weights in wanted.items()}
 
 
 def singles(names: Iterable[str]) -> list[str]:
@@ -197,27 +202,16 @@ def _checked(name: str) -> str:
     )
 
 
-def _reward(name: str, weights: dict[str, float], loaded: dict[str, Reward]) -> Reward:
-    if name in loaded:
-        return loaded[name]
-    return WeightedSum({single: loaded[single] for single in weights}, weights, RANGES)
-
-
 def _load(name: str, loader: Loader) -> Reward:
-    if name not in ADAPTERS:
-        return _own(name)
-    try:
+    """The reward of one name; one's own is importable from the current folder too."""
+    if name in ADAPTERS:
         module, _, function = ADAPTERS[name].load.partition(":")
-        load: Callable[[Loader], Reward] = getattr(importlib.import_module(module), function)
-        return load(loader)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{name} needs the package {error.name}: pip install -r requirements.txt"
-        ) from error
-
-
-def _own(name: str) -> Reward:
-    """`module:function`, importable from the current folder or the environment."""
+        try:
+            return getattr(importlib.import_module(module), function)(loader)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{name} needs the package {error.name}: pip install -r requirements.txt"
+            ) from error
     module, _, function = name.partition(":")
     try:
         own = getattr(importlib.import_module(module), function)

@@ -17,6 +17,13 @@ from src.pickles import read_tensors
 
 M = TypeVar("M", bound=nn.Module)
 State = Mapping[str, Tensor]
+PRODUCTS = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention: "in_proj_weight"}
+"""The matrices, which are nearly all numbers of a network."""
+BUFFERS: dict[str, Callable[[torch.Size, torch.device], Tensor]] = {
+    "position_ids": lambda shape, on: torch.arange(shape[-1], device=on).expand(shape),
+    "token_type_ids": lambda shape, on: torch.zeros(shape, dtype=torch.int64, device=on),
+    "attn_mask": lambda shape, on: torch.full(shape, float("-inf"), device=on).triu(1),
+}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -66,8 +73,13 @@ def fill(
     """
     with torch.device("meta"):
         network = build()
-    check(state, network.state_dict(), source)
-    matrices = weights_of_products(network) if half else set()
+    _check(state, network.state_dict(), source)
+    matrices = {
+        f"{name}.{weight}"
+        for name, module in network.named_modules()
+        for kind, weight in PRODUCTS.items()
+        if half and isinstance(module, kind)
+    }
 
     def ready(name: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():
@@ -75,22 +87,14 @@ def fill(
         return value.to(device, half if name in matrices else torch.float32)
 
     network.load_state_dict({n: ready(n, v) for n, v in state.items()}, assign=True, strict=True)
-    complete(network, device)
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_meta and device.type != "meta":  # no file holds it
+            owner, _, last = name.rpartition(".")
+            setattr(network.get_submodule(owner), last, BUFFERS[last](buffer.shape, device))
     return network.eval().requires_grad_(False)
 
 
-def weights_of_products(network: nn.Module) -> set[str]:
-    """The names of weights of linear layers, convolutions and attention: nearly all numbers."""
-    kinds = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention: "in_proj_weight"}
-    return {
-        f"{name}.{weight}"
-        for name, module in network.named_modules()
-        for kind, weight in kinds.items()
-        if isinstance(module, kind)
-    }
-
-
-def check(state: State, wanted: State, source: str) -> None:
+def _check(state: State, wanted: State, source: str) -> None:
     """ValueError, in one line, unless both have the same names and shapes."""
     shape = {name: list(v.shape) for name, v in state.items()}
     differ = [n for n, v in wanted.items() if n in shape and shape[n] != list(v.shape)]
@@ -102,20 +106,3 @@ def check(state: State, wanted: State, source: str) -> None:
     said = [f"{len(names)} {what} ({names[0]})" for what, names in faults.items() if names]
     if said:
         raise ValueError(f"{source}: these are other weights: {', '.join(said)}")
-
-
-def complete(network: nn.Module, device: torch.device) -> None:
-    """Make the buffers that no file holds: positions, and causal masks."""
-    for name, buffer in list(network.named_buffers()):
-        if buffer.is_meta and device.type != "meta":
-            owner, _, last = name.rpartition(".")
-            setattr(network.get_submodule(owner), last, _buffer(last, buffer.shape, device))
-
-
-def _buffer(name: str, shape: torch.Size, device: torch.device) -> Tensor:
-    if name == "position_ids":
-        return torch.arange(shape[-1], device=device).expand(shape)
-    if name == "token_type_ids":
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-    assert name == "attn_mask", f"the buffer {name} has no rule"
-    return torch.full(shape, float("-inf"), device=device).triu(1)

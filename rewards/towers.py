@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewards.pixels import Preprocess, by_open_clip, by_transformers
 from rewards.states import State, fill, read_state, renamed
@@ -92,7 +92,6 @@ class Cosine:
     scale: float = 1.0
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward."""
         cosines = (self.towers.images(images) * self.towers.texts(prompts)).sum(-1)
         return (self.scale * cosines).to(images.device)
 
@@ -130,10 +129,10 @@ def open_clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ValueError(f"{folder / OPEN_CLIP}: it has no object 'model_cfg'")
     path, model = weights_in(folder, OPEN_CLIP_WEIGHTS), config["model_cfg"]
-    text, size = model.get("text_cfg", {}), model.get("vision_cfg", {}).get("image_size", 224)
     tokens: Any = None
-    if text.get("hf_tokenizer_name"):
+    if model.get("text_cfg", {}).get("hf_tokenizer_name"):
         tokens = open_clip().get_tokenizer(f"local-dir:{folder}")
+    size = model.get("vision_cfg", {}).get("image_size", 224)
     preprocess = by_open_clip(config.get("preprocess_cfg") or {}, size, folder / OPEN_CLIP)
     return open_clip_towers(read_state(path), model, str(path), device, amp, tokens, preprocess)
 
@@ -147,30 +146,29 @@ def open_clip_towers(
     tokens: Tokenise | None = None,
     preprocess: Preprocess | None = None,
 ) -> Towers:
-    """The towers of a config and a state dict; CLIP's own tokenizer and pixels by default."""
-    network: Any = fill(lambda: build(config), state, source, device, half_for(device, amp))
-    length = config.get("text_cfg", {}).get("context_length", 77)
+    """The towers of a config and a state dict; CLIP's own tokenizer and pixels by default.
+
+    ValueError for a config that open_clip does not know, and as `fill`.
+    """
+    sections = {name: value for name, value in config.items() if name != "custom_text"}
+    text = config.get("text_cfg", {})
+    custom = config.get("custom_text") or "hf_model_name" in text
+    kind = open_clip().CustomTextCLIP if custom else open_clip().CLIP
+    try:
+        network = fill(lambda: kind(**sections), state, source, device, half_for(device, amp))
+    except TypeError as error:
+        raise ValueError(f"this open_clip config is not known: {error}") from error
+    length = text.get("context_length", 77)
     tokenise = tokens or open_clip().SimpleTokenizer(context_length=length)
     return Towers(
         preprocess or Preprocess(config["vision_cfg"]["image_size"]),
         network.encode_image,
         lambda prompts: network.encode_text(tokenise(list(prompts)).to(device)),
         int(network.visual.output_dim),
-        exponential(network.logit_scale),
+        _exponential(network.logit_scale),
         device,
         amp,
     )
-
-
-def build(config: Mapping[str, Any]) -> nn.Module:
-    """An untrained model. ValueError for a config that open_clip does not know."""
-    sections = {name: value for name, value in config.items() if name != "custom_text"}
-    custom = config.get("custom_text") or "hf_model_name" in config.get("text_cfg", {})
-    kind = open_clip().CustomTextCLIP if custom else open_clip().CLIP
-    try:
-        return kind(**sections)
-    except TypeError as error:
-        raise ValueError(f"this open_clip config is not known: {error}") from error
 
 
 # --- transformers ---------------------------------------------------------------------------
@@ -189,12 +187,18 @@ def clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
     Without a tokenizer in it, CLIP's own is used; its preprocessor_config.json is followed where
     there is one. ValueError, in one line, for another folder.
     """
-    config, path = clip_config(folder), weights_in(folder, WEIGHTS)
+    content = read_json(folder / "config.json")
+    if not isinstance(content, dict) or content.get("model_type") != "clip":
+        raise ValueError(f"{folder / 'config.json'}: its model_type is not clip")
+    try:
+        config = transformers().CLIPConfig.from_dict(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    path = weights_in(folder, WEIGHTS)
     network = clip_model(read_state(path), config, str(path), device, amp)
-    text, size = config.text_config, config.vision_config.image_size
-    tokenise = folder_tokenizer(folder, text.max_position_embeddings, text.vocab_size)
-    pixels = folder / PREPROCESSOR
-    preprocess = by_transformers(read_json(pixels) if pixels.is_file() else {}, size, pixels)
+    length, vocabulary = config.text_config.max_position_embeddings, config.text_config.vocab_size
+    tokenise = _own_tokenizer(folder, length) or padded_tokenizer(length, vocabulary, folder)
+    pixels, size = folder / PREPROCESSOR, config.vision_config.image_size
 
     def see(images: Tensor) -> Tensor:
         return network.visual_projection(network.vision_model(images).pooler_output)
@@ -203,20 +207,24 @@ def clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
         tokens = tokenise(prompts).to(device)
         return network.text_projection(network.text_model(tokens).pooler_output)
 
-    scale = exponential(network.logit_scale)
-    return Towers(preprocess, see, read, network.projection_dim, scale, device, amp)
+    return Towers(
+        by_transformers(read_json(pixels) if pixels.is_file() else {}, size, pixels),
+        see,
+        read,
+        network.projection_dim,
+        _exponential(network.logit_scale),
+        device,
+        amp,
+    )
 
 
-def clip_config(folder: Path) -> Any:
-    """The CLIPConfig of a folder; ValueError for one of another model."""
-    path = folder / "config.json"
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("model_type") != "clip":
-        raise ValueError(f"{path}: its model_type is not clip")
-    try:
-        return transformers().CLIPConfig.from_dict(content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+def _own_tokenizer(folder: Path, length: int) -> Tokenise | None:
+    """The tokenizer in a folder: P prompts -> [P, length]."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    own = transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    options = {"padding": "max_length", "truncation": True, "max_length": length}
+    return lambda prompts: own(list(prompts), return_tensors="pt", **options).input_ids
 
 
 def clip_model(
@@ -226,15 +234,6 @@ def clip_model(
     kept = renamed(state, {}, (".position_ids",))
     half = half_for(device, amp)
     return fill(lambda: transformers().CLIPModel(config), kept, source, device, half)
-
-
-def folder_tokenizer(folder: Path, length: int, vocabulary: int) -> Tokenise:
-    """The folder's tokenizer, else CLIP's own: P prompts -> [P, length]."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        return padded_tokenizer(length, vocabulary, folder)
-    own = transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    options = {"padding": "max_length", "truncation": True, "max_length": length}
-    return lambda prompts: own(list(prompts), return_tensors="pt", **options).input_ids
 
 
 def padded_tokenizer(length: int, vocabulary: int, source: object) -> Tokenise:
@@ -254,9 +253,6 @@ def padded_tokenizer(length: int, vocabulary: int, source: object) -> Tokenise:
     return tokenise
 
 
-# --- both -----------------------------------------------------------------------------------
-
-
 def weights_in(folder: Path, names: Sequence[str]) -> Path:
     """The first of these files that a folder has; ValueError where it has none."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -265,6 +261,6 @@ def weights_in(folder: Path, names: Sequence[str]) -> Path:
     return path
 
 
-def exponential(scale: Tensor) -> float:
+def _exponential(scale: Tensor) -> float:
     """Of the learnt logarithm of a scale; 1 for one without numbers."""
     return 1.0 if scale.is_meta else float(scale.exp())

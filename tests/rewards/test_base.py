@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ from tests.rewards.twins import (
     write_clip_folder,
     write_open_clip_folder,
 )
+
+NEAR = {
+    "hps": 0.05,
+    "clip": 0.05,
+    "aesthetic": 0.1,
+    "pickscore": 0.5,
+    "imagereward": 0.1,
+    "mps": 1,
+}
+"""How far half precision may be; of logits, exp(2) times a cosine and more, farther."""
 
 
 def brightness(batch: Tensor, _prompts: Sequence[str]) -> Tensor:
@@ -118,6 +129,7 @@ def test_following_the_gradient_of_clip_raises_its_score(tmp_path: Path) -> None
 
 def every_reward(folder: Path, device: str, *, amp: bool) -> dict[str, Reward]:
     """Each on its twin."""
+    folder.mkdir(exist_ok=True)
     write_clip_folder(folder / "pickscore")
     write_open_clip_folder(folder / "clip")
     torch.save(open_clip_state(), folder / "hps.pt")
@@ -135,6 +147,41 @@ def every_reward(folder: Path, device: str, *, amp: bool) -> dict[str, Reward]:
         "imagereward": imagereward.load(loader, BLIP),
         "mps": mps.load(loader, MPS_SIZES),
     }
+
+
+@pytest.fixture(scope="module")
+def by_precision(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Reward]]:
+    folder = tmp_path_factory.mktemp("twins")
+    return {amp: every_reward(folder / str(amp), "cpu", amp=amp) for amp in (False, True)}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_batch_scores_as_its_images_one_by_one_and_half_precision_stays_near(
+    name: str, by_precision: dict[bool, dict[str, Reward]]
+) -> None:
+    reward, given = by_precision[False][name], images(4, 50, 33)
+    together = score(reward, given, PROMPTS)
+    alone = [score(reward, given[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    halved = score(by_precision[True][name], given, PROMPTS)
+    assert halved.dtype == torch.float32
+    assert 0 < (halved - together).abs().max() < NEAR[name]
+    assert has_gradient(reward)
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "whole"),
+    [
+        ("imagereward", "vision.encoder.layers.0.mlp.fc1.weight", "head.layers.0.weight"),
+        ("mps", "cross_model.layers.0.0.fn.to_q.weight", "model.logit_scale"),
+    ],
+)
+def test_half_precision_is_that_of_the_matrices(
+    name: str, half: str, whole: str, by_precision: dict[bool, dict[str, Reward]]
+) -> None:
+    reward: Any = by_precision[True][name]
+    kinds = {n: p.dtype for n, p in reward.networks.named_parameters()}
+    assert (kinds[half], kinds[whole]) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -55,20 +55,9 @@ BARS = 0.05  # hpsv2 resizes floats, not bytes, with whatever its torchvision ho
 OPENAI: dict[str, Any] = {
     "embed_dim": 768,  # the aesthetic package knows no other
     "quick_gelu": True,
-    "vision_cfg": {
-        "image_size": 32,
-        "layers": 2,
-        "width": 64,
-        "head_width": 64,  # OpenAI's code reads the sizes off the tensors: heads of 64 channels
-        "patch_size": 8,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 64,
-        "heads": 1,
-        "layers": 2,
-    },
+    # OpenAI's code reads the sizes off the tensors: heads of 64 channels
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 IMAGEREWARD = replace(BLIP, tokens=35)
 STACKS: tuple[dict[str, int], ...] = (

@@ -23,44 +23,15 @@ transformers: Any = library
 PROMPTS = ["a red fox", "two cats on a mat", "a red fox", "rain"]
 OPEN_CLIP: dict[str, Any] = {
     "embed_dim": 16,
-    "vision_cfg": {
-        "image_size": 32,
-        "layers": 2,
-        "width": 24,
-        "head_width": 12,
-        "patch_size": 8,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 16,
-        "heads": 2,
-        "layers": 2,
-    },
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 24, "head_width": 12, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "projection_dim": 12,
-}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+TEXT |= {"num_hidden_layers": 2, "projection_dim": 12}
 VISION = {**TEXT, "image_size": 32, "patch_size": 8}
 BLIP = BlipSizes(32, 8, 16, 2, 2, 24, 2, 3, vocabulary=20, positions=40, tokens=9)
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "a",
-    "red",
-    "fox",
-    "two",
-    "cats",
-    "on",
-    "the",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS += ["a", "red", "fox", "two", "cats", "on", "the"]
 MPS_STACK = {"dim": 12, "layer_num": 2, "dim_head": 4, "heads": 3, "ff_mult": 4}
 MPS_SIZES = ({"text_config": TEXT, "vision_config": VISION, "projection_dim": 12}, MPS_STACK)
 
@@ -79,16 +50,10 @@ def pictures(batch: Tensor) -> list[Image.Image]:
 
 def by_pillow(batch: Tensor, size: int, mean: Any = MEAN, std: Any = STD) -> Tensor:
     """What torchvision and Pillow make of images for a tower of `size` pixels."""
-    path = transforms.Compose(
-        [
-            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
-    made: list[Any] = [path(picture) for picture in pictures(batch)]
-    return torch.stack(made)
+    shape = [transforms.Resize(size, transforms.InterpolationMode.BICUBIC)]
+    shape += [transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    path: Any = transforms.Compose(shape)
+    return torch.stack([path(picture) for picture in pictures(batch)])
 
 
 def shaken(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -145,66 +110,70 @@ def letters_tokenizer() -> Any:
     return transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
 
+def head_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the published linear head."""
+    ends = zip((0, 2, 4, 6, 7), (width, 1024, 128, 64, 16), (1024, 128, 64, 16, 1), strict=True)
+    return {f"layers.{i}.{k}": s for i, a, b in ends for k, s in linear(a, b).items()}
+
+
 def head_state(width: int) -> dict[str, Tensor]:
-    """The published linear head, by its names."""
+    """A random head."""
     g = Generator().manual_seed(1)
-    ends = [(width, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)]
-    state = {}
-    for place, (a, b) in zip((0, 2, 4, 6, 7), ends, strict=True):
-        state[f"layers.{place}.weight"] = torch.randn(b, a, generator=g) / a**0.5
-        state[f"layers.{place}.bias"] = torch.randn(b, generator=g) / 10
-    return state
+    return {
+        name: torch.randn(shape, generator=g) / (shape[1] ** 0.5 if len(shape) > 1 else 10)
+        for name, shape in head_shapes(width).items()
+    }
 
 
 # --- ImageReward ------------------------------------------------------------------------------
 
+Shapes = dict[str, tuple[int, ...]]
 
-def imagereward_shapes(s: BlipSizes) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of ImageReward.pt."""
-    shapes: dict[str, tuple[int, ...]] = {}
 
-    def linear(name: str, inputs: int, outputs: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+def linear(inputs: int, outputs: int) -> Shapes:
+    return {"weight": (outputs, inputs), "bias": (outputs,)}
 
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
 
-    w, root = s.vision_width, "blip.visual_encoder"
-    shapes[f"{root}.cls_token"] = (1, 1, w)
-    shapes[f"{root}.pos_embed"] = (1, (s.image // s.patch) ** 2 + 1, w)
-    shapes[f"{root}.patch_embed.proj.weight"] = (w, 3, s.patch, s.patch)
-    shapes[f"{root}.patch_embed.proj.bias"] = (w,)
-    for i in range(s.vision_layers):
-        block = f"{root}.blocks.{i}"
-        norm(f"{block}.norm1", w)
-        norm(f"{block}.norm2", w)
-        linear(f"{block}.attn.qkv", w, 3 * w)
-        linear(f"{block}.attn.proj", w, w)
-        linear(f"{block}.mlp.fc1", w, 4 * w)
-        linear(f"{block}.mlp.fc2", 4 * w, w)
-    norm(f"{root}.norm", w)
-    w, root = s.text_width, "blip.text_encoder"
-    shapes[f"{root}.embeddings.position_ids"] = (1, s.positions)
-    shapes[f"{root}.embeddings.word_embeddings.weight"] = (s.vocabulary, w)
-    shapes[f"{root}.embeddings.position_embeddings.weight"] = (s.positions, w)
-    norm(f"{root}.embeddings.LayerNorm", w)
-    for i in range(s.text_layers):
-        layer = f"{root}.encoder.layer.{i}"
-        for kind, source in (("attention", w), ("crossattention", s.vision_width)):
-            linear(f"{layer}.{kind}.self.query", w, w)
-            linear(f"{layer}.{kind}.self.key", source, w)
-            linear(f"{layer}.{kind}.self.value", source, w)
-            linear(f"{layer}.{kind}.output.dense", w, w)
-            norm(f"{layer}.{kind}.output.LayerNorm", w)
-        linear(f"{layer}.intermediate.dense", w, 4 * w)
-        linear(f"{layer}.output.dense", 4 * w, w)
-        norm(f"{layer}.output.LayerNorm", w)
-    linear("blip.vision_proj", s.vision_width, 256)
-    linear("blip.text_proj", w, 256)
-    widths = (w, 1024, 128, 64, 16, 1)
-    for place, i, o in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
-        linear(f"mlp.layers.{place}", i, o)
-    return shapes
+def norm(width: int) -> Shapes:
+    return {"weight": (width,), "bias": (width,)}
+
+
+def imagereward_shapes(s: BlipSizes) -> Shapes:
+    """The names and shapes of ImageReward.pt, in its order."""
+    v, t = s.vision_width, s.text_width
+    vision = {"norm1": norm(v), "norm2": norm(v), "attn.qkv": linear(v, 3 * v)}
+    vision |= {"attn.proj": linear(v, v), "mlp.fc1": linear(v, 4 * v), "mlp.fc2": linear(4 * v, v)}
+    text: dict[str, Shapes] = {}
+    for kind, source in (("attention", t), ("crossattention", v)):
+        text[f"{kind}.self.query"] = linear(t, t)
+        text |= {f"{kind}.self.{one}": linear(source, t) for one in ("key", "value")}
+        text |= {f"{kind}.output.dense": linear(t, t), f"{kind}.output.LayerNorm": norm(t)}
+    text |= {"intermediate.dense": linear(t, 4 * t), "output.dense": linear(4 * t, t)}
+    text["output.LayerNorm"] = norm(t)
+    image, words = "blip.visual_encoder", "blip.text_encoder"
+    groups: dict[str, Shapes] = {
+        image: {"cls_token": (1, 1, v), "pos_embed": (1, (s.image // s.patch) ** 2 + 1, v)},
+        f"{image}.patch_embed.proj": {"weight": (v, 3, s.patch, s.patch), "bias": (v,)},
+        **{
+            f"{image}.blocks.{i}.{n}": p for i in range(s.vision_layers) for n, p in vision.items()
+        },
+        f"{image}.norm": norm(v),
+        f"{words}.embeddings": {
+            "position_ids": (1, s.positions),
+            "word_embeddings.weight": (s.vocabulary, t),
+            "position_embeddings.weight": (s.positions, t),
+        },
+        f"{words}.embeddings.LayerNorm": norm(t),
+        **{
+            f"{words}.encoder.layer.{i}.{n}": p
+            for i in range(s.text_layers)
+            for n, p in text.items()
+        },
+        "blip.vision_proj": linear(v, 256),
+        "blip.text_proj": linear(t, 256),
+        "mlp": head_shapes(t),
+    }
+    return {f"{name}.{k}": shape for name, part in groups.items() for k, shape in part.items()}
 
 
 def imagereward_state(s: BlipSizes = BLIP) -> dict[str, Tensor]:
