@@ -155,19 +155,19 @@ demo() {
   setup
   rm -rf "$out"
   draw() { "$VENV_PYTHON" sample.py --outdir "$out/$1" "${@:2}"; }
-  beside() { "$VENV_PYTHON" -m src.figures "$out/$1"/* --output "$out/$1.png"; }
+  beside() { "$VENV_PYTHON" -m src.figures "${@:2}" --output "$out/$1.png"; }
   printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then finely\n'
   draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --seeds 0-7 --grid "$@"
   draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-7 "$@"
   draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
   draw fashion/4 --solver ipndm-4 --num_steps 25 --seeds 0-7 "$@"
-  beside fashion
+  beside fashion "hand-made=$out/fashion/1" "EPD=$out/fashion/2" "ours=$out/fashion/3" "fine=$out/fashion/4"
   printf 'Emoji by text in 6 calls: the best hand-made solver, EPD; then finely\n'
   set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
   draw emoji/1 --solver euler --num_steps 7 --guidance_rate 4 "$@"
   draw emoji/2 --predictor tiny-sd3/epd-k2-6nfe "$@"
   draw emoji/3 --solver unipc-2 --num_steps 25 --guidance_rate 4 "$@"
-  beside emoji
+  beside emoji "hand-made=$out/emoji/1" "EPD=$out/emoji/2" "fine=$out/emoji/3"
 }
 
 # Stage 2 on tiny-sd3: one half of the held-out prompts chooses the table, the other is reported on.
@@ -184,7 +184,7 @@ rl_demo() {
   draw() { "$VENV_PYTHON" sample.py --model tiny-sd3 --prompt-file "$out/report.txt" --seeds 1000-1094 "$@"; }
   draw --predictor exps/tiny-sd3/epd-k2-6nfe.pkl --outdir "$out/before"
   draw --predictor "$best" --outdir "$out/after"
-  "$VENV_PYTHON" -m src.figures "$out/before" "$out/after" --output "$out/grid.png"
+  "$VENV_PYTHON" -m src.figures "before=$out/before" "after=$out/after" --output "$out/grid.png"
   set -- -m eval.score "$out/before" "$out/after" --reward clip --weights clip=src/models/tiny-clip
   "$VENV_PYTHON" "$@" --reward efficientnet-minilm || run "$@"  # the judge's weights may be missing
 }

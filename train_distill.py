@@ -29,7 +29,7 @@ from solvers.predictor import save_predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
 from src.files import nearest, read_text, to_json, write_text
-from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand, one_line_errors
+from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand
 from src.runs import Run, Stop, Stopped, checkpoints, find_run, new_run, read_sealed
 from src.seeds import randint
 from src.text import read_prompts
@@ -105,7 +105,6 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--device", type=Device(), default="auto")
 @click.option("--dry-run", is_flag=True, help="Print the resolved settings, and do nothing.")
 @click.pass_context
-@one_line_errors
 def main(
     ctx: click.Context, dry_run: bool, resume: str | None, outdir: Path | None, **options: Any
 ) -> None:

@@ -23,7 +23,7 @@ from solvers.predictor import find_predictor, load_predictor
 from solvers.sampler import Sampler, hand_made
 from src import ranks
 from src.files import write_json
-from src.options import Device, OneLineCommand, one_line_errors
+from src.options import Device, OneLineCommand
 from src.stats import aligned
 
 SOLVERS = ("euler", "ipndm-3", "dpmpp-3", "unipc-3")
@@ -127,7 +127,6 @@ def time_sampler(
 @click.option("--repeats", type=click.IntRange(3), default=40, help="Turns of each.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/bench.json")
 @click.option("--device", type=Device(), default="auto")
-@one_line_errors
 def main(model: str, predictor: str, repeats: int, out: Path, device: torch.device) -> None:
     """Time sampling against its own network calls, replayed, at batch 1 and 16.
 

@@ -53,7 +53,6 @@ from src.options import (
     Number,
     OneLineCommand,
     SeedList,
-    one_line_errors,
 )
 from src.stats import number
 from src.text import read_prompts
@@ -239,7 +238,6 @@ def with_sets(
 @click.option("--outdir", type=click.Path(path_type=Path), default="runs/compare")
 @click.option("--dtype", type=DType(), default="float32", help="Of the network; x stays float32.")
 @click.option("--device", type=Device(), default="auto")
-@one_line_errors
 def main(**options: Any) -> None:
     """Compare solvers and predictors: error to the fine solution, rewards, cost.
 

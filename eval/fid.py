@@ -30,7 +30,7 @@ from eval.machine import provenance
 from eval.pictures import Pictures, find_pictures, read_batches, subset
 from src import ranks
 from src.files import nearest, to_json, write_atomically, write_json
-from src.options import Device, Names, OneLineCommand, OneLineGroup, one_line_errors
+from src.options import Device, Names, OneLineCommand, OneLineGroup
 from src.stats import Estimate
 
 METRICS = ("fid", "kid", "pr")
@@ -303,7 +303,6 @@ def main() -> None:
 @click.option("--metrics", type=Names(), default="fid", help="Of fid,kid,pr.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON with the numbers.")
 @reading_options
-@one_line_errors
 def calc(images: Path, ref: Path, metrics: list[str], **options: Any) -> None:
     """Compare images with reference statistics, or with images.
 
@@ -347,7 +346,6 @@ def calc(images: Path, ref: Path, metrics: list[str], **options: Any) -> None:
 @click.option("--dest", type=click.Path(path_type=Path), required=True, help="The .npz to write.")
 @click.option("--keep_features", is_flag=True, help="For kid and pr: 8 KB an image.")
 @reading_options
-@one_line_errors
 def ref(data: Path, dest: Path, **options: Any) -> None:
     """Write the reference statistics of a data set.
 

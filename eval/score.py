@@ -28,7 +28,7 @@ from rewards.registry import ADAPTERS, Setup, load_rewards, singles
 from rewards.scorer import names_of, score_all
 from src import ranks
 from src.files import append_jsonl, read_jsonl, write_json, write_text
-from src.options import Device, OneLineCommand, one_line_errors
+from src.options import Device, OneLineCommand
 from src.stats import Estimate, aligned, mean_of, win_rate
 from src.text import read_prompts
 
@@ -299,7 +299,6 @@ def scores_folder(pictures: Pictures, outdir: Path | None, at: int, of: int) -> 
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: scores in each folder.")
 @click.option("--output-json", "--output_json", type=click.Path(path_type=Path), help="All, too.")
 @click.option("--device", type=Device(), default="auto")
-@one_line_errors
 def main(**options: Any) -> None:
     """Score a folder, a zip or a samples.json; of two, also tell which is better, pair by pair.
 

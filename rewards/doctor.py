@@ -5,12 +5,11 @@ from pathlib import Path
 import click
 
 from rewards.weights import TABLE, WEIGHTS, broken, find, hint, records, sha256
-from src.options import OneLineCommand, one_line_errors
+from src.options import OneLineCommand
 
 
 @click.command(cls=OneLineCommand)
 @click.option("--hash", "thoroughly", is_flag=True, help="Read the files, compare SHA-256.")
-@one_line_errors
 def main(thoroughly: bool) -> None:
     """Print which weights are found, missing or wrong, how to get them, and every place tried.
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from rewards.weights import RECORD, WEIGHTS, lookup, origin, place, records, sha256
 from src.files import write_json
-from src.options import OneLineCommand, one_line_errors
+from src.options import OneLineCommand
 
 TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 """OSError, and the errors of whatever HTTP library the hub's client is on."""
@@ -42,7 +42,6 @@ class RemoteFile:
 @click.command(cls=OneLineCommand)
 @click.argument("names", nargs=-1)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@one_line_errors
 def main(names: tuple[str, ...], yes: bool) -> None:
     """Fetch the weights of these NAMES; without any, list them.
 

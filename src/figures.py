@@ -2,9 +2,10 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from src.files import read_json, write_atomically
 from src.images import read_png
-from src.options import OneLineCommand, one_line_errors
+from src.options import OneLineCommand
 
 LARGEST = 700.0
 CELL = 0.8  # inches
+SHOWN = 10
+MODELS = Path(__file__).resolve().parent / "models"
 
 
 def table_figure(
@@ -63,9 +66,10 @@ def labelled_grid(rows: Sequence[tuple[str, Tensor]], heads: Sequence[str]) -> F
 
     rows: (name, images [N, C, H, W] in [0, 1]), C = 1 or 3; heads: N texts.
     """
-    count = len(heads)
-    figure = Figure((CELL * (count + 2.6), CELL * (len(rows) + 0.5)))
-    axes = figure.subplots(len(rows), count, squeeze=False)
+    margin = 0.3 + 0.085 * max(len(name) for name, _ in rows)  # inches
+    width, height = CELL * len(heads) + margin, CELL * (len(rows) + 0.5)
+    figure = Figure((width, height))
+    axes = figure.subplots(len(rows), len(heads), squeeze=False)
     for line, (name, images) in zip(axes, rows, strict=True):
         for cell, image in zip(line, images, strict=True):
             cell.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -73,32 +77,43 @@ def labelled_grid(rows: Sequence[tuple[str, Tensor]], heads: Sequence[str]) -> F
         line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center")
     for cell, head in zip(axes[0], heads, strict=True):
         cell.set_title("\n".join(textwrap.wrap(head, 14)[:2]), fontsize=7, pad=3)
-    left, top = 2.5 / (count + 2.6), 1 - 0.45 / (len(rows) + 0.5)
-    figure.subplots_adjust(left, 0.01, 0.995, top, wspace=0.04, hspace=0.04)
+    top = 1 - 0.45 * CELL / height
+    figure.subplots_adjust(margin / width, 0.01, 0.995, top, wspace=0.04, hspace=0.04)
     return figure
 
 
+def head_of(entry: Mapping[str, Any], model: str) -> str:
+    """What an image of samples.json is of: its prompt, or the class by its name if it has one."""
+    config = MODELS / model / "config.json"
+    names = read_json(config).get("about", {}).get("classes", []) if config.exists() else []
+    number = entry.get("class")
+    name = names[number] if isinstance(number, int) and number < len(names) else f"class {number}"
+    return str(entry.get("prompt") or name)
+
+
 @click.command(cls=OneLineCommand)
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, metavar="[NAME=]FOLDER...")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A .png to write.")
-@one_line_errors
-def main(folders: tuple[Path, ...], output: Path) -> None:
-    """Lay what sample.py wrote into FOLDERS side by side, and print how far each is from the last.
+def main(folders: tuple[str, ...], output: Path) -> None:
+    """Lay what sample.py wrote into folders side by side, and print how far each is from the last.
+
+    Ten pictures are shown; the numbers are of all. A row without a NAME has its method's.
 
     \b
-    python -m src.figures samples/euler samples/epd samples/fine --output compared.png
+    python -m src.figures samples/euler EPD=samples/epd fine=samples/fine --output compared.png
     """  # noqa: D301
     rows, heads = [], []
-    for folder in folders:
-        index = read_json(folder / "samples.json")
+    for name, _, folder in (text.rpartition("=") for text in folders):
+        index = read_json(Path(folder) / "samples.json")
         recipe = index["recipe"]
-        images = torch.stack([read_png(folder / e["file"])[0] for e in index["images"]])
+        images = torch.stack([read_png(Path(folder) / e["file"])[0] for e in index["images"]])
         if rows and images.shape != rows[0][2].shape:
             raise ValueError(f"{folder} and {folders[0]} differ in seeds or size")
-        heads = [str(e.get("prompt") or f"class {e.get('class')}") for e in index["images"]]
+        heads = [head_of(entry, recipe["model"]) for entry in index["images"][:SHOWN]]
         method = Path(recipe["predictor"] or recipe["solver"]).stem
-        rows.append((method, recipe["nfe"], images))
-    save(labelled_grid([(f"{name}, {nfe} calls", x) for name, nfe, x in rows], heads), output)
+        rows.append((name or method, recipe["nfe"], images))
+    shown = [(f"{name}, {nfe} calls", images[:SHOWN]) for name, nfe, images in rows]
+    save(labelled_grid(shown, heads), output)
     click.echo(f"{'method':28} calls   RMSE of pixels in [-1, 1] to the last")
     for name, nfe, images in rows:
         error = 2 * (images - rows[-1][2]).square().mean().sqrt().item()

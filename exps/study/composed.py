@@ -28,7 +28,7 @@ from solvers.classic import Euler
 from solvers.sampler import Sampler
 from src.files import write_json
 from src.images import grid, save_png
-from src.options import OneLineCommand, SeedList, one_line_errors
+from src.options import OneLineCommand, SeedList
 from src.stats import mean_of
 from src.text import read_prompts
 
@@ -172,7 +172,6 @@ def names_of(prompts: Sequence[str]) -> list[str]:
 @click.option("--steps", type=click.IntRange(1), default=28, help="Of Euler.")
 @click.option("--guidance_rate", type=float, default=4.0)
 @click.option("--outdir", type=click.Path(path_type=Path), required=True)
-@one_line_errors
 def main(model: str, seeds: list[int], steps: int, guidance_rate: float, outdir: Path) -> None:
     """Write composed.json and composed.png, the prompts line by line, ten a row, to OUTDIR."""
     prompts, backend = read_prompts(PROMPTS), load_backend(model)

@@ -22,7 +22,7 @@ from torch import Tensor
 from backends.load import find_model
 from backends.mixture import Mixture, read_mixture
 from src.files import read_jsonl, write_atomically, write_text
-from src.options import OneLineCommand, SeedList, one_line_errors
+from src.options import OneLineCommand, SeedList
 from src.stats import Estimate, mean_of
 
 
@@ -61,7 +61,6 @@ def curve(runs: Sequence[Sequence[dict[str, float]]], name: str) -> list[tuple[i
 @click.option("--override", multiple=True, help="section.key=value, for all.")
 @click.option("--seeds", type=SeedList(), default="0-4")
 @click.option("--outdir", type=click.Path(path_type=Path), required=True)
-@one_line_errors
 def main(
     config: str, vary: str, override: tuple[str, ...], seeds: list[int], outdir: Path
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from solvers.predictor import from_content, save_predictor
-from src.options import OneLineCommand, one_line_errors
+from src.options import OneLineCommand
 from training.ppo.trainer import export_path, read_checkpoint
 
 
@@ -14,7 +14,6 @@ from training.ppo.trainer import export_path, read_checkpoint
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File, or run's folder.")
 @click.option("--output", type=click.Path(path_type=Path), help="A .pkl or .json to write.")
-@one_line_errors
 def main(run: Path | None, checkpoint: Path | None, output: Path | None) -> None:
     """Write the predictor of a checkpoint; of a run's folder, that of its newest whole one.
 

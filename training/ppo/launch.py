@@ -24,7 +24,7 @@ from solvers.predictor import Predictor, find_predictor, load_predictor
 from solvers.recipe import Recipe
 from src import ranks
 from src.files import to_json
-from src.options import DTYPES, Device, OneLineCommand, one_line_errors
+from src.options import DTYPES, Device, OneLineCommand
 from src.runs import Stop, Stopped, find_run, new_stamped_run
 from src.text import read_prompts
 from training.ppo.config import (
@@ -50,7 +50,6 @@ CLASSES = ("edm", "analytic")
 @click.option("--resume", help="A checkpoint, a run's folder, or latest.")
 @click.option("--device", type=Device(), default="auto")
 @click.option("--dry-run", is_flag=True, help="Check, print the settings, and do nothing.")
-@one_line_errors
 def main(
     file: str | None,
     override: tuple[str, ...],
