@@ -62,13 +62,16 @@ class Weight:
         return self.files or (Path(self.place).name,)
 
 
+def _weight(row: Mapping[str, Any]) -> Weight:
+    fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Weight(**fields)
+
+
 TABLE = {
-    section: {
-        name: Weight(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-        for name, row in rows.items()
-    }
+    section: {name: _weight(row) for name, row in rows.items()}
     for section, rows in read_json(Path(__file__).with_suffix(".json")).items()
 }
+"""The weights of rewards, metrics and backbones, by section and name."""
 REWARDS, METRICS, BACKBONES = TABLE["rewards"], TABLE["metrics"], TABLE["backbones"]
 WEIGHTS = {**REWARDS, **BACKBONES, **METRICS}
 

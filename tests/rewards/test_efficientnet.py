@@ -15,9 +15,8 @@ from rewards.base import has_gradient, score
 from rewards.efficientnet import SIZE, Features, load_features, prepared
 from rewards.efficientnet_minilm import EmojiScore, load_minilm
 from rewards.registry import Loader, Setup, load_reward
-from tests.rewards.twins import PROMPTS, images, shaken, transformers
+from tests.rewards.twins import PROMPTS, WORDS, images, shaken, transformers
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox", "on", "mat", "rain"]
 CPU = torch.device("cpu")
 
 
