@@ -1,6 +1,5 @@
 """click types, the options that commands share, and errors of one line."""
 
-import functools
 import math
 import os
 import re
@@ -8,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,85 +31,59 @@ FULL = ("can't allocate memory", "not enough memory", "Unable to allocate")
 """What NumPy and torch's allocator for the CPU say, in errors of no class of their own."""
 
 
-class SeedList(click.ParamType):
-    """`"0-63,100"` -> the list of its seeds."""
+class Parsed(click.ParamType):
+    """A type of options by the function that reads their text; its ValueError is the message."""
 
-    name = "seeds"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self.parse = name, parse
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
-            return list(value)
+            return value
         try:
-            return parse_seeds(value)
+            return self.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class Names(click.ParamType):
-    """`"a, b"` -> the list of the names between its commas."""
-
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[str]:
-        if not isinstance(value, str):
-            return list(value)
-        return [part.strip() for part in value.split(",") if part.strip()]
+def parse_names(text: str) -> list[str]:
+    """`"a, b"` -> the names between its commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-class Device(click.ParamType):
+def parse_device(text: str) -> torch.device:
     """auto (a GPU where there is one), cpu, cuda or cuda:N -> torch.device."""
-
-    name = "auto|cpu|cuda[:n]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> torch.device:
-        if isinstance(value, torch.device):
-            return value
-        count = torch.cuda.device_count() if value != "cpu" else 0
-        if value == "auto":
-            return torch.device("cuda" if count else "cpu")
-        match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", str(value))
-        if match is None:
-            self.fail(f"'{value}' is no device: write auto, cpu, cuda or cuda:1", param, ctx)
-        if value != "cpu" and int(match[1] or 0) >= count:
-            self.fail(f"'{value}' is not here (GPUs: {count}): use auto or cpu", param, ctx)
-        return torch.device(value)
+    count = torch.cuda.device_count() if text != "cpu" else 0
+    if text == "auto":
+        return torch.device("cuda" if count else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", text)
+    if match is None:
+        raise ValueError(f"'{text}' is no device: write auto, cpu, cuda or cuda:1")
+    if text != "cpu" and int(match[1] or 0) >= count:
+        raise ValueError(f"'{text}' is not here (GPUs: {count}): use auto or cpu")
+    return torch.device(text)
 
 
-class DType(click.ParamType):
+def parse_dtype(text: str) -> torch.dtype | None:
     """float32, float64, bfloat16 or float16 -> torch.dtype; auto -> None, the model's usual."""
-
-    name = "|".join(("auto", *DTYPES))
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> torch.dtype | None:
-        if isinstance(value, torch.dtype) or value == "auto":
-            return None if value == "auto" else value
-        if value not in DTYPES:
-            self.fail(f"no dtype '{value}': did you mean {nearest(value, DTYPES)}?", param, ctx)
-        return DTYPES[value]
+    if text != "auto" and text not in DTYPES:
+        raise ValueError(f"no dtype '{text}': did you mean {nearest(text, DTYPES)}?")
+    return DTYPES.get(text)
 
 
-class Resolution(click.ParamType):
+def parse_resolution(text: str) -> tuple[int, int]:
     """`"512"`, or width by height `"768x512"` -> (height, width) in pixels."""
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if match is None or "0" in match.groups():
+        raise ValueError(f"'{text}' is no resolution: write 512, or 768x512")
+    return int(match[2] or match[1]), int(match[1])
 
-    name = "pixels|WxH"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(value))
-        if match is None or "0" in match.groups():
-            self.fail(f"'{value}' is no resolution: write 512, or 768x512", param, ctx)
-        return int(match[2] or match[1]), int(match[1])
+SeedList = partial(Parsed, "seeds", parse_seeds)
+Names = partial(Parsed, "names", parse_names)
+Device = partial(Parsed, "auto|cpu|cuda[:n]", parse_device)
+DType = partial(Parsed, "|".join(("auto", *DTYPES)), parse_dtype)
+Resolution = partial(Parsed, "pixels|WxH", parse_resolution)
 
 
 class Number(click.FloatRange):
@@ -149,23 +123,23 @@ class BoolFlag(click.Option):
             )
 
 
-def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """The function, with every error that it raises as one line; `--debug` raises it as it is."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+@contextmanager
+def one_line(ctx: click.Context) -> Iterator[None]:
+    """Turn any error within into one line of click's; with --debug it is raised as it is."""
+    try:
+        yield
+    except (click.Abort, click.exceptions.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        if ctx.meta.get("debug"):
             raise
-        except Exception as error:
-            context = click.get_current_context(silent=True)
-            if context and context.meta.get("debug"):
-                raise
-            wait_for_the_first_rank()
-            raise click.ClickException(in_one_line(error)) from error
-
-    return wrapped
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # the first rank says what all have, after which torchrun ends them
+        if isinstance(error, click.UsageError):
+            error.ctx = None  # else click tells the usage above it
+        if isinstance(error, click.ClickException):
+            raise
+        raise click.ClickException(in_one_line(error)) from error
 
 
 def in_one_line(error: Exception) -> str:
@@ -201,22 +175,15 @@ def is_ours(file: str) -> bool:
     return Path(file).resolve().is_relative_to(ROOT) and "site-packages" not in file
 
 
-def wait_for_the_first_rank() -> None:
-    """Under torchrun, let the first rank say an error that all have; the others are then ended."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)
-
-
 def set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     """Remember whether errors are to be raised as they are."""
     ctx.meta["debug"] = value
 
 
 class OneLineCommand(click.Command):
-    """A command whose usage errors, too, are one line; it has `--debug`.
+    """A command whose errors are one line each, of usage and of its work; it has `--debug`.
 
-    What it raises is one line, too (see `one_line_errors`), and its options are understood with
-    `-` and with `_`: --dry-run, --dry_run.
+    Its options are understood with `-` and with `_`: --dry-run, --dry_run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -229,12 +196,13 @@ class OneLineCommand(click.Command):
         self.params.append(debug)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        refuse_bytes(args)
-        with one_line_usage():
+        with one_line(ctx):
+            refuse_bytes(args)
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        return one_line_errors(super().invoke)(ctx)
+        with one_line(ctx):
+            return super().invoke(ctx)
 
 
 class OneLineGroup(click.Group):
@@ -245,19 +213,8 @@ class OneLineGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        with one_line_usage():
+        with one_line(ctx):
             return super().resolve_command(ctx, args)
-
-
-@contextmanager
-def one_line_usage() -> Iterator[None]:
-    """Usage errors without click's lines on how the command is used."""
-    try:
-        yield
-    except click.UsageError as error:
-        wait_for_the_first_rank()
-        error.ctx = None
-        raise
 
 
 def refuse_bytes(arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from src.options import BoolFlag, Device, DType, Number, OneLineCommand, SeedList, one_line_errors
+from src.options import BoolFlag, Device, DType, Number, OneLineCommand, SeedList
 
 
 @click.command(cls=OneLineCommand)
@@ -21,7 +21,6 @@ from src.options import BoolFlag, Device, DType, Number, OneLineCommand, SeedLis
 @click.option("--grid", cls=BoolFlag)
 @click.option("--path", type=Path)
 @click.option("--fail", is_flag=True)
-@one_line_errors
 def command(path: Path | None, fail: bool, **options: Any) -> None:
     if path and path.suffix == ".safetensors":
         load_file(path)
