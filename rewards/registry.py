@@ -16,7 +16,7 @@ import torch
 
 from rewards.base import RANGES, Reward, WeightedSum
 from rewards.weights import require
-from src.files import nearest
+from src.files import nearest, read_json
 
 T = TypeVar("T")
 MULTI = "multi"
@@ -70,52 +70,8 @@ class Adapter:
 
 
 ADAPTERS = {
-    "hps": Adapter(
-        "rewards.clip:load_hps",
-        ("hps",),
-        "HPS v2.1, a cosine, about 0.2 to 0.35: which of two images people prefer for a prompt",
-    ),
-    "pickscore": Adapter(
-        "rewards.clip:load_pickscore",
-        ("pickscore",),
-        "PickScore v1, a logit, about 15 to 26: what users of a web page picked for a prompt",
-    ),
-    "imagereward": Adapter(
-        "rewards.imagereward:load",
-        ("imagereward", "bert"),
-        "ImageReward v1.0, signed, about -2 to 2: experts' ranks of images for a prompt, "
-        "normalised to mean 0 and deviation 1",
-    ),
-    "clip": Adapter(
-        "rewards.clip:load_clip",
-        ("clip",),
-        "cosine of image and prompt in a CLIP, ViT-L/14 by default, about 0.15 to 0.35",
-    ),
-    "aesthetic": Adapter(
-        "rewards.clip:load_aesthetic",
-        ("clip", "aesthetic"),
-        "LAION's aesthetic predictor v2, 1 to 10, whatever the prompt",
-        by_prompt=False,
-    ),
-    "mps": Adapter(
-        "rewards.mps:load",
-        ("mps",),
-        "MPS, a logit, about 5 to 20: what people prefer under its default condition",
-    ),
-    "efficientnet-minilm": Adapter(
-        "rewards.efficientnet_minilm:load",
-        ("efficientnet", "minilm"),
-        "cosine of the prompt's sentence embedding with the one guessed from the image, for "
-        "emoji: about 0.55 for the right name, 0.25 for another; no training sees it",
-        shipped="src/models/efficientnet-minilm/model.safetensors",
-    ),
-    "fashion-judge": Adapter(
-        "rewards.fashion:load",
-        (),
-        "ln p of the class that is asked for, at most 0, for Fashion-MNIST: a classifier trained "
-        "here on the same pictures, not on the model's",
-        shipped="src/models/fashion-mnist-judge/model.safetensors",
-    ),
+    name: Adapter(**{**row, "weights": tuple(row["weights"])})
+    for name, row in read_json(Path(__file__).with_name("adapters.json")).items()
 }
 GONE = {"brisque": "no model of grain is served any more: efficientnet-minilm, clip or aesthetic"}
 

@@ -28,8 +28,8 @@ CONTENT = bytes(range(256)) * 40
 class Hub:
     """Files by repository and name, as the hub serves them, and what was fetched."""
 
-    url: str
     files: dict[str, bytes]
+    url: str = ""
     gated: bool = False
     fetched: list[str] = field(default_factory=list)
     false_hash: bool = False
@@ -50,52 +50,50 @@ class Hub:
     def hash(self, content: bytes) -> str:
         return hashlib.sha256(b"other" if self.false_hash else content).hexdigest()
 
-
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.wfile.write(self.answer())
-
-        def answer(self) -> bytes:
-            path = self.path.partition("?")[0].strip("/")
-            content = hub.info(path[11:]) if path.startswith("api/models/") else None
-            if "/resolve/" in path:
-                repo, _, rest = path.partition("/resolve/")
-                content = hub.files.get(f"{repo}/{rest.partition('/')[2]}")
-                hub.fetched += [path] if self.command == "GET" else []
-            if content is None or hub.gated:
-                self.send_response(404 if content is None else 403)
-                code = "EntryNotFound" if content is None else "GatedRepo"
-                self.send_header("X-Error-Code", code)
-                content = b""
-            else:
-                self.send_response(200)
-                self.send_header("ETag", f'"{hub.hash(content)}"')
-                self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            return content
-
-    return Handler
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """The hub's headers, and the content where it is asked for."""
+        path, get = request.path.partition("?")[0].strip("/"), request.command == "GET"
+        content = self.info(path[11:]) if path.startswith("api/models/") else None
+        if "/resolve/" in path:
+            repo, _, rest = path.partition("/resolve/")
+            content = self.files.get(f"{repo}/{rest.partition('/')[2]}")
+            self.fetched += [path] if get else []
+        if content is None or self.gated:
+            request.send_response(404 if content is None else 403)
+            request.send_header(
+                "X-Error-Code", "EntryNotFound" if content is None else "GatedRepo"
+            )
+            content = b""
+        else:
+            request.send_response(200)
+            request.send_header("ETag", f'"{self.hash(content)}"')
+            request.send_header("X-Repo-Commit", "0" * 40)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content if get else b"")
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    made = Hub("", {HPS: CONTENT})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(made))
-    made.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    """A hub that answers on this machine."""
+    hub = Hub({HPS: CONTENT})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hub.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield hub
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
