@@ -34,6 +34,7 @@ import torch
 from PIL import Image
 
 BERT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
+BERT |= {"add_cross_attention": True}
 """Of med_config.json of the hub's THUDM/ImageReward; its sizes are those of the twin."""
 
 
@@ -50,22 +51,15 @@ def pairs(folder: Path) -> list[tuple[str, str]]:
     return [(str(folder / f"{i}.png"), p) for i, p in enumerate(content(folder, "prompts.json"))]
 
 
-def place_of(package: str) -> Path:
-    """Where a package is, without importing it."""
-    spec = find_spec(package)
-    assert spec is not None, package
-    assert spec.submodule_search_locations, package
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def hps(folder: Path) -> list[float]:
     """hpsv2.score; its network has other sizes, and LAION's weights are not fetched first."""
     sys.modules["turtle"] = types.ModuleType("turtle")  # imported there by mistake: needs Tk
     sys.modules["turtle"].__dict__["forward"] = None
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"  # which its wheel forgot
-    to = place_of("hpsv2") / "src" / "open_clip" / vocabulary
-    if not to.exists():
-        shutil.copy(str(place_of("clip") / vocabulary), str(to))
+    places: Any = [find_spec(package) for package in ("clip", "hpsv2")]
+    own, to = (Path(spec.submodule_search_locations[0]) for spec in places)
+    if not (to / "src" / "open_clip" / vocabulary).exists():
+        shutil.copy(str(own / vocabulary), str(to / "src" / "open_clip" / vocabulary))
     library = module("hpsv2.src.open_clip")
     library.add_model_config(folder / "ViT-H-14.json")
     made = library.create_model_and_transforms(
@@ -86,27 +80,18 @@ def imagereward(folder: Path) -> list[float]:
     blip.BertTokenizer = words
 
     def create_vit(*_: Any) -> tuple[Any, int]:
-        made = vit.VisionTransformer(
-            img_size=sizes["image"],
-            patch_size=sizes["patch"],
-            embed_dim=sizes["vision_width"],
-            depth=sizes["vision_layers"],
-            num_heads=sizes["vision_heads"],
-        )
-        return made, sizes["vision_width"]
+        names = {"img_size": "image", "patch_size": "patch", "embed_dim": "vision_width"}
+        names |= {"depth": "vision_layers", "num_heads": "vision_heads"}
+        own = {name: sizes[ours] for name, ours in names.items()}
+        return vit.VisionTransformer(**own), sizes["vision_width"]
 
     module("ImageReward.models.BLIP.blip_pretrain").create_vit = create_vit
     package.MLP = lambda _: heads(sizes["text_width"])
-    config = {
-        **BERT,
-        "hidden_size": sizes["text_width"],
-        "intermediate_size": 4 * sizes["text_width"],
-        "num_hidden_layers": sizes["text_layers"],
-        "num_attention_heads": sizes["text_heads"],
-        "vocab_size": sizes["vocabulary"],
-        "max_position_embeddings": sizes["positions"],
-        "add_cross_attention": True,
-    }
+    names = {"hidden_size": "text_width", "num_hidden_layers": "text_layers"}
+    names |= {"num_attention_heads": "text_heads", "vocab_size": "vocabulary"}
+    names["max_position_embeddings"] = "positions"
+    config = {**BERT, **{name: sizes[ours] for name, ours in names.items()}}
+    config["intermediate_size"] = 4 * sizes["text_width"]
     (folder / "med_config.json").write_text(json.dumps(config))
     load = module("ImageReward.utils").load
     model = load(str(folder / "imagereward.pt"), "cpu", None, str(folder / "med_config.json"))
@@ -125,13 +110,11 @@ def openai_score(folder: Path, name: str) -> Any:
 
 
 def clip(folder: Path) -> list[float]:
-    """image-reward's CLIPScore."""
     model = openai_score(folder, "CLIPScore")
     return [model.score(text, path) for path, text in pairs(folder)]
 
 
 def aesthetic(folder: Path) -> list[float]:
-    """image-reward's AestheticScore."""
     model = openai_score(folder, "AestheticScore")
     model.mlp.load_state_dict(torch.load(str(folder / "aesthetic.pth")))
     return [model.score(text, path) for path, text in pairs(folder)]

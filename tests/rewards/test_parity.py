@@ -80,13 +80,13 @@ def shown() -> list[Tensor]:
 
 
 def waves(case: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Image tokens [2, 5, D] and text tokens [2, 7, D], as in mps_block.json."""
+    """Image tokens [2, 5, D] and text tokens [2, 7, D]."""
     k, n = torch.arange(2 * 5 * case["dim"]).double(), torch.arange(2 * 7 * case["dim"]).double()
     return (0.13 * k).sin().reshape(2, 5, -1), (0.07 * n).cos().reshape(2, 7, -1)
 
 
 def stack(case: Mapping[str, int]) -> Stack:
-    """Of these sizes, in float64, with the tensors of mps_block.json."""
+    """Of these sizes, in float64, with tensors by the rule."""
     made = Stack(**case).double()
     made.load_state_dict({name: by_rule(name, v.shape) for name, v in made.state_dict().items()})
     return made

@@ -71,7 +71,7 @@ def shaken(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 
 def by_rule(name: str, shape: torch.Size) -> Tensor:
-    """The tensors of mps_block.json."""
+    """Tensors that hang on their names, as those of parity.json's stacks do."""
     k = torch.arange(shape.numel(), dtype=torch.float64)
     wave = (0.37 * k + zlib.crc32(name.encode()) % 1000).sin().reshape(shape)
     return wave * 0.2 if len(shape) > 1 else 1 + wave * 0.1
