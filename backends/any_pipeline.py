@@ -36,7 +36,7 @@ class OneCall:
 
     like: Any
     clock: Clock
-    sigma: Tensor | None = None  # [R], in float64 on the CPU
+    sigma: Tensor | None = None  # [R]
     columns: int = 1  # how often the rows stand in the network's batch
     rows: bool = True  # whether each row has a time of its own
     output: Tensor | None = None
@@ -65,7 +65,7 @@ class OneCall:
         if sigmas is not None and timesteps is not None:
             self.clock = replace(self.clock, spread=spread_of(self.like, mu))
         if self.sigma is not None:
-            t = self.clock.timesteps(self.sigma).float()
+            t = self.clock.timesteps(self.sigma.double()).float()
             t = t.repeat(self.columns)[None] if self.rows else t[:1]
             self.timesteps = t.to(device)
 
@@ -132,25 +132,25 @@ class Opened:
             raise ValueError("a pipeline gives no gradients: learn by --method fit")
         given = cond.given if cond else {}
         texts = [self.texts[i] for i in given.get("prompt", torch.zeros(len(x))).int().tolist()]
-        rates = given.get("rate", torch.ones(len(x))).double()
-        rows, levels = one_time(self.pipe) is None, sigma.double().cpu()
-        kinds = (
-            rates if rows else torch.stack([rates, levels], -1)
-        )  # what one call can have one of
+        rates = given.get("rate", torch.ones(len(x))).tolist()
+        rows = one_time(self.pipe) is None
+        kinds = rates if rows else list(zip(rates, sigma.tolist(), strict=True))
+        if len(set(kinds)) == 1:  # what one call can have one of
+            return self.ask(x, sigma, texts, rates[0], rows)
         x0 = torch.empty_like(x)
-        for kind in kinds.unique(dim=0):
-            at = (kinds == kind).reshape(len(x), -1).all(-1).nonzero()[:, 0].tolist()
-            rate = rates[at[0]].item()
-            scheduler = OneCall(self.like, self.clock, levels[at], self.columns(rate), rows)
-            arguments = self.guidance(rate, len(at)) | {"output_type": "latent"}
-            self.call(scheduler, [texts[i] for i in at], x[at], arguments)
-            assert scheduler.output is not None
-            x0[at] = scheduler.clock.clean(x[at], sigma[at], scheduler.output)
+        for kind in dict.fromkeys(kinds):
+            at = [i for i, other in enumerate(kinds) if other == kind]
+            x0[at] = self.ask(x[at], sigma[at], [texts[i] for i in at], rates[at[0]], rows)
         return x0
 
-    def columns(self, rate: float) -> int:
-        """How often the rows stand in the network's batch."""
-        return 2 if rate > 1 and family_of(self.pipe) in STACKED else 1
+    def ask(self, x: Tensor, sigma: Tensor, texts: list[str], rate: float, rows: bool) -> Tensor:
+        """x0 by one call of the pipeline, at one guidance rate."""
+        columns = 2 if rate > 1 and family_of(self.pipe) in STACKED else 1
+        scheduler = OneCall(self.like, self.clock, sigma, columns, rows)
+        arguments = self.guidance(rate, len(x)) | {"output_type": "latent"}
+        self.call(scheduler, texts, x, arguments)
+        assert scheduler.output is not None
+        return scheduler.clock.clean(x, sigma, scheduler.output)
 
     def guidance(self, rate: float, rows: int) -> dict[str, Any]:
         """The pipeline's arguments for a guidance rate, 1 being none."""
