@@ -1,0 +1,80 @@
+"""Models that no adapter knows, from their folder to a predictor and to pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import sample
+import train_distill
+from backends.base import ModelOptions
+from backends.generate import Job, generate
+from backends.load import load_backend
+from backends.parallel import parallel
+from backends.scheduler import EPDScheduler
+from solvers.predictor import find_predictor, load_predictor
+from src.seeds import randn
+from tests import twins
+
+diffusers = twins.diffusers
+TEXT = "a red fox"
+
+
+def run(command: Any, *arguments: object) -> None:
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("maker", "side"), [(twins.sdxl, 16), (twins.wan, 32)])
+def test_any_model_is_distilled_and_sampled_here_and_in_its_pipeline(
+    maker: Any, side: int, tmp_path: Path
+) -> None:
+    pipe = maker()
+    pipe.set_progress_bar_config(disable=True)
+    folder = twins.saved(tmp_path / "model", pipe)
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    run(
+        train_distill.main, "--model", folder, "--num_steps", 5, "--resolution", side,
+        "--guidance_rate", 3, "--batch", 4, "--total_kimg", 0.008, "--validation", 4,
+        "--fine_steps", 9, "--rounds", 1, "--prompts", tmp_path / "prompts.txt",
+        "--outdir", tmp_path / "run",
+    )  # fmt: skip
+    file = tmp_path / "run" / "predictor.pkl"
+    run(
+        sample.main, "--model", folder, "--predictor", file, "--resolution", side,
+        "--prompt", TEXT, "--seeds", "0-1", "--outdir", tmp_path / "out",
+    )  # fmt: skip
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    backend = load_backend(str(folder), options=ModelOptions(size=(side, side)))
+    predictor = load_predictor(file)
+    (part,) = generate(backend, predictor.sampler(backend.levels), [Job(0, TEXT)], batch=1)
+    given = {"latents": randn([0], backend.shape), "guidance_scale": 3.0, "height": side}
+    given |= {"width": side, "output_type": "latent", "prompt": TEXT}
+    fast = parallel(pipe, predictor)(**given)[0]
+    pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
+    for latents in (fast, pipe(**given)[0]):
+        assert (latents - part.latents).norm() <= 1e-4 * part.latents.norm()
+
+
+def test_tiny_sd3_makes_six_calls_in_its_own_pipeline() -> None:
+    """As many as promised, and the same latents as by sample.py's loop."""
+    backend = load_backend("tiny-sd3")
+    predictor = load_predictor(find_predictor("epd-k2-6nfe"))
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        "src/models/tiny-sd3", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda _m, x: rows.append(len(x[0])))
+    texts = ["red apple", "dog face"]
+    jobs = [Job(i, text) for i, text in enumerate(texts)]
+    (part,) = generate(backend, predictor.sampler(backend.levels), jobs, batch=2)
+    fast = parallel(pipe, predictor)(
+        texts, latents=randn([0, 1], backend.shape), guidance_scale=4.0, output_type="latent",
+        height=64, width=64,
+    ).images  # fmt: skip
+    assert rows == [4, 8] * 3
+    assert (fast - part.latents).norm() <= 1e-5 * part.latents.norm()
