@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt
 from backends.clock import Clock, clock_of, levels_of, spread_of
+from backends.embeddings import usual_text
 from backends.families import (
     EMBEDDED,
     FROM_ZERO,
@@ -26,7 +27,6 @@ from backends.families import (
     parameters_of,
 )
 from backends.latents import prepare_vae
-from backends.text import usual_text
 from solvers.field import Condition, Denoiser
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions
+from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
 from backends.flow import clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
-from backends.text import Embedding, Texts, say_what_is_cut, usual_text
 from solvers.field import Condition, Denoiser
 
 PATCH = 2

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
+from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
 from backends.latents import decode, image_size, prepare_vae, vae_factor
-from backends.text import Embedding, Texts, say_what_is_cut, usual_text
 from backends.vp import Table, clean, prediction_of, scaled, table_of
 from solvers.field import Condition
 

@@ -106,7 +106,11 @@ def test_nothing_is_unpickled_by_pickle_but_by_the_reader_that_runs_nothing() ->
 
 
 def test_no_random_number_comes_from_a_global_generator() -> None:
+    """But in builds, each a process of its own that makes weights."""
+
     def wrong(source: Source) -> list[str]:
+        if source.path.parts[:2] == ("exps", "build"):
+            return []
         names = []
         for name, call in source.calls():
             module, _, function = name.rpartition(".")

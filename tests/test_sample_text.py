@@ -162,7 +162,7 @@ def test_sd3_has_its_presets(
         (("--release_encoders",), "needs --prompt"),
         (("--prompt-file", "nowhere.txt"), r"nowhere.txt: No such file"),
         (("--afs",), "afs is for VE models"),
-        (("--predictor", "sd15-best"), "is not for a flow model"),
+        (("--predictor", "sd15-best"), "the model is of sd3"),
         (("--predictor", "sd3-512-best"), "the model goes up to 256"),
     ],
 )
