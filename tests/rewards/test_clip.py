@@ -18,11 +18,7 @@ from rewards import clip
 from rewards.base import score
 from rewards.mps import CLIP_H
 from rewards.registry import Loader, Setup, load_rewards
-from rewards.towers import (
-    TextCache,
-    clip_model,
-    padded_tokenizer,
-)
+from rewards.towers import TextCache, clip_model, padded_tokenizer
 from tests.rewards.twins import (
     OPEN_CLIP,
     PROMPTS,

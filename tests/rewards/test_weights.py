@@ -104,13 +104,9 @@ def test_they_are_where_the_published_readme_and_other_packages_put_them(
 ) -> None:
     assert find(name) is None
     path = tmp_path / at
-    if path.suffix in ("", ".0"):
-        folder(path)
-    elif path.suffix == ".pkl":
-        path.parent.mkdir(parents=True)
+    (saved if path.suffix else folder)(path)
+    if path.suffix == ".pkl":
         path.write_bytes(b"\x80\x04N.")
-    else:
-        saved(path)
     where = find(name)
     assert where is not None
     assert where.absolute() == path
