@@ -299,6 +299,7 @@ def opened(
     flow = levels.process.name == "flow"
     recipe = {
         "backend": backend.family,
+        "backend_config": dict(backend.config),
         "img_resolution": round(math.sqrt(math.prod(backend.size))),
         "sigma_min": levels.sigma_min,
         "sigma_max": levels.sigma_max,

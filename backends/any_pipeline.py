@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.clock import Clock, clock_of, levels_of, spread_of
+from backends.clock import Clock, clock_of, levels_of, plain_like, spread_of
 from backends.embeddings import usual_text
 from backends.families import (
     EMBEDDED,
@@ -230,6 +230,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             device=device,
             dtype=network.dtype,
             usual_prompt=usual_text,
+            config={"scheduler": plain_like(pipe.scheduler)},
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is not served: {type(error).__name__}: {error}") from error

@@ -1,8 +1,8 @@
 """What every backend is: a denoiser with the two ends of sampling, as one value."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Backend:
     device: torch.device
     dtype: torch.dtype  # the network's own; the state is float32 at least
     usual_prompt: Callable[[int], Prompt] = no_prompt  # of a seed when nobody says
+    config: Mapping[str, Any] = field(default_factory=dict)  # what a recipe keeps: the scheduler
 
     def guided(self, rate: float, cond: Condition | None) -> Denoiser:
         """The denoiser under guidance, 1 being none; ValueError where there is no such thing."""

@@ -7,6 +7,7 @@ because its own `set_timesteps` made them. What a solver of ours cannot honour i
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,12 @@ def clock_of(like: Any) -> Clock:
         raise ValueError(f"{name} with timestep_type={config['timestep_type']} is not served")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
     return Clock(VE, vp.prediction_of(config), steps, vp.table_of(config), clip=clip)
+
+
+def plain_like(like: Any) -> dict[str, Any]:
+    """A scheduler's class (`_class_name`) and config as JSON has them."""
+    config = {k: v for k, v in like.config.items() if not k.startswith("_")}
+    return json.loads(json.dumps({"_class_name": type(like).__name__, **config}, default=list))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions
+from backends.clock import plain_like
 from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
 from backends.flow import clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
@@ -109,4 +110,5 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
         device=device,
         dtype=dtype,
         usual_prompt=usual_text,
+        config={"scheduler": plain_like(pipe.scheduler)},
     )

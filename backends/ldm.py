@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
+from backends.clock import plain_like
 from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
 from backends.latents import decode, image_size, prepare_vae, vae_factor
 from backends.vp import Table, clean, prediction_of, scaled, table_of
@@ -74,4 +75,5 @@ def built(
         device=device,
         dtype=unet.dtype,
         usual_prompt=usual_text if texts else no_prompt,
+        config={"scheduler": plain_like(pipe.scheduler)},
     )

@@ -9,7 +9,6 @@ any solver of ours on the levels of the pipeline's own scheduler.
 """
 
 import glob
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from backends.clock import (
     clock_of,
     course_of,
     levels_of,
+    plain_like,
     spread_of,
 )
 from solvers.predictor import (
@@ -83,7 +83,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("give predictors or a solver: use from_predictor or from_solver")
         if points not in POINTS:
             raise ValueError(f"points is {points!r}: sequence or rows")
-        self.like = getattr(diffusers, like_class).from_config(dict(like_config or {}))
+        if (made_by := getattr(diffusers, like_class, None)) is None:
+            raise ValueError(f"diffusers has no scheduler {like_class!r}")
+        self.like = made_by.from_config(dict(like_config or {}))
         self.clock = clock_of(self.like)
         self.learned = [validate(from_content(dict(content))) for content in predictors]
         for predictor in self.learned:
@@ -120,7 +122,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         kind of model, or a scheduler that is not served.
         """
         learned = opened(predictor)
-        name, config = published(learned[0].recipe) if like is None else plain_like(like)
+        name, config = config_of(learned[0].recipe if like is None else like)
         # by name: what is given by place, diffusers' configs take for a default
         return cls(
             predictors=[as_plain(p) for p in learned],
@@ -133,7 +135,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_solver(cls, solver: str, like: Any) -> "EPDScheduler":
         """A solver by name ("euler", "unipc-2") on the levels that `like` would take."""
-        name, config = plain_like(like)
+        name, config = config_of(like)
         return cls(solver=solver, like_class=name, like_config=config)
 
     # --- what pipelines ask for -----------------------------------------------------------
@@ -348,26 +350,27 @@ def check_like(recipe: Recipe, like: Any, clock: Clock) -> None:
         raise ValueError(f"{predictor} has levels that end at {ends}: its shift is another")
 
 
-def published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """Class and config of the scheduler of a published model; ValueError for other predictors."""
-    if recipe.backend == "ldm" and recipe.dataset_name in vp.PUBLISHED:
+def config_of(like: Any) -> tuple[str, dict[str, Any]]:
+    """Class and config of a scheduler, of one that ours was made like, or of a recipe's model.
+
+    That of a recipe is its own, or that of its published model. ValueError for others.
+    """
+    if not isinstance(like, Recipe):
+        config = plain_like(like.like if isinstance(like, EPDScheduler) else like)
+        return config.pop("_class_name"), config
+    if "scheduler" in like.backend_config:
+        config = dict(like.backend_config["scheduler"])
+        return config.pop("_class_name"), config
+    if like.backend == "ldm" and like.dataset_name in vp.PUBLISHED:
         ends = {"clip_sample": False, "set_alpha_to_one": False}
-        return "DDIMScheduler", vp.PUBLISHED[recipe.dataset_name] | ends
-    shift = {} if recipe.flowmatch_shift is None else {"shift": recipe.flowmatch_shift}
-    if recipe.backend in PUBLISHED and (shift or recipe.dataset_name == "ms_coco"):
-        return "FlowMatchEulerDiscreteScheduler", PUBLISHED[recipe.backend] | shift
+        return "DDIMScheduler", vp.PUBLISHED[like.dataset_name] | ends
+    shift = {} if like.flowmatch_shift is None else {"shift": like.flowmatch_shift}
+    if like.backend in PUBLISHED and (shift or like.dataset_name == "ms_coco"):
+        return "FlowMatchEulerDiscreteScheduler", PUBLISHED[like.backend] | shift
     raise ValueError(
-        f"a predictor for {recipe.dataset_name} ({recipe.backend}) needs the scheduler of its "
+        f"a predictor for {like.dataset_name} ({like.backend}) needs the scheduler of its "
         "model: like=pipe.scheduler"
     )
-
-
-def plain_like(like: Any) -> tuple[str, dict[str, Any]]:
-    """A scheduler's class and config as JSON has them; of one of ours, those it was made like."""
-    like = like.like if isinstance(like, EPDScheduler) else like
-    clock_of(like)
-    config = {k: v for k, v in like.config.items() if not k.startswith("_")}
-    return type(like).__name__, json.loads(json.dumps(config, default=list))
 
 
 def opened(predictor: str | Predictor | Sequence[str | Predictor]) -> list[Predictor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions, classifier_free
+from backends.clock import plain_like
 from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
 from backends.flow import CLOCK, clean, flow_levels
 from backends.latents import decode, image_size, prepare_vae, vae_factor
@@ -75,4 +76,5 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         device=device,
         dtype=pipe.transformer.dtype,
         usual_prompt=usual_text,
+        config={"scheduler": plain_like(pipe.scheduler)},
     )
