@@ -160,13 +160,13 @@ demo() {
   draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --seeds 0-7 --grid "$@"
   draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-7 "$@"
   draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
-  draw fashion/4 --solver ipndm-4 --num_steps 25 --seeds 0-7 "$@"
+  draw fashion/4 --solver ipndm-4 --num_steps 19 --seeds 0-7 "$@"
   beside fashion "hand-made=$out/fashion/1" "EPD=$out/fashion/2" "ours=$out/fashion/3" "fine=$out/fashion/4"
   printf 'Emoji by text in 6 calls: the best hand-made solver, EPD; then finely\n'
   set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
   draw emoji/1 --solver euler --num_steps 7 --guidance_rate 4 "$@"
   draw emoji/2 --predictor tiny-sd3/epd-k2-6nfe "$@"
-  draw emoji/3 --solver unipc-2 --num_steps 25 --guidance_rate 4 "$@"
+  draw emoji/3 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
   beside emoji "hand-made=$out/emoji/1" "EPD=$out/emoji/2" "fine=$out/emoji/3"
 }
 
