@@ -94,7 +94,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("", "euler"),
+        ("", "ipndm"),
         ("hueen", "heun"),
         ("IPNDM4", "ipndm"),
         ("dpm++", "dpmpp"),
