@@ -13,7 +13,7 @@ VENV_PYTHON=$VENV/bin/python
 commands() {
   cat <<'END'
 setup           make the virtual environment and install the pinned packages
-demo            both shipped models by four methods: pictures side by side and a table (no download, no GPU)
+demo            both shipped models by several methods: pictures side by side and a table (no download, no GPU)
 test            run the tests; arguments go to pytest, for instance: test tests/solvers -x
 bench           time the solvers beyond their network calls
 rl-demo         train the small text-to-image model's table on a reward; pictures and scores before and after;
@@ -118,21 +118,25 @@ ppo() {
   run "$@"
 }
 
-# Where `weights` puts a model, or $1, if it says another place; else its name on the hub.
+# The model that the variable $1 names, else the first of the places $3 ... that is there, else $2 on the hub.
 model() {
-  local local_place=${EPD_WEIGHTS:-weights}/$2
-  if [ -n "${!1:-}" ]; then
-    printf '%s\n' "${!1}"
-  elif [ -e "$local_place" ]; then
-    printf '%s\n' "$local_place"
-  else
-    printf '%s\n' "$3"
-  fi
+  local hub=$2 place=${!1:-}
+  shift 2
+  while [ -z "$place" ] && [ $# -gt 0 ]; do
+    [ ! -e "$1" ] || place=$1
+    shift
+  done
+  printf '%s\n' "${place:-$hub}"
 }
 
-sd15() { model EPD_SD15 v1-5-pruned-emaonly.safetensors stable-diffusion-v1-5/stable-diffusion-v1-5; }
-sd3() { model EPD_SD3 stable-diffusion-3-medium-diffusers stabilityai/stable-diffusion-3-medium-diffusers; }
-flux() { model EPD_FLUX FLUX.1-dev black-forest-labs/FLUX.1-dev; }
+WEIGHTS=${EPD_WEIGHTS:-weights}
+sd15() {
+  local file=v1-5-pruned-emaonly
+  model EPD_SD15 stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    "$WEIGHTS/$file.safetensors" "$WEIGHTS/$file.ckpt" "src/ms_coco/$file.safetensors" "src/ms_coco/$file.ckpt"
+}
+sd3() { model EPD_SD3 stabilityai/stable-diffusion-3-medium-diffusers "$WEIGHTS/stable-diffusion-3-medium-diffusers"; }
+flux() { model EPD_FLUX black-forest-labs/FLUX.1-dev "$WEIGHTS/FLUX.1-dev"; }
 
 # Sample with a shipped predictor; of an option that is given again, the last counts.
 sample() {
