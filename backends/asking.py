@@ -25,10 +25,11 @@ from solvers.sampler import Sampler
 class Asked(Exception):
     """Raised where a step asks for an answer that is not there yet."""
 
-    def __init__(self, x: Tensor, sigma: Level, told: Level, rates: Rates | None) -> None:
+    def __init__(self, x: Tensor, sigma: Level, network_sigma: Level, rates: Rates | None) -> None:
         """x [B, K, *], at levels [1 or B, K, 1...] or one, and those that the network is told."""
         super().__init__()
-        self.x, self.sigma, self.told, self.rates = x, sigma, told, rates
+        self.x, self.sigma, self.rates = x, sigma, rates
+        self.network_sigma = network_sigma
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Answers:
     ) -> Tensor:
         """x [B, K, *] at sigma -> its slope [B, K, *]."""
         if len(self.used) == len(self.slopes):
-            told = sigma if network_sigma is None else network_sigma
+            level = sigma if network_sigma is None else network_sigma
             own = of_points(self.rates, x.shape[1]) if rates is None else rates
-            raise Asked(x, sigma, told, own)
+            raise Asked(x, sigma, level, own)
         d = self.slopes[len(self.used)]
         self.used.append(d)
         self.record(d)
@@ -64,7 +65,7 @@ class Request:
 
     interval: int
     sigma: tuple[float, ...]  # of x at each of the K points
-    told: tuple[float, ...]  # the level that the network is told there
+    network_sigma: tuple[float, ...]  # the level that the network is told there
     first: bool  # of its interval
     rates: tuple[float, ...] | None = None  # guidance at each point, where the table has its own
 
@@ -82,11 +83,12 @@ def requests_of(sampler: Sampler) -> list[Request]:
         try:
             loop, slopes = sampler.advance(answering(slopes), loop), []
         except Asked as asked:
-            sigma, told = (per_point(s, asked.x.shape[1]) for s in (asked.sigma, asked.told))
+            ends = asked.sigma, asked.network_sigma
+            sigma, network_sigma = (per_point(s, asked.x.shape[1]) for s in ends)
             rates = asked.rates
             if isinstance(rates, Tensor):
                 raise ValueError("a table for each image is for our own loop") from None
-            requests.append(Request(loop.index, sigma, told, not slopes, rates))
+            requests.append(Request(loop.index, sigma, network_sigma, not slopes, rates))
             slopes = [*slopes, torch.zeros_like(asked.x)]
     return requests
 
@@ -159,7 +161,8 @@ class Run:
         requests = requests_of(self.sampler)
         self.moved = any(sigma != self.sampler.sigmas[0] for sigma in requests[0].sigma)
         self.calls = calls_of(requests, self.copies, self.still and self.moved)
-        self.told = self.table([c.spread(c.request.told, self.copies) for c in self.calls])
+        levels = [c.spread(c.request.network_sigma, self.copies) for c in self.calls]
+        self.network_sigma = self.table(levels)
         self.at = self.table([c.spread(c.request.sigma, self.copies) for c in self.calls])
 
     def table(self, rows: list[list[float]]) -> Tensor:
@@ -220,7 +223,8 @@ class Run:
         """Set out from x [B, *] -> the rows of the first call, in float32."""
         self.loop = replace(Loop.start(x), index=self.now.request.interval)
         self.sampler = self.sampler.at(self.loop.x)
-        self.told, self.at = self.told.to(self.loop.x), self.at.to(self.loop.x)
+        self.at = self.at.to(self.loop.x)
+        self.network_sigma = self.network_sigma.to(self.loop.x)
         self.answers, self.points = [], []
         return self.turned()
 
@@ -255,8 +259,8 @@ class Run:
             x = self.edited(sample)
         elif self.moved and not self.still:
             x = replace(self, rate=None).start(x[:: self.copies])
-        told = self.told[self.index].to(x).repeat(len(x) // self.copies)
-        return self.clock.seen(x, told).to(sample.dtype)
+        level = self.network_sigma[self.index].to(x).repeat(len(x) // self.copies)
+        return self.clock.seen(x, level).to(sample.dtype)
 
     def answer(self, sample: Tensor, output: Tensor) -> Tensor:
         """The network's output for a pipeline's rows -> the rows of the next call, or x [B, *]."""
@@ -270,10 +274,10 @@ class Run:
         assert self.rows is not None
         if call.request.first and call.points.start == 0:  # an edit of x goes on from here
             self.loop = replace(self.loop, x=self.loop.x + self.images(x - self.rows)[:, None])
-        told, at = self.told[self.index], self.at[self.index]
+        level, at = self.network_sigma[self.index], self.at[self.index]
         self.index += 1
         if not call.blank:
-            x0 = self.clock.clean(x, told.repeat(len(x) // self.copies), output)
+            x0 = self.clock.clean(x, level.repeat(len(x) // self.copies), output)
             d = self.guided(x, x0, call)
             d = d / at.reshape(1, -1, *[1] * (d.ndim - 2))
             self.points.append(d[:, :1] if call.request.single else d)

@@ -68,8 +68,8 @@ def sample_epd(
         loop = sampler.advance(ask, loop)
         if callback:
             now, sigma = loop.past[0], sigmas[i]
-            told = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
-            callback(told | {"denoised": denoised(now, loop).squeeze(1)})
+            report = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
+            callback(report | {"denoised": denoised(now, loop).squeeze(1)})
     return loop.x.squeeze(1)
 
 

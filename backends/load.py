@@ -26,8 +26,8 @@ SAME_SIZE = 0.1
 
 def shipped_models() -> list[str]:
     """The names of the models that the repo ships."""
-    found = [*SHIPPED.glob("*/config.json"), *SHIPPED.glob(f"*/{INDEX}")]
-    return sorted(path.parent.name for path in found)
+    marks = [*SHIPPED.glob("*/config.json"), *SHIPPED.glob(f"*/{INDEX}")]
+    return sorted(path.parent.name for path in marks)
 
 
 def find_model(name: str) -> Path:
@@ -40,10 +40,10 @@ def find_model(name: str) -> Path:
             return path
     if HUB_NAME.fullmatch(name) and Path(name).suffix not in (".pkl", ".ckpt", ".safetensors"):
         return Path(name)
-    known = ", ".join(shipped_models())
+    names = ", ".join(shipped_models())
     raise ValueError(
         f"no model at {name!r}: give a folder, an EDM .pkl, a .ckpt or .safetensors file, "
-        f"a name on the hub, or one of {known}"
+        f"a name on the hub, or one of {names}"
     )
 
 

@@ -246,8 +246,8 @@ class Times(list[Tensor]):
 
     def __getitem__(self, at: Any) -> Any:
         """One, or several as such a list."""
-        found = super().__getitem__(at)
-        return Times(found) if isinstance(at, slice) else found
+        part = super().__getitem__(at)
+        return Times(part) if isinstance(at, slice) else part
 
     def repeat(self, count: int) -> Tensor:
         """The first one's first time, so often."""

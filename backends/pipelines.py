@@ -163,8 +163,8 @@ def read_index(name: str) -> Mapping[str, Any]:
     except OSError as error:
         if Path(name).is_dir():
             raise ValueError(f"{name}: {first_line(error)}") from error
-        known = [k for k in KINDS.values() if k.source.split(" ")[0] == name]
-        size = f" ({known[0].gigabytes} GB)" if known else ""
+        sources = [k for k in KINDS.values() if k.source.split(" ")[0] == name]
+        size = f" ({sources[0].gigabytes} GB)" if sources else ""
         raise ValueError(
             f"no model {name!r}{size} here, and no hub has given one: "
             "copy its folder to this machine and give it with --model"
@@ -323,9 +323,9 @@ def network(
 def own_tensor(name: str, like: Tensor, there: Mapping[str, Tensor]) -> Tensor:
     """A text encoder's tensor, under any of transformers' names for it; KeyError without one."""
     bare = name.removeprefix("text_model.")
-    for known in (name, bare, f"text_model.{bare}"):
-        if known in there:
-            return there[known]
+    for alias in (name, bare, f"text_model.{bare}"):
+        if alias in there:
+            return there[alias]
     if name == "text_projection.weight":
         return torch.eye(len(like))  # CLIP-L of SD3's files has none
     if name == "encoder.embed_tokens.weight":

@@ -173,11 +173,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("this predictor guides by itself: use parallel(pipe, predictor)")
         still = clock.table is None and not self.prepares
         run = Run(sampler, clock, copies, still, self.rate)
-        told = [
-            [exact.get(level, t) for level, t in zip(row, times, strict=True)]
-            for row, times in zip(run.told.tolist(), times_of(run), strict=True)
+        times = [
+            [exact.get(level, t) for level, t in zip(row, own_times, strict=True)]
+            for row, own_times in zip(run.network_sigma.tolist(), times_of(run), strict=True)
         ]
-        rows = torch.tensor(told, dtype=torch.float32, device=device)
+        rows = torch.tensor(times, dtype=torch.float32, device=device)
         columns = own(self, "columns") or copies
         self.timesteps = rows[:, 0] if copies == 1 else rows.repeat(1, columns // copies)
         self.sigmas = torch.tensor([*run.at[:, 0].tolist(), sampler.sigmas[-1]])
@@ -322,7 +322,9 @@ def own(scheduler: EPDScheduler, name: str) -> Any:
 
 def times_of(run: Run) -> list[list[float]]:
     """What the network is told in every call, for each copy of an image."""
-    return run.clock.timesteps(run.told.flatten()).reshape(run.told.shape).tolist()
+    return (
+        run.clock.timesteps(run.network_sigma.flatten()).reshape(run.network_sigma.shape).tolist()
+    )
 
 
 def check_like(recipe: Recipe, like: Any, clock: Clock) -> None:

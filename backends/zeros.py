@@ -70,10 +70,10 @@ def fold_zeros(transformer: Any, zeros: int, others: int) -> bool:
     The transformer serves whoever does not give `log_zeros` as before. One with attention of its
     user's own, or with few zeros, is left alone.
     """
-    known = transformer.attn_processors
-    ours = {n: p for n, p in known.items() if isinstance(p, OneForAllZeros)}
-    plain = {n: p for n, p in known.items() if type(p).__name__ == PLAIN}
-    if len(ours) + len(plain) < len(known) or zeros < LEAST_SHARE * (zeros + others):
+    processors = transformer.attn_processors
+    ours = {n: p for n, p in processors.items() if isinstance(p, OneForAllZeros)}
+    plain = {n: p for n, p in processors.items() if type(p).__name__ == PLAIN}
+    if len(ours) + len(plain) < len(processors) or zeros < LEAST_SHARE * (zeros + others):
         return False
     transformer.set_attn_processor(ours | {n: OneForAllZeros(p) for n, p in plain.items()})
     return True

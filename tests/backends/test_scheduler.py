@@ -14,6 +14,7 @@ from backends.generate import Job, generate
 from backends.pipelines import wrap
 from solvers.predictor import find_predictor, load_predictor
 from tests import twins
+from tests.pretend_gpu import pretend_gpu
 
 diffusers = twins.diffusers
 CPU = torch.device("cpu")
@@ -106,13 +107,28 @@ def test_published_models_levels_are_theirs_without_a_scheduler(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_the_float32_picture(dtype: torch.dtype) -> None:
     """Within 2 % (bf16: 5 %) of the latents' size, and no NaN."""
-    found = {}
+    images = {}
     for kind in (torch.float32, dtype):
         pipe = quiet(twins.sd3()).to(kind)
-        found[kind] = parallel(pipe, "sd3-512-best")(TEXT, generator=drawn(3), **LATENT).images
-    exact, near = found[torch.float32], found[dtype].float()
+        images[kind] = parallel(pipe, "sd3-512-best")(TEXT, generator=drawn(3), **LATENT).images
+    exact, near = images[torch.float32], images[dtype].float()
     tolerance = 0.05 if dtype == torch.bfloat16 else 0.02
     assert (near - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["sd15-best", "sd3-512-best", "lsun-bedroom-5nfe"])
+def test_no_step_waits_for_a_gpu_or_sends_it_anything(name: str) -> None:
+    scheduler = EPDScheduler.from_predictor(name)
+    with pretend_gpu() as seen:
+        scheduler.set_timesteps(20, device="cuda")
+        scheduler.set_begin_index(0)
+        x = torch.zeros(2, 4, 8, 8, device="cuda")
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x)[0]
+            if i == 0:
+                seen.uploads.clear()
+    assert not seen.waits
+    assert not seen.uploads
 
 
 # --- the contract of diffusers' schedulers ------------------------------------------------
@@ -361,8 +377,8 @@ def test_calls_that_cannot_be_served_are_refused(
 
 def test_parallel_pipeline_takes_a_plain_string_for_every_seed() -> None:
     pipe = twins.sd()
-    made = parallel_pipeline(pipe, "sd15-best", size=(16, 16))
-    one, two = made(TEXT, seeds=[3, 4])
+    fast = parallel_pipeline(pipe, "sd15-best", size=(16, 16))
+    one, two = fast(TEXT, seeds=[3, 4])
     expected = ours(pipe, "sd15-best", [3, 4])
     for image, tensor in zip((one, two), expected, strict=True):
         pixels = torch.tensor(list(image.tobytes())).reshape(16, 16, 3)
@@ -372,11 +388,11 @@ def test_parallel_pipeline_takes_a_plain_string_for_every_seed() -> None:
 def test_parallel_pipeline_reads_the_text_encoder_of_today() -> None:
     """As a LoRA changes it between two calls."""
     pipe = twins.sd()
-    made = parallel_pipeline(pipe, "sd15-best", size=(16, 16))
-    before = made(TEXT, seeds=[3])[0].tobytes()
+    fast = parallel_pipeline(pipe, "sd15-best", size=(16, 16))
+    before = fast(TEXT, seeds=[3])[0].tobytes()
     with torch.no_grad():
         pipe.text_encoder.final_layer_norm.weight.mul_(-3)
-    assert made(TEXT, seeds=[3])[0].tobytes() != before
+    assert fast(TEXT, seeds=[3])[0].tobytes() != before
 
 
 def test_parallel_pipeline_checks_the_resolution() -> None:

@@ -46,8 +46,8 @@ def test_the_slope_is_that_of_all_the_rows(pipe: Any) -> None:
 
 def test_attention_of_ones_own_and_few_zeros_are_left_alone(pipe: Any) -> None:
     assert not fold_zeros(pipe.transformer, 256, 4096 + 77)
-    known = pipe.transformer.attn_processors
-    pipe.transformer.set_attn_processor(dict.fromkeys(known, Own()))
+    processors = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor(dict.fromkeys(processors, Own()))
     assert not fold_zeros(pipe.transformer, 256, 64)
     left: Any = pipelines.wrap(pipe, torch.device("cpu"))
     assert left.encode(["a"]).given["text"].shape[1] == 77 + 256
