@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from solvers.predictor import (
     Predictor,
@@ -169,9 +168,8 @@ def train(
 def loop(session: Session) -> Outcome:
     """Do what is left of a run."""
     ppo, progress = session.ppo, session.progress
-    shown = None if ranks.is_first() else True
-    bar = tqdm(total=ppo.steps, initial=progress.step, desc="ppo", unit="step", disable=shown)
-    with bar:
+    with ranks.progress(ppo.steps, "step", "ppo") as bar:
+        bar.update(progress.step)
         while True:
             evaluate(session)
             early = 0 < ppo.early_stop <= progress.without_best
