@@ -29,7 +29,7 @@ from src.files import write_atomically, write_json
 from src.pickles import Inert, module_tensors, read_pickle
 from src.seeds import randint
 
-__all__ = ["EDM", "build_edm", "class_condition", "load_edm", "load_pixels", "save_edm"]
+__all__ = ["EDMNetwork", "build_edm", "class_condition", "load_edm", "load_pixels", "save_edm"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -120,7 +120,7 @@ def rows(factor: Tensor | float) -> Tensor | float:
 # --- the denoiser -------------------------------------------------------------------------------
 
 
-class EDM(nn.Module):
+class EDMNetwork(nn.Module):
     """A preconditioned network: the denoiser, with its raw network under `model.`.
 
     `class_name` and `arguments` are the published ones, enough to build it again.
@@ -167,7 +167,7 @@ class EDM(nn.Module):
         at_least_float = torch.promote_types(self.dtype, torch.float32)
         return self.model(x.to(self.dtype), noise.to(at_least_float), labels)
 
-    def cast(self, dtype: torch.dtype) -> "EDM":
+    def cast(self, dtype: torch.dtype) -> "EDMNetwork":
         """Run the network in `dtype`, in place.
 
         The noise embedding keeps its own precision, which matters more than its time: its
@@ -200,7 +200,7 @@ def class_condition(
     return Condition({"class_labels": labels}, {"class_labels": torch.zeros_like(labels)})
 
 
-def pixel_backend(network: EDM, device: torch.device) -> Backend:
+def pixel_backend(network: EDMNetwork, device: torch.device) -> Backend:
     """A preconditioned network on pixels in [-1, 1] as a backend; a prompt is a class number."""
     classes, side = network.label_dim, network.img_resolution
 
@@ -243,7 +243,7 @@ class Network(NamedTuple):
     state: dict[str, Tensor]
 
 
-def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDM:
+def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDMNetwork:
     """A preconditioned network with zero weights, from its published arguments.
 
     `precond` is "edm", "vp", "ve" or the published class name. `arguments` are img_resolution,
@@ -272,7 +272,7 @@ def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDM:
     inner |= {k: arguments[k] for k in ("img_resolution", "label_dim")}
     inner |= dict.fromkeys(("in_channels", "out_channels"), arguments["img_channels"])
     model = build_unet(arguments["model_type"], inner)
-    network = EDM(model, PRECONDS[class_name](**scalars), class_name, arguments).eval()
+    network = EDMNetwork(model, PRECONDS[class_name](**scalars), class_name, arguments).eval()
     return network.to(memory_format=torch.channels_last)
 
 
@@ -282,7 +282,7 @@ def load_edm(
     dtype: torch.dtype = torch.float32,
     *,
     channels_last: bool = False,
-) -> EDM:
+) -> EDMNetwork:
     """A network from a folder of ours or from an NVIDIA `.pkl`, run in `dtype`, without gradients.
 
     The file's `use_fp16` is kept but not obeyed: `dtype` alone decides. On a CPU the weights are
@@ -302,7 +302,7 @@ def load_pixels(
     return pixel_backend(load_edm(path, device, dtype, channels_last=channels_last), device)
 
 
-def opened(path: Path) -> EDM:
+def opened(path: Path) -> EDMNetwork:
     """The network with the very tensors of its file; ValueError where they are not its own."""
     if not path.exists():
         raise ValueError(f"no network at {path}; give a folder with {CONFIG} or a .pkl file")
@@ -384,7 +384,7 @@ def one_line(error: Exception) -> str:
 
 def save_edm(
     folder: Path | str,
-    network: EDM,
+    network: EDMNetwork,
     *,
     dtype: torch.dtype | None = None,
     about: Mapping[str, Any] | None = None,

@@ -33,7 +33,7 @@ __all__ = ["UNet", "build_unet", "initialise"]
 
 
 @dataclass(frozen=True)
-class Config:
+class UNetConfig:
     """Arguments of a network under their published names, with the published defaults."""
 
     model_type: str
@@ -56,7 +56,7 @@ class Config:
     resample_filter: tuple[int, ...] = (1, 1)
 
 
-COMMON = [field.name for field in fields(Config)][1:-5]
+COMMON = [field.name for field in fields(UNetConfig)][1:-5]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {},
     "DhariwalUNet": {
@@ -76,7 +76,7 @@ CHOICES = {
 class UNet(nn.Module):
     """SongUNet (Song et al. 2021) or DhariwalUNet (Dhariwal & Nichol 2021), as EDM runs them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         self.is_song = config.model_type == "SongUNet"
@@ -136,7 +136,7 @@ def optional_linear(in_features: int, out_features: int, bias: bool = False) -> 
     return Linear(in_features, out_features, bias=bias) if in_features else None
 
 
-def style_of(config: Config) -> BlockStyle:
+def style_of(config: UNetConfig) -> BlockStyle:
     """How the blocks of a network of this kind are made."""
     shared = (config.model_channels * config.channel_mult_emb, config.dropout)
     if config.model_type == "DhariwalUNet":
@@ -144,7 +144,7 @@ def style_of(config: Config) -> BlockStyle:
     return BlockStyle(*shared, 1e-6, sqrt(0.5), False, True, None, config.resample_filter)
 
 
-def encoder(config: Config) -> tuple[nn.ModuleDict, list[int]]:
+def encoder(config: UNetConfig) -> tuple[nn.ModuleDict, list[int]]:
     """The blocks from full to lowest resolution by name, and the widths of what each hands on."""
     is_song = config.model_type == "SongUNet"
     style = style_of(config)
@@ -176,7 +176,7 @@ def encoder(config: Config) -> tuple[nn.ModuleDict, list[int]]:
     return nn.ModuleDict(blocks), skips
 
 
-def decoder(config: Config, skips: list[int]) -> nn.ModuleDict:
+def decoder(config: UNetConfig, skips: list[int]) -> nn.ModuleDict:
     """The blocks from lowest to full resolution by name; `skips` are those of the encoder."""
     is_song = config.model_type == "SongUNet"
     style = style_of(config)
@@ -249,7 +249,7 @@ def build_unet(model_type: str, arguments: Mapping[str, Any]) -> UNet:
     """
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise ValueError(f"unknown network {model_type!r}; known: {', '.join(DEFAULTS)}")
-    own = [field.name for field in fields(Config)][1:]
+    own = [field.name for field in fields(UNetConfig)][1:]
     names = own if model_type == "SongUNet" else COMMON
     unknown = sorted(set(arguments) - set(names))
     if unknown:
@@ -260,7 +260,7 @@ def build_unet(model_type: str, arguments: Mapping[str, Any]) -> UNet:
     if missing:
         raise ValueError(f"{model_type} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    config = Config(model_type, **{**DEFAULTS[model_type], **given})
+    config = UNetConfig(model_type, **{**DEFAULTS[model_type], **given})
     for name in names:
         reason = wanted(name, getattr(config, name))
         if reason:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from backends.edm import EDM, build_edm, save_edm
+from backends.edm import EDMNetwork, build_edm, save_edm
 
 ARGUMENTS = {
     "img_channels": 1,
@@ -16,7 +16,7 @@ ARGUMENTS = {
 }
 
 
-def tiny_edm(label_dim: int = 3, seed: int = 0, img_resolution: int = 16) -> EDM:
+def tiny_edm(label_dim: int = 3, seed: int = 0, img_resolution: int = 16) -> EDMNetwork:
     """A network of a few thousand random weights for one grey channel."""
     size = {"img_resolution": img_resolution, "label_dim": label_dim}
     network = build_edm("edm", ARGUMENTS | size)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from backends.edm import EDM, build_edm, load_edm, rows, save_edm
+from backends.edm import EDMNetwork, build_edm, load_edm, rows, save_edm
 from backends.edm_networks import initialise
 from exps.build.fashion_data import FOLDER, load_split, rows_of
 from exps.build.fit_network import Plan, fit_network, training
@@ -31,7 +31,9 @@ P_MEAN, P_STD = -1.0, 1.3  # of ln sigma
 ABOUT = {"dataset": "Fashion-MNIST, 28x28 padded with black to 32x32", "classes": CLASSES}
 
 
-def edm_loss(network: EDM, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+def edm_loss(
+    network: EDMNetwork, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor
+) -> Tensor:
     """The EDM loss, weighted so that the raw network's target has unit variance."""
     noisy = images + sigma[:, None, None, None] * noise
     scaling = network.precond(sigma)
@@ -41,7 +43,7 @@ def edm_loss(network: EDM, images: Tensor, labels: Tensor, sigma: Tensor, noise:
     return (raw.float() - (images - skip * noisy) / out).square().mean()
 
 
-def untrained(images: Tensor, seed: int) -> EDM:
+def untrained(images: Tensor, seed: int) -> EDMNetwork:
     """A network of the shipped shape."""
     size = {"img_resolution": 32, "img_channels": 1, "label_dim": len(CLASSES)}
     network = build_edm("edm", {**size, "sigma_data": round(float(images.std()), 3), **UNET})
@@ -63,7 +65,7 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
         noise = torch.randn(plan.batch, *images.shape[1:], generator=g)
         return images[chosen], one_hot, sigma, noise
 
-    def export(average: EDM, step: int) -> None:
+    def export(average: EDMNetwork, step: int) -> None:
         about = {**ABOUT, "steps": step}
         save_edm(outdir / "export", average, dtype=torch.float16, about=about)
 

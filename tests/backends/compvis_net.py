@@ -65,7 +65,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
-class UNet(nn.Module):
+class CompVisUNet(nn.Module):
     """model_channels `width`, channel_mult `mult`, attention at levels `attended`."""
 
     def __init__(self, width: int, mult: list[int], layers: int, attended: list[bool]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.edm import EDM, build_edm
+from backends.edm import EDMNetwork, build_edm
 
 TINY_SONG: dict[str, Any] = {
     "img_resolution": 8,
@@ -38,7 +38,7 @@ TINY_ADM: dict[str, Any] = {
 }
 
 
-def fill_by_rule(network: EDM) -> EDM:
+def fill_by_rule(network: EDMNetwork) -> EDMNetwork:
     """Weights of the rule that tests/data/edm_networks.json states, in place."""
     for name, p in network.named_parameters():
         index = torch.arange(p.numel(), dtype=torch.float64)
@@ -53,7 +53,7 @@ def fill_by_rule(network: EDM) -> EDM:
     return network
 
 
-def twin(precond: str, arguments: dict[str, Any]) -> EDM:
+def twin(precond: str, arguments: dict[str, Any]) -> EDMNetwork:
     """A network with weights by rule, that asks for no gradients."""
     return fill_by_rule(build_edm(precond, arguments)).requires_grad_(False)
 

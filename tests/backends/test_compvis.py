@@ -8,14 +8,14 @@ import torch
 from backends.compvis import MARKS
 from backends.load import load_backend
 from solvers.predictor import find_predictor, load_predictor
-from tests.backends.compvis_net import UNet
+from tests.backends.compvis_net import CompVisUNet
 from tests.backends.original_layout import original_vae
 from tests.twins import diffusers, seeded
 
 
 def test_a_checkpoint_of_compvis_is_its_networks(tmp_path: Path) -> None:
     """A level without attention, one of one head, one of two; VQ-f4."""
-    unet = seeded(UNet(32, [1, 1, 2], 2, [False, True, True]), 1, 0.1)
+    unet = seeded(CompVisUNet(32, [1, 1, 2], 2, [False, True, True]), 1, 0.1)
     first = diffusers.VQModel(
         block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=2, num_vq_embeddings=16,

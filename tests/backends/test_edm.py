@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from backends import edm
-from backends.edm import EDM, class_condition, load_edm, rows, save_edm
+from backends.edm import EDMNetwork, class_condition, load_edm, rows, save_edm
 from solvers.field import Condition
 from tests import nvidia
 from tests.backends.edm_twins import TINY_ADM, TINY_NCSN, TINY_SONG, twin, wave
@@ -23,7 +23,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def denoise(network: EDM, dtype: torch.dtype = torch.float32) -> Tensor:
+def denoise(network: EDMNetwork, dtype: torch.dtype = torch.float32) -> Tensor:
     x = wave(2, network.img_channels, 8, 8).to(dtype)
     sigma = torch.tensor([0.3, 5.0], dtype=dtype)
     return network(x, sigma, class_condition(torch.tensor([0, 2]), 3))
@@ -218,7 +218,7 @@ def as_nvidia(module: nn.Module, name: str = "", *args: Any, **kwargs: Any) -> n
         if key in kept:
             copy.register_buffer(key, value)
     for key, child in module.named_children():
-        kind = module.arguments["model_type"] if isinstance(module, EDM) else ""
+        kind = module.arguments["model_type"] if isinstance(module, EDMNetwork) else ""
         copy.add_module(key, as_nvidia(child, kind))
     return copy
 
@@ -233,7 +233,7 @@ class AugmentPipe(nn.Module):
         self.p = 0.12
 
 
-def snapshot(network: EDM, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def snapshot(network: EDMNetwork, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The content of a published file: the network and its neighbours."""
     return {
         "ema": as_nvidia(network, network.class_name, *args, **kwargs),
