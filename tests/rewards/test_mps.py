@@ -1,5 +1,6 @@
-"""`mps`: its pickled file and its mask; its numbers stand in test_parity.py."""
+"""`mps`: its stack against recorded numbers, its pickled file, its mask."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,31 @@ import pytest
 import torch
 
 from rewards import mps
+from rewards.mps import Stack
 from rewards.states import read_state
-from tests.rewards.twins import PublishedMPS
+from tests.rewards.twins import PublishedMPS, by_rule
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "mps_block.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_the_stack_gives_the_recorded_numbers_under_the_recorded_names(
+    case: dict[str, Any],
+) -> None:
+    stack = Stack(**{k: case[k] for k in ("dim", "layer_num", "dim_head", "heads", "ff_mult")})
+    state = {name: by_rule(name, v.shape) for name, v in stack.state_dict().items()}
+    assert {name: list(v.shape) for name, v in state.items()} == dict(case["names"])
+    stack.double().load_state_dict(state)
+    sizes = [2 * case[key] * case["dim"] for key in ("queries", "context")]
+    queries, context = (torch.arange(n, dtype=torch.float64) for n in sizes)
+    mask = torch.zeros(2, case["context"])
+    mask[:, case["masked_context"]] = float("-inf")
+    x = stack(
+        (0.13 * queries).sin().reshape(2, -1, case["dim"]),
+        (0.07 * context).cos().reshape(2, -1, case["dim"]),
+        mask,
+    )
+    assert x[:, 0].flatten().tolist() == pytest.approx(case["output_row0"], rel=1e-6)
 
 
 class Stranger:
