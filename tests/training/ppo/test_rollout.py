@@ -10,6 +10,7 @@ from backends.generate import Job
 from solvers.sampler import Sampler
 from src.runs import Stop, Stopped
 from src.seeds import generator
+from tests.pretend_gpu import pretend_gpu
 from tests.training.ppo.quadrature import quadrature, reward, task
 from training.ppo.config import Ppo
 from training.ppo.evaluate import by_prompt
@@ -153,3 +154,35 @@ def test_a_signal_stops_a_rollout_between_batches() -> None:
     jobs = fixed_jobs(task().held_out, 0, 5)
     with pytest.raises(Stopped):
         score_jobs(task(), task().sampler, jobs, [by_prompt(reward)], Stop(15))
+
+
+class Event:
+    """A CUDA event that is over at once."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, _other: "Event") -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_a_rollout_waits_for_the_gpu_once_a_batch(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    start = start_of(task().sampler, Ppo(train_scale_dir=True), print)
+    draws = make_learner(start, Ppo(), 0).draw(0, [f"{i}" for i in range(8)])
+    with pretend_gpu() as seen:
+        on_gpu = replace(quadrature(), device=torch.device("cuda"), dtype=torch.float32)
+        whole = replace(task(), backend=on_gpu, batch=batch)
+        jobs = fixed_jobs(whole.held_out, 0, 8)
+        score_jobs(whole, start.sampler_of(draws), jobs, [by_prompt(brightness)], Stop())
+    assert sum(seen.waits.values()) == 8 // batch
+
+
+def brightness(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
+    return {"brightness": images.mean((1, 2, 3))}
