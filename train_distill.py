@@ -357,9 +357,9 @@ def looks_of(
     asked, names = f"{settings.distance}+{settings.last_distance}", []
     features: Network | None = None
     reward: Reward | None = None
-    if any(name in asked for name in OF_FEATURES):
-        if backbone.features is None:
-            raise ValueError(f"distance {settings.distance} needs its network: give --features")
+    if any(name in asked for name in OF_FEATURES) and backbone.features is None:
+        raise ValueError(f"distance {settings.distance} needs its network: give --features")
+    if backbone.features is not None:
         features = features_of(backbone.features, "inception" in asked, backend)
         names.append(backbone.features)
     if "reward" in asked:

@@ -131,24 +131,23 @@ def descend(
     objective = Objective(terms).started(*seen.at(theta))
     best, nudge = objective(*seen.at(theta)).item(), torch.full_like(theta, options.nudge)
     report(best)
-    count, failed = min(options.per_round or len(batches), len(batches)), 0
+    count, failed = min(options.per_round or len(batches), len(batches)), False
+    window = range(len(PRICES))
     for i in range(options.rounds):
         part = [batches[(i * count + j) % len(batches)] for j in range(count)]
         linear = linearised(student, theta, part, lens, nudge, options.reduce)
         nudge = fitting_nudges(linear.products)
-        tried = []
-        for price in PRICES:
-            step = linear.step(objective, price)
-            value = objective(*seen.at(theta + step)).item()
-            tried.append((value if math.isfinite(value) else math.inf, step))
-        value, step = min(tried, key=lambda pair: pair[0])
-        report(min(value, best))
-        if value < best:
-            theta, best, failed = theta + step, value, 0
+        steps = {k: linear.step(objective, PRICES[k]) for k in window}
+        values = {k: objective(*seen.at(theta + step)).item() for k, step in steps.items()}
+        at = min(window, key=lambda k: values[k] if math.isfinite(values[k]) else math.inf)
+        report(min(values[at], best))
+        if values[at] < best:
+            theta, best, failed = theta + steps[at], values[at], False
+            window = range(max(0, at - 1), min(len(PRICES), at + 2))
         elif failed:
             break
         else:
-            failed = 1
+            failed, window = True, range(len(PRICES))
     return theta
 
 

@@ -143,7 +143,7 @@ def plan_of(problem: Problem) -> list[str]:
     others = any(name != "l2" for _, name in terms_of(s))
     squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
     squares = [] if others and s.init else squares
-    return [*fits, *squares, *([BY + s.distance] if others else [])]
+    return [*fits, *squares, *([f"{BY}{s.distance}"] if others else [])]
 
 
 def greedy(problem: Problem, student: Student) -> Table:
@@ -223,7 +223,7 @@ def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]
     assert s.batch
     distance, last = (
         distance_named(name, model.features, alpha=s.alpha, as_published=s.published_loss)
-        for name in (s.distance, s.last_distance or s.distance)
+        for name in (s.distance or "l2", s.last_distance or "l2")
     )
     options = GradientOptions(
         s.lr or 0.2, bool(s.coslr), s.objective or "per-step", distance, last, reduce=model.reduce

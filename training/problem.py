@@ -94,7 +94,8 @@ def make_problem(model: Model, settings: Settings) -> Problem:
     """
     if not model.shape or min(model.shape) < 1:
         raise ValueError(f"shape {model.shape} is of no latent: give its sizes, as (4, 64, 64)")
-    settings = resolved(settings, flow=model.levels.process == FLOW, shape=model.shape)
+    flow, looks = model.levels.process == FLOW, model.features is not None
+    settings = resolved(settings, flow=flow, shape=model.shape, features=looks)
     students = make_students(model.levels, settings)
     learned = make_teacher(model.levels, settings, list(students.values()))
     sigmas = next(iter(students.values())).sigmas
@@ -200,6 +201,7 @@ def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> No
 
 def terms_of(settings: Settings) -> tuple[tuple[float, str], ...]:
     """The weights and names of what a fit is to make small."""
+    assert settings.distance
     names = (settings.distance, settings.last_distance or settings.distance)
     if settings.method == "gradient":
         return tuple((1.0, name) for name in names)
@@ -231,6 +233,7 @@ def fine_grid(
     levels: NoiseLevels, settings: Settings, sigmas: tuple[float, ...]
 ) -> tuple[float, ...]:
     """The grid of the fine solution between the same ends: polynomial 7, or the flow's own."""
+    assert settings.fine_steps
     if levels.process == FLOW:
         grid = levels.grid("flowmatch", settings.fine_steps).tolist()
         return (sigmas[0], *grid[1:-1], sigmas[-1])

@@ -30,12 +30,14 @@ FLOW_SCHEDULES = ("flowmatch", "logit")
 """The first is the usual one; a fit tries all of them."""
 GRADIENT_ALONE = ("objective", "lr", "coslr", "checkpointing", "published_loss")
 FIT_ALONE = ("rounds", "robust")
-MANY, AT_ONCE, SMALL = 1 << 27, 1 << 17, 1 << 10
+MANY, AT_ONCE, SMALL = 1 << 26, 1 << 17, 1 << 10
 """Numbers of latents, squared, to learn from; of latents at once; of a latent that is small."""
 COUNT = click.IntRange(1)
 POSITIVE = Number(0, min_open=True)
 REACH = Number(0, 1)
 TEXT = click.STRING
+FEW_CALLS = 7
+"""Up to so many, a table cannot give the teacher's own images, and looks count; measured."""
 FEW_STEPS = 6
 """Below so many grid points, published pixel models learn from the end alone."""
 
@@ -81,9 +83,11 @@ class Settings:
     )
     M: int | None = setting(None, click.IntRange(0), "Points it adds in an interval.", "--M")
     teacher_substeps: int = setting(1, COUNT, "Steps between its points.")
-    fine_steps: int = setting(49, click.IntRange(3), "Grid points of the fine solution.")
+    fine_steps: int | None = setting(None, click.IntRange(3), "Grid points of the fine solution.")
     method: str | None = setting(None, click.Choice(METHODS), "Usual: fit; with lr: gradient.")
-    distance: str = setting("l2", TEXT, "What is made small: see README; sums as l2+0.1*features.")
+    distance: str | None = setting(
+        None, TEXT, "l2, features, distribution, reward, ... or l2+0.1*distribution."
+    )
     last_distance: str | None = setting(None, TEXT, "At the end; else the same.")
     alpha: float = setting(10.0, Number(0), "Weight of features in a gradient.")
     published_loss: bool = setting(False, click.BOOL, "Weigh them as the published code does.")
@@ -147,30 +151,40 @@ class Settings:
         return 0 if self.M is None else (self.M + 1) * self.teacher_substeps
 
 
-def resolved(settings: Settings, *, flow: bool, shape: Sequence[int] = ()) -> Settings:
+def resolved(
+    settings: Settings, *, flow: bool, shape: Sequence[int] = (), features: bool = False
+) -> Settings:
     """The settings with the usual ones filled in, for a VE or a flow model, and checked.
 
-    `shape` is that of a latent, where it is known: of fewer numbers, more trajectories.
+    `shape` is that of a latent, where it is known: of fewer numbers, more trajectories. Where
+    there is a network of features, few calls are fitted to the distribution of samples.
 
     Raises ValueError in one line where they contradict each other or the model.
     """
     settings = adopted(settings)
     given = {n: v for n, v in vars(settings).items() if v is not None}
     solver = settings.solver or ("epd-multistep" if settings.nfe else "epd")
-    method = settings.method or ("gradient" if settings.lr or settings.objective else "fit")
-    usual = usual_grid(dataclasses.replace(settings, solver=solver), flow)
-    usual |= usual_gradient(solver) if method == "gradient" else usual_fit(settings, shape)
-    usual |= {"solver": solver, "method": method, "last_distance": settings.distance}
+    settings = dataclasses.replace(settings, solver=solver)
+    usual = usual_grid(settings, flow)
+    usual["method"] = "gradient" if settings.lr or settings.objective else "fit"
+    settings = dataclasses.replace(settings, **{**usual, **given, "solver": solver})
+    assert settings.num_steps
+    calls = 1 if settings.multistep else 1 + SOLVERS[settings.base[0]].calls
+    nfe = calls * (settings.num_steps - 1) - bool(settings.afs)
+    gradient = settings.method == "gradient"
+    by_looks = features and not gradient and nfe <= FEW_CALLS
+    distance = settings.distance or ("distribution" if by_looks else "l2")
+    settings = dataclasses.replace(settings, nfe=nfe, distance=distance)
+    usual = usual_gradient(solver) if gradient else usual_fit(settings, shape)
+    usual |= {"last_distance": distance}
+    given |= {"nfe": nfe, "distance": distance}
     settings = dataclasses.replace(settings, **{**usual, **given})
     assert settings.batch
     assert settings.samples
     batch = min(settings.batch, settings.samples)
     samples = max(1, round(settings.samples / batch)) * batch
-    judges = settings.judges or max(batch, samples // 2)
-    assert settings.num_steps
-    calls = 1 if settings.multistep else 1 + SOLVERS[settings.base[0]].calls
-    nfe = calls * (settings.num_steps - 1) - bool(settings.afs)
-    settings = dataclasses.replace(settings, batch=batch, samples=samples, judges=judges, nfe=nfe)
+    judges = settings.judges or samples // 2 or 1
+    settings = dataclasses.replace(settings, batch=batch, samples=samples, judges=judges)
     check(settings, flow)
     return settings
 
@@ -229,7 +243,14 @@ def usual_gradient(solver: str) -> dict[str, Any]:
     """The published way, of what was not given."""
     scales = {} if solver == "epd-multistep" else {"scale_dir": 0.05, "scale_time": 0.05}
     return scales | {
-        **{"samples": 10_000, "batch": 32, "M": 3, "objective": "per-step", "lr": 0.2},
+        **{
+            "samples": 10_000,
+            "batch": 32,
+            "fine_steps": 33,
+            "M": 3,
+            "objective": "per-step",
+            "lr": 0.2,
+        },
         **{"coslr": True, "learn_grid": False, "try_schedules": False},
     }
 
@@ -239,18 +260,20 @@ def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
 
     Small latents need many trajectories and rounds: their error lies in the few samples that
     pass near a fork of the flow, and those are what a table that generalises must have seen
-    enough of. Large ones need few, whose numbers are many and whose evaluations are dear.
+    enough of. Large ones need few, whose numbers are many and whose evaluations are dear; sets
+    of samples are compared by some more.
     """
     numbers = math.prod(shape) or 1
-    small = numbers < SMALL
+    small, squares = numbers < SMALL, settings.distance == "l2"
     one = settings.schedule or settings.M is not None or settings.init
     return {
-        "samples": within(64, MANY // numbers**2, 4096),
+        "samples": within(64 if squares else 96, MANY // numbers**2, 4096),
         "batch": within(16, AT_ONCE // numbers, 1024),
-        "rounds": 15 if small else 4,
+        "fine_steps": 49 if small else 33,
+        "rounds": 15 if small else 2 + (not squares),
         "robust": small,
         "learn_grid": True,
-        "try_schedules": not one,
+        "try_schedules": small and not one,
     }
 
 
@@ -296,7 +319,7 @@ def check(settings: Settings, flow: bool) -> None:
         if getattr(s, name) not in (None, False):
             raise ValueError(f"{name} {getattr(s, name)} does nothing in --method {s.method}")
     if s.method == "fit":
-        parse_terms(s.distance)
+        parse_terms(s.distance or "l2")
     check_teacher(s)
     check_recipe(dataclasses.replace(recipe_of(s), process="flow" if flow else "ve"))
 
