@@ -122,18 +122,6 @@ def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     Without a file of their own they are drawn from the others by the seed, and taken out. Models
     of classes have their numbers, one a line.
     """
-    trained, held_out = texts_of(config)
-    if config.model.backend not in CLASSES:
-        return trained, held_out
-    for text in (*trained, *held_out):
-        if not text.isdecimal():
-            said = f"model.backend {config.model.backend} takes class numbers for prompts"
-            raise ValueError(f"{said}, not {text!r}: mend {config.data.prompt_csv}")
-    return tuple(map(int, trained)), tuple(map(int, held_out))
-
-
-def texts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The same as texts."""
     data, wanted = config.data, config.ppo.eval_prompts
     prompts = tuple(dict.fromkeys(read_prompts(str(data.prompt_csv))))
     if data.heldout_prompts:
@@ -143,12 +131,20 @@ def texts_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
             said = f"{min(both)!r} is in {data.prompt_csv} and in {data.heldout_prompts}"
             raise ValueError(f"{said}: held-out prompts are not trained on, drop it from one")
         count = min(wanted, len(others))
-        return prompts, tuple(others[i * len(others) // count] for i in range(count))
-    if wanted >= len(prompts):
+        held_out = tuple(others[i * len(others) // count] for i in range(count))
+    elif wanted < len(prompts):
+        drawn = random.Random(f"{config.run.seed} held out").sample(prompts, wanted)
+        prompts, held_out = tuple(p for p in prompts if p not in set(drawn)), tuple(drawn)
+    else:
         said = f"ppo.eval_prompts {wanted} leaves none of {data.prompt_csv}, which has"
         raise ValueError(f"{said} {len(prompts)}: lower it, or give data.heldout_prompts")
-    held_out = random.Random(f"{config.run.seed} held out").sample(prompts, wanted)
-    return tuple(p for p in prompts if p not in set(held_out)), tuple(held_out)
+    if config.model.backend not in CLASSES:
+        return prompts, held_out
+    wrong = [text for text in (*prompts, *held_out) if not text.isdecimal()]
+    if wrong:
+        said = f"model.backend {config.model.backend} takes class numbers for prompts"
+        raise ValueError(f"{said}, not {wrong[0]!r}: mend {data.prompt_csv}")
+    return tuple(map(int, prompts)), tuple(map(int, held_out))
 
 
 # --- weights ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ exported. B tables of a step, laid out prompt by prompt, k to each; P free numbe
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import cma
 import torch
@@ -16,39 +16,6 @@ from src.seeds import generator
 from training.ppo.config import Ppo
 from training.ppo.objectives import Taken, loss, standardised
 from training.ppo.policy import Draws, Policy, Start, stacked
-
-
-class Learner(Protocol):
-    """One way to learn a table from rewards."""
-
-    def draw(self, step: int, streams: Sequence[str]) -> Draws:
-        """The tables of a step, one for each stream of random numbers, whatever the rank."""
-        ...
-
-    def update(self, step: int, draws: Draws, rewards: Tensor, gains: Tensor) -> dict[str, float]:
-        """Learn from rewards [B] and advantages [B], NaN where there is none; -> measurements.
-
-        Raises ValueError for a step that is no number, before it changes anything.
-        """
-        ...
-
-    def mean(self) -> Draws:
-        """The table that is exported."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """All that changes, as tensors and plain values."""
-        ...
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state; KeyError or RuntimeError where it is another's."""
-        ...
-
-
-def make_learner(start: Start, ppo: Ppo, seed: int) -> Learner:
-    """The learner that `ppo.method` names, at its beginning."""
-    kinds = {"ppo": Clipped, "cma": Evolution, "quotients": Quotients}
-    return kinds[ppo.method](start, ppo, seed)
 
 
 class Clipped:
@@ -63,6 +30,7 @@ class Clipped:
 
     @torch.no_grad()
     def draw(self, step: int, streams: Sequence[str]) -> Draws:
+        """The tables of a step, one for each stream of random numbers, whatever the rank."""
         law = self.policy()
         if not self.ppo.antithetic:
             return stacked([law.draw(generator(self.seed, stream)) for stream in streams])
@@ -70,6 +38,10 @@ class Clipped:
         return stacked([law.draw(generator(self.seed, s), mirror) for s, mirror in pairs])
 
     def update(self, step: int, draws: Draws, rewards: Tensor, gains: Tensor) -> dict[str, float]:
+        """Learn from rewards [B] and advantages [B], NaN where there is none -> measurements.
+
+        Raises ValueError for a step that is no number, before it changes anything.
+        """
         ppo, policy = self.ppo, self.policy
         with torch.no_grad():
             log_prob = policy().log_prob(draws)
@@ -104,12 +76,15 @@ class Clipped:
 
     @torch.no_grad()
     def mean(self) -> Draws:
+        """The table that is exported."""
         return self.policy().mean()
 
     def state(self) -> dict[str, Any]:
+        """All that changes, as tensors and plain values."""
         return {"policy": self.policy.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state; KeyError or RuntimeError where it is another's."""
         self.policy.load_state_dict(state["policy"])
         self.optimiser.load_state_dict(state["optimiser"])
 
@@ -215,3 +190,12 @@ class Quotients:
     def load(self, state: dict[str, Any]) -> None:
         self.centre.copy_(state["centre"])
         self.optimiser.load_state_dict(state["optimiser"])
+
+
+Learner: TypeAlias = Clipped | Evolution | Quotients
+METHODS = {"ppo": Clipped, "cma": Evolution, "quotients": Quotients}
+
+
+def make_learner(start: Start, ppo: Ppo, seed: int) -> Learner:
+    """The learner that `ppo.method` names, at its beginning."""
+    return METHODS[ppo.method](start, ppo, seed)
