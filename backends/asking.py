@@ -137,7 +137,7 @@ def calls_of(requests: list[Request], copies: int, blank: bool) -> list[Call]:
 
 
 @dataclass
-class Run:
+class Trajectory:
     """Images under way: which call is next, and what the calls so far have brought.
 
     `still` is for pipelines that hand the network x as it is: where the first request is

@@ -81,7 +81,7 @@ def family(backend: Backend) -> str:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class Published:
     """Where the model of a published predictor is looked for, and where it comes from."""
 
     files: tuple[str, ...]  # within src/<data set>/, and the folder of weights
@@ -92,26 +92,26 @@ class Backbone:
 
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained (0.2 to 1.2 GB)"
 BACKBONES = {
-    "cifar10/edm": Backbone(("edm-cifar10-32x32-uncond-vp.pkl", "*.pkl"), EDM),
-    "ffhq/edm": Backbone(("edm-ffhq-64x64-uncond-vp.pkl", "*.pkl"), EDM),
-    "imagenet64/edm": Backbone(("edm-imagenet-64x64-cond-adm.pkl", "*.pkl"), EDM),
-    "lsun_bedroom_ldm/ldm": Backbone(
+    "cifar10/edm": Published(("edm-cifar10-32x32-uncond-vp.pkl", "*.pkl"), EDM),
+    "ffhq/edm": Published(("edm-ffhq-64x64-uncond-vp.pkl", "*.pkl"), EDM),
+    "imagenet64/edm": Published(("edm-imagenet-64x64-cond-adm.pkl", "*.pkl"), EDM),
+    "lsun_bedroom_ldm/ldm": Published(
         ("model.ckpt", "lsun_bedroom_ldm/model.ckpt"),
         "CompVis' lsun_beds256 (ommer-lab.com/files/latent-diffusion/lsun_bedrooms.zip, 2 GB)",
     ),
-    "ms_coco/ldm": Backbone(
+    "ms_coco/ldm": Published(
         ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned-emaonly.ckpt", "stable-diffusion-v1-5"),
         "v1-5-pruned-emaonly (4.3 GB) of stable-diffusion-v1-5/stable-diffusion-v1-5 on the hub",
         "EPD_SD15",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
-    "ms_coco/sd3": Backbone(
+    "ms_coco/sd3": Published(
         ("stable-diffusion-3-medium-diffusers",),
         "stabilityai/stable-diffusion-3-medium-diffusers (15.5 GB) on the hub",
         "EPD_SD3",
         "stabilityai/stable-diffusion-3-medium-diffusers",
     ),
-    "ms_coco/flux": Backbone(
+    "ms_coco/flux": Published(
         ("FLUX.1-dev",),
         "black-forest-labs/FLUX.1-dev (33.7 GB) on the hub",
         "EPD_FLUX",

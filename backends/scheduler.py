@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from backends import flow, vp
-from backends.asking import Run
+from backends.asking import Trajectory
 from backends.clock import (
     BETA_SCHEDULERS,
     FLOW_SCHEDULERS,
@@ -94,7 +94,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             make_solver(solver, SolverOptions(process=self.clock.process))
         self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
         self.num_inference_steps: int | None = None
-        self.under_way: Run | None = None
+        self.under_way: Trajectory | None = None
         self.located = False  # whether the first timestep is known
         self.noise_sigma: float | None = None
         self.last_scale = 1.0
@@ -172,7 +172,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         if self.rate is None and sampler.own_rates:
             raise ValueError("this predictor guides by itself: use parallel(pipe, predictor)")
         still = clock.table is None and not self.prepares
-        run = Run(sampler, clock, copies, still, self.rate)
+        run = Trajectory(sampler, clock, copies, still, self.rate)
         times = [
             [exact.get(level, t) for level, t in zip(row, own_times, strict=True)]
             for row, own_times in zip(run.network_sigma.tolist(), times_of(run), strict=True)
@@ -292,7 +292,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             rows.copy_(self.under_way.start(latents))
 
     @property
-    def running(self) -> Run:
+    def running(self) -> Trajectory:
         """The images under way; ValueError before `set_timesteps`."""
         if self.under_way is None:
             raise ValueError("call set_timesteps first")
@@ -320,7 +320,7 @@ def own(scheduler: EPDScheduler, name: str) -> Any:
     return config[name]
 
 
-def times_of(run: Run) -> list[list[float]]:
+def times_of(run: Trajectory) -> list[list[float]]:
     """What the network is told in every call, for each copy of an image."""
     return (
         run.clock.timesteps(run.network_sigma.flatten()).reshape(run.network_sigma.shape).tolist()

@@ -61,7 +61,7 @@ class Stack(nn.Module):
         super().__init__()
         sizes = (dim, dim_head, heads, ff_mult)
         self.layers = nn.ModuleList(
-            nn.ModuleList(nn.ModuleDict({"fn": kind(*sizes)}) for kind in (Cross, Parallel))
+            nn.ModuleList(nn.ModuleDict({"fn": kind(*sizes)}) for kind in (Cross, ParallelBlock))
             for _ in range(layer_num)
         )
 
@@ -96,7 +96,7 @@ class Cross(nn.Module):
         return self.to_out(attend(q, k, v, mask)) + self.ff(normed)
 
 
-class Parallel(nn.Module):
+class ParallelBlock(nn.Module):
     """Attention of the queries to each other and a feed-forward, by one projection."""
 
     def __init__(self, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:

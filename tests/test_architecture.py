@@ -19,7 +19,7 @@ LONGEST = 500  # lines of a file
 
 
 @dataclass(frozen=True)
-class Source:
+class Module:
     """A Python file: its place in the repository, its text, its tree."""
 
     path: Path
@@ -49,10 +49,10 @@ class Source:
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 FILES = [*SCRIPTS, *(path for top in FOLDERS for path in sorted((ROOT / top).rglob("*.py")))]
-OURS = [Source(path.relative_to(ROOT), path.read_text(encoding="utf-8")) for path in FILES]
+OURS = [Module(path.relative_to(ROOT), path.read_text(encoding="utf-8")) for path in FILES]
 
 
-def offenders(wrong: Callable[[Source], object]) -> dict[str, object]:
+def offenders(wrong: Callable[[Module], object]) -> dict[str, object]:
     results = {str(source.path): wrong(source) for source in OURS}
     return {path: what for path, what in results.items() if what}
 
@@ -91,7 +91,7 @@ for name in {[s.module for s in light]!r}:
 def test_nothing_is_unpickled_by_pickle_but_by_the_reader_that_runs_nothing() -> None:
     loads = {"pickle.load", "pickle.loads", "joblib.load", "dill.load"}
 
-    def wrong(source: Source) -> list[str]:
+    def wrong(source: Module) -> list[str]:
         blind = [
             name
             for name, call in source.calls()
@@ -108,7 +108,7 @@ def test_nothing_is_unpickled_by_pickle_but_by_the_reader_that_runs_nothing() ->
 def test_no_random_number_comes_from_a_global_generator() -> None:
     """But in builds, each a process of its own that makes weights."""
 
-    def wrong(source: Source) -> list[str]:
+    def wrong(source: Module) -> list[str]:
         if source.path.parts[:2] == ("exps", "build"):
             return []
         names = []
@@ -130,7 +130,7 @@ def test_no_object_is_asked_what_it_has() -> None:
 def test_no_function_takes_arguments_that_it_does_not_name() -> None:
     """But for a wrapper, which hands on what it gets, and a click command with its options."""
 
-    def wrong(source: Source) -> list[str]:
+    def wrong(source: Module) -> list[str]:
         return [
             node.name
             for node in source.nodes()
@@ -145,7 +145,7 @@ def test_our_classes_do_not_inherit_from_each_other() -> None:
     classes = [n for s in OURS for n in s.nodes() if isinstance(n, ast.ClassDef)]
     concrete = {c.name for c in classes if "Protocol" not in map(ast.unparse, c.bases)}
 
-    def wrong(source: Source) -> list[str]:
+    def wrong(source: Module) -> list[str]:
         return [
             f"{node.name}({base})"
             for node in source.nodes()

@@ -447,7 +447,7 @@ def test_an_original_sd3_file_gives_the_folders_outputs(
     assert torch.equal(sampled(ours), sampled(load_backend(str(folders("sd3")))))
 
 
-class Hostile:
+class HostileGlobal:
     """Touches a file when it is unpickled by pickle."""
 
     def __init__(self, path: Path) -> None:
@@ -458,7 +458,7 @@ class Hostile:
 
 
 def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "x": Hostile(tmp_path / "touched")}, tmp_path / "bad.ckpt")
+    torch.save({"state_dict": {}, "x": HostileGlobal(tmp_path / "touched")}, tmp_path / "bad.ckpt")
     with pytest.raises(ValueError, match=r"bad.ckpt"):
         load_backend(str(tmp_path / "bad.ckpt"))
     assert not (tmp_path / "touched").exists()

@@ -56,7 +56,7 @@ def refusal(path: Path) -> str:
     return message.removeprefix(str(path))
 
 
-class Call:
+class Calls:
     """Pickles as a call of anything, with a state if given."""
 
     def __init__(self, function: Any, *args: Any, state: Any = None) -> None:
@@ -74,16 +74,16 @@ def attacks(sentinel: Path) -> dict[str, Any]:
     code = f"__import__('pathlib').Path({str(sentinel)!r}).write_text('ran')"
     shell = f"echo ran > {sentinel}"
     return {
-        "system": Call(os.system, shell),
-        "check_output": Call(subprocess.check_output, ["sh", "-c", shell]),
-        "Popen": Call(subprocess.Popen, ["sh", "-c", shell]),
-        "eval": Call(eval, code),
-        "exec": Call(exec, code),
-        "getattr": Call(Call(getattr, Call(__import__, "os"), "system"), shell),
-        "map": Call(list, Call(map, eval, [code])),
-        "builtin": Call(functools.partial, print, state=(os.system, (shell,), {}, {})),
-        "torch.serialization.load": Call(torch.load, str(sentinel)),
-        "write_text": Call(Path.write_text, sentinel, "ran"),
+        "system": Calls(os.system, shell),
+        "check_output": Calls(subprocess.check_output, ["sh", "-c", shell]),
+        "Popen": Calls(subprocess.Popen, ["sh", "-c", shell]),
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "getattr": Calls(Calls(getattr, Calls(__import__, "os"), "system"), shell),
+        "map": Calls(list, Calls(map, eval, [code])),
+        "builtin": Calls(functools.partial, print, state=(os.system, (shell,), {}, {})),
+        "torch.serialization.load": Calls(torch.load, str(sentinel)),
+        "write_text": Calls(Path.write_text, sentinel, "ran"),
     }
 
 
@@ -112,7 +112,7 @@ def test_an_attack_is_refused_by_the_name_of_its_global(
         elif layout == "storage":
             path.write_bytes(by_bytes(stream(MAGIC, LEGACY, SYSTEM, attack, [])))
         else:
-            inside = Call(collections.OrderedDict, [(1, attack)])
+            inside = Calls(collections.OrderedDict, [(1, attack)])
             path.write_bytes(pickle.dumps(attack if layout == "plain" else inside, protocol))
         message = refusal(path)
         assert "refused" in message
@@ -132,13 +132,13 @@ def test_an_attack_inside_of_a_published_file_is_refused(
     elif place == "parameter":
         model._parameters["r_params"] = attack
     elif place == "module_src":
-        content["model"] = Call(nvidia.reconstruct, {"class_name": "Net", place: attack})
+        content["model"] = Calls(nvidia.reconstruct, {"class_name": "Net", place: attack})
     else:
         content[place] = attack
     assert "system" in refusal(write(nvidia.dumps(content)))
     source = f"open({str(sentinel)!r}, 'w').write('ran')"
     meta = {"type": "class", "module_src": source, "class_name": "Net", "state": {"a": 1}}
-    value = read_pickle(write(nvidia.dumps(Call(nvidia.reconstruct, meta))))
+    value = read_pickle(write(nvidia.dumps(Calls(nvidia.reconstruct, meta))))
     assert (value.class_name, value.state, value.args) == ("Net", {"a": 1}, ())
     assert not sentinel.exists()
 
@@ -157,7 +157,7 @@ def stream(*parts: Any) -> bytes:
 
 def by_bytes(raw: bytes) -> bytes:
     """A pickle that calls torch.storage._load_from_bytes."""
-    return pickle.dumps(Call(torch.storage._load_from_bytes, raw), 4)
+    return pickle.dumps(Calls(torch.storage._load_from_bytes, raw), 4)
 
 
 def reference(kind: str, name: str, count: int) -> bytes:
@@ -204,10 +204,12 @@ def test_what_a_file_claims_is_refused_without_allocating_it(name: str, write: W
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(write: Write) -> None:
     raw = nvidia.storage_bytes(torch.ones(6)._typed_storage())
-    storage = Call(torch.storage._load_from_bytes, raw)
+    storage = Calls(torch.storage._load_from_bytes, raw)
     views = [(0, (7,), (1,)), (5, (2,), (1,)), (0, (1 << 40,), (0,)), (1, (2, 2), (4, 1))]
     for view in (*views, (0, (-1,), (1,))):
-        message = refusal(write(pickle.dumps(Call(_rebuild_tensor_v2, storage, *view, False, {}))))
+        message = refusal(
+            write(pickle.dumps(Calls(_rebuild_tensor_v2, storage, *view, False, {})))
+        )
         assert "reaches beyond its storage" in message or "count" in message
 
 
@@ -223,7 +225,7 @@ def zipped(entries: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
 ONE = reference("torch\nFloatStorage", "0", 1)
 GIANT = reference("torch\nFloatStorage", "0", 1 << 28)
 GOOD = nvidia.storage_bytes(torch.ones(5)._typed_storage())
-NESTED = stream(MAGIC, LEGACY, SYSTEM, Call(torch.storage._load_from_bytes, GOOD), [])
+NESTED = stream(MAGIC, LEGACY, SYSTEM, Calls(torch.storage._load_from_bytes, GOOD), [])
 DEEP = b")" + b"\x85" * 100_000
 WIDE = b")q\x00" + b"0h\x00h\x00\x86q\x00" * 80  # a tuple of 2^80 parts
 CRAFTED = {
