@@ -24,6 +24,7 @@ SMALL = {
     "model.resolution": str(SIDE),
     "ppo.rollout_batch_size": "4",
     "ppo.minibatch_size": "4",
+    "ppo.rloo_k": "4",
     "ppo.eval_prompts": "2",
     "ppo.eval_interval": "2",
     "ppo.steps": "3",
