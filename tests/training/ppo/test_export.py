@@ -8,6 +8,7 @@ from click.testing import CliRunner, Result
 from solvers.predictor import load_predictor
 from src.runs import Metrics
 from tests.training.ppo.quadrature import short_run
+from training.ppo import export_epd_predictor
 from training.ppo.export import main
 
 
@@ -44,16 +45,12 @@ def test_a_checkpoint_gives_its_own_step(run: Path, tmp_path: Path) -> None:
     assert first.name == f"checkpoint-{step:08d}.pt"
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(
-    tmp_path: Path,
-) -> None:
-    short_run(tmp_path)
-    newest = max((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
-    newest.write_bytes(newest.read_bytes()[:-9] + b"x" * 9)
-    done = export(tmp_path, tmp_path / "ours.pkl")
-    assert done.exit_code == 0
-    assert f"{newest} is damaged" in done.stderr
-    assert newest.name not in done.stdout
+def test_the_published_spelling_writes_into_the_runs_own_folder(run: Path) -> None:
+    arguments = [str(run), "--checkpoint", "checkpoints/checkpoint-00000001.pt"]
+    done = CliRunner().invoke(export_epd_predictor.main, arguments)
+    assert done.exit_code == 0, done.output
+    path = run / "export" / "network-snapshot-export-step000001.pkl"
+    assert done.output.startswith(f"{path}: step 1 of")
 
 
 @pytest.mark.parametrize(

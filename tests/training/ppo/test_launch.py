@@ -80,31 +80,21 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(
     assert said in refused(start("--config", SD3, "--device", "cpu", *given))
 
 
-def test_a_model_that_is_not_here_is_told_with_how_to_get_it(
-    twins: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f"model.model={config_of('sd3_512').model.model}", "bash launch.sh weights sd3"),
+        ("reward.weights_path={folder}/cut.pt", "cut.pt"),
+        ("model.backend_options.model_config=/no/where", "no model at '/no/where'"),
+    ],
+)
+def test_what_is_not_here_or_not_whole_is_told_before_anything_is_loaded(
+    override: str, words: str, twins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing_loads(monkeypatch)
-    name = config_of("sd3_512").model.model
-    said = refused(start(*told("sd3_512", twins, f"model.model={name}")))
-    assert "missing weights: sd3" in said
-    assert "bash launch.sh weights sd3" in said
-
-
-def test_a_file_of_weights_that_is_cut_off_is_refused(
-    twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing_loads(monkeypatch)
-    (tmp_path / "cut.pt").write_bytes((twins / "hps.pt").read_bytes()[:999])
-    said = refused(start(*told("sd3_512", twins, f"reward.weights_path={tmp_path / 'cut.pt'}")))
-    assert "cut.pt" in said
-
-
-def test_a_folder_of_configs_that_is_not_there_is_refused(
-    twins: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing_loads(monkeypatch)
-    lost = "model.backend_options.model_config=/no/where"
-    assert "no model at '/no/where'" in refused(start(*told("sd3_512", twins, lost)))
+    (twins / "cut.pt").write_bytes((twins / "hps.pt").read_bytes()[:999])
+    override = override.replace("{folder}", str(twins))
+    assert words in refused(start(*told("sd3_512", twins, override)))
 
 
 def test_a_model_of_another_family_is_refused(twins: Path, tmp_path: Path) -> None:

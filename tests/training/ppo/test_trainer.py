@@ -105,12 +105,6 @@ def test_the_same_pictures_are_shown_at_every_save(whole: Path) -> None:
     assert len({read_png(path)[0].shape for path in shown}) == 1
 
 
-def test_the_last_few_checkpoints_are_kept(tmp_path: Path) -> None:
-    train(task(), SHORT, replace(EVERY, keep_last=2), tmp_path)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["best.pt", "checkpoint-00000003.pt", "checkpoint-00000004.pt"]
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     whole: Path, tmp_path: Path
 ) -> None:
@@ -145,12 +139,6 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(
     assert 0 < read_sealed(found)["step"] < SHORT.steps
     short_run(tmp_path, resume=tmp_path)
     assert alike(read_sealed(tmp_path / LAST), read_sealed(whole / LAST))
-    assert metrics(tmp_path) == metrics(whole)
-
-
-def test_what_was_told_after_the_checkpoint_is_told_once(whole: Path, tmp_path: Path) -> None:
-    short_run(tmp_path)
-    short_run(tmp_path, resume=tmp_path / "checkpoints" / "checkpoint-00000001.pt")
     assert metrics(tmp_path) == metrics(whole)
 
 
