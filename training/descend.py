@@ -25,7 +25,7 @@ from training.student import Batch, Reduce, Student, last_state, squared
 
 Reward = Callable[[Tensor, Sequence[int]], Tensor]
 """Latents [B, *] and the numbers of these samples -> how good each is, [B]."""
-PRICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+PRICES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of a step as far as the ends are from their targets, in units of the start's objective."""
 STEPS = 60
 """Of the inner search, which asks no network."""
