@@ -27,6 +27,8 @@ Reward = Callable[[Tensor, Sequence[int]], Tensor]
 """Latents [B, *] and the numbers of these samples -> how good each is, [B]."""
 PRICES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of a step as far as the ends are from their targets, in units of the start's objective."""
+NUDGE = 1e-3
+"""Of every number in the first round; later by what it does."""
 STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
@@ -57,6 +59,8 @@ class Lens:
             return self
         plain = [self.features(batch.targets[-1]).flatten(1).float().cpu() for batch in batches]
         seen = torch.cat([part for rank in ranks.gather_objects(plain) for part in rank])
+        if not bool(seen.isfinite().all()):
+            raise ValueError("the features of the teacher's samples are not finite")
         mean = seen.mean(0)
         _, sizes, basis = torch.linalg.svd((seen - mean).double(), full_matrices=False)
         count = min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum()))
@@ -100,16 +104,6 @@ class Objective:
         return dataclasses.replace(self, units=tuple(max(unit, 1e-12) for unit in units))
 
 
-@dataclass(frozen=True)
-class DescendOptions:
-    """How long and how finely; the defaults serve."""
-
-    rounds: int = 4
-    nudge: float = 1e-3
-    per_round: int | None = None  # batches in a round's Jacobian, taken in turn; None: all
-    reduce: Reduce = ranks.all_reduce_sum
-
-
 @torch.no_grad()
 def descend(
     student: Student,
@@ -118,7 +112,9 @@ def descend(
     judges: Sequence[Batch],
     terms: tuple[tuple[float, str], ...],
     lens: Lens,
-    options: DescendOptions,
+    *,
+    rounds: int = 3,
+    reduce: Reduce = ranks.all_reduce_sum,
     report: Callable[[float], object] = lambda _value: None,
 ) -> Tensor:
     """The vector after some rounds, never one with a larger objective on `judges`.
@@ -127,19 +123,28 @@ def descend(
     objective, which is the sum of the weights at first, but for rewards.
     """
     lens = lens.on([*batches, *judges])
-    seen = Seen(student, judges, lens, options.reduce)
-    objective = Objective(terms).started(*seen.at(theta))
-    best, nudge = objective(*seen.at(theta)).item(), torch.full_like(theta, options.nudge)
+    seen = Seen(student, judges, lens, reduce)
+    at_start = seen.at(theta)
+    if not all(bool(part.isfinite().all()) for part in at_start):
+        raise ValueError("the table to refine gives samples that are not finite")
+    objective = Objective(terms).started(*at_start)
+
+    def value_of(theta: Tensor) -> float:
+        if not bool(theta.isfinite().all()):
+            return math.inf
+        y, t, error = seen.at(theta)
+        return objective(y, t, error).item() if bool(y.isfinite().all()) else math.inf
+
+    best, nudge = value_of(theta), torch.full_like(theta, NUDGE)
     report(best)
-    count, failed = min(options.per_round or len(batches), len(batches)), False
+    failed = False
     window = range(len(PRICES))
-    for i in range(options.rounds):
-        part = [batches[(i * count + j) % len(batches)] for j in range(count)]
-        linear = linearised(student, theta, part, lens, nudge, options.reduce)
+    for _ in range(rounds):
+        linear = linearised(student, theta, batches, lens, nudge, reduce)
         nudge = fitting_nudges(linear.products)
         steps = {k: linear.step(objective, PRICES[k]) for k in window}
-        values = {k: objective(*seen.at(theta + step)).item() for k, step in steps.items()}
-        at = min(window, key=lambda k: values[k] if math.isfinite(values[k]) else math.inf)
+        values = {k: value_of(theta + step) for k, step in steps.items()}
+        at = min(window, key=lambda k: values[k])
         report(min(values[at], best))
         if values[at] < best:
             theta, best, failed = theta + steps[at], values[at], False
@@ -231,15 +236,16 @@ def linearised(
     for part in (part for batch in batches for part in batch.parts(most)):
         moving = ends(student, theta, part, nudge)
         end = next(moving)
-        look, columns, seen = lens(end, part.numbers), [], []
+        here, columns, seen = lens(end, part.numbers), [], []
         for x, h in zip(moving, nudge, strict=True):
             columns.append((x - end).unsqueeze(1) / h)
-            seen.append((lens(x, part.numbers) - look) / h)
+            seen.append((lens(x, part.numbers) - here) / h)
         total = total + gram([*columns, (part.targets[-1] - end).unsqueeze(1)])
-        looks.append(look)
+        looks.append(here)
         moves.append(torch.stack(seen, 1).float())
         targets.append(lens(part.targets[-1], part.numbers))
         size += part.x.numel()
-    return Linear(
-        gathered(looks), gathered(moves), gathered(targets), reduce(total), int(reduce(size))
-    )
+    rows = gathered(looks), gathered(moves), gathered(targets)
+    finite = torch.stack([part.flatten(1).isfinite().all(1) for part in rows]).all(0)
+    look, move, target = (part[finite] for part in rows)
+    return Linear(look, move, target, reduce(total), int(reduce(size)))

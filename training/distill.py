@@ -19,7 +19,7 @@ from solvers.process import Process
 from solvers.sampler import Sampler
 from solvers.schedules import NoiseLevels
 from src import ranks
-from training.descend import DescendOptions, Lens, Reward, descend
+from training.descend import Lens, Reward, descend
 from training.distances import OF_FEATURES, Network, distance_named
 from training.fit import FitOptions, fit
 from training.gradient import GradientOptions, Learner, checkpointed
@@ -141,8 +141,7 @@ def plan_of(problem: Problem) -> list[str]:
     """What a fit does, step by step."""
     s, fits = problem.settings, [f"fit {schedule}" for schedule in problem.students]
     others = any(name != "l2" for _, name in terms_of(s))
-    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
-    squares = [] if others and s.init else squares
+    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds and not others else []
     return [*fits, *squares, *([f"{BY}{s.distance}"] if others else [])]
 
 
@@ -194,9 +193,17 @@ def descended(problem: Problem, student: Student, theta: Tensor) -> tuple[Tensor
         model.features if names & OF_FEATURES else None,
         model.reward if "reward" in names else None,
     )
-    options = DescendOptions(s.rounds or 4, reduce=model.reduce)
-    judges = [*ends, *problem.judges]
-    theta = descend(student, theta, ends, judges, terms_of(s), lens, options, heard)
+    theta = descend(
+        student,
+        theta,
+        ends,
+        [*ends, *problem.judges],
+        terms_of(s),
+        lens,
+        rounds=s.rounds or 0,
+        reduce=model.reduce,
+        report=heard,
+    )
     return theta, values[-1]
 
 

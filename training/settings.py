@@ -30,8 +30,8 @@ FLOW_SCHEDULES = ("flowmatch", "logit")
 """The first is the usual one; a fit tries all of them."""
 GRADIENT_ALONE = ("objective", "lr", "coslr", "checkpointing", "published_loss")
 FIT_ALONE = ("rounds", "robust")
-MANY, AT_ONCE, SMALL = 1 << 26, 1 << 17, 1 << 10
-"""Numbers of latents, squared, to learn from; of latents at once; of a latent that is small."""
+MANY, SMALL = 1 << 26, 1 << 10
+"""Numbers of latents, squared, to learn from; of a latent that is small."""
 COUNT = click.IntRange(1)
 POSITIVE = Number(0, min_open=True)
 REACH = Number(0, 1)
@@ -268,7 +268,7 @@ def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
     one = settings.schedule or settings.M is not None or settings.init
     return {
         "samples": within(64 if squares else 96, MANY // numbers**2, 4096),
-        "batch": within(16, AT_ONCE // numbers, 1024),
+        "batch": within(16, 1 << 15 >> (numbers - 1).bit_length(), 1024),
         "fine_steps": 49 if small else 33,
         "rounds": 15 if small else 2 + (not squares),
         "robust": small,

@@ -1,5 +1,7 @@
 """Refinement by what samples look like: sets, features, rewards, and what is refused."""
 
+import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -132,3 +134,20 @@ def test_what_cannot_be_looked_at_is_one_line_before_any_work(
     with pytest.raises(ValueError, match=says):
         distill(counted, "ve", shape=(2,), settings=settings, **more)  # pyright: ignore[reportArgumentType]
     assert len(calls) <= 1
+
+
+@pytest.mark.parametrize("calls", [60, 110, 130, 170])
+def test_a_network_that_breaks_on_the_way_crashes_nothing(calls: int) -> None:
+    """One sample is not a number after so many calls: in a fit, a Jacobian, a comparison."""
+    count = []
+
+    def breaking(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        count.append(1)
+        x0 = cloud(x, sigma, cond)
+        return x0.index_fill(0, torch.tensor([0]), math.nan) if len(count) > calls else x0
+
+    settings = replace(FEW, distance="distribution", samples=16, judges=8)
+    with contextlib.suppress(ValueError):
+        table = distill(breaking, "ve", shape=(2,), settings=settings, features=waves).table
+        assert all(bool(t.isfinite().all()) for t in table.tensors())
+    assert len(count) > calls
