@@ -12,7 +12,7 @@ Shapes: n samples, P free numbers, F features, D numbers that are looked at of e
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,75 +32,92 @@ NUDGE = 1e-3
 STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
-"""The principal directions of the teacher's features that are looked at."""
+"""The principal directions of the teacher's samples that are looked at, of each view."""
 
 
 @dataclass(frozen=True)
 class Lens:
-    """What an objective looks at of a sample: its features in a basis, and its reward last."""
+    """What an objective looks at of a sample: its features, itself, and its reward.
+
+    Features and latents are seen in principal directions of the teacher's samples, each in units
+    of how these vary there: so no direction counts for more as it is larger, and a table that
+    serves one network of features serves others too.
+    """
 
     features: Network | None
     reward: Reward | None
-    mean: Tensor = field(default_factory=lambda: torch.zeros(1))  # [F]
-    basis: Tensor = field(default_factory=lambda: torch.eye(1))  # [F, D]
+    bases: tuple[tuple[Tensor, Tensor], ...] = ()  # mean [F], directions [F, D]; each view
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        """The features and the latents [B, F] as they are, float32 on the CPU."""
+        seen = (self.features(x), x) if self.features else ()
+        return [view.flatten(1).float().cpu() for view in seen]
+
+    def on(self, batches: Sequence[Batch]) -> "Lens":
+        """The lens with the directions of the teacher's ends in these batches, of all ranks."""
+        parts = [self.views(batch.targets[-1]) for batch in batches]
+        bases = []
+        for view in map(gathered, zip(*parts, strict=True)):
+            if not bool(view.isfinite().all()):
+                raise ValueError("the features of the teacher's samples are not finite")
+            mean = view.mean(0)
+            _, sizes, basis = torch.linalg.svd((view - mean).double(), full_matrices=False)
+            count = max(1, min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum())))
+            spread = (sizes[:count] / max(1, len(view) - 1) ** 0.5).clamp(min=1e-12)
+            bases.append((mean, (basis[:count].T / spread).float()))
+        return dataclasses.replace(self, bases=tuple(bases))
 
     def __call__(self, x: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Latents [B, *] -> [B, D], float32 on the CPU."""
-        columns = []
-        if self.features:
-            columns.append((self.features(x).flatten(1).float().cpu() - self.mean) @ self.basis)
+        """Latents [B, *] -> all that is looked at, [B, D], a reward last."""
+        views = zip(self.views(x), self.bases, strict=True)
+        columns = [(view - mean) @ basis for view, (mean, basis) in views]
         if self.reward:
             columns.append(self.reward(x, numbers).float().cpu().reshape(-1, 1))
         return torch.cat(columns, 1) if columns else torch.zeros(len(x), 0)
 
-    def on(self, batches: Sequence[Batch]) -> "Lens":
-        """The lens with the basis of the teacher's ends in these batches, of all ranks."""
-        if not self.features:
-            return self
-        plain = [self.features(batch.targets[-1]).flatten(1).float().cpu() for batch in batches]
-        seen = torch.cat([part for rank in ranks.gather_objects(plain) for part in rank])
-        if not bool(seen.isfinite().all()):
-            raise ValueError("the features of the teacher's samples are not finite")
-        mean = seen.mean(0)
-        _, sizes, basis = torch.linalg.svd((seen - mean).double(), full_matrices=False)
-        count = min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum()))
-        return dataclasses.replace(self, mean=mean, basis=basis[:count].T.float())
-
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of distances, each in units of its value at the start."""
+    """A weighted sum of distances, each in units of its value at the start.
+
+    Sets are compared both in features and in latents. `widths` are the directions of the two.
+    """
 
     terms: tuple[tuple[float, str], ...]
+    widths: tuple[int, ...] = ()
     units: tuple[float, ...] = ()
 
-    def parts(self, y: Tensor, t: Tensor, error: Tensor) -> list[Tensor]:
-        """The value of each term, for what is looked at of student and teacher [n, D] each.
+    def parts(self, y: Tensor, t: Tensor, error: Tensor) -> list[tuple[float, str, Tensor]]:
+        """Weight, name and value of each part, for what is looked at of student and teacher.
 
-        `error` is the mean squared error of the ends; a reward is the last number looked at.
+        y, t: [n, D]; `error` is the mean squared error of the ends.
         """
-        rewarded = any(name == "reward" for _, name in self.terms)
-        faces = (y[:, :-1], t[:, :-1]) if rewarded else (y, t)
-        ways: dict[str, Callable[[], Tensor]] = {
-            "l2": lambda: error,
-            "features": lambda: (faces[0] - faces[1]).square().sum(1).mean(),
-            "energy": lambda: energy(*faces),
-            "frechet": lambda: frechet(*faces),
-            "reward": lambda: -y[:, -1].mean(),
-        }
-        ways |= {"inception": ways["features"], "distribution": ways["frechet"]}
-        return [ways[name]() for _, name in self.terms]
+        sizes = [*self.widths, y.shape[1] - sum(self.widths)]
+        views = list(zip(y.split(sizes, 1), t.split(sizes, 1), strict=True))
+        parts = []
+        for weight, name in self.terms:
+            if name == "l2":
+                parts.append((weight, name, error))
+            elif name == "reward":
+                parts.append((weight, name, -y[:, -1].mean()))
+            elif name in ("features", "inception"):
+                seen, wanted = views[0]
+                parts.append((weight, name, (seen - wanted).square().sum(1).mean()))
+            else:
+                distance, sets = energy if name == "energy" else frechet, views[:-1]
+                parts += [(weight / len(sets), name, distance(*pair)) for pair in sets]
+        return parts
 
     def __call__(self, y: Tensor, t: Tensor, error: Tensor) -> Tensor:
         """The weighted sum."""
-        parts = zip(self.terms, self.parts(y, t, error), self.units, strict=True)
-        return torch.stack([w * part.double() / unit for (w, _), part, unit in parts]).sum()
+        parts = zip(self.parts(y, t, error), self.units, strict=True)
+        return torch.stack([w * part.double() / unit for (w, _, part), unit in parts]).sum()
 
     def started(self, y: Tensor, t: Tensor, error: Tensor) -> "Objective":
         """The same with its units; a reward's is how it varies between samples."""
-        pairs = zip(self.terms, self.parts(y, t, error), strict=True)
         spread = float(y[:, -1].std()) if y.shape[1] else 0.0
-        units = (spread if name == "reward" else part.item() for (_, name), part in pairs)
+        parts = self.parts(y, t, error)
+        units = (spread if name == "reward" else value.item() for _, name, value in parts)
         return dataclasses.replace(self, units=tuple(max(unit, 1e-12) for unit in units))
 
 
@@ -127,7 +144,8 @@ def descend(
     at_start = seen.at(theta)
     if not all(bool(part.isfinite().all()) for part in at_start):
         raise ValueError("the table to refine gives samples that are not finite")
-    objective = Objective(terms).started(*at_start)
+    widths = tuple(basis.shape[1] for _, basis in lens.bases)
+    objective = Objective(terms, widths).started(*at_start)
 
     def value_of(theta: Tensor) -> float:
         if not bool(theta.isfinite().all()):

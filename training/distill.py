@@ -34,7 +34,7 @@ from training.problem import (
     terms_of,
 )
 from training.refine import ROBUST, RefineOptions, enough, gauss_newton
-from training.settings import Settings, recipe_of
+from training.settings import SMALL, Settings, recipe_of
 from training.student import Batch, Student, rmse
 from training.teacher import Batches
 
@@ -141,7 +141,9 @@ def plan_of(problem: Problem) -> list[str]:
     """What a fit does, step by step."""
     s, fits = problem.settings, [f"fit {schedule}" for schedule in problem.students]
     others = any(name != "l2" for _, name in terms_of(s))
-    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds and not others else []
+    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
+    large = math.prod(problem.model.shape) >= SMALL  # whose evaluations are dear
+    squares = [] if others and (s.init or large) else squares
     return [*fits, *squares, *([f"{BY}{s.distance}"] if others else [])]
 
 

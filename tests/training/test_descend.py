@@ -16,6 +16,7 @@ from solvers.schedules import polynomial
 from training.api import Settings, distill, sample
 from training.descend import Lens, Linear, Objective
 from training.distances import energy, frechet, parse_terms
+from training.student import Batch
 
 POINTS = torch.tensor([[1.5, 0.0], [-1.0, 1.2], [-0.8, -1.4]])
 FEW = Settings(nfe=3, samples=160, judges=80, positions=7, rounds=2, fine_steps=17, robust=False)
@@ -98,14 +99,18 @@ def test_a_step_of_squares_is_that_of_gauss_newton() -> None:
     columns = torch.cat([moves, targets[:, None]], 1).transpose(0, 1).flatten(1).double()
     linear = Linear(torch.zeros(40, 2), moves, targets, columns @ columns.T, 80)
     for name in ("l2", "features"):
-        objective = Objective(((1.0, name),), (1.0,))
+        objective = Objective(((1.0, name),), (2,), (1.0,))
         assert torch.allclose(linear.step(objective, 1e-9).float(), best, atol=1e-2)
 
 
-def test_a_lens_keeps_the_distances_of_features() -> None:
-    assert Lens(None, None)(noise(4), range(4)).shape == (4, 0)
-    both = Lens(waves, near_first, torch.zeros(6), torch.eye(6))(noise(4), range(4))
-    assert torch.equal(both[:, :-1], waves(noise(4)))
+def test_a_lens_sees_the_teachers_samples_in_units_of_their_spread() -> None:
+    batch = Batch(Field(cloud), noise(), (noise(),))
+    lens = Lens(waves, near_first).on([batch])
+    seen = lens(noise(), range(400))
+    assert seen.shape == (400, 6 + 2 + 1)
+    assert torch.allclose(torch.cov(seen[:, :6].T), torch.eye(6), atol=1e-3)
+    assert torch.allclose(torch.cov(seen[:, 6:8].T), torch.eye(2), atol=1e-3)
+    assert Lens(None, None).on([batch])(noise(4), range(4)).shape == (4, 0)
 
 
 @pytest.mark.parametrize(
