@@ -9,30 +9,44 @@ import io
 import mmap
 import pickle
 import struct
+import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from src.unpickler import Global, Inert, Reader, Storage, quoted, whole
-
-__all__ = ["Global", "Inert", "module_tensors", "read_pickle", "read_tensors"]
-
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older torch.save
-MAPPED = 64 << 20  # larger files are mapped, so that their tensors are read when they are used
-NO_VIEW = ([], [None])  # of a storage in another one
 MOST_MODULES = 100_000
-STORAGES = {
+SPARE = 1 << 16  # values that calls may copy beyond four times the bytes of the file
+DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},
     **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8},
     **{"Byte": torch.uint8, "Untyped": torch.uint8, "Bool": torch.bool},
     **{"BFloat16": torch.bfloat16, "ComplexFloat": torch.complex64},
     "ComplexDouble": torch.complex128,
 }
+RENAMED = {**IMPORT_MAPPING, "numpy._core.multiarray": "numpy.core.multiarray"}  # Python 2's first
+STANDARD = {*sys.stdlib_module_names, "nt", "posix"}
+VALUES = {
+    *("abc", "argparse", "collections", "dataclasses", "datetime", "decimal", "enum", "fractions"),
+    *("functools", "logging", "math", "numbers", "pathlib", "string", "types", "typing", "uuid"),
+}
+"""Modules of the standard library that may be named, as what they hold are values."""
+BUILTINS = {
+    *("object", "type", "bool", "int", "float", "complex", "str", "bytes", "bytearray", "long"),
+    *("tuple", "list", "set", "frozenset", "dict", "range", "slice", "unicode"),
+}
+FACTORIES = (
+    *("torch._utils._rebuild_", "torch.device", "numpy.dtype", "numpy.random."),
+    *("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
+)
+"""What makes objects that stay inert, and has the name of a function."""
 BROKEN = (
     *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
     *(EOFError, MemoryError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
@@ -40,12 +54,38 @@ BROKEN = (
 )
 
 
+@dataclass(frozen=True)
+class Global:
+    """A class or function that a file names."""
+
+    name: str
+
+
+@dataclass(eq=False, repr=False)
+class Inert:
+    """An object of a class that was not imported.
+
+    `class_name` is the bare name for objects of `torch_utils.persistence`, else the dotted one;
+    `args` are the arguments of its call, `state` its attributes (under "" if they are no dict),
+    `items` what was put into it as into a dict or, under 0, 1, ..., a list.
+    """
+
+    class_name: str
+    args: tuple[Any, ...] = ()
+    state: dict[Any, Any] = field(default_factory=dict)
+    items: dict[Any, Any] = field(default_factory=dict)
+
+    def append(self, value: object) -> None:
+        """What a list would do."""
+        self.items[len(self.items)] = value
+
+
 def read_pickle(path: str | Path) -> Any:
     """The content of a pickle or torch.save file: plain data, tensors, `Global`s and `Inert`s.
 
     OrderedDict and EasyDict come out as dict, parameters as plain tensors. Raises ValueError, in
     one line with the path: not there, not a pickle, cut short, a size claimed that the file does
-    not hold, or a call that is not allowed, by its name.
+    not hold, or a global that is not allowed, by its name.
     """
     path = Path(path)
     try:
@@ -104,48 +144,26 @@ def module_tensors(module: Inert) -> dict[str, Tensor]:
 # --- layouts ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of known size, of which no more is asked for than it holds."""
-
-    file: BinaryIO
-    size: int
-
-    def read(self, n: int) -> bytes:
-        """The next n bytes, or all that are left."""
-        return self.file.read(n if n < 4096 else min(n, self.size - self.file.tell()))
-
-    def readline(self) -> bytes:
-        """The next line, with its end."""
-        return self.file.readline()
-
-
 def read_file(file: BinaryIO, size: int) -> Any:
     """The object of a file in any of the layouts, told apart by their first bytes."""
-    head = file.read(32)
-    file.seek(0)
-    if head.startswith(b"PK\x03\x04"):
-        return read_zip(file, size)
-    if head.startswith(b"version https://git-lfs"):
+    if not size:
+        raise EOFError
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read where it is used
+    if data[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(file) as archive:
+            return read_zip({entry.filename: entry for entry in archive.infolist()}, data)
+    if data[:23] == b"version https://git-lfs":
         raise ValueError("it is a git-lfs pointer, not the file itself: `git lfs pull` fetches it")
-    source = Source(file, size)
-    if MAGIC.to_bytes(10, "little") in head:
-        return read_legacy(source, size)
-    value = Reader(source, size, load=storage_from_bytes).load()
-    if source.read(1):
+    if MAGIC.to_bytes(10, "little") in data[:32]:
+        return read_legacy(data, size)
+    value = Reader(data, size).load()
+    if data.tell() != size:
         raise ValueError("more bytes follow the end of the pickle")
     return value
 
 
-def read_zip(file: BinaryIO, size: int) -> Any:
+def read_zip(entries: dict[str, zipfile.ZipInfo], data: mmap.mmap) -> Any:
     """The torch.save of today: a zip with `ROOT/data.pkl` and `ROOT/data/NAME`."""
-    with zipfile.ZipFile(file) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-    file.seek(0)
-    if size > MAPPED:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    else:
-        data = memoryview(bytearray(file.read(size)))
     roots = [n[:-8] for n in entries if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(roots) != 1:
         raise ValueError("it is a zip without one data.pkl, so not from torch.save")
@@ -158,78 +176,41 @@ def read_zip(file: BinaryIO, size: int) -> Any:
             raise ValueError(f"the entry {quoted(roots[0] + name)} is compressed or too large")
         start = entry.header_offset + 30  # then its name and an extra field, whose lengths are
         start += sum(struct.unpack_from("<HH", data, start - 4))
-        return data[start : start + entry.file_size]
+        return memoryview(data)[start : start + entry.file_size]
+
+    def storage(name: str, dtype: torch.dtype, size: int) -> Tensor:
+        raw = content(f"data/{name}")
+        if len(raw) != size:
+            raise ValueError(f"a storage of {len(raw)} bytes claims to hold {size}")
+        return from_bytes(raw, dtype)
 
     if roots[0] + "byteorder" in entries and content("byteorder") != b"little":
         raise ValueError("it was saved on a big-endian machine")
-    pickled = content("data.pkl")
-    storages = Storages(len(data), content)
-    return Reader(io.BytesIO(pickled), len(pickled), refer=storages.claim).load()
+    return Reader(io.BytesIO(content("data.pkl")), len(data), storage).load()
 
 
 def read_legacy(stream: Any, size: int) -> Any:
     """The older torch.save: magic, version, system, object, storage names, then storages."""
-    magic, version, system = (Reader(stream, size).load() for _ in range(3))
+
+    def zeros(_name: str, dtype: torch.dtype, size: int) -> Tensor:
+        return torch.zeros(size // dtype.itemsize, dtype=dtype)
+
+    reader = Reader(stream, size, zeros)
+    magic, version, system, value, names = (reader.load() for _ in range(5))
     if not isinstance(magic, int) or not isinstance(version, int) or version != VERSION:
         raise ValueError("its version of the torch.save layout is not one that is read")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("it was saved on a big-endian machine")
-    storages = Storages(size)
-    value = Reader(stream, size, refer=storages.claim).load()
-    names = Reader(stream, size).load()
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("its list of storages is broken")
-    if len(names) != len(set(names)) or set(names) != set(storages.storages):
+    if not isinstance(names, list) or sorted(names) != sorted(reader.storages):
         raise ValueError("its list of storages is not that of its tensors")
     for name in names:
-        values = storages.storages[name].values
+        values = reader.storages[name]
         (count,) = struct.unpack("<q", stream.read(8))
         raw = stream.read(values.nbytes)
         if count != len(values) or len(raw) != values.nbytes:
             raise ValueError(f"a storage of {len(values)} numbers claims {count}, or is cut short")
         values.copy_(from_bytes(raw, values.dtype))
     return value
-
-
-@dataclass
-class Storages:
-    """The storages that a torch.save pickle refers to, each made once and within reach."""
-
-    left: int  # bytes that may still be claimed
-    content: Callable[[str], memoryview] | None = None  # of a zip; the older layout fills in later
-    storages: dict[str, Storage] = field(default_factory=dict)
-
-    def claim(self, reference: Any) -> object:
-        """("storage", type, name, device, count) -> the storage; the device is ignored.
-
-        ("module", class, file, source), of the older layout, is the class; the rest is dropped.
-        """
-        match reference:
-            case ("module", Global() as kind, _, _):
-                return kind
-            case ("storage", Global(kind), str(name), _, count, *view) if view in NO_VIEW:
-                dtype = STORAGES.get(kind.rpartition(".")[2].removesuffix("Storage"))
-                if dtype is None or not kind.startswith("torch."):
-                    raise ValueError(f"it has a storage of the kind {quoted(kind)}")
-                return self.storage(name, dtype, whole(count))
-        raise ValueError("it has a reference that is not one to a storage")
-
-    def storage(self, name: str, dtype: torch.dtype, count: int) -> Storage:
-        """The storage of that name; a new one is zeros for now, or its entry's content."""
-        claimed = count * dtype.itemsize
-        if name not in self.storages:
-            self.left -= claimed
-            if self.left < 0:
-                raise ValueError(f"a storage claims {claimed} bytes, more than the file holds")
-            raw = self.content(f"data/{name}") if self.content else None
-            if raw is not None and len(raw) != claimed:
-                raise ValueError(f"a storage of {len(raw)} bytes claims to hold {claimed}")
-            values = torch.zeros(count, dtype=dtype) if raw is None else from_bytes(raw, dtype)
-            self.storages[name] = Storage(values)
-        values = self.storages[name].values
-        if (values.dtype, len(values)) != (dtype, count):
-            raise ValueError(f"the storage {quoted(name)} is claimed in two ways")
-        return self.storages[name]
 
 
 def from_bytes(raw: bytes | memoryview, dtype: torch.dtype) -> Tensor:
@@ -243,11 +224,270 @@ def from_bytes(raw: bytes | memoryview, dtype: torch.dtype) -> Tensor:
     return values.clone() if values.data_ptr() % 16 else values
 
 
-def storage_from_bytes(raw: Any) -> Storage:
+# --- the unpickler ----------------------------------------------------------------------------
+
+
+class Reader(pickle._Unpickler):
+    """Python's unpickler, for a stream of `size` bytes, with inert values for what it names.
+
+    `content` (name, dtype, bytes) gives a storage of a torch.save file; a plain pickle has none.
+    It is the unpickler written in Python: the one in C allocates what a file claims, and hashes
+    keys that take for ever or overflow its stack.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    append: Callable[[object], None]
+
+    def __init__(
+        self,
+        stream: Any,
+        size: int,
+        content: Callable[[str, torch.dtype, int], Tensor] | None = None,
+    ) -> None:
+        super().__init__(stream, encoding="latin1")
+        self.content, self.storages = content, dict[str, Tensor]()
+        self.room, self.budget = size, 4 * size + SPARE
+
+    def load(self) -> Any:
+        """The next object of the stream."""
+        self.memo: dict[int, Any] = {}
+        return super().load()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The name itself, or a dtype; ValueError for what no file of tensors has to name."""
+        dotted = f"{RENAMED.get(module, module)}.{name}"
+        root, _, rest = dotted.partition(".")
+        allowed = root in VALUES or (root == "builtins" and rest in BUILTINS)
+        if root in STANDARD and not allowed and dotted not in MAKERS and dotted not in INSTANCES:
+            asked = quoted(f"{module}.{name}")
+            raise ValueError(f"refused: it asks for {asked}, which is not allowed in it")
+        if dotted == "torch.storage._load_from_bytes" and self.content:
+            raise ValueError("it has a storage where none belongs")
+        dtype = vars(torch).get(rest) if root == "torch" else None
+        return dtype if isinstance(dtype, torch.dtype) else Global(dotted)
+
+    def persistent_load(self, pid: Any) -> Any:
+        """("storage", type, name, device, count) -> the storage; the device is ignored.
+
+        ("module", class, file, source), of the older layout, is the class; the rest is dropped.
+        """
+        if self.content is None:
+            raise ValueError("it has a storage where none belongs")
+        match pid:
+            case ("module", Global() as kind, _, _):
+                return kind
+            case ("storage", Global(kind), str(name), _, count, *view) if view in ([], [None]):
+                dtype = DTYPES.get(kind.rpartition(".")[2].removesuffix("Storage"))
+            case _:
+                raise ValueError("it has a reference that is not one to a storage")
+        if dtype is None or not kind.startswith("torch."):
+            raise ValueError(f"it has a storage of the kind {quoted(kind)}")
+        if name not in self.storages:
+            claimed = whole(count) * dtype.itemsize
+            self.room -= claimed
+            if self.room < 0:
+                raise ValueError(f"a storage claims {claimed} bytes, more than the file holds")
+            self.storages[name] = self.content(name, dtype, claimed)
+        values = self.storages[name]
+        if (values.dtype, len(values)) != (dtype, count):
+            raise ValueError(f"the storage {quoted(name)} is claimed in two ways")
+        return values
+
+    def spend(self, *values: object) -> None:
+        """Count what is about to be copied; ValueError where a small file grows without end."""
+        copied = (str, bytes, list, tuple, dict, set, frozenset)
+        self.budget -= sum(len(v) for v in values if isinstance(v, copied))
+        if self.budget < 0:
+            raise ValueError("it builds far more than the file holds")
+
+    def call(self, target: object, args: object, is_class: bool = False) -> object:
+        """What a call gives: what our own code makes of it, else an `Inert` of a class."""
+        if not isinstance(target, Global):
+            raise ValueError(f"refused: it calls a {type(target).__name__}, not a class")
+        name, last = target.name, target.name.rpartition(".")[2].lstrip("_")
+        if not isinstance(args, tuple):
+            raise ValueError(f"refused: it calls {quoted(name)} without a tuple")
+        self.spend(args, *args)
+        if name in INSTANCES:
+            given = args[INSTANCES[name] :]
+            return self.call(args[0], tuple(a for a in given if a is not None), True)
+        if last == "reconstruct_persistent_obj":
+            return persistent(*args)
+        if name in MAKERS:
+            return MAKERS[name](*args)
+        standard = name.partition(".")[0] in STANDARD
+        is_class = name.count(".") == 1 if standard else is_class  # a value, by `find_class`
+        if is_class or last[:1].isupper() or name.startswith(FACTORIES):
+            return Inert(name, args)
+        raise ValueError(f"refused: it calls {quoted(name)}, which is not allowed in it")
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], args)
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], args, True)
+
+    def load_newobj_ex(self) -> None:
+        names = self.stack.pop()
+        self.stack[-1] += (names,) if names else ()
+        self.load_newobj()
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        """INST and OBJ: the class, and its arguments above a mark."""
+        self.append(self.call(klass, tuple(args), True))
+
+    def load_build(self) -> None:
+        """Attributes: kept by an `Inert`, dropped for a dict, refused for the rest."""
+        state, target = self.stack.pop(), self.stack[-1]
+        self.spend(state)
+        if isinstance(target, Inert):
+            target.state.update(state if isinstance(state, dict) else {"": state})
+        elif not isinstance(target, dict):
+            raise ValueError(f"it sets attributes of a {type(target).__name__}")
+
+    def fill(self, values: list[Any]) -> None:
+        """Put values into the set on top, or key, value, key, value, ... into the dict."""
+        target = self.stack[-1]
+        if isinstance(target, set):
+            target.update(map(key, values))
+        elif isinstance(target, dict | Inert) and len(values) % 2 == 0:
+            mapping = target if isinstance(target, dict) else target.items
+            mapping.update(dict_of(zip(values[::2], values[1::2], strict=True)))
+        else:
+            raise ValueError(f"it sets entries of a {type(target).__name__}")
+
+    def load_setitem(self) -> None:
+        pair = [self.stack.pop(), self.stack.pop()]
+        self.fill(pair[::-1])
+
+    def load_setitems(self) -> None:
+        self.fill(self.pop_mark())
+
+    load_additems = load_setitems
+
+    def load_dict(self) -> None:
+        pairs = self.pop_mark()
+        self.append({})
+        self.fill(pairs)
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(map(key, self.pop_mark())))
+
+    def load_bytearray8(self) -> None:
+        self.append(self.read(*struct.unpack("<Q", self.read(8))))
+
+    def get_extension(self, code: int) -> None:
+        raise ValueError(f"refused: it uses the extension code {code}")
+
+
+for code, load in Reader.dispatch.items():  # the methods above in the place of Python's own
+    Reader.dispatch[code] = getattr(Reader, load.__name__)
+
+
+# --- what our own code makes of a call --------------------------------------------------------
+
+
+def quoted(text: object, length: int = 160) -> str:
+    """Text of a file made fit for one line of a terminal."""
+    return str(text)[:length].encode("unicode_escape").decode("ascii")[:length]
+
+
+def whole(value: Any) -> int:
+    """A count: an int, not negative."""
+    if type(value) is not int or value < 0:
+        raise ValueError("a count is negative or not a whole number")
+    return value
+
+
+def key(value: Any) -> Any:
+    """A value that may be a key: plain, or a tuple of plain values, which are hashed at once."""
+    plain = (str, bytes, int, float, type(None), torch.dtype, Global, Inert)
+    if not all(isinstance(v, plain) for v in (value if isinstance(value, tuple) else (value,))):
+        raise ValueError(f"a {type(value).__name__} with other values in it cannot be a key")
+    return value
+
+
+def dict_of(entries: Any = ()) -> dict[Any, Any]:
+    """`collections.OrderedDict` and its like: a plain dict."""
+    return {key(k): v for k, v in (entries.items() if isinstance(entries, dict) else entries)}
+
+
+def persistent(meta: Any) -> Inert:
+    """`torch_utils.persistence._reconstruct_persistent_obj`: keeps the name and the state."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
+        raise ValueError("a persistent object has no class name")
+    state = meta.get("state")
+    return Inert(quoted(meta["class_name"]), state=state if isinstance(state, dict) else {})
+
+
+def load_from_bytes(raw: Any) -> Tensor:
     """`torch.storage._load_from_bytes`: a stream of the older torch.save with one storage."""
     if not isinstance(raw, bytes):
         raise ValueError(f"a storage is a {type(raw).__name__}, not bytes")
     value = read_legacy(io.BytesIO(raw), len(raw))
-    if not isinstance(value, Storage):
+    if not isinstance(value, Tensor):
         raise ValueError("a storage holds something else than a storage")
     return value
+
+
+def tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Tensor:
+    """`torch._utils._rebuild_tensor_v2`: a view of a storage [n], inside of it."""
+    if not isinstance(storage, Tensor) or len(size) != len(stride) or len(size) > 64:
+        raise ValueError("a tensor has no storage, or a shape that is broken")
+    count, last = 1, whole(offset)
+    for n, step in zip(size, stride, strict=True):
+        count, last = count * whole(n), last + (n - 1) * whole(step)
+    if count and (last >= len(storage) or count > len(storage)):
+        raise ValueError("a tensor reaches beyond its storage")
+    return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
+
+
+def encoded(text: Any, encoding: Any = "latin1") -> bytes:
+    """`_codecs.encode`: how protocols 0 to 2 write bytes."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes are not written as latin1 text")
+    return text.encode("latin1")
+
+
+def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
+    """`numpy.core.multiarray.scalar`: a Python number."""
+    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    if code not in ("b1", "i4", "i8", "u8", "f2", "f4", "f8") or not isinstance(raw, bytes):
+        raise ValueError("a numpy scalar is not a plain number")
+    return np.frombuffer(raw, f"<{code}")[0].item()
+
+
+def first(value: Any, *_rest: Any) -> Any:
+    """The first argument, of what only says its type."""
+    return value
+
+
+WRAPPERS = ("intlist", "doublelist", "boollist", "tensorlist")
+INSTANCES = {"copyreg._reconstructor": 2, "copyreg.__newobj__": 1}
+"""How protocols 0 and 1 write instances: the class first, its arguments from there on."""
+TENSORS: dict[Global, Callable[..., Tensor]] = {
+    Global("torch._utils._rebuild_tensor"): tensor,
+    Global("torch._utils._rebuild_tensor_v2"): tensor,
+    Global("torch._utils._rebuild_parameter"): first,
+    Global("torch._utils._rebuild_parameter_with_state"): first,
+}
+MAKERS: dict[str, Callable[..., object]] = {
+    **{kind.name: make for kind, make in TENSORS.items()},
+    "torch._tensor._rebuild_from_type_v2": lambda make, _kind, args, _state: TENSORS[make](*args),
+    "torch.storage._load_from_bytes": load_from_bytes,
+    "torch.Size": lambda sizes=(): tuple(whole(n) for n in sizes),
+    **{f"torch.jit._pickle.build_{wrapper}": first for wrapper in WRAPPERS},
+    "torch.jit._pickle.restore_type_tag": first,
+    "collections.OrderedDict": dict_of,
+    "dnnlib.util.EasyDict": dict_of,
+    "builtins.dict": dict_of,
+    "builtins.set": lambda entries=(): {key(v) for v in entries},
+    "_codecs.encode": encoded,
+    "numpy.core.multiarray.scalar": numpy_scalar,
+    "numpy.core.multiarray._reconstruct": lambda *_args: Inert("numpy.ndarray"),
+}

