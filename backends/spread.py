@@ -57,7 +57,7 @@ class SpreadDenoiser:
         if self.as_slope:
             answer = (part(x) - answer) / part(wide)
         rows = self.collect(answer.to(self.dtype).contiguous(), ranks)
-        rows = rows.transpose(0, 1).flatten(0, 1)[: len(x)].to(x.dtype)
+        rows = rows.transpose(0, 1).flatten(0, 1)[: len(x)].to(x.dtype, copy=True)
         return x - wide * rows if self.as_slope else rows
 
     def collect(self, answer: Tensor, ranks: int) -> Tensor:

@@ -1,39 +1,63 @@
-"""What sampling costs beyond its bare network calls, and K points in one call or one by one.
+"""What sampling costs beyond its bare network calls, on one device, several ranks, or a GPU.
 
 Only ratios within one run: what is compared takes turns, and the median of the turns counts.
 
     python -m eval.bench
+    torchrun --nproc_per_node=2 -m eval.bench --model tiny-sd3 --points_degree 2
+    python -m eval.bench --simulate sd3 0.022 --simulate flux 0.19 --gather_gbs 20
+    python -m eval.bench --suite gpu
 """
 
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import click
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
 
 from backends.base import Backend
-from backends.generate import Job, generate
-from backends.load import load_backend
-from eval.machine import clock, provenance
+from backends.generate import Batch, Job, generate
+from backends.load import load_backend, shipped_models
+from backends.spread import spread
+from eval.latency import POINTS, SIZES, Table, Tables, even_points, simulated, time_shared
+from eval.machine import ROOT, clock, provenance
 from solvers.field import Condition
 from solvers.predictor import find_predictor, load_predictor
 from solvers.sampler import Sampler, hand_made
 from src import ranks
-from src.files import write_json
-from src.options import Device, OneLineCommand
-from src.stats import aligned
+from src.files import write_json, write_text
+from src.options import Device, Number, OneLineCommand
+from src.stats import aligned, number
 
 SOLVERS = ("euler", "ipndm-3", "dpmpp-3", "unipc-3")
 NUM_STEPS = 6
 PREDICTOR = "cifar10-5nfe"
 BATCHES = (1, 16)
-HEAD = (
-    *("solver", "batch", "NFE", "sample ms", "network ms", "rest ms"),
-    *("beyond", "rest", "K one by one"),
-)
+CPU = torch.device("cpu")
+ROW_SECONDS = (click.Choice(list(SIZES)), Number(0, min_open=True))
+GPU_BATCHES = (1, 4, 16, 64)
+MODELS = ("fashion-mnist-32", "tiny-sd3")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TWINS = ("sd", "uncond", "sd3", "flux", "sdxl")
+COMMANDS = {
+    "fit": "train_distill.py --num_steps 4 --num_points 2 --outdir {folder}/fit",
+    "PPO step": "-m training.ppo.launch --config training/ppo/cfgs/tiny_sd3.yaml --max-steps 1 "
+    "--override run.output_root={folder}",
+    "ranks": "-m src.ranks --standalone --nproc_per_node={count} -m eval.bench --model tiny-sd3 "
+    "--points_degree {count} --repeats 5 --out exps/devices/ranks.json",
+}
+"""What the suite for a GPU runs as a whole; the last where there are several."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +72,6 @@ class Timing:
     ratio: float  # sample / network, 1 being no overhead; a small difference of large times
     rest: float  # seconds of generate() on a network that answers at once: all but the network
     one_by_one: float | None = None  # sampling with a call a point / all K in one call
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """A line of the table."""
-        times = (f"{seconds * 1e3:.2f}" for seconds in (self.sample, self.network, self.rest))
-        shares = (f"{100 * (self.ratio - 1):+.1f} %", f"{100 * self.rest / self.network:.1f} %")
-        chunked = "-" if self.one_by_one is None else f"{self.one_by_one:.2f}"
-        return self.name, str(self.batch), str(self.calls), *times, *shares, chunked
 
 
 def instant(x: Tensor, _sigma: Tensor, _cond: Condition | None) -> Tensor:
@@ -121,22 +137,8 @@ def time_sampler(
     )
 
 
-@click.command(cls=OneLineCommand, context_settings={"show_default": True})
-@click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
-@click.option("--predictor", default=PREDICTOR, help="Any table: its figures do not matter here.")
-@click.option("--repeats", type=click.IntRange(3), default=40, help="Turns of each.")
-@click.option("--out", type=click.Path(path_type=Path), default="runs/bench.json")
-@click.option("--device", type=Device(), default="auto")
-def main(model: str, predictor: str, repeats: int, out: Path, device: torch.device) -> None:
-    """Time sampling against its own network calls, replayed, at batch 1 and 16.
-
-    "beyond" is sampling over the bare calls, the difference of two large times; "rest" is
-    sampling with a network that answers at once, in per cent of the calls: the same, with less
-    noise. "K one by one" is sampling with a call for every point over that with all K in one.
-    Latents are not decoded.
-    Prints a table and writes JSON.
-    """
-    backend = replace(load_backend(model, device=device), decode=lambda latents: latents)
+def bench_solvers(backend: Backend, predictor: str, repeats: int) -> Tables:
+    """Solvers by hand and a predictor at batch 1 and 16."""
     table = load_predictor(find_predictor(predictor))
     points = table.recipe.num_points
     samplers = {name: (hand_made(name, backend.levels, NUM_STEPS), 1) for name in SOLVERS}
@@ -149,11 +151,166 @@ def main(model: str, predictor: str, repeats: int, out: Path, device: torch.devi
             timings.append(time_sampler(name, backend, sampler, batch, turns, k))
             bar.update()
     bar.close()
-    click.echo(aligned([HEAD, *(timing.cells for timing in timings)]))
-    click.echo("Medians of turns in one run; only the ratios mean something on another machine.")
-    about = {"model": model, "predictor": predictor, "repeats": repeats, **provenance(device)}
-    write_json(out, {"about": about, "timings": [asdict(t) for t in timings]})
-    click.echo(f"wrote {out}")
+    return {"timings": list(map(asdict, timings))}
+
+
+def bench_gpu(device: torch.device, repeats: int) -> Tables:
+    """All that is asked of a GPU; ValueError where there is none."""
+    if device.type != "cuda":
+        raise ValueError("--suite gpu needs a GPU, and there is none here: leave it out")
+    tables = {"images": gpu_images(device), "times": gpu_times(device, repeats)}
+    with TemporaryDirectory() as folder:
+        return {**tables, "one rank": one_rank(device), "commands": run_commands(Path(folder))}
+
+
+def gpu_images(device: torch.device) -> Table:
+    """How far each model's images are from the CPU's, and how often a step of them waits."""
+    twins = import_module("tests.twins")  # of a checkout: the package has no use for them
+    wrap, lines = import_module("backends.pipelines").wrap, []
+    for name in (*TWINS, *shipped_models()):
+
+        def opened(where: torch.device, dtype: torch.dtype, name: str = name) -> Backend:
+            if name not in TWINS:
+                return load_backend(name, device=where, dtype=dtype)
+            pipe = getattr(twins, name)().to(where, dtype)
+            pipe.set_progress_bar_config(disable=True)
+            return wrap(pipe, where)
+
+        reference = sampled(opened(CPU, torch.float32), 4).images
+        for dtype in DTYPES:
+            backend = opened(device, dtype)
+            off = sampled(backend, 4).images.cpu() - reference
+            errors = {"rms": off.square().mean().sqrt().item(), "largest": off.abs().max().item()}
+            waits = (count_waits(backend, 7) - count_waits(backend, 4)) / 3
+            lines.append({"model": name, "dtype": str(dtype)[6:], **errors, "waits a step": waits})
+    return lines
+
+
+def sampled(backend: Backend, num_steps: int) -> Batch:
+    """Two images by EPD with two points."""
+    jobs = [Job(seed, backend.usual_prompt(seed)) for seed in range(2)]
+    return next(generate(backend, even_points(backend.levels, 2, num_steps), jobs, batch=2))
+
+
+def count_waits(backend: Backend, num_steps: int) -> int:
+    """How often the CPU waits for the GPU while two images are made."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        sampled(backend, num_steps)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+
+
+def gpu_times(device: torch.device, repeats: int) -> Table:
+    """EPD with 1, 2 and 4 points against its bare calls, and DPM-Solver-2 at the same steps."""
+    lines: Table = []
+    for model in MODELS:
+        backend = replace(load_backend(model, device=device), decode=lambda latents: latents)
+        samplers = {"dpm2": (hand_made("dpm2", backend.levels, NUM_STEPS), 1)}
+        samplers |= {f"epd K={k}": (even_points(backend.levels, k, NUM_STEPS), k) for k in POINTS}
+        for batch in GPU_BATCHES:
+            given = [(name, backend, s, batch, repeats, k) for name, (s, k) in samplers.items()]
+            timings = [time_sampler(*each) for each in given]
+            for timing in timings:
+                ratio = {"over dpm2": timing.sample / timings[0].sample}
+                lines.append({"model": model, **asdict(timing), **ratio})
+    return lines
+
+
+def one_rank(device: torch.device) -> Table:
+    """A group of one rank: whether its images are those of no group, and what a call takes."""
+    backend = load_backend(MODELS[0], device=device)
+    alone = sampled(backend, 4).latents
+    name = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(name, store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("data", "points"))
+    same = sampled(spread(backend, mesh), 4).latents.equal(alone)
+    calls = time_shared(backend, mesh, 3)["calls"]
+    ranks.close()
+    return [{"group": name, "same images": same, **line} for line in calls]
+
+
+def run_commands(folder: Path) -> Table:
+    """What whole commands take, and how they end."""
+    count, lines = torch.cuda.device_count(), []
+    for name, command in COMMANDS.items():
+        words = command.format(folder=folder, count=count).split()
+        if "{count}" in command and count < 2:
+            continue
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        seconds, said = time.perf_counter() - started, (done.stdout + done.stderr).splitlines()
+        end = {"status": done.returncode, "last line": said[-1][-80:] if said else ""}
+        lines.append({"command": name, "seconds": seconds, **end})
+    return lines
+
+
+def as_text(tables: Tables) -> str:
+    """Tables with their names above them."""
+
+    def cell(value: object) -> str:
+        return number(value) if isinstance(value, float | None) else str(value)
+
+    texts: list[str] = []
+    for name, lines in tables.items():
+        rows: list[Sequence[str]] = [list(lines[0]), *([*map(cell, r.values())] for r in lines)]
+        texts.append(f"{name}\n\n{aligned(rows)}\n")
+    return "\n".join(texts)
+
+
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
+@click.option("--model", default="fashion-mnist-32", help="Folder, EDM .pkl, or a shipped name.")
+@click.option("--predictor", default=PREDICTOR, help="Any table: its figures do not matter here.")
+@click.option("--repeats", type=click.IntRange(3), default=40, help="Turns of each.")
+@click.option("--points_degree", type=click.IntRange(1), default=1, help="Ranks for an image.")
+@click.option(
+    "--simulate", multiple=True, type=ROW_SECONDS, help="sd3 or flux at 1024, seconds a row."
+)
+@click.option("--gather_gbs", type=Number(0, min_open=True), default=20.0, help="GB/s of a rank.")
+@click.option("--suite", type=click.Choice(["solvers", "gpu"]), default="solvers")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/bench.json")
+@click.option("--device", type=Device(), default="auto")
+def main(
+    model: str,
+    predictor: str,
+    repeats: int,
+    points_degree: int,
+    simulate: tuple[tuple[str, float], ...],
+    gather_gbs: float,
+    suite: str,
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Time sampling against its own network calls, replayed, at batch 1 and 16.
+
+    "ratio" is sampling over the bare calls, the difference of two large times; "rest" is sampling
+    with a network that answers at once: the same, with less noise. "one_by_one" is sampling with
+    a call for every point over that with all K in one. Latents are not decoded.
+
+    Under torchrun, --points_degree times images whose rows the ranks share. --simulate says what
+    1 to 64 devices would take. --suite gpu checks and times a GPU in under 5 minutes.
+    Prints tables in seconds, and writes them with JSON beside.
+    """
+    device = ranks.init(device)
+    if simulate:
+        lines = [line for name, t in simulate for line in simulated(name, t, gather_gbs)]
+        tables = {"seconds of 10 calls, by devices": lines}
+    elif suite == "gpu":
+        tables = bench_gpu(device, min(repeats, 5))
+    else:
+        backend = replace(load_backend(model, device=device), decode=lambda latents: latents)
+        mesh = ranks.point_mesh(points_degree, device)
+        tables = time_shared(backend, mesh, repeats) if mesh else None
+        tables = tables or bench_solvers(backend, predictor, repeats)
+    if ranks.is_first():
+        click.echo(as_text(tables))
+        click.echo("Medians of turns in one run; only the ratios mean something elsewhere.")
+        about = {"model": model, "predictor": predictor, "repeats": repeats}
+        write_json(out, {"about": about | provenance(device), **tables})
+        write_text(out.with_suffix(".txt"), as_text(tables))
+        click.echo(f"wrote {out}")
+    ranks.close()
 
 
 if __name__ == "__main__":

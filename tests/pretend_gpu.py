@@ -51,6 +51,7 @@ ANSWERS = {
     "synchronize": None,
     "empty_cache": None,
     "set_device": None,
+    "set_sync_debug_mode": None,
     "reset_peak_memory_stats": None,
 }
 """What torch.cuda is to say meanwhile."""

@@ -1,6 +1,9 @@
 """The bench counts what it should; times themselves are not tested."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,12 @@ import torch
 from click.testing import CliRunner
 
 from backends.generate import Job, generate
+from eval import bench
 from eval.bench import instant, main, paired, with_network
+from eval.latency import law, simulated
 from solvers.sampler import hand_made
 from tests.eval.small import exact, save
+from tests.pretend_gpu import pretend_gpu
 from tests.tiny import tiny_model
 
 
@@ -44,3 +50,75 @@ def test_the_command_prints_a_table_and_writes_json(
     assert all(t["ratio"] > 0 and t["rest"] > 0 for t in timings)
     assert [t["one_by_one"] is not None for t in timings] == [t["calls"] == 3 for t in timings]
     assert "epd K=2" in done.output
+
+
+def test_the_law_and_the_simulation_are_what_they_say() -> None:
+    took = law([1, 8], 4, lambda rows: rows * 1.0, lambda rows: rows / 100)
+    assert took == pytest.approx(1 + 2 + 0.09)
+    assert law([8], 1, lambda rows: rows * 1.0, lambda _rows: 5.0) == 8
+    first = simulated("sd3", 0.5, 1e9)[2]  # K = 2, one image: calls of 2 and of 4 rows
+    assert first["on 1"] == pytest.approx(5 * (2 + 4) * 0.5)
+    assert first["on 2"] == pytest.approx(5 * (1 + 2) * 0.5)
+    assert first["on 4"] == pytest.approx(10 * 0.5)  # a row each
+    slow = simulated("flux", 0.5, 64**3 * 2 / 1e9)[2]  # a second for each other's row
+    assert slow["on 2"] == pytest.approx(10 * (0.5 + 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--suite", "gpu"], "needs a GPU"),
+        (["--points_degree", "2"], "--nproc_per_node"),
+        (["--simulate", "sd15", "1"], "flux"),
+        (["--simulate", "sd3", "-1"], "--simulate"),
+    ],
+)
+def test_refusals(options: list[str], word: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "b.json"), "--model", "mixture-3x4x4", "--device", "cpu"]
+    done = CliRunner().invoke(main, [*options, *out])
+    assert done.exit_code != 0
+    assert word in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+def test_ranks_are_timed_beside_the_law(tmp_path: Path) -> None:
+    words = "-m src.ranks --standalone --nproc_per_node=2 -m eval.bench --points_degree 2"
+    words += " --model mixture-3x4x4 --repeats 3 --device cpu --out"
+    done = subprocess.run(
+        [sys.executable, *words.split(), str(tmp_path / "b.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert {line["K"] for line in content["samplers"]} == {1, 2, 4}
+    assert all(line["shared"] > 0 and line["law"] > 0 for line in content["samplers"])
+    assert [line["rows"] for line in content["calls"]] == [1, 2, 4, 8, 16]
+    assert "shared / alone" in (tmp_path / "b.txt").read_text()
+
+
+def test_the_suite_for_a_gpu_runs_on_a_pretend_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for NCCL and whole commands, which stand in for themselves."""
+    pytest.importorskip("diffusers")
+    settings = {"TWINS": ("sd",), "shipped_models": lambda: ["mixture-3x4x4"]}
+    settings |= {"MODELS": ("mixture-3x4x4",), "GPU_BATCHES": (1,)}
+    settings |= {"COMMANDS": {"a": "-c print(7)", "b": "{count} of them"}}
+    ours = bench.one_rank
+    settings["one_rank"] = lambda _device: ours(torch.device("cpu"))
+    for name, value in settings.items():
+        monkeypatch.setattr(bench, name, value)
+    with pretend_gpu():
+        out = ["--suite", "gpu", "--device", "cuda", "--repeats", "3"]
+        done = CliRunner().invoke(main, [*out, "--out", str(tmp_path / "b.json"), "--debug"])
+    assert done.exit_code == 0, done.exception
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert [line["waits a step"] for line in content["images"]] == [0] * 6
+    assert content["images"][0]["rms"] < 1e-5  # in float32
+    assert [line["name"] for line in content["times"]][:2] == ["dpm2", "epd K=1"]
+    assert content["one rank"][0]["same images"]
+    assert content["commands"][0]["last line"] == "7"
