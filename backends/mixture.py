@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt, classifier_free, pixels
 from solvers.field import Condition
-from solvers.process import FLOW, VE, process_named
+from solvers.process import FLOW, VE, Process
 from solvers.schedules import NoiseLevels
 from src.files import read_json
 
@@ -111,7 +111,7 @@ def read_mixture(folder: Path, device: torch.device = CPU) -> tuple[Mixture, Noi
     shape = config["shape"]
     if means.numel() != count * math.prod(shape):
         raise ValueError(f"{path}: means do not fit the shape {shape}")
-    process = process_named(config["process"])
+    process = Process(config["process"])
     low, high = (0.001, 1.0) if process == FLOW else (0.002, 80.0)
     levels = NoiseLevels(process, config.get("sigma_min", low), config.get("sigma_max", high))
     mixture = Mixture(*(t.to(device) for t in (means.reshape(count, *shape), std, weight)))

@@ -37,48 +37,8 @@ class Directions:
         return Directions(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """r, weight, time_scale, dir_scale."""
+        """The tensors r, weight, time_scale and dir_scale."""
         return self.r, self.weight, self.time_scale, self.dir_scale
-
-
-@dataclass(frozen=True)
-class EPD:
-    """Take K slopes at points that `base` reaches, and step along their mixture.
-
-    With `base=Euler()` this is the EPD solver; with a multistep base it is the plug-in. Put
-    the table where the samples are (`table.to(x)`) before the loop, so that no step waits for
-    a copy. Raises ValueError for a base that cannot serve, and in the loop for a table whose
-    number of rows is not that of the steps.
-    """
-
-    table: Directions
-    base: Solver = dataclasses.field(default_factory=Euler)
-
-    def __post_init__(self) -> None:
-        reasons = {
-            UniPC: "its corrector moves each point after its slopes have been used",
-            EDM: "its noise would differ between the points of one step",
-            EPD: "its points would need points of their own",
-        }
-        reason = reasons.get(type(self.base))
-        if self.base == DEIS(4, "rhoab"):
-            reason = "its weights are those of a whole step, wherever the points lie"
-        if reason:
-            raise ValueError(f"EPD cannot stand on {type(self.base).__name__}: {reason}")
-
-    def __call__(self, field: Field, step: Step) -> Tensor:
-        now, rows = step.now, self.table.r.shape[-2]
-        if rows != len(step.sigmas) - 1:
-            raise ValueError(f"a table of {rows} steps cannot take {len(step.sigmas) - 1} steps")
-        tensors = tuple(t.to(now.x) for t in self.table.tensors())
-        r, weight, time_scale, dir_scale = rows_at(tensors, step.index, now.x.ndim)
-        sigma = now.sigma * (step.sigma_next / now.sigma) ** r
-        x = self.base(field, dataclasses.replace(step, sigma_next=sigma))
-        d = field(x, sigma, time_scale * sigma, point_rates(self.table, step.index))
-        mix = (weight * dir_scale * d).sum(1, keepdim=True)
-        if isinstance(step.h, Tensor):
-            return now.x + step.h * mix
-        return torch.add(now.x, mix, alpha=step.h)
 
 
 @dataclass(frozen=True)
@@ -100,9 +60,45 @@ class MultistepTable:
         """The table on the device and in the dtype of `like`."""
         return MultistepTable(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five tensors in the order of the constructor."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors a, r, weight, b and time_scale."""
         return self.a, self.r, self.weight, self.b, self.time_scale
+
+
+Table: TypeAlias = Directions | MultistepTable
+
+
+@dataclass(frozen=True)
+class EPD:
+    """Take K slopes at points that `base` reaches, and step along their mixture.
+
+    With `base=Euler()` this is the EPD solver; with a multistep base it is the plug-in. Put
+    the table where the samples are (`table.to(x)`) before the loop, so that no step waits for
+    a copy. Raises ValueError for a base that cannot serve, and in the loop for a table whose
+    number of rows is not that of the steps.
+    """
+
+    table: Directions
+    base: Solver = dataclasses.field(default_factory=Euler)
+
+    def __post_init__(self) -> None:
+        # each point is a step of the base: without correctors, noise, points or fixed weights
+        if isinstance(self.base, UniPC | EDM | EPD) or self.base == DEIS(4, "rhoab"):
+            raise ValueError(f"EPD cannot stand on {self.base}: its points need a plain step")
+
+    def __call__(self, field: Field, step: Step) -> Tensor:
+        now, rows = step.now, self.table.r.shape[-2]
+        if rows != len(step.sigmas) - 1:
+            raise ValueError(f"a table of {rows} steps cannot take {len(step.sigmas) - 1} steps")
+        tensors = tuple(t.to(now.x) for t in self.table.tensors())
+        r, weight, time_scale, dir_scale = rows_at(tensors, step.index, now.x.ndim)
+        sigma = now.sigma * (step.sigma_next / now.sigma) ** r
+        x = self.base(field, dataclasses.replace(step, sigma_next=sigma))
+        d = field(x, sigma, time_scale * sigma, point_rates(self.table, step.index))
+        mix = (weight * dir_scale * d).sum(1, keepdim=True)
+        if isinstance(step.h, Tensor):
+            return now.x + step.h * mix
+        return torch.add(now.x, mix, alpha=step.h)
 
 
 @dataclass(frozen=True)
@@ -130,18 +126,18 @@ class ParallelMultistep:
 
 
 def earlier_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
-    """What costs no call: the free slope, then those of earlier calls, newest first.
+    """The slopes [B, 1, *] that cost no call: the free one, then earlier calls', newest first.
 
-    The free slope is x / sqrt(alpha^2 + sigma^2), [B, 1, *]: at the first level that is the
-    analytic slope of VE (AFS, arXiv:2210.05475) and x / sigma of flow matching, and further on
-    it is a direction like any other.
+    The free slope is x / sqrt(alpha^2 + sigma^2): at the first level that is the analytic slope
+    of VE (AFS, arXiv:2210.05475) and x / sigma of flow matching, and further on it is a direction
+    like any other.
     """
     now = step.now
     return (now.x / (process.alpha(now.sigma) ** 2 + now.sigma**2) ** 0.5, *step.slopes)
 
 
 def combined(coefficients: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
-    """Sum of coefficient [H] or [B, H, ...] * slope over as many as both have, [B, 1, *]."""
+    """The sum of coefficient [H] or [B, H, ...] * slope over as many as both have, [B, 1, *]."""
     wide = coefficients if coefficients.ndim > 1 else coefficients[None]
     joined = torch.cat(slopes[: wide.shape[1]], 1)
     shape = (-1, joined.shape[1], *[1] * (joined.ndim - 2))
@@ -149,7 +145,7 @@ def combined(coefficients: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
 
 
 def placed(step: Step, slope: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Points x [B, K, *] and their levels [B or 1, K, 1...] at places r [K] along `slope`."""
+    """The points x [B, K, *] at places r [K] along `slope`, and their levels [B or 1, K, 1...]."""
     now = step.now
     r = r if r.ndim > 1 else r.reshape(1, -1, *[1] * (now.x.ndim - 2))
     sigma = now.sigma * (step.sigma_next / now.sigma) ** r  # no tensor made: nothing is uploaded
@@ -162,31 +158,24 @@ def rows_at(tensors: tuple[Tensor, ...], i: int, ndim: int) -> tuple[Tensor, ...
     return tuple(t[..., i, :].reshape(-1, t.shape[-1], *one) for t in tensors)
 
 
-def moved(table: "Table", like: Tensor) -> Tensor | None:
+def moved(table: Table, like: Tensor) -> Tensor | None:
     """A table's guidance: each image's own goes to its device, what all share stays on the CPU."""
     rates = table.guidance
     return rates.to(like) if rates is not None and rates.ndim == 3 else rates
 
 
-def point_rates(table: "Table", i: int) -> Rates | None:
+def point_rates(table: Table, i: int) -> Rates | None:
     """The rates of step i's points, if the table has any."""
     rates, k = table.guidance, table.r.shape[-1]
-    if rates is None:
-        return None
-    if rates.ndim == 3:
-        return rates[:, i].expand(-1, k)
-    row = [float(rate) for rate in rates[i].flatten()]
+    if rates is None or rates.ndim == 3:
+        return None if rates is None else rates[:, i].expand(-1, k)
+    row = rates[i].flatten().tolist()
     return tuple(row * (k // len(row)))
 
 
-def step_rates(table: "Table") -> tuple[Rates, ...] | None:
+def step_rates(table: Table) -> tuple[Rates, ...] | None:
     """The rate of each step's own slope, the mean of its points'."""
     rates = table.guidance
-    if rates is None:
-        return None
-    if rates.ndim == 3:
-        return tuple(rates.mean(-1, keepdim=True).unbind(1))
+    if rates is None or rates.ndim == 3:
+        return None if rates is None else tuple(rates.mean(-1, keepdim=True).unbind(1))
     return tuple((float(row.mean()),) for row in rates)
-
-
-Table: TypeAlias = Directions | MultistepTable

@@ -4,16 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from solvers.classic import checked_name, checked_order, mixed, newest_slopes
+from solvers.classic import checked_order, mixed, newest_slopes
 from solvers.field import Field
 from solvers.integrate import Point, Step
 from solvers.process import VE, Level, Process, clamp_low, expm1
-from solvers.schedules import VPClock
+from solvers.schedules import VPClock, one_of
 
 QUADRATURE_NODES = 32
 SHORTEST_STEP = 1e-20
@@ -35,13 +34,12 @@ class Exponential:
     @cached_property
     def h(self) -> Level:
         """The step in lambda; above 0 also for a point of EPD that has not moved."""
-        p = self.process
-        h = p.half_log_snr(self.step.sigma_next) - p.half_log_snr(self.step.now.sigma)
-        return clamp_low(h, SHORTEST_STEP)
+        clock, step = self.process.half_log_snr, self.step
+        return clamp_low(clock(step.sigma_next) - clock(step.now.sigma), SHORTEST_STEP)
 
     @property
     def hh(self) -> Level:
-        """-h for data prediction, h for noise prediction."""
+        """The exponent: -h for data prediction, h for noise prediction."""
         return -self.h if self.predict_x0 else self.h
 
     @property
@@ -70,8 +68,8 @@ class Exponential:
 
     def gap(self, point: Point) -> Level:
         """How far `point` lies ahead of now, in units of the step."""
-        p = self.process
-        return (p.half_log_snr(point.sigma) - p.half_log_snr(self.step.now.sigma)) / self.h
+        clock = self.process.half_log_snr
+        return (clock(point.sigma) - clock(self.step.now.sigma)) / self.h
 
 
 def dynamic_threshold(x0: Tensor, quantile: float = 0.995) -> Tensor:
@@ -91,10 +89,10 @@ class DPMpp:
     Order 3 is the published formula, which counts half of its last term: its error falls as that
     of order 2, with a smaller constant. UniPC(3) without corrector has the whole term.
     `thresholding` is for pixels and data prediction; the published comparisons have it on.
-    Raises ValueError for an order other than 1 to 3, or thresholding with noise prediction.
+    Raises ValueError for an order other than 1 to 3.
     """
 
-    order: Literal[1, 2, 3] = 2
+    order: int = 2
     predict_x0: bool = True
     lower_order_final: bool = True
     process: Process = VE
@@ -102,7 +100,7 @@ class DPMpp:
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=3)
-        checked_threshold(self.thresholding, self.predict_x0)
+        assert self.predict_x0 or not self.thresholding, "thresholding clips x0"
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         order = usable_order(step, self.order, self.lower_order_final)
@@ -129,13 +127,12 @@ class UniPC:
 
     The predictor is the step; pass `correct` to the loop for the corrector. `thresholding` is
     for pixels and data prediction; as published, it spares the estimate at the first level.
-    Raises ValueError for an order other than 1 to 3, a variant other than bh1 and bh2,
-    thresholding with noise prediction, or flow matching with noise prediction, whose corrector
-    has no limit at sigma = 1.
+    Raises ValueError for an order other than 1 to 3, a variant other than bh1 and bh2, or flow
+    matching with noise prediction, whose corrector has no limit at sigma = 1.
     """
 
-    order: Literal[1, 2, 3] = 3
-    variant: Literal["bh1", "bh2"] = "bh2"
+    order: int = 3
+    variant: str = "bh2"  # or bh1
     predict_x0: bool = True
     lower_order_final: bool = True
     process: Process = VE
@@ -143,10 +140,10 @@ class UniPC:
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=3)
-        checked_name("variant of UniPC", self.variant, ("bh1", "bh2"))
+        one_of("variant of UniPC", self.variant, ("bh1", "bh2"))
         if self.process != VE and not self.predict_x0:
             raise ValueError("UniPC on flow matching predicts data: it needs predict_x0=True")
-        checked_threshold(self.thresholding, self.predict_x0)
+        assert self.predict_x0 or not self.thresholding, "thresholding clips x0"
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         return self.advance(step, arrived=None)
@@ -159,9 +156,7 @@ class UniPC:
         x, sigma = self.advance(step, arrived), arrived.sigma
         if self.predict_x0:
             return Point(sigma, x, lambda: (x - arrived.x0) / sigma)
-        noise = Exponential(step, self.process, self.predict_x0).model(arrived)
-        alpha = self.process.alpha(sigma)
-        return Point(sigma, x, lambda: noise if alpha == 1 else (noise - x) / alpha)
+        return Point(sigma, x, lambda: arrived.d)  # the noise of VE
 
     def advance(self, step: Step, arrived: Point | None) -> Tensor:
         """The step, by the points behind it and, for the corrector, the one it arrived at."""
@@ -178,29 +173,24 @@ class UniPC:
         return e.linear() - e.gain * scale * mixed(weights, slopes)
 
 
-def checked_threshold(thresholding: bool, predict_x0: bool) -> None:
-    """ValueError for a threshold on data that is not what is predicted."""
-    if thresholding and not predict_x0:
-        raise ValueError("thresholding clips x0: it needs predict_x0=True, not False")
-
-
 def usable_order(step: Step, order: int, lower_order_final: bool) -> int:
     """The order that the history allows, and near the end no more than the steps left."""
-    return min(order, len(step.past) + 1, step.left + 1 if lower_order_final else order)
+    last = len(step.sigmas) - 1 - step.index if lower_order_final else order
+    return min(order, len(step.past) + 1, last)
 
 
 def unipc_weights(gaps: Sequence[float], hh: float, scale: float) -> list[float]:
     """Solve UniPC's order conditions (Eq. 11); for a single other point the weight is 1/2."""
     if len(gaps) == 1:
         return [0.5]
-    phi, factorial, target = math.expm1(hh) / hh - 1, 1, []
+    phi, factorial, powers, target = math.expm1(hh) / hh - 1, 1, [], []
     for k in range(len(gaps)):
+        powers.append([gap**k for gap in gaps])
         target.append(phi * factorial / scale)
         factorial *= k + 2
         phi = phi / hh - 1 / factorial
-    powers = [[gap**k for gap in gaps] for k in range(len(gaps))]
-    solve = torch.linalg.solve
-    return solve(*(torch.tensor(t, dtype=torch.float64) for t in (powers, target))).tolist()
+    matrix, right = (torch.tensor(t, dtype=torch.float64) for t in (powers, target))
+    return torch.linalg.solve(matrix, right).tolist()
 
 
 @dataclass(frozen=True)
@@ -214,12 +204,12 @@ class DEIS:
     4 or an unknown mode.
     """
 
-    order: Literal[1, 2, 3, 4] = 3
-    mode: Literal["tab", "rhoab"] = "tab"
+    order: int = 3
+    mode: str = "tab"  # or rhoab
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=4)
-        checked_name("mode of DEIS", self.mode, ("tab", "rhoab"))
+        one_of("mode of DEIS", self.mode, ("tab", "rhoab"))
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         slopes = newest_slopes(step, self.order)
@@ -236,29 +226,23 @@ class DEIS:
         """The integral over sigma, from knots[0] to `end`, of each knot's polynomial."""
         if self.mode == "rhoab":
             return quadrature(knots, gauss_legendre(2, knots[0], end))
-        clock = vp_clock(step.sigmas[-1], step.sigmas[0])
+        try:
+            clock = VPClock.between(step.sigmas[-1], step.sigmas[0])
+        except ValueError:
+            clock = VPClock(beta_d=19.9, beta_min=0.1)  # the usual one
         times = [clock.time(knot) for knot in knots]
         nodes = gauss_legendre(QUADRATURE_NODES, times[0], clock.time(end))
         return quadrature(times, [(t, weight * clock.speed(t)) for t, weight in nodes])
 
 
-def vp_clock(sigma_min: float, sigma_max: float) -> VPClock:
-    """The VP process with these ends; where there is none, the usual one (beta from 0.1 to 20)."""
-    try:
-        return VPClock.between(sigma_min, sigma_max)
-    except ValueError:
-        return VPClock(beta_d=19.9, beta_min=0.1)
-
-
 def quadrature(knots: Sequence[Level], nodes: Sequence[tuple[Level, Level]]) -> list[Level]:
     """The integral of each knot's Lagrange polynomial, by (place, weight) nodes."""
-    return [sum(w * lagrange(knots, j, place) for place, w in nodes) for j in range(len(knots))]
-
-
-def lagrange(knots: Sequence[Level], j: int, place: Level) -> Level:
-    """The polynomial that is 1 at knot j and 0 at the others, at `place`."""
-    others = [knot for i, knot in enumerate(knots) if i != j]
-    return math.prod(((place - knot) / (knots[j] - knot) for knot in others), start=1.0)
+    weights: list[Level] = []
+    for j, own in enumerate(knots):
+        others = [*knots[:j], *knots[j + 1 :]]
+        values = (math.prod((place - k) / (own - k) for k in others) * w for place, w in nodes)
+        weights.append(sum(values))
+    return weights
 
 
 def gauss_legendre(n: int, start: Level, end: Level) -> list[tuple[Level, Level]]:

@@ -31,7 +31,7 @@ class Condition:
     rates: Rates | None = None
 
     def repeat(self, k: int, rates: Rates | None = None) -> "Condition":
-        """All rows k times over, [B, ...] -> [k * B, ...], for a call at these rates."""
+        """The condition with all rows k times over, [k * B, ...], for a call at these rates."""
         if k == 1 and rates is None:
             return self
         rates = rates.t().flatten() if isinstance(rates, Tensor) else rates
@@ -47,7 +47,7 @@ class Denoiser(Protocol):
     """Estimates the clean sample. Backends are denoisers; so are wrappers of denoisers."""
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None, /) -> Tensor:
-        """x [B, *] at noise level sigma [B] -> E[x0 | x, sigma] [B, *]."""
+        """The estimate E[x0 | x, sigma] [B, *] from x [B, *] at noise levels sigma [B]."""
         ...
 
 
@@ -57,7 +57,6 @@ class Tally:
 
     calls: int = 0
     rows: int = 0
-    branches: int = 0  # rows with those of "nothing"; only `Sampler.cost` knows them
 
 
 @dataclass(frozen=True)
@@ -82,37 +81,34 @@ class Field:
         network_sigma: Level | None = None,
         rates: Rates | None = None,
     ) -> Tensor:
-        """x [B, K, *] at sigma -> d [B, K, *].
+        """The slopes d [B, K, *] of x [B, K, *] at sigma.
 
         `network_sigma` is the level that the network is told, where it is not `sigma`, and
         `rates` are the points' guidance rates, where they are not the interval's.
         """
-        level = sigma if network_sigma is None else network_sigma
+        (b, k), level = x.shape[:2], sigma if network_sigma is None else network_sigma
         self.tally.calls += 1
-        self.tally.rows += x.shape[0] * x.shape[1]
-        rates = of_points(self.rates, x.shape[1]) if rates is None else rates
-        d = (x - self.denoised(x, levels_of(x, level), rates)) / sigma
+        self.tally.rows += b * k
+        if isinstance(level, Tensor):
+            levels = level.to(x).reshape(level.shape[:2]).expand(b, k)
+        else:
+            levels = x.new_full((b, k), level)
+        rates = of_points(self.rates, k) if rates is None else rates
+        chunk = self.points_chunk or k
+        x0 = []
+        for p in (slice(i, i + chunk) for i in range(0, k, chunk)):
+            cut = rates[:, p] if isinstance(rates, Tensor) else rates and rates[p]
+            x0.append(self.evaluate(x[:, p], levels[:, p], cut))
+        d = (x - (torch.cat(x0, 1) if len(x0) > 1 else x0[0])) / sigma
         if self.record:
             self.record(d)
         return d
 
-    def denoised(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
-        """x [B, K, *] at levels [B, K] -> x0 [B, K, *], at most `points_chunk` points a call."""
-        chunk = self.points_chunk or x.shape[1]
-        if chunk >= x.shape[1]:
-            return self.evaluate(x, levels, rates)
-        parts = [slice(i, i + chunk) for i in range(0, x.shape[1], chunk)]
-        cut = [rates[:, p] if isinstance(rates, Tensor) else rates and rates[p] for p in parts]
-        x0 = [self.evaluate(x[:, p], levels[:, p], r) for p, r in zip(parts, cut, strict=True)]
-        return torch.cat(x0, 1)
-
     def evaluate(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
         """One network call: x [B, K, *] at levels [B, K] -> x0 [B, K, *]."""
         b, k = levels.shape
-        rows = x.transpose(0, 1).flatten(0, 1)
-        x0 = self.denoiser(
-            rows, levels.t().reshape(k * b), self.cond and self.cond.repeat(k, rates)
-        )
+        rows, cond = x.transpose(0, 1).flatten(0, 1), self.cond and self.cond.repeat(k, rates)
+        x0 = self.denoiser(rows, levels.t().reshape(k * b), cond)
         return x0.unflatten(0, (k, b)).transpose(0, 1)
 
 
@@ -121,13 +117,6 @@ def of_points(rates: Rates | None, k: int) -> Rates | None:
     if isinstance(rates, Tensor):
         return rates.expand(-1, k)
     return rates and rates * k
-
-
-def levels_of(x: Tensor, level: Level) -> Tensor:
-    """A level for each sample and point of x [B, K, *], [B, K]."""
-    if isinstance(level, Tensor):
-        return level.to(x).reshape(level.shape[:2]).expand(x.shape[:2])
-    return x.new_full(x.shape[:2], level)
 
 
 @dataclass(frozen=True)

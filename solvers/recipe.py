@@ -1,23 +1,20 @@
 """Recipes: the settings that a table was learned for, which sampling with it needs."""
 
-import dataclasses
 import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
+from solvers.integrate import levels
 from solvers.sampler import SOLVERS
-from solvers.schedules import SCHEDULES, custom
+from solvers.schedules import SCHEDULES, one_of
 
-FORMAT_VERSION = 2
 KINDS = ("epd", "epd-multistep")
 BASES = tuple(name for name in SOLVERS if name not in ("edm", "unipc"))
 """The solvers that EPD can stand on."""
 FLOW_BACKENDS = ("sd3", "flux")
-PLAIN_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -67,74 +64,50 @@ def for_flow(recipe: Recipe) -> bool:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """ValueError, with the setting's name, its value and what would do, for what cannot be."""
-    if not 1 <= recipe.format_version <= FORMAT_VERSION:
-        reads = f"this code knows up to {FORMAT_VERSION}"
-        raise ValueError(f"format_version {recipe.format_version} is unknown: {reads}")
+    """Nothing for a recipe that can be served.
+
+    Raises ValueError for any other, with the setting's name, its value and what would do.
+    """
     one_of("solver", recipe.solver, KINDS)
     one_of("base", recipe.base, BASES)
     one_of("process", recipe.process or "ve", ("ve", "flow"))
     one_of("schedule_type", recipe.schedule_type, (*SCHEDULES, "custom"))
     orders, order = SOLVERS[recipe.base].orders, recipe.max_order
-    if order < 1 or (len(orders) > 1 and order not in orders):
-        raise ValueError(f"max_order {order} is unknown: {recipe.base} has {orders}")
-    positive, reach = "above 0", "0 to 1"
-    bounds: tuple[tuple[str, bool, str], ...] = (
-        ("num_steps", recipe.num_steps >= 2, "too small, a grid has 2 points or more"),
-        ("num_points", recipe.num_points >= 1, "too small, 1 or more"),
-        ("schedule_rho", is_positive(recipe.schedule_rho), positive),
-        ("flowmatch_shift", is_positive(recipe.flowmatch_shift), positive),
+    low, high, sigmas = recipe.sigma_min, recipe.sigma_max, recipe.sigmas
+    custom = (recipe.schedule_type == "custom") == (sigmas is not None)
+    positive = ("schedule_rho", "flowmatch_shift", "sigma_min", "sigma_max")
+    given = {name: getattr(recipe, name) for name in positive}
+    rules: list[tuple[str, bool, str]] = [
+        ("format_version", 1 <= recipe.format_version <= 2, "1 or 2"),
+        ("max_order", order >= 1 and (len(orders) == 1 or order in orders), f"one of {orders}"),
+        ("num_steps", recipe.num_steps >= 2, "2 grid points or more"),
+        ("num_points", recipe.num_points >= 1, "1 or more"),
         ("flowmatch_mu", math.isfinite(recipe.flowmatch_mu or 0), "a number"),
-        ("sigma_min", is_positive(recipe.sigma_min), positive),
-        ("sigma_max", is_positive(recipe.sigma_max), positive),
-        ("scale_dir", 0 <= recipe.scale_dir <= 1, reach),
-        ("scale_time", 0 <= recipe.scale_time <= 1, reach),
         ("guidance_rate", math.isfinite(recipe.guidance_rate), "a number"),
-    )
-    for name, is_good, wanted in bounds:
+        ("scale_dir", 0 <= recipe.scale_dir <= 1, "0 to 1"),
+        ("scale_time", 0 <= recipe.scale_time <= 1, "0 to 1"),
+        *((n, 0 < (1 if v is None else v) < math.inf, "above 0") for n, v in given.items()),
+        ("sigma_min", not low or not high or low < high, f"below sigma_max {high}"),
+        ("afs", not (recipe.afs and for_flow(recipe)), "off, as flow matching has no such step"),
+        ("sigmas", custom, "a list for the custom schedule, and for it alone"),
+        (
+            "sigmas",
+            sigmas is None or len(sigmas) == recipe.num_steps,
+            f"{recipe.num_steps} levels",
+        ),
+    ]
+    for name, is_good, wanted in rules:
         if not is_good:
-            raise ValueError(f"{name} {getattr(recipe, name)} is out of range: {wanted}")
-    low, high = recipe.sigma_min, recipe.sigma_max
-    if low is not None and high is not None and low >= high:
-        raise ValueError(f"sigma_min {low} is not below sigma_max {high}")
-    if recipe.afs and for_flow(recipe):
-        reason = "flow matching has no analytic first step"
-        raise ValueError(f"afs is on for {recipe.backend}, {recipe.schedule_type}: {reason}")
-    if (recipe.schedule_type == "custom") != (recipe.sigmas is not None):
-        raise ValueError("the custom schedule, and it alone, needs its list of sigmas")
-    if recipe.sigmas is not None:
-        custom(recipe.sigmas)
-        if len(recipe.sigmas) != recipe.num_steps:
-            levels = f"{len(recipe.sigmas)} levels"
-            raise ValueError(f"sigmas has {levels} for num_steps {recipe.num_steps}")
-    plain("backend_config", recipe.backend_config)
-    plain("training", recipe.training)
+            raise ValueError(
+                f"{name} {getattr(recipe, name)} is out of range: it must be {wanted}"
+            )
+    if sigmas is not None and levels(sigmas)[-1] == 0:
+        raise ValueError(f"sigmas {sigmas} must end above 0")
+    plain("recipe", vars(recipe))
 
 
-def is_positive(value: float | None) -> bool:
-    """Whether a setting is above 0 and finite, or is not there."""
-    return value is None or 0 < value < math.inf
-
-
-def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError with the choices and the nearest of them."""
-    if value not in choices:
-        near = get_close_matches(value, choices, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(choices)}"
-        raise ValueError(f"unknown {what} {value[:80]!r}: {hint}")
-
-
-def recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as numbers, text, lists and dicts, in the order of its fields."""
-    return {f.name: plain(f.name, getattr(recipe, f.name)) for f in dataclasses.fields(Recipe)}
-
-
-def plain(name: str, value: object, depth: int = PLAIN_DEPTH) -> Any:
-    """The value with tuples as lists, if it is plain: numbers, text, lists, dicts by text.
-
-    Raises ValueError where it holds anything else, a number that is not finite, or is nested too
-    deeply.
-    """
+def plain(name: str, value: object, depth: int = 9) -> Any:
+    """The value with tuples as lists; ValueError unless numbers, text, lists and dicts are all."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float) and math.isfinite(value):
@@ -155,20 +128,18 @@ def recipe_from_plain(entries: Mapping[str, Any]) -> Recipe:
     for name in ("num_steps", "num_points"):
         if name not in entries:
             raise ValueError(f"the recipe has no {name}")
-    return Recipe(**{name: typed(name, v, kinds[name]) for name, v in entries.items()})
+    return Recipe(**{n: typed(n, v, kinds[n]) for n, v in plain("recipe", entries).items()})
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value as the type of its field, ints as floats where floats belong."""
+    """The plain value as the type of its field, ints as floats where floats belong."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    kinds = tuple(typing.get_origin(option) or option for option in options)
+    kinds = [typing.get_origin(option) or option for option in options]
     if float in kinds and type(value) is int and abs(value) < 1 << 53:
         return float(value)
-    if tuple in kinds and isinstance(value, list | tuple):
+    if tuple in kinds and isinstance(value, list):
         return tuple(typed(name, v, float) for v in value)
-    if dict in kinds and isinstance(value, dict):
-        return plain(name, value)
-    if isinstance(value, bool) is (bool in kinds) and isinstance(value, kinds):
+    if type(value) in kinds:
         return value
     wanted = " or ".join(k.__name__.replace("NoneType", "nothing") for k in kinds)
     raise ValueError(f"{name} is {str(value)[:80]!r}, where {wanted} belongs")

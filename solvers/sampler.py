@@ -1,24 +1,24 @@
 """`Sampler`, all between noise and sample but the network, and solvers by name."""
 
-import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
-from solvers.epd import EPD, ParallelMultistep, step_rates
+from solvers.epd import EPD, ParallelMultistep, Table, step_rates
 from solvers.exponential import DEIS, DPMpp, UniPC
-from solvers.field import Condition, Field, Guided, Rates, Tally
-from solvers.integrate import Loop, Solver, advance, integrate, levels
-from solvers.process import VE, Level, Process
-from solvers.schedules import NoiseLevels
+from solvers.field import Field, Rates, Tally
+from solvers.integrate import MAX_PAST, MAX_SLOPES, Loop, Point, Solver, Step, levels
+from solvers.process import FLOW, VE, Level, Process
+from solvers.schedules import NoiseLevels, one_of
 
-Noise = Callable[[int, Tensor], Tensor]
+LEARNED = (EPD, ParallelMultistep)
 
 
 def no_noise(_index: int, x: Tensor) -> Tensor:
@@ -28,76 +28,49 @@ def no_noise(_index: int, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What a named solver can be told; each takes what it knows. Defaults are diffusers'."""
+    """What a named solver may be given; each takes what it has. Defaults are diffusers'."""
 
     order: int | None = None  # None: the solver's own default
     process: Process = VE
     predict_x0: bool = True
     lower_order_final: bool = True
-    variant: Literal["bh1", "bh2"] = "bh2"
-    deis_mode: Literal["tab", "rhoab"] = "tab"
-    thresholding: bool = False
-    r: float = 0.5
     s_churn: float = 0.0
     s_min: float = 0.0
-    s_max: float = float("inf")
+    s_max: float = math.inf
     s_noise: float = 1.0
-    noise: Noise = no_noise
+    noise: Callable[[int, Tensor], Tensor] = no_noise
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A solver's constructor, its sequential calls an interval, and the orders it has."""
+    """A solver's class, its sequential calls an interval, and the orders it has."""
 
-    make: Callable[[SolverOptions, int], Solver]
+    kind: Callable[..., Solver]
     calls: int
     orders: tuple[int, ...]
     default_order: int
-    about: str
-
-
-def make_exponential(kind: type[DPMpp] | type[UniPC]) -> Callable[[SolverOptions, int], Solver]:
-    """A constructor of one of the solvers that are exact in the linear part."""
-
-    def make(o: SolverOptions, order: int) -> Solver:
-        solver = kind(
-            order=order,  # pyright: ignore[reportArgumentType]
-            predict_x0=o.predict_x0,
-            lower_order_final=o.lower_order_final,
-            process=o.process,
-            thresholding=o.thresholding,
-        )
-        return replace(solver, variant=o.variant) if isinstance(solver, UniPC) else solver
-
-    return make
 
 
 SOLVERS = {
-    "euler": Entry(lambda _o, _n: Euler(), 1, (1,), 1, "Euler, the same as DDIM"),
-    "heun": Entry(lambda _o, _n: Heun(), 2, (2,), 2, "Heun, EDM without churn"),
-    "edm": Entry(
-        lambda o, _n: EDM(o.noise, o.s_churn, o.s_min, o.s_max, o.s_noise),
-        2, (2,), 2, "Heun with EDM's churn",
-    ),
-    "dpm2": Entry(lambda o, _n: DPM2(o.r), 2, (2,), 2, "DPM-Solver-2, geometric midpoint"),
-    "ipndm": Entry(lambda _o, n: IPNDM(n), 1, (1, 2, 3, 4), 3, "Adams-Bashforth, equal steps"),
-    "ipndm_v": Entry(lambda _o, n: IPNDMv(n), 1, (1, 2, 3, 4), 3, "the same, variable steps"),
-    "dpmpp": Entry(make_exponential(DPMpp), 1, (1, 2, 3), 2, "DPM-Solver++ multistep"),
-    "deis": Entry(lambda o, n: DEIS(n, o.deis_mode), 1, (1, 2, 3, 4), 3, "DEIS (tab)"),  # pyright: ignore[reportArgumentType]
-    "unipc": Entry(make_exponential(UniPC), 1, (1, 2, 3), 3, "UniPC, predictor and corrector"),
-}  # fmt: skip
+    "euler": Entry(Euler, 1, (1,), 1),
+    "heun": Entry(Heun, 2, (2,), 2),
+    "edm": Entry(EDM, 2, (2,), 2),
+    "dpm2": Entry(DPM2, 2, (2,), 2),
+    "ipndm": Entry(IPNDM, 1, (1, 2, 3, 4), 3),
+    "ipndm_v": Entry(IPNDMv, 1, (1, 2, 3, 4), 3),
+    "dpmpp": Entry(DPMpp, 1, (1, 2, 3), 2),
+    "deis": Entry(DEIS, 1, (1, 2, 3, 4), 3),
+    "unipc": Entry(UniPC, 1, (1, 2, 3), 3),
+}
 
 
 def parse_name(name: str) -> tuple[str, int | None]:
-    """Split "dpmpp-3" into ("dpmpp", 3), "euler" into ("euler", None).
+    """The solver and the order in a name: ("dpmpp", 3) for "dpmpp-3", ("euler", None) for "euler".
 
     Raises ValueError for an unknown name.
     """
     base, dash, order = name.partition("-")
-    if base not in SOLVERS or (dash and not order.isdecimal()):
-        near = difflib.get_close_matches(base, SOLVERS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SOLVERS)}"
-        raise ValueError(f"unknown solver {name!r}: {hint}")
+    one_of("solver", name if dash and not order.isdecimal() else base, tuple(SOLVERS))
     return base, int(order) if dash else None
 
 
@@ -115,7 +88,9 @@ def make_solver(name: str, options: SolverOptions | None = None) -> Solver:
     order = entry.default_order if asked is None else asked
     if order not in entry.orders:
         raise ValueError(f"{base} has the orders {entry.orders}, not {order}")
-    return entry.make(options, order)
+    taken = inspect.signature(entry.kind).parameters
+    given = vars(options) | {"order": order}
+    return entry.kind(**{name: value for name, value in given.items() if name in taken})
 
 
 def num_steps_for(name: str, nfe: int, afs: bool) -> int:
@@ -123,10 +98,8 @@ def num_steps_for(name: str, nfe: int, afs: bool) -> int:
     calls = SOLVERS[parse_name(name)[0]].calls
     intervals, odd = divmod(nfe + afs, calls)
     if odd or intervals < 1:
-        kind = "with" if afs else "without"
-        raise ValueError(
-            f"{name} makes {calls} calls an interval: {nfe} is not to be had {kind} afs"
-        )
+        cost = f"{calls} calls an interval{', the first less one by afs' * afs}"
+        raise ValueError(f"{name} makes {cost}: {nfe} is not to be had")
     return intervals + 1
 
 
@@ -138,7 +111,7 @@ class Sampler:
     `afs` replaces the first call by the analytic slope of the VE process, and `guidance_rate`
     (1 is none) is for whoever makes the field; `rates` of the steps take its place, and a table's
     guidance that of both. `grids` [B, N + 1] give each sample levels of its own between the first
-    and the last. Raises ValueError for a grid that does not fall.
+    and the last. Raises ValueError for a grid that does not fall, or AFS on flow matching.
     """
 
     solver: Solver
@@ -151,40 +124,54 @@ class Sampler:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", levels(self.sigmas))
+        if self.afs and self.process == FLOW:
+            raise ValueError("afs is for VE models: flow matching has no analytic first step")
 
     def states(self, field: Field, x: Tensor, *, detach: bool = False) -> Iterator[Tensor]:
         """The states x [B, *] at sigmas[1], sigmas[2], ..., from x at sigmas[0].
 
-        x is standard normal noise times sigmas[0]. A table moves to the device of x, once.
-        `detach` cuts the gradient between steps. `field.tally` counts calls and rows.
+        x is standard normal noise times sigmas[0]; the state is float32 at least. A table moves
+        to the device of x, once. At a last level of 0 it is what the network says the one before
+        it. `detach` cuts the gradient between steps, so that each step learns alone.
+        `field.tally` counts calls and rows.
         """
-        at = self.at(x)
-        first, correct, rates = at.hooks()
-        return integrate(
-            at.solver,
-            field,
-            x,
-            at.grid(x),
-            first_slope=first,
-            correct=correct,
-            rates=rates,
-            detach=detach,
-        )
+        loop, at = Loop.start(x), self.at(x)
+        while loop.index < len(self.sigmas) - 1:
+            loop = at.advance(field, loop)
+            yield loop.x.squeeze(1)
+            loop = loop.detached() if detach else loop
 
     def advance(self, field: Field, loop: Loop) -> Loop:
-        """One step of `states`, for whoever cannot call the network from inside; see `Loop`."""
-        at = self.at(loop.x)
-        first, correct, rates = at.hooks()
-        grid = at.grid(loop.x[:, 0])
-        return advance(
-            loop, at.solver, field, grid, first_slope=first, correct=correct, rates=rates
-        )
+        """The loop after one step of `states`, for whoever cannot call the network from inside."""
+        answers: list[Tensor] = []
+        i, x, grid, rates = loop.index, loop.x, self.grid(loop.x[:, 0]), self.own_rates
+        own = rates[min(i, len(rates) - 1)] if rates else field.rates
+        field = replace(field, record=answers.append, rates=own)
+        (sigma, sigma_next), last = grid[i : i + 2], self.sigmas[i + 1] == 0
+        slope: Callable[..., Tensor] = self.process.first_slope if self.afs and i == 0 else field
+        now = Point(sigma, x, partial(slope, x, sigma))
+        if isinstance(self.solver, UniPC) and loop.step:
+            now = self.solver.correct(loop.step, now)
+        above_0 = grid[:-1] if self.sigmas[-1] == 0 else grid
+        step = Step(i, above_0, now, sigma_next, loop.past, loop.slopes)
+        x = now.x0 if last else self.solver(field, step)
+        points = [point for d in answers for point in d.split(1, 1)]  # of [B, K, *], oldest first
+        slopes = (*reversed(points), *loop.slopes)[:MAX_SLOPES]
+        return Loop(x, i + 1, (now, *loop.past)[:MAX_PAST], slopes, step)
+
+    @property
+    def table(self) -> Table | None:
+        """The table of a learned solver."""
+        return self.solver.table if isinstance(self.solver, LEARNED) else None
+
+    def with_table(self, table: Table) -> "Sampler":
+        """The sampler of a learned solver with another table."""
+        solver: Any = self.solver
+        return replace(self, solver=replace(solver, table=table))
 
     def at(self, x: Tensor) -> "Sampler":
-        """The same with its table where x is."""
-        if not isinstance(self.solver, EPD | ParallelMultistep):
-            return self
-        return replace(self, solver=replace(self.solver, table=self.solver.table.to(x)))
+        """The same sampler with its table where x is."""
+        return self if self.table is None else self.with_table(self.table.to(x))
 
     def grid(self, x: Tensor) -> tuple[Level, ...]:
         """The levels of the samples x [B, *], floats where all have the same."""
@@ -193,63 +180,36 @@ class Sampler:
         inner = self.grids[:, 1:-1].to(x).reshape(len(x), -1, *[1] * x.ndim)
         return (self.sigmas[0], *inner.unbind(1), self.sigmas[-1])
 
-    def hooks(self) -> tuple[Any, Any, tuple[Rates, ...] | None]:
-        """What the loop is told besides: the free first slope, the corrector, rates by step."""
-        rates = None if self.rates is None else tuple((rate,) for rate in self.rates)
-        if isinstance(self.solver, EPD | ParallelMultistep):
-            rates = step_rates(self.solver.table) or rates
-        correct = self.solver.correct if isinstance(self.solver, UniPC) else None
-        return self.process.first_slope if self.afs else None, correct, rates
-
     @property
-    def own_rates(self) -> bool:
-        """Whether steps or points have guidance rates of their own."""
-        return self.rates is not None or self.hooks()[2] is not None
+    def own_rates(self) -> tuple[Rates, ...] | None:
+        """The guidance rates of the steps' own slopes, where they are not `guidance_rate`."""
+        rates = None if self.rates is None else tuple((rate,) for rate in self.rates)
+        return (step_rates(self.table) if self.table else None) or rates
 
     @property
     def strongest(self) -> float:
         """The guidance rate that is furthest from 1, which says whether "nothing" is needed."""
-        table = self.solver.table if isinstance(self.solver, EPD | ParallelMultistep) else None
-        rates = [self.guidance_rate] if self.rates is None else self.rates
-        if table is not None and table.guidance is not None:
-            rates = table.guidance.flatten().tolist()
+        rates = self.rates or (self.guidance_rate,)
+        if self.table and self.table.guidance is not None:
+            rates = self.table.guidance.flatten().tolist()
         return max(rates, key=lambda rate: abs(rate - 1))
 
     @property
     def calls(self) -> int:
-        """Network calls one after another for an image; guidance widens calls, adds none."""
+        """The network calls one after another for an image; guidance widens calls, adds none."""
         return self.cost.calls
-
-    @property
-    def rows(self) -> int:
-        """Evaluations of the network for an image, each of the K points counted."""
-        return self.cost.rows
-
-    @property
-    def branches(self) -> int:
-        """The same with the rows of "nothing" that classifier-free guidance adds."""
-        return self.cost.branches
 
     @cached_property
     def cost(self) -> Tally:
         """Calls and rows for an image, counted on a network that answers with nothing."""
-        images, seen = 1, []
-        sampler = self
+        images = len(self.table.r) if self.table and self.table.r.ndim == 3 else 1
+        sampler, field = self, Field(lambda x, _sigma, _cond: torch.zeros_like(x))
         if isinstance(self.solver, EDM):
             quiet = replace(self.solver, noise=lambda _index, x: torch.zeros_like(x))
             sampler = replace(self, solver=quiet)
-        elif isinstance(self.solver, EPD | ParallelMultistep) and self.solver.table.r.ndim == 3:
-            images = len(self.solver.table.r)
-
-        def nothing(x: Tensor, _sigma: Tensor, _cond: Condition | None) -> Tensor:
-            seen.append(len(x))
-            return torch.zeros_like(x)
-
-        field = Field(Guided(nothing, self.guidance_rate), Condition({}, {}))
         with torch.no_grad():
-            for _ in sampler.states(field, torch.zeros(images, 1)):
-                pass
-        return Tally(field.tally.calls, field.tally.rows // images, sum(seen) // images)
+            list(sampler.states(field, torch.zeros(images, 1)))
+        return Tally(field.tally.calls, field.tally.rows // images)
 
     def with_guidance(self, text: str) -> "Sampler":
         """The sampler at rates by hand: "4", one a step "1,4,6,4", or "4@0.2-0.8".
@@ -258,8 +218,7 @@ class Sampler:
         2024, arXiv:2404.07724). Raises ValueError for anything else.
         """
         before = [level for level in self.sigmas if level > 0][: len(self.sigmas) - 1]
-        if isinstance(self.solver, EPD | ParallelMultistep):
-            before = before[: self.solver.table.r.shape[-2]]
+        before = before[: self.table.r.shape[-2]] if self.table else before
         rate, at, interval = text.partition("@")
         try:
             rates = [float(part) for part in rate.split(",")]
@@ -272,9 +231,8 @@ class Sampler:
         if wrong or not all(0 <= rate < math.inf for rate in rates):
             forms = f"one rate, {len(before)} with commas between, or RATE@LOW-HIGH"
             raise ValueError(f"guidance {text!r}: write {forms}")
-        if isinstance(self.solver, EPD | ParallelMultistep):
-            table = replace(self.solver.table, guidance=torch.tensor(rates).double())
-            return replace(self, solver=replace(self.solver, table=table))
+        if self.table:
+            return self.with_table(replace(self.table, guidance=torch.tensor(rates).double()))
         return replace(self, rates=tuple(rates))
 
 
@@ -294,10 +252,7 @@ def hand_made(
     num_steps are grid points. `schedule` None is the process's usual one, `rho` None the
     schedule's own. Raises ValueError for unknown names, and for AFS on a flow model.
     """
-    process = levels.process
-    if afs and process.name == "flow":
-        raise ValueError("afs is for VE models: flow matching has no analytic first step")
+    process, usual = levels.process, "flowmatch" if levels.process == FLOW else "polynomial"
     solver = make_solver(name, replace(options or SolverOptions(), process=process))
-    usual = "flowmatch" if process.name == "flow" else "polynomial"
     sigmas = tuple(levels.grid(schedule or usual, num_steps, rho=rho).tolist())
     return Sampler(solver, sigmas, process, afs, guidance_rate)

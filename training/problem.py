@@ -18,7 +18,7 @@ from solvers.epd import Table
 from solvers.field import Condition, Denoiser, Field
 from solvers.integrate import levels as as_levels
 from solvers.predictor import find_predictor, load_predictor
-from solvers.process import FLOW, Process, process_named
+from solvers.process import FLOW, Process
 from solvers.sampler import Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels
 from src import ranks
@@ -82,7 +82,7 @@ def named_levels(levels: NoiseLevels | Process | str) -> NoiseLevels:
     """The noise levels of a process by its name, or as they are."""
     if isinstance(levels, NoiseLevels):
         return levels
-    process = process_named(levels) if isinstance(levels, str) else levels
+    process = Process(levels) if isinstance(levels, str) else levels
     ends = (0.001, 1.0) if process == FLOW else (0.002, 80.0)
     return NoiseLevels(process, *ends)
 
@@ -216,8 +216,8 @@ def grid_of(levels: NoiseLevels, settings: Settings, name: str, count: int) -> t
     low, high, flow = settings.sigma_min, settings.sigma_max, levels.process == FLOW
     rho = settings.schedule_rho if name == settings.schedule else None
     if not flow:
-        grid = levels.grid(name, count, rho=rho, sigma_min=low, sigma_max=high)
-        return tuple(grid.tolist())
+        ends = {"sigma_min": low or levels.sigma_min, "sigma_max": high or levels.sigma_max}
+        return tuple(replace(levels, **ends).grid(name, count, rho=rho).tolist())
     first, *inner, last = levels.grid("flowmatch", count).tolist()
     low, high = last if low is None else low, first if high is None else high
     if name == "logit":

@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from solvers.predictor import find_predictor, load_predictor
-from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe, one_of
+from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe
 from solvers.sampler import SOLVERS, parse_name
+from solvers.schedules import one_of
 from src.files import nearest
 from src.options import Number
 from training.distances import parse_terms

@@ -9,7 +9,7 @@ from backends.base import Backend, NoiseLevels
 from backends.edm import pixel_backend
 from backends.generate import Job, generate
 from backends.mixture import Mixture, mixture_backend
-from solvers.predictor import find_predictor, load_predictor, recipe_sigmas
+from solvers.predictor import find_predictor, load_predictor
 from solvers.process import FLOW, VE
 from solvers.sampler import (
     SOLVERS,
@@ -146,13 +146,11 @@ def test_a_half_network_keeps_a_float_state() -> None:
 
 
 def test_a_flow_predictor_is_not_for_a_ve_model() -> None:
-    recipe = load_predictor(find_predictor("sd3-512/sd3-512-best")).recipe
+    flow, ve = (load_predictor(find_predictor(n)) for n in ("sd3-512-best", "cifar10-5nfe"))
     with pytest.raises(ValueError, match="not for a ve model"):
-        recipe_sigmas(recipe, LEVELS)
+        flow.sampler(LEVELS)
     with pytest.raises(ValueError, match="not for a flow model"):
-        recipe_sigmas(
-            load_predictor(find_predictor("cifar10-5nfe")).recipe, NoiseLevels(FLOW, 0.001, 1.0)
-        )
+        ve.sampler(NoiseLevels(FLOW, 0.001, 1.0))
 
 
 def test_afs_on_a_flow_model_is_refused() -> None:

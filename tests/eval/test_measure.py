@@ -194,7 +194,7 @@ def test_the_best_of_each_name_and_number_of_calls_is_that_of_least_error(fine: 
 
 
 def test_candidates_that_solve_another_problem_are_refused(fine: Fine) -> None:
-    sigmas = tuple(LEVELS.grid("polynomial", 4, sigma_min=0.01).tolist())
+    sigmas = tuple(replace(LEVELS, sigma_min=0.01).grid("polynomial", 4).tolist())
     short = Candidate("short", replace(heun(3).sampler, sigmas=sigmas), "polynomial-7")
     guided = replace(heun(3), sampler=replace(heun(3).sampler, guidance_rate=4.0), source="g.pkl")
     with pytest.raises(ValueError, match=r"short ends at sigma 0\.01"):

@@ -25,7 +25,7 @@ def test_every_published_table_is_shipped_and_named_in_the_readme() -> None:
     assert shipped.keys() == GOLDEN.keys()
     for file, entry in GOLDEN.items():
         raw = {n: torch.tensor(v, dtype=torch.float32) for n, v in entry["parameters"].items()}
-        table, entries = translate(entry["metadata"], raw)
+        table, recipe = translate(entry["metadata"], raw)
         for a, b in zip(shipped[file].table.tensors(), table.tensors(), strict=True):
             assert torch.equal(a, b), file
-        assert shipped[file].recipe.num_steps == entries["num_steps"]
+        assert shipped[file].recipe.num_steps == recipe.num_steps

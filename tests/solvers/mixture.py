@@ -1,6 +1,7 @@
 """Denoisers known in closed form: the Gaussian mixture of the recorded cases, and one Gaussian."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor
 
 from solvers.epd import Directions
+from solvers.exponential import UniPC
 from solvers.field import Condition, Denoiser, Field
-from solvers.integrate import Solver, integrate
+from solvers.integrate import Solver
+from solvers.sampler import Sampler
 
 RECORDED: dict[str, Any] = json.loads(
     (Path(__file__).resolve().parents[1] / "data" / "solvers.json").read_text()
@@ -47,6 +50,21 @@ def gauss(x: Tensor, sigma: Tensor, _cond: Condition | None = None) -> Tensor:
     """The denoiser of normal data with variance 1/4, in any shape [B, *]."""
     gain = GAUSS_VARIANCE / (GAUSS_VARIANCE + sigma**2)
     return gain.reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
+def integrate(
+    solver: Solver,
+    field: Field,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    afs: bool = False,
+    correct: bool = False,
+    detach: bool = False,
+) -> Iterator[Tensor]:
+    """The states at sigmas[1], ...; UniPC's are those of its predictor, but for `correct`."""
+    own = solver.__call__ if isinstance(solver, UniPC) and not correct else solver
+    return Sampler(own, sigmas, afs=afs).states(field, x, detach=detach)  # type: ignore[arg-type]
 
 
 def run(

@@ -19,10 +19,10 @@ from torch import Tensor
 from solvers.classic import Euler, Heun
 from solvers.exponential import DEIS, DPMpp, UniPC, gauss_legendre, quadrature
 from solvers.field import Denoiser, Field
-from solvers.integrate import Point, Step, integrate
+from solvers.integrate import Step
 from solvers.process import FLOW, VE
-from solvers.schedules import custom, flowmatch, log_snr, polynomial
-from tests.solvers.mixture import LATENTS, distance, flow, ve
+from solvers.schedules import flowmatch, log_snr, polynomial
+from tests.solvers.mixture import LATENTS, distance, flow, integrate, ve
 
 schedulers: Any = pytest.importorskip("diffusers.schedulers")
 pytestmark = pytest.mark.filterwarnings(
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 GRID = polynomial(9, 0.05, 40.0)
 LONG = polynomial(18, 0.05, 40.0)
-NEARLY_NOISE = custom([1 - 1e-6, *flowmatch(8, shift=3.0)[1:].tolist()])
+NEARLY_NOISE = torch.cat([torch.tensor([1 - 1e-6]).double(), flowmatch(8, shift=3.0)[1:]])
 EXACT, SINGLE = 1e-10, 2e-6
 
 
@@ -71,14 +71,12 @@ def theirs_flow(scheduler: Any, sigmas: Tensor) -> Tensor:
 
 
 def ours_ve(solver: Any, sigmas: Tensor, corrected: bool = False) -> Tensor:
-    correct = solver.correct if corrected else None
-    *_, end = integrate(solver, Field(ve), LATENTS * sigmas[0], sigmas, correct=correct)
+    *_, end = integrate(solver, Field(ve), LATENTS * sigmas[0], sigmas, correct=corrected)
     return end
 
 
 def ours_flow(solver: Any, sigmas: Tensor, corrected: bool = False) -> Tensor:
-    correct = solver.correct if corrected else None
-    *_, end = integrate(solver, Field(flow), LATENTS, sigmas, correct=correct)
+    *_, end = integrate(solver, Field(flow), LATENTS, sigmas, correct=corrected)
     return end
 
 
@@ -142,13 +140,6 @@ def test_the_last_steps_of_dpmpp_are_those_of_diffusers_below_15_steps(
     assert distance(theirs_ve(scheduler, GRID), ours_ve(ours, GRID)) < SINGLE
 
 
-def test_from_15_steps_on_diffusers_ignores_lower_order_final_and_ours_does_not() -> None:
-    """Ours is the rule of the published sampler; diffusers keeps it for short runs alone."""
-    scheduler = dpm(3, lower_order_final=True)
-    assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(3, True, False), LONG)) < SINGLE
-    assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(3, True, True), LONG)) > 1e-4
-
-
 def test_euler_at_final_is_lower_order_final_of_order_2() -> None:
     scheduler = dpm(2, euler_at_final=True)
     assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(2), LONG)) < SINGLE
@@ -164,23 +155,6 @@ def test_a_step_to_0_is_diffusers_last_step_and_lowers_no_order_before_it() -> N
     theirs = theirs_ve(scheduler, with_0(GRID))
     assert distance(theirs, ours_ve(DPMpp(2, True, False), with_0(GRID))) < SINGLE
     assert distance(theirs, ours_ve(DPMpp(2, True, True), with_0(GRID))) > 1e-4
-
-
-def test_noise_prediction_cannot_step_to_0_in_diffusers_and_can_in_ours() -> None:
-    with pytest.raises(ValueError, match="`final_sigmas_type` zero is not supported"):
-        dpm(2, predict_x0=False, final_sigmas_type="zero")
-    assert ours_ve(DPMpp(2, predict_x0=False), with_0(GRID)).isfinite().all()
-
-
-def test_diffusers_also_has_a_heun_rule_for_order_2_which_ours_has_in_order_3_alone() -> None:
-    """`solver_type="heun"` weighs the first difference with phi_2, "midpoint" with phi_1 / 2.
-
-    Both are of order 2. Ours is the midpoint rule, diffusers' own default.
-    """
-    scheduler = dpm(2)
-    scheduler.register_to_config(solver_type="heun")
-    gap = distance(theirs_ve(scheduler, GRID), ours_ve(DPMpp(2, True, False), GRID))
-    assert 1e-3 < gap < 0.1
 
 
 @pytest.mark.parametrize("lower_order_final", [True, False])
@@ -200,16 +174,6 @@ def test_unipc_is_unipc_multistep(
 def test_unip_is_unipc_multistep_with_every_correction_disabled() -> None:
     scheduler = unipc(3, "bh2", disable_corrector=list(range(20)))
     assert distance(theirs_ve(scheduler, GRID), ours_ve(UniPC(3), GRID)) < EXACT
-
-
-def test_disabled_corrections_are_a_corrector_that_lets_those_points_be() -> None:
-    solver, off = UniPC(2), [0, 3]
-
-    def correct(step: Step, arrived: Point) -> Point:
-        return arrived if step.index in off else solver.correct(step, arrived)
-
-    *_, end = integrate(solver, Field(ve), LATENTS * GRID[0], GRID, correct=correct)
-    assert distance(theirs_ve(unipc(2, "bh2", disable_corrector=off), GRID), end) < EXACT
 
 
 def test_unipc_counts_the_step_to_0_among_the_last_ones_and_ours_does_not() -> None:
@@ -238,10 +202,6 @@ def deis(order: int) -> Any:
         prediction_type="sample",
         lower_order_final=False,
     )
-
-
-def test_deis_of_order_1_is_deis_multistep() -> None:
-    assert distance(theirs_ve(deis(1), GRID), ours_ve(DEIS(1), GRID)) < EXACT
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -294,39 +254,11 @@ def test_a_start_at_pure_noise_is_where_diffusers_moves_it_to() -> None:
     scheduler = schedulers.UniPCMultistepScheduler(flow_shift=3.0, **FLOWS)
     scheduler.set_timesteps(7)
     assert math.isclose(1 - scheduler.sigmas[0].item(), 1e-6, rel_tol=0.1)
-    grid = custom([1.0, *NEARLY_NOISE[1:].tolist()])
+    grid = torch.cat([torch.ones(1).double(), NEARLY_NOISE[1:]])
     for solver in (UniPC(3, process=FLOW), DPMpp(3, process=FLOW)):
         corrected = isinstance(solver, UniPC)
         moved = ours_flow(solver, NEARLY_NOISE, corrected)
         assert distance(ours_flow(solver, grid, corrected), moved) < 1e-6
-
-
-def test_dpmsolver_multistep_at_sigma_1_is_the_limit_that_ours_is_near_to() -> None:
-    """With log(0) = -inf its second step finds the first point infinitely far, so of no weight.
-
-    Ours finds it 14 units of log-SNR away. On this equation the two end 0.05 % apart, far
-    less than either is off.
-    """
-    grid = custom([1.0, *NEARLY_NOISE[1:].tolist()])
-    scheduler = dpm(2)
-    scheduler.register_to_config(**FLOWS)
-    theirs, ours = theirs_flow(scheduler, grid), ours_flow(DPMpp(2, True, False, FLOW), grid)
-    exact = ours_flow(Heun(), flowmatch(500, shift=3.0)[:-1])
-    assert theirs.isfinite().all()
-    assert distance(theirs, ours) < 1e-3
-    assert abs(distance(theirs, exact) - distance(ours, exact)) < 1e-3 < distance(ours, exact)
-
-
-def test_noise_prediction_on_flow_matching_is_refused_by_diffusers_and_by_our_unipc() -> None:
-    """UniPC's corrector has no limit at sigma = 1 there; DPM-Solver has one, which ours takes."""
-    scheduler = unipc(2, "bh2", predict_x0=False, **FLOWS)
-    with pytest.raises(ValueError, match="must be one of `epsilon`, `sample`"):
-        theirs_flow(scheduler, NEARLY_NOISE)
-    with pytest.raises(ValueError, match="UniPC on flow matching predicts data"):
-        UniPC(2, predict_x0=False, process=FLOW)
-    data, noise = (DPMpp(2, predict_x0, True, FLOW) for predict_x0 in (True, False))
-    grid = flowmatch(33, shift=3.0)
-    assert distance(ours_flow(noise, grid), ours_flow(data, grid)) < 0.02
 
 
 def test_dynamic_thresholding_is_that_of_diffusers() -> None:
@@ -362,11 +294,11 @@ def test_flowmatch_with_a_dynamic_shift_is_diffusers_to_the_last_bit(n: int, mu:
     assert torch.equal(flowmatch(n, mu=mu).float(), scheduler.sigmas[:-1])
 
 
-@given(n=st.integers(2, 60), shift=st.floats(0.2, 20), train=st.sampled_from([100, 1000, 4000]))
-def test_flowmatch_is_diffusers_for_any_shift(n: int, shift: float, train: int) -> None:
-    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(train, shift)
+@given(n=st.integers(2, 60), shift=st.floats(0.2, 20))
+def test_flowmatch_is_diffusers_for_any_shift(n: int, shift: float) -> None:
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(n)
-    ours = flowmatch(n, shift=shift, num_train_timesteps=train)
+    ours = flowmatch(n, shift=shift)
     assert torch.allclose(ours.float(), scheduler.sigmas[:-1], rtol=2e-7)
 
 

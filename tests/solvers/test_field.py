@@ -55,22 +55,10 @@ def test_points_in_one_call_equal_points_one_by_one() -> None:
         assert torch.allclose(at_once, torch.cat(list(one_by_one(field, x, sigma)), 1), atol=1e-13)
 
 
-def test_elementwise_networks_give_the_same_bits_at_once_and_one_by_one() -> None:
-    x, sigma = (t.float() for t in points(5))
-    field = Field(gauss)
-    assert torch.equal(field(x, sigma), torch.cat(list(one_by_one(field, x, sigma)), 1))
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 9])
 def test_chunking_the_points_changes_no_number(chunk: int) -> None:
     x, sigma = points(5)
     assert torch.allclose(Field(ve, points_chunk=chunk)(x, sigma), Field(ve)(x, sigma), atol=1e-13)
-
-
-def test_chunking_bounds_the_rows_of_a_call() -> None:
-    recorder, (x, sigma) = Recorder(), points(5)
-    Field(recorder, points_chunk=2)(x, sigma)
-    assert [len(rows) for rows, _, _ in recorder.asked] == [4, 4, 2]
 
 
 def test_all_samples_stand_at_the_first_point_before_any_stands_at_the_second() -> None:
@@ -79,12 +67,6 @@ def test_all_samples_stand_at_the_first_point_before_any_stands_at_the_second() 
     rows, levels, _ = recorder.asked[0]
     assert torch.equal(rows, torch.cat([x[:, 0], x[:, 1], x[:, 2]]))
     assert torch.equal(levels, torch.cat([sigma[:, 0], sigma[:, 1], sigma[:, 2]]).flatten())
-
-
-def test_a_shared_level_reaches_every_row() -> None:
-    recorder, (x, _) = Recorder(), points(3)
-    Field(recorder)(x, 1.5)
-    assert torch.equal(recorder.asked[0][1], torch.full((6,), 1.5, dtype=torch.float64))
 
 
 def test_the_network_may_be_told_another_level_than_the_slope_divides_by() -> None:
@@ -107,26 +89,11 @@ def test_conditions_are_repeated_as_the_rows_are() -> None:
     assert seen.null["text"].shape == (6, 2)
 
 
-def test_a_condition_without_nothing_stays_without() -> None:
-    assert Condition({"label": torch.tensor([1, 2])}).repeat(2).null is None
-
-
-def test_repeating_once_copies_nothing() -> None:
-    cond = Condition({"label": torch.tensor([1, 2])})
-    assert cond.repeat(1) is cond
-
-
 def test_calls_and_rows_are_counted_apart() -> None:
     field, (x, sigma) = Field(ve), points(3)
     field(x, sigma)
     field(x[:, :1], 1.0)
     assert field.tally == Tally(calls=2, rows=8)
-
-
-def test_two_fields_do_not_share_a_tally() -> None:
-    one, other = Field(ve), Field(ve)
-    one(LATENTS[:, None], 1.0)
-    assert other.tally == Tally(0, 0)
 
 
 def labelled(x: Tensor, _sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -162,18 +129,6 @@ def test_guidance_of_1_or_without_a_nothing_leaves_the_network_alone(
     Guided(recorder, scale)(LATENTS, torch.ones(2), cond)
     assert recorder.asked[0][0] is LATENTS
     assert recorder.asked[0][2] is cond
-
-
-def test_guided_points_in_one_call_equal_guided_points_one_by_one() -> None:
-    field, (x, sigma) = Field(Guided(labelled, 3.0), COND), points(4)
-    expected = torch.cat(list(one_by_one(field, x, sigma)), 1)
-    assert torch.allclose(field(x, sigma), expected, atol=1e-13)
-
-
-def test_guidance_counts_rows_per_image_and_not_per_network_row() -> None:
-    field = Field(Guided(labelled, 3.0), COND)
-    field(LATENTS[:, None], 1.0)
-    assert field.tally == Tally(calls=1, rows=2)
 
 
 @pytest.mark.parametrize("shape", [(5,), (7, 3), (3, 4, 4), (2, 3, 4, 4)])

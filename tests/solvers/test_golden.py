@@ -11,8 +11,8 @@ from solvers.classic import DPM2, IPNDM, Euler, Heun, IPNDMv
 from solvers.epd import EPD, Directions
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Field
-from solvers.integrate import Solver, integrate
-from solvers.process import process_named
+from solvers.integrate import Solver
+from solvers.process import Process
 from tests.solvers import mixture
 
 CASES: list[dict[str, Any]] = mixture.RECORDED["cases"]
@@ -79,12 +79,10 @@ def name(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_a_recorded_sample_and_its_evaluations_are_met(case: dict[str, Any]) -> None:
-    process, method = process_named(case["process"]), solver(case)
+    process, method = Process(case["process"]), solver(case)
     field = Field(mixture.ve if process.name == "ve" else mixture.flow)
     x = mixture.LATENTS * case["sigma_max"] if process.name == "ve" else mixture.LATENTS
-    first_slope = process.first_slope if case["afs"] else None
-    correct = method.correct if isinstance(method, UniPC) else None
-    *_, end = integrate(method, field, x, grid(case), first_slope=first_slope, correct=correct)
+    *_, end = mixture.integrate(method, field, x, grid(case), afs=case["afs"], correct=True)
     expected = tensor(case["x"]).reshape(end.shape)
     assert mixture.distance(end, expected) < TOLERANCE.get(case["solver"], OTHERWISE)
     assert field.tally.rows == case["evaluations"] * len(x)

@@ -142,14 +142,6 @@ def test_other_texts_are_refused(text: str) -> None:
         Sampler(Euler(), SIGMAS, VE).with_guidance(text)
 
 
-def test_rows_count_those_of_nothing_apart() -> None:
-    plain = Sampler(EPD(directions()), SIGMAS, VE)
-    assert (plain.calls, plain.rows, plain.branches) == (6, 9, 9)
-    assert replace(plain, guidance_rate=4.0).branches == 18
-    some = plain.with_guidance("1,4,1")
-    assert (some.calls, some.rows, some.branches) == (6, 9, 12)
-
-
 def test_images_of_their_own_grids_are_those_of_each_alone() -> None:
     rows = [[10, 3, 1, 0.2], [10, 5, 2, 0.2], [10, 1, 0.5, 0.2]]
     grids = torch.tensor(rows, dtype=torch.float64)
@@ -183,8 +175,8 @@ def test_guidance_is_saved_as_version_2_and_files_without_stay_version_1(
     [
         (torch.ones(2), "guidance has the shape"),
         (torch.ones(3, 4), "guidance has the shape"),
-        (torch.tensor([1.0, math.nan, 1.0]), "must be a finite number"),
-        (torch.tensor([1.0, -1.0, 1.0]), "must be 0 or more"),
+        (torch.tensor([1.0, math.nan, 1.0]), "must be finite"),
+        (torch.tensor([1.0, -1.0, 1.0]), "finite and 0 to inf"),
     ],
 )
 def test_guidance_that_cannot_be_is_refused(rates: Tensor, words: str, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
 from solvers.epd import EPD, Directions
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Condition, Field
-from solvers.integrate import Point, Solver, Step, integrate
+from solvers.integrate import Point, Solver, Step
 from solvers.process import FLOW
-from solvers.schedules import flowmatch, log_snr, polynomial, time_uniform
-from tests.solvers.mixture import LATENTS, directions, distance, flow, learned, run, ve
+from solvers.schedules import flowmatch, polynomial, time_uniform
+from tests.solvers.mixture import LATENTS, directions, distance, flow, integrate, learned, run, ve
 
 GRID = polynomial(7, 0.01, 40.0)
 STEPS = len(GRID) - 1
@@ -59,10 +59,6 @@ def test_order_1_is_euler_on_flow_matching_too(solver: Solver) -> None:
 
 def test_epd_with_one_point_halfway_is_dpm2() -> None:
     assert same(EPD(directions([[0.5]] * STEPS)), DPM2())
-
-
-def test_epd_with_all_its_points_at_the_start_is_euler() -> None:
-    assert same(EPD(directions([[0.0, 0.0, 0.0]] * STEPS)), Euler())
 
 
 def test_epd_with_a_point_at_either_end_is_heun() -> None:
@@ -143,12 +139,6 @@ def test_the_variants_of_unipc_differ_only_below_order_3(predict_x0: bool) -> No
     assert distance(one(Field(ve), step), two(Field(ve), step)) > 1e-3
 
 
-def test_a_table_for_each_sample_equals_the_shared_one() -> None:
-    shared = learned(STEPS)
-    each = Directions(*(t.expand(2, -1, -1) for t in shared.tensors()))
-    assert torch.equal(run(EPD(each), GRID), run(EPD(shared), GRID))
-
-
 def test_each_sample_follows_its_own_table() -> None:
     tables = [learned(STEPS, seed=seed) for seed in (1, 2)]
     each = Directions(*(torch.stack(t) for t in zip(*(t.tensors() for t in tables), strict=True)))
@@ -216,18 +206,6 @@ def test_scaling_the_noise_levels_and_the_data_scales_the_sample() -> None:
 
     for solver in (Heun(), IPNDMv(3), DPMpp(3), UniPC(3), EPD(learned(STEPS))):
         assert distance(run(solver, 3 * GRID, wider) / 3, run(solver, GRID)) < EXACT
-
-
-def test_log_steps_make_all_the_gaps_of_dpmpp_equal() -> None:
-    """On such a grid DPM++(2M) mixes the newest two estimates as 3/2 and -1/2."""
-    grid = log_snr(7, 0.01, 40.0)
-    x, old = LATENTS * grid[0], None
-    ratio = float(grid[1] / grid[0])
-    for sigma in grid.tolist()[:-1]:
-        x0 = ve(x, x.new_full((len(x),), sigma))
-        x = ratio * x + (1 - ratio) * (x0 if old is None else 1.5 * x0 - 0.5 * old)
-        old = x0
-    assert distance(run(DPMpp(2, lower_order_final=False), grid), x) < EXACT
 
 
 def test_lower_order_final_takes_the_last_step_by_euler() -> None:

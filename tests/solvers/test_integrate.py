@@ -1,7 +1,6 @@
 """The loop: where it stops, what it counts, what it asks, and where gradients flow."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun
 from solvers.epd import EPD, Directions
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Condition, Field, Tally
-from solvers.integrate import Point, Solver, Step, integrate
-from solvers.process import FLOW, VE
+from solvers.integrate import Solver
 from solvers.schedules import log_snr
-from tests.solvers.mixture import LATENTS, distance, gauss, learned, run, ve
+from tests.solvers.mixture import LATENTS, distance, gauss, integrate, learned, run, ve
 
 GRID = log_snr(5, 0.05, 30.0)
 STEPS = len(GRID) - 1
@@ -30,10 +28,6 @@ EVERY = [
     EPD(learned(STEPS)),
     EPD(learned(STEPS), IPNDM(3)),
 ]
-
-
-def corrected(solver: Solver) -> dict[str, Any]:
-    return {"correct": solver.correct} if isinstance(solver, UniPC) else {}
 
 
 def noise(index: int, x: Tensor) -> Tensor:
@@ -76,34 +70,19 @@ def test_the_loop_runs_only_as_far_as_it_is_asked() -> None:
 )
 def test_calls_and_rows_are_what_the_method_says(solver: Solver, calls: int, rows: int) -> None:
     field = Field(ve)
-    list(integrate(solver, field, LATENTS * 30, GRID, **corrected(solver)))
+    list(integrate(solver, field, LATENTS * 30, GRID, correct=True))
     assert field.tally == Tally(calls, rows * len(LATENTS))
 
 
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_afs_saves_one_call_and_takes_the_first_slope_from_the_formula(solver: Solver) -> None:
-    field, plain, asked = Field(ve), Field(ve), []
-
-    def first_slope(x: Tensor, sigma: float) -> Tensor:
-        asked.append(sigma)
-        return VE.first_slope(x, sigma)
-
-    how = corrected(solver)
-    list(integrate(solver, field, LATENTS * 30, GRID, first_slope=first_slope, **how))
-    list(integrate(solver, plain, LATENTS * 30, GRID, **how))
+    field, plain = Field(ve), Field(ve)
+    list(integrate(solver, field, LATENTS * 30, GRID, afs=True, correct=True))
+    list(integrate(solver, plain, LATENTS * 30, GRID, correct=True))
     assert field.tally.calls == plain.tally.calls - 1
-    assert asked == [30.0]
-
-
-def test_afs_by_hand() -> None:
-    x = next(integrate(Euler(), Field(ve), LATENTS, [3.0, 2.0], first_slope=VE.first_slope))
-    assert torch.allclose(x, LATENTS - LATENTS / math.sqrt(10))
-
-
-def test_afs_is_refused_for_flow_matching() -> None:
-    trajectory = integrate(Euler(), Field(ve), LATENTS, [1.0, 0.5], first_slope=FLOW.first_slope)
-    with pytest.raises(ValueError, match="afs needs a VE process"):
-        next(trajectory)
+    if solver == Euler():
+        x = next(integrate(solver, field, LATENTS, [3.0, 2.0], afs=True))
+        assert torch.allclose(x, LATENTS - LATENTS / math.sqrt(10))
 
 
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
@@ -111,10 +90,10 @@ def test_a_final_0_denoises_once_more_and_leaves_the_steps_before_it_as_they_wer
     solver: Solver,
 ) -> None:
     field, x = Field(gauss), LATENTS * 30
-    *before, last, clean = integrate(solver, field, x, [*GRID.tolist(), 0.0], **corrected(solver))
+    *before, last, clean = integrate(solver, field, x, [*GRID.tolist(), 0.0], correct=True)
     calls = field.tally.calls
     plain = Field(gauss)
-    states = list(integrate(solver, plain, x, GRID, **corrected(solver)))
+    states = list(integrate(solver, plain, x, GRID, correct=True))
     assert torch.equal(torch.stack([*before, last]), torch.stack(states))
     assert calls == plain.tally.calls + 1
     if not isinstance(solver, UniPC):  # its corrector moves the last point before it is denoised
@@ -124,25 +103,16 @@ def test_a_final_0_denoises_once_more_and_leaves_the_steps_before_it_as_they_wer
 def test_a_unipc_trajectory_ends_in_what_the_network_said_at_the_last_level() -> None:
     solver = UniPC(3)
     *_, last, clean = integrate(
-        solver, Field(ve), LATENTS * 30, [*GRID.tolist(), 0.0], correct=solver.correct
+        solver, Field(ve), LATENTS * 30, [*GRID.tolist(), 0.0], correct=True
     )
     assert distance(clean, ve(last, GRID[-1:].expand(2))) < 1e-12
 
 
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_single_precision_follows_double(solver: Solver) -> None:
-    single = run(solver, GRID, x=LATENTS.float() * 30, **corrected(solver))
+    single = run(solver, GRID, x=LATENTS.float() * 30, correct=True)
     assert single.dtype == torch.float32
-    assert distance(single.double(), run(solver, GRID, **corrected(solver))) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_start_is_promoted_to_float32(dtype: torch.dtype) -> None:
-    x = (LATENTS * 30).to(dtype)
-    for solver in EVERY:
-        end = run(solver, GRID, x=x)
-        assert end.dtype == torch.float32
-        assert torch.equal(end, run(solver, GRID, x=x.float()))
+    assert distance(single.double(), run(solver, GRID, correct=True)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 3), (3, 4, 4), (2, 3, 4, 4)])
@@ -151,31 +121,17 @@ def test_a_sample_may_have_any_shape(solver: Solver, shape: tuple[int, ...]) -> 
     """On an elementwise field the shape is only a way of laying numbers out."""
     size = math.prod(shape)
     flat = torch.linspace(-30, 30, 2 * size, dtype=torch.float64).reshape(2, size)
-    how = corrected(solver)
-    end = run(solver, GRID, gauss, flat.reshape(2, *shape), **how)
+    end = run(solver, GRID, gauss, flat.reshape(2, *shape), correct=True)
     assert end.shape == (2, *shape)
-    assert torch.allclose(end.flatten(1), run(solver, GRID, gauss, flat, **how), atol=1e-13)
+    assert torch.allclose(end.flatten(1), run(solver, GRID, gauss, flat, correct=True), atol=1e-13)
 
 
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_a_sample_is_the_same_whatever_it_is_batched_with(solver: Solver) -> None:
-    x, how = LATENTS.float() * 30, corrected(solver)
-    both = run(solver, GRID, gauss, x, **how)
-    alone = [run(solver, GRID, gauss, x[i : i + 1], **how) for i in range(2)]
+    x = LATENTS.float() * 30
+    both = run(solver, GRID, gauss, x, correct=True)
+    alone = [run(solver, GRID, gauss, x[i : i + 1], correct=True) for i in range(2)]
     assert torch.equal(both, torch.cat(alone))
-
-
-@pytest.mark.parametrize("solver", EVERY, ids=repr)
-def test_the_start_is_not_written_to(solver: Solver) -> None:
-    x = LATENTS * 30
-    kept = x.clone()
-    list(integrate(solver, Field(ve), x, GRID, **corrected(solver)))
-    assert torch.equal(x, kept)
-
-
-def test_solvers_keep_nothing_between_runs() -> None:
-    for solver in EVERY:
-        assert torch.equal(run(solver, GRID), run(solver, GRID))
 
 
 def table_that_learns() -> tuple[Tensor, Directions]:
@@ -205,9 +161,8 @@ def test_detaching_lets_each_step_learn_alone(base: Solver) -> None:
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_detaching_changes_no_number_and_asks_for_no_more(solver: Solver) -> None:
     cut, whole = Field(ve), Field(ve)
-    how = corrected(solver)
-    a = list(integrate(solver, cut, LATENTS * 30, GRID, detach=True, **how))
-    b = list(integrate(solver, whole, LATENTS * 30, GRID, **how))
+    a = list(integrate(solver, cut, LATENTS * 30, GRID, detach=True, correct=True))
+    b = list(integrate(solver, whole, LATENTS * 30, GRID, correct=True))
     assert torch.equal(torch.stack(a), torch.stack(b))
     assert cut.tally == whole.tally
 
@@ -245,15 +200,6 @@ def test_churn_by_hand() -> None:
     assert distance(run(churned, torch.tensor([sigma, after]), x=LATENTS), end) < 1e-12
 
 
-def test_churn_keeps_to_its_range_and_its_bound() -> None:
-    point = Point(4.0, LATENTS, lambda: LATENTS)
-    step = Step(0, (4.0, 1.0), point, 1.0)
-    assert EDM(noise, s_churn=0.1).gamma(step) == 0.1
-    assert EDM(noise, s_churn=9.0).gamma(step) == math.sqrt(2) - 1
-    assert EDM(noise, s_churn=9.0, s_min=5.0).gamma(step) == 0
-    assert EDM(noise, s_churn=9.0, s_max=3.0).gamma(step) == 0
-
-
 @pytest.mark.parametrize(
     "grid",
     [
@@ -272,24 +218,6 @@ def test_churn_keeps_to_its_range_and_its_bound() -> None:
 def test_a_bad_grid_is_refused(grid: list[float]) -> None:
     with pytest.raises(ValueError, match="sigmas must be two or more falling levels"):
         next(integrate(Euler(), Field(ve), LATENTS, grid))
-
-
-def test_the_grid_may_be_a_list_or_a_tensor_of_any_type() -> None:
-    levels = [8.0, 4.0, 1.0]
-    for grid in (levels, torch.tensor(levels), torch.tensor([8, 4, 1])):
-        *_, end = integrate(Heun(), Field(ve), LATENTS * 8, grid)
-        assert torch.equal(end, run(Heun(), torch.tensor(levels)))
-
-
-def test_a_corrector_may_be_left_out_of_single_steps() -> None:
-    solver, off = UniPC(2), {0, 2}
-
-    def correct(step: Step, arrived: Point) -> Point:
-        return arrived if step.index in off else solver.correct(step, arrived)
-
-    some = run(solver, GRID, correct=correct)
-    assert distance(some, run(solver, GRID)) > 1e-4
-    assert distance(some, run(solver, GRID, correct=solver.correct)) > 1e-4
 
 
 def test_conditions_reach_the_network_at_every_point() -> None:

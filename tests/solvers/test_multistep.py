@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from solvers.classic import IPNDM, Euler
-from solvers.epd import MultistepTable, ParallelMultistep, earlier_slopes
+from solvers.epd import MultistepTable, ParallelMultistep
 from solvers.field import Condition, Field
-from solvers.integrate import Step, integrate
+from solvers.integrate import Step
 from solvers.predictor import Predictor, load_predictor, save_predictor, validate
-from solvers.process import FLOW, VE
+from solvers.process import VE
 from solvers.recipe import Recipe
 from solvers.schedules import NoiseLevels
+from tests.solvers.mixture import integrate
 
 SIGMAS = (10.0, 4.0, 1.5, 0.5, 0.1)
 N = len(SIGMAS) - 1
@@ -90,37 +91,6 @@ def test_the_newest_slope_is_that_of_the_last_point() -> None:
     assert torch.allclose(seen[1].slopes[0][:, 0], d, rtol=1e-9)
 
 
-@pytest.mark.parametrize("detach", [False, True])
-def test_cutting_the_gradient_changes_neither_states_nor_calls(detach: bool) -> None:
-    field, x = Field(gaussian), noise(2, 4)
-    solver = ParallelMultistep(table(0.3, 2))
-    *_, end = integrate(solver, field, x, SIGMAS, detach=detach)
-    assert torch.equal(end, ends(solver, x)[-1])
-    assert field.tally.calls == N
-
-
-def test_the_free_slope_is_the_analytic_one_and_x_of_flow_at_its_start() -> None:
-    def first(process: object, sigma: float) -> Tensor:
-        found: list[Tensor] = []
-
-        def look(field: Field, step: Step) -> Tensor:
-            assert field.tally.calls == 0
-            found.extend(earlier_slopes(step, process))  # pyright: ignore[reportArgumentType]
-            return step.now.x
-
-        list(integrate(look, Field(gaussian), torch.ones(1, 3), (sigma, sigma / 2)))
-        return found[0][0, 0]
-
-    assert torch.allclose(first(VE, 3.0), VE.first_slope(torch.ones(3), 3.0))
-    assert torch.equal(first(FLOW, 1.0), torch.ones(3))
-
-
-@pytest.mark.parametrize("shape", [(7,), (4, 9), (2, 3, 5, 5)])
-def test_latents_may_have_any_shape(shape: tuple[int, ...]) -> None:
-    x = noise(2, *shape)
-    assert ends(ParallelMultistep(table(0.5, 2)), x)[-1].shape == x.shape
-
-
 def predictor(**settings: object) -> Predictor:
     recipe = Recipe(N + 1, 2, solver="epd-multistep", schedule_type="custom", sigmas=SIGMAS)
     changed = {**recipe.__dict__, **settings}
@@ -138,15 +108,11 @@ def test_its_predictor_survives_a_file(tmp_path: Path, name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_its_predictor_counts_one_call_an_interval() -> None:
-    assert (predictor().nfe, predictor().evaluations) == (N, 2 * N)
-
-
 def test_with_afs_the_first_step_is_free() -> None:
     free = predictor(afs=True)
     assert (free.nfe, free.evaluations) == (N - 1, 2 * (N - 1))
     sampler = validate(free).sampler(NoiseLevels(VE, 0.002, 80.0))
-    assert (sampler.calls, sampler.rows) == (free.nfe, free.evaluations)
+    assert (sampler.calls, sampler.cost.rows) == (free.nfe, free.evaluations)
 
 
 def test_a_predictor_of_too_many_slopes_is_refused() -> None:

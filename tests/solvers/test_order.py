@@ -20,10 +20,10 @@ from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
 from solvers.epd import EPD
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Condition, Field
-from solvers.integrate import Solver, integrate
+from solvers.integrate import Solver
 from solvers.sampler import no_noise
-from solvers.schedules import custom, log_snr, polynomial
-from tests.solvers.mixture import directions
+from solvers.schedules import log_snr, polynomial
+from tests.solvers.mixture import directions, integrate
 
 HIGH, LOW, STEPS = 2.0, 0.5, 80
 C = torch.tensor([3.0, 0.2, 1.0, 2.0], dtype=torch.float64)
@@ -41,7 +41,7 @@ def exact(u: float) -> Tensor:
 
 
 def even(n: int) -> Tensor:
-    return custom(torch.linspace(HIGH, LOW, n + 1, dtype=torch.float64).tolist())
+    return torch.linspace(HIGH, LOW, n + 1, dtype=torch.float64)
 
 
 def log(n: int) -> Tensor:
@@ -56,9 +56,8 @@ Grid = Callable[[int], Tensor]
 
 
 def error(solver: Solver, grid: Tensor, corrected: bool = False) -> float:
-    correct = solver.correct if isinstance(solver, UniPC) and corrected else None
     x = torch.ones(1, 4, dtype=torch.float64)
-    *_, end = integrate(solver, Field(denoiser), x, grid, correct=correct)
+    *_, end = integrate(solver, Field(denoiser), x, grid, correct=corrected)
     return (end - exact(HIGH - LOW)).norm().item()
 
 

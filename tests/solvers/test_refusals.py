@@ -1,4 +1,4 @@
-"""What a solver cannot be is refused where it is made, in one line that names it."""
+"""Solvers by name, and one table of what is refused where it is made, in one line."""
 
 import math
 from collections.abc import Callable
@@ -11,84 +11,87 @@ from torch import Tensor
 from solvers.classic import DPM2, EDM, IPNDM, IPNDMv
 from solvers.exponential import DEIS, DPMpp, UniPC, dynamic_threshold
 from solvers.field import Field
-from solvers.integrate import integrate
-from solvers.process import FLOW, VE, process_named
-from solvers.sampler import SOLVERS, SolverOptions, make_solver, num_steps_for, parse_name
-from solvers.schedules import log_snr
-from tests.solvers.mixture import LATENTS, ve
+from solvers.process import FLOW, VE, Process
+from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, num_steps_for, parse_name
+from solvers.schedules import NoiseLevels, Timesteps, flowmatch, log_snr, polynomial, time_uniform
+from tests.solvers.mixture import LATENTS, integrate, ve
 
-ORDERED = [(IPNDM, 4), (IPNDMv, 4), (DEIS, 4), (DPMpp, 3), (UniPC, 3)]
+ORDERED: Any = (IPNDM, IPNDMv, DEIS, DPMpp, UniPC)
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    *(
+        (lambda kind=kind, order=order: kind(order), f"{kind.__name__} has the orders 1 to")
+        for kind in ORDERED
+        for order in (0, 5, "3", 2.0, None, True)
+    ),
+    (lambda: DPMpp(4), "1 to 3"),
+    *((lambda r=r: DPM2(r), f"not {r}") for r in (0.0, 1.1, math.nan)),
+    *(
+        (lambda churn=churn: EDM(lambda _i, x: x, **churn), "s_churn, s_noise >= 0")
+        for churn in ({"s_churn": -1.0}, {"s_churn": math.nan}, {"s_noise": math.inf})
+    ),
+    (lambda: EDM(lambda _i, x: x, s_min=2.0, s_max=1.0), "s_min <= s_max"),
+    (lambda: UniPC(2, "bh3"), "unknown variant of UniPC 'bh3'"),
+    (lambda: UniPC(2, predict_x0=False, process=FLOW), "it needs predict_x0"),
+    (lambda: DEIS(2, "rho"), "unknown mode of DEIS 'rho'"),
+    (lambda: Process("vp"), "unknown process 'vp'"),
+    *(
+        (lambda name=name: parse_name(name), f"unknown solver {name!r}")
+        for name in ("rk45", "euler-", "ipndm-x", "", "IPNDM", "dpmpp-3-2")
+    ),
+    *(
+        (lambda name=name: make_solver(name), "has the orders")
+        for name in ("ipndm-0", "ipndm-5", "euler-2", "dpmpp-4", "heun-1")
+    ),
+    (lambda: make_solver("ipndm-2", SolverOptions(order=3)), "'ipndm-2' and order 3 disagree"),
+    (lambda: num_steps_for("heun", 5, False), "heun makes 2 calls an interval: 5"),
+    (lambda: num_steps_for("heun", 4, True), "4 is not to be had"),
+    (lambda: Sampler(IPNDM(3), (1.0, 0.5), FLOW, afs=True), "afs is for VE models"),
+    *(
+        (lambda grid=grid: Sampler(IPNDM(3), grid), "two or more falling levels")
+        for grid in ((), (1.0,), (1.0, 2.0), (2.0, 1.0, 1.0), (1.0, -0.1), (2.0, 0.0, 0.0))
+    ),
+    *(
+        (lambda grid=grid: Sampler(IPNDM(3), grid), "two or more falling levels")
+        for grid in ((math.nan, 1.0), (2.0, math.nan), (math.inf, 1.0))
+    ),
+    *(
+        (lambda kind=kind, ends=ends: kind(5, *ends), "sigma_min|low")
+        for kind in (polynomial, log_snr, time_uniform)
+        for ends in ((1.0, 1.0), (80.0, 0.002), (-1.0, 80.0), (math.nan, 80.0), (0.1, math.inf))
+    ),
+    *(
+        (lambda kind=kind, n=n: kind(n, 0.002, 80.0), f"num_steps >= 2.* not {n}")
+        for kind in (polynomial, log_snr, time_uniform)
+        for n in (1, -3)
+    ),
+    *(
+        (lambda kind=kind, rho=rho: kind(5, 0.002, 80.0, rho), "rho > 0")
+        for kind in (polynomial, time_uniform)
+        for rho in (0.0, -1.0, math.nan)
+    ),
+    (lambda: log_snr(5, 0.0, 80.0), "0 < low"),
+    (lambda: time_uniform(5, 1.0, 2.0), "no VP process has the ends"),
+    *(
+        (lambda ends=ends: discrete(*ends), "a grid needs")
+        for ends in ((5, 5), (9, 3), (-1, 999), (0, math.inf))
+    ),
+    (lambda: NoiseLevels(VE, 0.1, 1.0).grid("cosine", 5), "unknown schedule 'cosine'"),
+    (lambda: NoiseLevels(VE, 0.1, 1.0).grid("discrete", 5), "no 'discrete' schedule"),
+    *((lambda s=s: flowmatch(5, shift=s), "shift above 0") for s in (0.0, -3.0, math.nan)),
+    (lambda: flowmatch(5, mu=math.nan), "shift above 0"),
+    (lambda: flowmatch(1), "num_steps >= 2"),
+]
 
 
-def refused(make: Callable[[], object], *words: str) -> None:
-    with pytest.raises(ValueError, match=r".") as error:
+def discrete(first: float, last: float) -> Tensor:
+    return NoiseLevels(VE, 0.1, 1.0, Timesteps(first, last, lambda t: t)).grid("discrete", 5)
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED, ids=[w for _, w in REFUSED])
+def test_what_cannot_be_is_refused_in_one_line(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
         make()
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(word in message for word in words)
-
-
-@pytest.mark.parametrize("order", [0, 5, -1, "3", 2.0, None, True, math.nan], ids=repr)
-@pytest.mark.parametrize(("kind", "highest"), ORDERED)
-def test_an_order_that_the_solver_lacks_is_refused(kind: Any, highest: int, order: Any) -> None:
-    refused(lambda: kind(order), kind.__name__, f"orders 1 to {highest}", repr(order))
-
-
-@pytest.mark.parametrize(("kind", "highest"), ORDERED)
-def test_the_order_above_the_highest_is_refused(kind: Any, highest: int) -> None:
-    assert [kind(order).order for order in range(1, highest + 1)] == [*range(1, highest + 1)]
-    refused(lambda: kind(highest + 1), str(highest + 1))
-
-
-@pytest.mark.parametrize("r", [0.0, -0.1, 1.1, math.nan])
-def test_a_midpoint_outside_the_step_is_refused(r: float) -> None:
-    refused(lambda: DPM2(r), "DPM2", str(r))
-
-
-@pytest.mark.parametrize(
-    "churn", [{"s_churn": -1.0}, {"s_churn": math.nan}, {"s_noise": -1.0}, {"s_churn": math.inf}]
-)
-def test_a_negative_or_endless_churn_is_refused(churn: dict[str, float]) -> None:
-    ((name, value),) = churn.items()
-    refused(lambda: EDM(lambda _i, x: x, **churn), name, str(value))
-
-
-def test_an_empty_range_of_churn_is_refused() -> None:
-    refused(lambda: EDM(lambda _i, x: x, s_min=2.0, s_max=1.0), "s_min <= s_max", "2.0", "1.0")
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda: UniPC(2, "bh3"), "bh3"),  # pyright: ignore[reportArgumentType]
-        (lambda: DEIS(2, "rho"), "rho"),  # pyright: ignore[reportArgumentType]
-        (lambda: process_named("vp"), "vp"),
-    ],
-)
-def test_an_unknown_name_is_refused_with_the_known_ones(
-    make: Callable[[], object], name: str
-) -> None:
-    refused(make, f"unknown {'process' if name == 'vp' else ''}".strip(), repr(name), "choose")
-
-
-@pytest.mark.parametrize("kind", [DPMpp, UniPC])
-def test_thresholding_is_refused_where_noise_is_predicted(kind: Any) -> None:
-    refused(lambda: kind(2, predict_x0=False, thresholding=True), "thresholding", "predict_x0")
-
-
-def test_thresholding_by_hand() -> None:
-    """Ten times 1, and one 3: the 99.5 % quantile lies 95 % of the way from 1 to 3."""
-    x0 = torch.ones(1, 1, 11)
-    x0[..., 3] = -3
-    limit = 1 + 2 * 0.95
-    clipped = dynamic_threshold(x0)
-    assert torch.allclose(clipped[..., 3], torch.tensor(-1.0))
-    assert torch.allclose(clipped[..., 0], torch.tensor(1 / limit))
-
-
-def test_thresholding_leaves_what_lies_in_range() -> None:
-    x0 = torch.linspace(-0.9, 0.9, 30).reshape(1, 2, 15)
-    assert torch.equal(dynamic_threshold(x0), x0)
+    assert "\n" not in str(error.value)
 
 
 def test_thresholding_goes_by_each_sample_and_point() -> None:
@@ -109,38 +112,12 @@ def test_a_name_makes_its_solver_in_every_order_and_it_makes_the_calls_it_claims
     assert make_solver(name) == make_solver(f"{name}-{entry.default_order}")
 
 
-@pytest.mark.parametrize("name", ["rk45", "euler-", "ipndm-x", "", "IPNDM", "dpmpp-3-2"])
-def test_an_unknown_solver_is_refused(name: str) -> None:
-    refused(lambda: parse_name(name), "unknown solver", repr(name))
-
-
-@pytest.mark.parametrize("name", ["ipndm-5", "euler-2", "dpmpp-4", "heun-1"])
-def test_a_solver_of_an_order_that_it_lacks_is_refused(name: str) -> None:
-    refused(lambda: make_solver(name), name.split("-")[0], name.split("-")[1])
-
-
-def test_two_orders_that_disagree_are_refused() -> None:
-    refused(lambda: make_solver("ipndm-2", SolverOptions(order=3)), "ipndm-2", "3", "disagree")
-
-
-def test_options_reach_the_solver() -> None:
-    options = SolverOptions(process=FLOW, lower_order_final=False, variant="bh1")
-    assert make_solver("unipc-2", options) == UniPC(2, "bh1", True, False, FLOW)
-    assert make_solver("dpmpp", SolverOptions(order=3, predict_x0=False)) == DPMpp(3, False)
-    assert make_solver("deis-4", SolverOptions(deis_mode="rhoab")) == DEIS(4, "rhoab")
-
-
 @pytest.mark.parametrize(
     ("name", "nfe", "afs", "num_steps"),
     [("euler", 5, False, 6), ("euler", 5, True, 7), ("heun", 6, False, 4), ("heun", 5, True, 4)],
 )
 def test_the_grid_for_a_number_of_calls(name: str, nfe: int, afs: bool, num_steps: int) -> None:
     assert num_steps_for(name, nfe, afs) == num_steps
-
-
-@pytest.mark.parametrize(("name", "nfe", "afs"), [("heun", 5, False), ("heun", 4, True)])
-def test_a_number_of_calls_that_no_grid_gives_is_refused(name: str, nfe: int, afs: bool) -> None:
-    refused(lambda: num_steps_for(name, nfe, afs), name, str(nfe), "afs")
 
 
 def test_the_processes_by_hand() -> None:
@@ -151,8 +128,3 @@ def test_the_processes_by_hand() -> None:
     clock = FLOW.half_log_snr(level)
     assert isinstance(clock, Tensor)
     assert torch.allclose(clock, torch.tensor([math.log(3), math.log(1e-6)]).double())
-
-
-@pytest.mark.parametrize(("name", "order"), [("ipndm-0", None), ("ipndm", 0)])
-def test_order_0_by_name_is_refused(name: str, order: int | None) -> None:
-    refused(lambda: make_solver(name, SolverOptions(order=order)), "ipndm", "not 0")

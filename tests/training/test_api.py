@@ -13,9 +13,9 @@ from torch import Tensor
 from solvers.classic import DPM2, IPNDM, Euler
 from solvers.exponential import DPMpp
 from solvers.field import Condition, Denoiser, Field
-from solvers.integrate import integrate
 from solvers.predictor import Predictor, load_predictor, save_predictor
 from solvers.process import FLOW, VE
+from tests.solvers.mixture import integrate
 from training.api import Settings, distill, sample
 
 SMALL = Settings(samples=48, judges=24, positions=9, rounds=2, fine_steps=25)

@@ -57,7 +57,7 @@ def test_an_unknown_preset_is_one_line_with_the_nearest(name: str) -> None:
         ({"teacher": "euler", "M": 0}, "the teacher must be finer"),
         ({"solver": "epd-unipc"}, "unknown base 'unipc'"),
         ({"solver": "epd-edm"}, "unknown base 'edm'"),
-        ({"solver": "epd-ipmdn"}, "did you mean ipndm"),
+        ({"solver": "epd-ipmdn"}, "did you mean 'ipndm'"),
         ({"solver": "heun"}, "unknown solver 'heun'"),
         ({"solver": "epd-heun", "nfe": 4}, "epd-heun cannot make 4 calls"),
         ({"nfe": 5, "num_steps": 4}, "nfe 5 needs num_steps 6"),

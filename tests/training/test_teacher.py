@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from solvers.field import Field
-from solvers.integrate import integrate
+from tests.solvers.mixture import integrate
 from tests.training.students import EVERY, SHAPE, batch, batches, cached, model
 from training.student import Batch
 from training.teacher import Cache, fingerprint
