@@ -11,6 +11,7 @@ VENV=${EPD_VENV:-.venv}
 VENV_PYTHON=$VENV/bin/python
 
 commands() {
+  local name
   cat <<'END'
 setup           make the virtual environment and install the pinned packages
 demo            both shipped models by several methods: pictures side by side and a table (no download, no GPU)
@@ -20,28 +21,16 @@ rl-demo         train the small text-to-image model's table on a reward; picture
                 options go to training.ppo.launch
 doctor          which weights of models and rewards are found, missing or wrong
 weights         fetch public weights by name, for instance: weights clip aesthetic
-train-sd15      stage 2 for Stable Diffusion 1.5; options go to training.ppo.launch
-train-sd3-512   stage 2 for Stable Diffusion 3 at 512 pixels
-train-sd3-1024  stage 2 for Stable Diffusion 3 at 1024 pixels
-train-flux      stage 2 for FLUX.1 dev
-sample-sd15     sample the 200 prompts of src/prompts/test.txt; options go to sample.py (--predictor ours.pkl)
-sample-sd3-512  the same with Stable Diffusion 3 at 512 pixels
-sample-sd3-1024 the same with Stable Diffusion 3 at 1024 pixels
-sample-flux     the same with FLUX.1 dev
-score-sd15      score what sample-sd15 made, or one or two folders against each other, by five rewards
-score-sd3-512   the same for sample-sd3-512
-score-sd3-1024  the same for sample-sd3-1024
-score-flux      the same for sample-flux
 parity          compare rewards and distances with the recorded numbers of the packages that they follow
 check           what CI runs: lint, then test
 lint            ruff, pyright and the import contracts; with --fix, format and mend what can be
 help            this list
 END
-}
-
-usage() {
-  printf 'usage: bash launch.sh COMMAND [ARGUMENT]...\n\n'
-  commands | sed 's/^/  /'
+  for name in sd15 sd3-512 sd3-1024 flux; do
+    printf '%-15s %s\n' "train-$name" "stage 2 for $name; options go to training.ppo.launch" \
+      "sample-$name" "sample the 200 prompts of src/prompts/test.txt; options go to sample.py (--predictor ours.pkl)" \
+      "score-$name" "score what sample-$name made, or one or two folders against each other, by five rewards"
+  done
 }
 
 die() {
@@ -59,48 +48,36 @@ find_python() {
   for name in "$@"; do
     usable "$name" || continue
     old=$name
-    if "$name" -c 'import venv, ensurepip' 2>/dev/null; then
-      printf '%s\n' "$name"
-      return
-    fi
+    "$name" -c 'import venv, ensurepip' 2>/dev/null && printf '%s\n' "$name" && return
   done
   [ -z "$old" ] || die "$old cannot make virtual environments: install its venv module (Debian: apt install python3-venv)"
   die "no Python 3.10 or newer${EPD_PYTHON:+ at $EPD_PYTHON}: install one, or name it in EPD_PYTHON"
 }
 
-make_venv() {
-  local python
-  if [ -d "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
-    die "$VENV is a folder but no virtual environment: move it away, or name another in EPD_VENV"
-  fi
-  python=$(find_python) || exit 1
-  "$python" -m venv "$VENV" >/dev/null 2>&1 && "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 ||
-    die "$python -m venv $VENV failed: delete $VENV and look at the disk space, then try again"
-}
-
 # The stamp, written last, holds the hash of the requirements that are installed: an interrupted
 # install leaves none, and is taken up again.
 setup() {
-  local stamp=$VENV/requirements.sha256 log=$VENV/install.log hash
-  usable "$VENV_PYTHON" && "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 || make_venv
+  local stamp=$VENV/requirements.sha256 log=$VENV/install.log hash why python
+  if ! usable "$VENV_PYTHON" || ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+    [ ! -d "$VENV" ] || [ -f "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV")" ] ||
+      die "$VENV is a folder but no virtual environment: move it away, or name another in EPD_VENV"
+    python=$(find_python) || exit 1
+    "$python" -m venv "$VENV" >/dev/null 2>&1 && "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 ||
+      die "$python -m venv $VENV failed: delete $VENV and look at the disk space, then try again"
+  fi
   hash=$("$VENV_PYTHON" -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
     return
   fi
   rm -f "$stamp"
   printf 'launch.sh: installing the pinned packages into %s (6 GB, a few minutes) ...\n' "$VENV" >&2
-  "$VENV_PYTHON" -m pip install --disable-pip-version-check -r requirements.txt >"$log" 2>&1 || install_failed "$log"
-  printf '%s\n' "$hash" >"$stamp.new"
-  mv "$stamp.new" "$stamp"
-}
-
-install_failed() {
-  local why
-  if grep -qE 'NewConnectionError|name resolution|ConnectTimeout|ProxyError|ConnectionResetError|ReadTimeout' "$1"; then
-    die "no network to install packages from: connect, or set pip's index to a mirror, and run this again (log: $1)"
+  if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -r requirements.txt >"$log" 2>&1; then
+    ! grep -qE 'NewConnectionError|name resolution|ConnectTimeout|ProxyError|ConnectionResetError|ReadTimeout' "$log" ||
+      die "no network to install packages from: connect, or set pip's index to a mirror, and run this again (log: $log)"
+    why=$(grep '^ERROR:' "$log" | tail -n 1 || true)
+    die "pip could not install requirements.txt: ${why#ERROR: }; mend that and run this again (log: $log)"
   fi
-  why=$(grep '^ERROR:' "$1" | tail -n 1 || true)
-  die "pip could not install requirements.txt: ${why#ERROR: }; mend that and run this again (log: $1)"
+  printf '%s\n' "$hash" >"$stamp"
 }
 
 # Run Python in the environment, in place of this shell.
@@ -109,41 +86,34 @@ run() {
   exec "$VENV_PYTHON" "$@"
 }
 
-# Stage 2 with a file of training/ppo/cfgs.
-ppo() {
-  local name=$1 ranks=${EPD_RANKS:-1}
+# Stage 2 for a published model, with its file of training/ppo/cfgs.
+train() {
+  local name=${1//-/_} ranks=${EPD_RANKS:-1}
   shift
+  [ "$name" != flux ] || name=flux_dev
   set -- -m training.ppo.launch --config "training/ppo/cfgs/$name.yaml" "$@"
   [ "$ranks" = 1 ] || set -- -m src.ranks --master_port=12345 "--nproc_per_node=$ranks" "$@"
   run "$@"
 }
 
-# The model that the variable $1 names, else the first of the places $3 ... that is there, else $2 on the hub.
-model() {
-  local hub=$2 place=${!1:-}
-  shift 2
-  while [ -z "$place" ] && [ $# -gt 0 ]; do
-    [ ! -e "$1" ] || place=$1
-    shift
-  done
-  printf '%s\n' "${place:-$hub}"
-}
-
-WEIGHTS=${EPD_WEIGHTS:-weights}
-sd15() {
-  local file=v1-5-pruned-emaonly
-  model EPD_SD15 stable-diffusion-v1-5/stable-diffusion-v1-5 \
-    "$WEIGHTS/$file.safetensors" "$WEIGHTS/$file.ckpt" "src/ms_coco/$file.safetensors" "src/ms_coco/$file.ckpt"
-}
-sd3() { model EPD_SD3 stabilityai/stable-diffusion-3-medium-diffusers "$WEIGHTS/stable-diffusion-3-medium-diffusers"; }
-flux() { model EPD_FLUX black-forest-labs/FLUX.1-dev "$WEIGHTS/FLUX.1-dev"; }
-
-# Sample with a shipped predictor; of an option that is given again, the last counts.
+# Sample with a shipped predictor; of an option that is given again, the last counts. The model is the one that a
+# variable names, else the first of its places that is there, else the hub's.
 sample() {
-  local name=$1 model=$2
-  shift 2
-  run sample.py --predictor "$name-best" --model "$model" --batch 4 \
-    --prompt-file src/prompts/test.txt --seeds 0-199 --outdir "samples/$name" "$@"
+  local name=$1 weights=${EPD_WEIGHTS:-weights} sd3=stable-diffusion-3-medium-diffusers size=512 model hub places place
+  shift
+  case $name in
+    sd15)
+      model=${EPD_SD15:-} hub=stable-diffusion-v1-5/stable-diffusion-v1-5
+      places=({"$weights",src/ms_coco}/v1-5-pruned-emaonly.{safetensors,ckpt})
+      ;;
+    flux) model=${EPD_FLUX:-} hub=black-forest-labs/FLUX.1-dev places=("$weights/FLUX.1-dev") size=1024 ;;
+    *) model=${EPD_SD3:-} hub=stabilityai/$sd3 places=("$weights/$sd3") size=${name#sd3-} ;;
+  esac
+  for place in "${places[@]}"; do
+    [ -n "$model" ] || [ ! -e "$place" ] || model=$place
+  done
+  run sample.py --predictor "$name-best" --model "${model:-$hub}" --batch 4 \
+    --prompt-file src/prompts/test.txt --seeds 0-199 --outdir "samples/$name" --resolution "$size" "$@"
 }
 
 score() {
@@ -153,25 +123,33 @@ score() {
   run -m eval.score "$@" --reward hps --reward pickscore --reward imagereward --reward clip --reward aesthetic
 }
 
-# The same seeds by several methods, the last one fine: pictures side by side, and how far each is off.
+# The same seeds by several methods at as many calls, the last one fine: pictures, and how far each is from the last.
 demo() {
-  local out=samples/demo
+  local out=samples/demo calls=3 table
   setup
   rm -rf "$out"
   draw() { "$VENV_PYTHON" sample.py --outdir "$out/$1" "${@:2}"; }
-  beside() { "$VENV_PYTHON" -m src.figures "${@:2}" --output "$out/$1.png"; }
+  beside() {
+    local name=$1 to=$out/$1
+    set -- "$name hand-made=$to/1" "$name EPD=$to/2" "$name ours=$to/3" "$name fine=$to/4"
+    [ -e "$to/3" ] || set -- "$1" "$2" "$4"
+    "$VENV_PYTHON" -m src.figures "$@" --output "$to.png"
+  }
   printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then finely\n'
   draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --seeds 0-7 --grid "$@"
   draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-7 "$@"
   draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
   draw fashion/4 --solver ipndm-4 --num_steps 19 --seeds 0-7 "$@"
-  beside fashion "hand-made=$out/fashion/1" "EPD=$out/fashion/2" "ours=$out/fashion/3" "fine=$out/fashion/4"
-  printf 'Emoji by text in 6 calls: the best hand-made solver, EPD; then finely\n'
+  table=$(beside fashion)
+  [ -e exps/tiny-sd3/epd-multistep-k2-3nfe.pkl ] || calls=6
+  printf 'Emoji by text in %s calls: the same\n' "$calls"
   set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
-  draw emoji/1 --solver euler --num_steps 7 --guidance_rate 4 "$@"
-  draw emoji/2 --predictor tiny-sd3/epd-k2-6nfe "$@"
-  draw emoji/3 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
-  beside emoji "hand-made=$out/emoji/1" "EPD=$out/emoji/2" "fine=$out/emoji/3"
+  draw emoji/1 --solver euler --num_steps "$((calls + 1))" --guidance_rate 4 "$@"
+  draw emoji/2 --predictor "tiny-sd3/epd-k2-${calls}nfe" "$@"
+  [ "$calls" = 6 ] || draw emoji/3 --predictor "tiny-sd3/epd-multistep-k2-${calls}nfe" "$@"
+  draw emoji/4 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
+  printf '%s\n' "$table"
+  beside emoji | tail -n +2
 }
 
 # Stage 2 on tiny-sd3: one half of the held-out prompts chooses the table, the other is reported on.
@@ -217,28 +195,19 @@ lint() {
 command=${1:-help}
 [ $# -eq 0 ] || shift
 case $command in
-  help | -h | --help) usage ;;
-  setup)
-    setup
-    printf 'ready: %s\n' "$VENV_PYTHON"
+  help | -h | --help)
+    printf 'usage: bash launch.sh COMMAND [ARGUMENT]...\n\n'
+    commands | sed 's/^/  /'
     ;;
+  setup) setup && printf 'ready: %s\n' "$VENV_PYTHON" ;;
   demo) demo "$@" ;;
-  bench) run -m eval.bench "$@" ;;
   rl-demo) rl_demo "$@" ;;
-  train-sd15) ppo sd15 "$@" ;;
-  train-sd3-512) ppo sd3_512 "$@" ;;
-  train-sd3-1024) ppo sd3_1024 "$@" ;;
-  train-flux) ppo flux_dev "$@" ;;
-  sample-sd15) sample sd15 "$(sd15)" --resolution 512 "$@" ;;
-  sample-sd3-512) sample sd3-512 "$(sd3)" --resolution 512 "$@" ;;
-  sample-sd3-1024) sample sd3-1024 "$(sd3)" --resolution 1024 "$@" ;;
-  sample-flux) sample flux "$(flux)" --resolution 1024 "$@" ;;
-  score-sd15) score sd15 "$@" ;;
-  score-sd3-512) score sd3-512 "$@" ;;
-  score-sd3-1024) score sd3-1024 "$@" ;;
-  score-flux) score flux "$@" ;;
+  bench) run -m eval.bench "$@" ;;
   doctor) run -m rewards.doctor "$@" ;;
   weights) run -m rewards.fetch "$@" ;;
+  train-sd15 | train-sd3-512 | train-sd3-1024 | train-flux) train "${command#train-}" "$@" ;;
+  sample-sd15 | sample-sd3-512 | sample-sd3-1024 | sample-flux) sample "${command#sample-}" "$@" ;;
+  score-sd15 | score-sd3-512 | score-sd3-1024 | score-flux) score "${command#score-}" "$@" ;;
   parity) run -m pytest tests/rewards/test_parity.py "$@" ;;
   test) tests "$@" ;;
   lint) lint "$@" ;;
@@ -250,9 +219,9 @@ case $command in
     ;;
   *)
     python=$(find_python) || exit 1
-    names=$(commands | cut -d ' ' -f 1)
-    # shellcheck disable=SC2086
-    near=$("$python" -c 'import sys; from src.files import nearest; print(nearest(sys.argv[1], sys.argv[2:]))' "$command" $names)
+    # shellcheck disable=SC2046
+    near=$("$python" -c 'import sys; from src.files import nearest; print(nearest(sys.argv[1], sys.argv[2:]))' \
+      "$command" $(commands | cut -d ' ' -f 1))
     die "no sub-command '$command': did you mean '$near'? 'bash launch.sh' lists all"
     ;;
 esac

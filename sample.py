@@ -76,7 +76,8 @@ def main(ctx: click.Context, **options: Any) -> None:
         predictor = load_predictor(find_predictor(name))
         decided = {option: getattr(predictor.recipe, option) for option in OF_RECIPE}
         check_decided(ctx, {"solver": predictor.recipe.base, **decided}, name)
-    options["model"] = options["model"] or backbone_of(predictor.recipe if predictor else None)
+    recipe = predictor.recipe if predictor else None
+    options["model"] = options["model"] or backbone_of(recipe, default=ctx.obj)
     texts = chosen_prompts(options["prompt"], options["prompt_file"], options["class"])
     backend = spread(open_model(options, texts, predictor), mesh)
     sampler = sampler_of(options, predictor, backend)

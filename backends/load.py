@@ -121,21 +121,23 @@ BACKBONES = {
 """By the data set and the backend of a recipe."""
 
 
-def backbone_of(recipe: Recipe | None, root: Path = ROOT) -> str:
+def backbone_of(recipe: Recipe | None, root: Path = ROOT, default: str | None = None) -> str:
     """The model that a predictor was learned for, where it is: a path, or a shipped or hub name.
 
     That is what its own run was given, or, for a published predictor, the first of `places_of`
-    that is there; the shipped default without a recipe.
+    that is there; else `default`, or the shipped default without a recipe.
 
-    Raises ValueError where it is nowhere, with its source and the places.
+    Raises ValueError where it is nowhere without a `default`, with its source and the places.
     """
     if recipe is None or recipe.dataset_name == "unknown":
-        return DEFAULT
+        return default or DEFAULT
     own = recipe.training.get("model")
     places = places_of(recipe, root)
     for place in (*([own] if own else []), recipe.dataset_name, *places):
         if Path(place).exists() or place in shipped_models() or cached(place):
             return str(place)
+    if default:
+        return default
     backbone = BACKBONES.get(f"{recipe.dataset_name}/{recipe.backend}")
     source = f": it is {backbone.source}" if backbone else ""
     looked = f", looked for at {', '.join(places)}" if places else ""

@@ -17,7 +17,6 @@ from src.files import read_json, write_atomically
 from src.images import read_png
 from src.options import OneLineCommand
 
-LARGEST = 700.0
 CELL = 0.8  # inches
 SHOWN = 10
 MODELS = Path(__file__).resolve().parent / "models"
@@ -36,7 +35,7 @@ def table_figure(
     for n, (row, mix) in enumerate(zip(places, weights, strict=True)):
         axes.plot([0, 1], [n, n], color="0.8", zorder=1)
         for r, w in zip(row, mix, strict=True):
-            size = min(60 + 300 * abs(w), LARGEST)
+            size = min(60 + 300 * abs(w), 700)
             axes.scatter(r, n, size, "tab:blue" if w >= 0 else "tab:red", alpha=0.6, zorder=2)
             axes.annotate(f"{w:.2f}", (r, n), xytext=(0, 9), textcoords="offset points", size=7)
     names = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(sigmas)]

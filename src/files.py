@@ -57,8 +57,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 def from_json(text: str, name: str) -> Any:
     """-> the value of a JSON text; ValueError, naming the file `name`, where it is broken."""
+
+    def no_constant(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{name} is not JSON ({error.msg}, {place})") from error
@@ -112,7 +116,3 @@ def nearest(name: str, names: Iterable[str]) -> str:
     by_lower = {n.lower(): n for n in names}
     assert by_lower, "nearest() needs a name to choose from"
     return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

@@ -89,26 +89,24 @@ def read_image(
         with Image.open(file, formats=formats) as image:
             image.load()
             text = {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
-            plain = image.mode in ("L", "RGB") and "transparency" not in image.info
-            flat = image.copy() if plain else _on_white(image)
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                kind = "floats" if image.mode == "F" else "integers of 32 bits"
+                raise ValueError(f"its pixels are {kind}: save it with 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut instead of scale
+                pixels = ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255)
+            elif image.mode in ("L", "RGB") and "transparency" not in image.info:
+                pixels = np.array(image)
+            else:
+                white = Image.new("RGBA", image.size, "white")
+                whole = Image.alpha_composite(white, image.convert("RGBA"))
+                pixels = np.array(whole.convert("RGB"))
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {name}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         kinds = " or ".join(formats)
         raise ValueError(f"{name} is not a readable {kinds}: {error}") from error
-    pixels = torch.from_numpy(np.array(flat))
-    return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)), text
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        kind = "floats" if image.mode == "F" else "integers of 32 bits"
-        raise ValueError(f"its pixels are {kind}: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut instead of scale
-        pixels = (np.asarray(image).astype(np.int64) + 128) // 257
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    shown = torch.from_numpy(pixels.astype(np.uint8, copy=False))
+    return (shown[None] if shown.ndim == 2 else shown.permute(2, 0, 1)), text
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,8 @@ from src.seeds import parse_seeds
 P = ParamSpec("P")
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")
 }
 FULL = ("can't allocate memory", "not enough memory", "Unable to allocate")
 """What NumPy and torch's allocator for the CPU say, in errors of no class of their own."""
@@ -44,11 +41,6 @@ class Parsed(click.ParamType):
             return self.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-def parse_names(text: str) -> list[str]:
-    """`"a, b"` -> the names between its commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse_device(text: str) -> torch.device:
@@ -80,7 +72,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 
 SeedList = partial(Parsed, "seeds", parse_seeds)
-Names = partial(Parsed, "names", parse_names)
+Names = partial(Parsed, "names", lambda text: [n.strip() for n in text.split(",") if n.strip()])
 Device = partial(Parsed, "auto|cpu|cuda[:n]", parse_device)
 DType = partial(Parsed, "|".join(("auto", *DTYPES)), parse_dtype)
 Resolution = partial(Parsed, "pixels|WxH", parse_resolution)
@@ -114,13 +106,8 @@ class BoolFlag(click.Option):
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)
         if self.secondary_opts:
-            parser.add_option(
-                obj=self,
-                opts=self.secondary_opts,
-                dest=self.name,
-                action="store_const",
-                const=False,
-            )
+            off: dict[str, Any] = {"action": "store_const", "const": False}
+            parser.add_option(obj=self, opts=self.secondary_opts, dest=self.name, **off)
 
 
 @contextmanager
@@ -158,26 +145,17 @@ def in_one_line(error: Exception) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, ValueError) and frames and is_ours(frames[-1].f_code.co_filename):
         return said
-    ours = [frame.f_locals for frame in reversed(frames) if is_ours(frame.f_code.co_filename)]
-    file = next((str(v) for values in ours for v in values.values() if is_path(v)), "")
+    ours = [frame for frame in reversed(frames) if is_ours(frame.f_code.co_filename)]
+    texts = [str(v) for f in ours for v in f.f_locals.values() if isinstance(v, str | Path)]
+    places = (t for t in texts if os.sep in t and len(t) < 500 and "\0" not in t)
+    file = next((place for place in places if Path(place).exists()), "")
     place = f", at {file}" if file not in said else ""
     return f"{type(error).__name__}: {said[:500]}{place} (--debug shows where)"
-
-
-def is_path(value: object) -> bool:
-    """Whether a variable holds the path of a file or folder that is there."""
-    text = str(value) if isinstance(value, str | Path) else ""
-    return 0 < len(text) < 500 and os.sep in text and "\0" not in text and Path(text).exists()
 
 
 def is_ours(file: str) -> bool:
     """Whether a source file is of this repository, and of no package installed within it."""
     return Path(file).resolve().is_relative_to(ROOT) and "site-packages" not in file
-
-
-def set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    """Remember whether errors are to be raised as they are."""
-    ctx.meta["debug"] = value
 
 
 class OneLineCommand(click.Command):
@@ -189,15 +167,16 @@ class OneLineCommand(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.context_settings["token_normalize_func"] = lambda name: name.replace("-", "_")
-        debug = click.Option(
-            ["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=set_debug
-        )
+        debug = click.Option(["--debug"], is_flag=True, is_eager=True, expose_value=False)
         debug.help = "On an error, show where it was raised."
+        debug.callback = lambda ctx, _, value: ctx.meta.update(debug=value)
         self.params.append(debug)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with one_line(ctx):
-            refuse_bytes(args)
+            for word in args:
+                if not word.isascii() and word != word.encode(errors="ignore").decode():
+                    raise click.UsageError(f"{word!a} is not UTF-8 text")
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -215,13 +194,6 @@ class OneLineGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         with one_line(ctx):
             return super().resolve_command(ctx, args)
-
-
-def refuse_bytes(arguments: Sequence[str]) -> None:
-    """A usage error for arguments that are not UTF-8: no recipe could hold them."""
-    for argument in arguments:
-        if not argument.isascii() and argument != argument.encode(errors="ignore").decode():
-            raise click.UsageError(f"{argument!a} is not UTF-8 text")
 
 
 def check_decided(ctx: click.Context, decided: Mapping[str, Any], by: str) -> None:

@@ -99,7 +99,7 @@ def point_mesh(degree: int, device: torch.device, timeout: float = 600.0) -> Dev
 
 
 def writes(mesh: DeviceMesh | None) -> bool:
-    """-> whether this rank writes the images that it makes: one of those that share them does."""
+    """-> whether this rank, of those that share images, writes them."""
     return mesh is None or mesh.get_local_rank("points") == 0
 
 

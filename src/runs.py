@@ -16,9 +16,9 @@ import signal
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,58 +34,35 @@ NUMBERED = re.compile(r"([0-9]{5,})-")
 LATEST = "latest"
 MARK = b"epd-sealed-1 "
 CHECKPOINT = re.compile(r"checkpoint-([0-9]{8,})\.pt")
-KEPT = 2
-"""Checkpoints that a run keeps unless its settings say otherwise: the newest, and one more should
-that be damaged."""
+KEPT = 2  # checkpoints: the newest, and one more should that be damaged
 
 
 # --- folders ------------------------------------------------------------------------------
 
 
-def new_run(what: str, root: str | Path = "exps") -> Path:
-    """The next folder `00001-<what>`, numbered one above the highest under `root`, made.
+def new_run(what: str, root: str | Path = "exps", *, stamped: bool = False) -> Path:
+    """The next folder `00001-<what>` under `root`, numbered one above the highest, made.
 
-    Processes that ask for one name at once get a folder each.
+    `stamped`: `20260131-120000-<what>` instead; `.2` follows the time where it is taken. Processes
+    that ask for one name at once get a folder each.
 
     Raises ValueError if `what` cannot be a file name, or `root` cannot be made.
     """
-    root = checked_root(what, root)
-    while True:
-        numbers = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
-        folder = root / f"{max(numbers, default=0) + 1:05d}-{what}"
-        if is_new(folder):
-            return folder
-
-
-def new_stamped_run(what: str, root: str | Path = "exps") -> Path:
-    """A folder `20260131-120000-<what>` under `root`, made; `.2` follows the time if it is taken.
-
-    Raises ValueError as `new_run` does.
-    """
-    root = checked_root(what, root)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    endings = chain([""], (f".{n}" for n in count(2)))
-    return next(p for e in endings if is_new(p := root / f"{stamp}{e}-{what}"))
-
-
-def checked_root(what: str, root: str | Path) -> Path:
-    """`root`, made if it was not there; ValueError where it, or a run called so, cannot be."""
     if not NAME.fullmatch(what):
         raise ValueError(f"'{what}' cannot name a run: use letters, digits, '.', '_' and '-'")
+    root, stamp = Path(root), time.strftime("%Y%m%d-%H%M%S")
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {root}: {error.strerror}") from error
-    return Path(root)
-
-
-def is_new(folder: Path) -> bool:
-    """Whether the folder was not there, and is now."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
+    for n in count(1):
+        numbers = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
+        usual = f"{max(numbers, default=0) + 1:05d}"
+        folder = root / f"{stamp + (f'.{n}' if n > 1 else '') if stamped else usual}-{what}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
 
 
 def find_run(
@@ -100,12 +77,14 @@ def find_run(
     Raises ValueError where there is none.
     """
     if resume == LATEST:
-        runs = [
-            (order, path.parents[settings.count("/")])
-            for path in root.glob(f"*/{settings}")
-            if (order := numbers_of(path.parents[settings.count("/")].name, name))
-        ]
-        runs = [run for run in runs if checkpoints is None or any(run[1].glob(checkpoints))]
+        ending = ".*" if name == "*" else re.escape(name)
+        stamp = re.compile(rf"([0-9]{{5,}}(?:-[0-9]{{6}}(?:\.[0-9]+)?)?)-{ending}")
+        runs = []
+        for folder in root.iterdir() if root.is_dir() else ():
+            match = stamp.fullmatch(folder.name)
+            with_one = checkpoints is None or any(folder.glob(checkpoints))
+            if match and with_one and (folder / settings).is_file():
+                runs.append(([int(part) for part in re.split("[-.]", match[1])], folder))
         if not runs:
             what = f"run {name!r}" if name != "*" else "run"
             having = "" if checkpoints is None else " with a checkpoint"
@@ -118,13 +97,6 @@ def find_run(
         if (folder / settings).is_file():
             return folder
     raise ValueError(f"{resume} is no folder of a run: it has no {settings}")
-
-
-def numbers_of(folder: str, name: str) -> tuple[int, ...]:
-    """The number, or date and time, before `-name` in a folder's name; () for another name."""
-    ending = ".*" if name == "*" else re.escape(name)
-    match = re.fullmatch(rf"([0-9]{{5,}}(?:-[0-9]{{6}}(?:\.[0-9]+)?)?)-{ending}", folder)
-    return tuple(int(part) for part in re.split("[-.]", match[1])) if match else ()
 
 
 # --- what lies there ----------------------------------------------------------------------

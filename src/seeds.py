@@ -25,28 +25,22 @@ def parse_seeds(text: str) -> list[int]:
     if not text.strip():
         raise ValueError(f"the seed list is empty: {FORM}")
     seeds: dict[int, None] = {}
-    for part in text.split(","):
-        first, last = _ends(part.strip())
+    for part in map(str.strip, text.split(",")):
+        match = re.fullmatch(r"([0-9]{1,40})(?:\s*-\s*([0-9]{1,40}))?", part)
+        if match is None:
+            raise ValueError(f"'{part[:80]}' is no seed or range of seeds: {FORM}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"the seed range '{part}' falls: write '{last}-{first}'")
+        if last > MAX_SEED:
+            raise ValueError(f"seed {last} is too large: the largest is 2^63 - 1")
         if last - first + len(seeds) >= MAX_COUNT:
-            raise ValueError(f"seeds '{part.strip()}' make more than {MAX_COUNT} samples")
+            raise ValueError(f"seeds '{part}' make more than {MAX_COUNT} samples")
         for seed in range(first, last + 1):
             if seed in seeds:
-                raise ValueError(f"seed {seed} of '{part.strip()}' is there twice: drop one")
+                raise ValueError(f"seed {seed} of '{part}' is there twice: drop one")
             seeds[seed] = None
     return list(seeds)
-
-
-def _ends(part: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,40})(?:\s*-\s*([0-9]{1,40}))?", part)
-    if match is None:
-        raise ValueError(f"'{part[:80]}' is no seed or range of seeds: {FORM}")
-    first = int(match[1])
-    last = int(match[2] or first)
-    if last < first:
-        raise ValueError(f"the seed range '{part}' falls: write '{last}-{first}'")
-    if last > MAX_SEED:
-        raise ValueError(f"seed {last} is too large: the largest is 2^63 - 1")
-    return first, last
 
 
 def generator(seed: int, stream: int | str = 0) -> torch.Generator:

@@ -44,15 +44,16 @@ def column(content: str, path: Path) -> Iterator[str]:
         if COLUMN not in head:
             raise ValueError(f"{path}: no column {COLUMN!r} in its first line")
         for cells in reader:
-            if len(head) == 1:
-                yield ",".join(cells)
-            elif len(cells) > len(head):
+            if 1 < len(head) < len(cells):
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells for {len(head)} columns, "
                     'so write texts with commas in quotes: "a fox, red"'
                 )
-            else:
-                yield dict(zip(head, cells, strict=False)).get(COLUMN, "")
+            yield (
+                ",".join(cells)
+                if len(head) == 1
+                else dict(zip(head, cells, strict=False)).get(COLUMN, "")
+            )
     except csv.Error as error:
         raise ValueError(f"{path}: not CSV that can be read: {error}") from None
 

@@ -9,7 +9,8 @@ Sampling, decoding and forward passes run under it; backward, NCCL and real kern
     assert not seen.waits
 """
 
-import traceback
+import linecache
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = f"{Path(__file__).parent.parent}/"
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 WAITING = (
@@ -38,21 +39,12 @@ NO_SCALARS = (
     *("scatter", "searchsorted", "bucketize", "index_select", "native_layer_norm"),
 )
 """They refuse a CPU tensor even of no dimension, which pointwise operations take."""
-ANSWERS = {
-    "is_available": True,
-    "device_count": 1,
-    "current_device": 0,
-    "get_device_capability": (9, 0),
-    "is_bf16_supported": True,
-    "get_device_name": "pretend",
-    "memory_allocated": 0,
-    "max_memory_allocated": 0,
-    "max_memory_reserved": 0,
-    "synchronize": None,
-    "empty_cache": None,
-    "set_device": None,
+ANSWERS: dict[str, Any] = {
+    **{"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretend"},
+    **{"get_device_capability": (9, 0), "is_bf16_supported": True},
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "max_memory_reserved"), 0),
+    **dict.fromkeys(("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats")),
     "set_sync_debug_mode": None,
-    "reset_peak_memory_stats": None,
 }
 """What torch.cuda is to say meanwhile."""
 
@@ -73,22 +65,15 @@ class OnGPU(Tensor):
 
     @staticmethod
     def __new__(cls: type, real: Tensor, seen: Seen) -> "OnGPU":
+        layout = {"strides": real.stride(), "storage_offset": real.storage_offset()}
         tensor = Tensor._make_wrapper_subclass(
-            cls,
-            real.size(),
-            strides=real.stride(),
-            storage_offset=real.storage_offset(),
-            dtype=real.dtype,
-            device=CUDA,
+            cls, real.size(), **layout, dtype=real.dtype, device=CUDA
         )
         tensor.numbers, tensor.seen = real, seen
         return tensor
 
     def __init__(self, real: Tensor, seen: Seen) -> None:
         super().__init__()
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"OnGPU({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +112,9 @@ class Pretend(TorchDispatchMode):
         target = torch.device(given) if given is not None else None
         if func in (aten._to_copy.default, aten.copy_.default) or (name == "to" and target):
             return self.copy(func, args, kwargs, target)
-        if on_gpu and (name in WAITING or by_mask(name, args)):
+        indices = [i for i in (args[1] if name == "index" else ()) if isinstance(i, Tensor)]
+        by_mask = any(i.dtype == torch.bool for i in indices)  # whose size the CPU must know
+        if on_gpu and (name in WAITING or by_mask):
             self.seen.waits[f"{name}: {line_of_ours()}"] += 1
         if name == "_local_scalar_dense":
             return func(*tree_map(real, args))
@@ -172,12 +159,6 @@ def real(value: Any) -> Any:
     return value.numbers if isinstance(value, OnGPU) else value
 
 
-def by_mask(name: str, args: Any) -> bool:
-    """Whether an index is a mask, whose size the CPU must know."""
-    masks = (i for i in (args[1] if name == "index" else ()) if isinstance(i, Tensor))
-    return any(mask.dtype == torch.bool for mask in masks)
-
-
 def refuse_mixed(
     func: Any, name: str, args: Any, on_gpu: list[OnGPU], on_cpu: list[Tensor]
 ) -> None:
@@ -196,11 +177,13 @@ def refuse_mixed(
 
 def line_of_ours() -> str:
     """The innermost line of the repository that is at work, but for this file."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
-        if ours and path != Path(__file__):
-            return f"{path.relative_to(ROOT)}:{frame.lineno} {frame.line}"
+    frame = sys._getframe(1)
+    while frame:
+        path = frame.f_code.co_filename
+        if path.startswith(HERE) and "site-packages" not in path and path != __file__:
+            line = linecache.getline(path, frame.f_lineno).strip()
+            return f"{path.removeprefix(HERE)}:{frame.f_lineno} {line}"
+        frame = frame.f_back
     return "?"
 
 

@@ -115,21 +115,6 @@ def test_a_writer_that_fails_is_one_line(sample: Sample, monkeypatch: pytest.Mon
     assert result.output.splitlines()[-1].endswith("000002.png: No space left on device")
 
 
-def test_a_seed_that_diverges_is_named(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(x: torch.Tensor) -> torch.Tensor:
-        return torch.where(torch.arange(len(x)).reshape(-1, 1, 1, 1) == 1, torch.nan, x)
-
-    monkeypatch.setattr("backends.edm.pixels", decode)
-    result = sample("--num_steps", "2", "--seeds", "7,8,9")
-    assert "seed 8 became NaN" in result.output.splitlines()[-1]
-
-
-def test_subdirs_hold_a_thousand_seeds_each(sample: Sample, tmp_path: Path) -> None:
-    sample("--num_steps", "2", "--seeds", "999,1000", "--subdirs")
-    assert (tmp_path / "out" / "000000" / "000999.png").exists()
-    assert (tmp_path / "out" / "001000" / "001000.png").exists()
-
-
 def test_grid_and_trajectory(sample: Sample, tmp_path: Path) -> None:
     sample("--num_steps", "4", "--seeds", "0-3", "--grid", "--trajectory")
     assert read_png(tmp_path / "out" / "grid.png")[0].shape == (1, 34, 34)
@@ -144,15 +129,17 @@ def test_the_published_spellings_are_understood(sample: Sample, tmp_path: Path) 
     assert (tmp_path / "out" / "grid.png").exists()
     assert not (tmp_path / "out" / "000000" / "trajectory").exists()
     config = ["--backend-config", '{"torch_dtype": "bfloat16"}', "--backend", "edm"]
-    result = sample("--dry-run", *config, "--num_steps", "3")
+    result = sample("--dry-run", *config, "--num_steps", "3", "--outdir", str(tmp_path / "dry"))
     assert json.loads(result.output)["dtype"] == "bfloat16"
+    assert not (tmp_path / "dry").exists()
+    result = CliRunner().invoke(main, ["--predictor", "tiny-sd3/epd-k2-6nfe", "--dry-run"])
+    assert json.loads(result.output)["model"] == "tiny-sd3"
 
 
 @pytest.mark.parametrize(
     ("model", "options", "folder"),
     [
         ("m-3.5-medium", ["--solver", "ipndm-3"], "m-3.5-medium/ipndm-3_nfe17"),
-        ("m-3.5-large", ["--solver", "ipndm-3"], "m-3.5-large/ipndm-3_nfe17"),
         ("m.pkl", ["--num_steps", "3"], "m/euler_nfe2"),
     ],
 )
@@ -170,28 +157,10 @@ def test_a_predictor_never_samples_another_model_in_silence(name: str) -> None:
     assert "--model" in error
 
 
-def test_a_predictor_finds_its_shipped_model() -> None:
-    arguments = ["--predictor", "tiny-sd3/epd-k2-6nfe", "--dry-run", "--device", "cpu"]
-    result = CliRunner().invoke(main, arguments)
-    assert json.loads(result.output)["model"] == "tiny-sd3"
-
-
-def test_dry_run_prints_the_recipe_and_writes_nothing(sample: Sample, tmp_path: Path) -> None:
-    result = sample("--dry-run", "--solver", "heun", "--num_steps", "3", "--afs")
-    assert json.loads(result.output)["nfe"] == 3
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_predictor_decides_its_recipe(sample: Sample) -> None:
-    """The published one is for 32 pixels; the tiny model makes 16."""
-    assert "32" in refused(sample("--predictor", "cifar10-5nfe"))
-
-
 @pytest.mark.parametrize(
     ("options", "names"),
     [
         (["--solver", "heun"], ["heun", "euler"]),
-        (["--num_steps", "7"], ["num_steps 7", "4"]),
         (["--no-afs"], ["afs False", "True"]),
         (["--guidance_rate", "2"], ["2", "1"]),
     ],
@@ -206,38 +175,23 @@ def test_an_option_against_the_predictor_names_both(
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["--seeds", ""], "empty"),
         (["--seeds", "5-1"], "1-5"),
-        (["--seeds", "3,3"], "twice"),
         (["--class", "3"], "0 to 2"),
         (["--solver", "hoin"], "heun"),
         (["--solver", "ipndm-7"], "not 7"),
         (["--num_steps", "1"], "2"),
         (["--predictor", "cifar10-5nf"], "cifar10-5nfe"),
+        (["--predictor", "cifar10-5nfe"], "32"),
         (["--model", "no/such"], "no/such"),
         (["--schedule_type", "flowmatch"], "flowmatch"),
-        (["--schedule_type", "discrete"], "discrete"),
         (["--s_churn", "9"], "edm"),
         (["--backend", "ldm"], "--backend ldm: the model is of edm"),
         (["--backend-config", '{"size": 3}'], "--backend-config takes resolution"),
         (["--prompt", "bad\udcff"], "not UTF-8"),
-        (["--dtype", "float12"], "float"),
     ],
 )
 def test_bad_input_is_one_line(sample: Sample, options: list[str], names: str) -> None:
     assert names in refused(sample(*options))
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_every_dtype_gives_nearly_the_same_picture(
-    sample: Sample, tmp_path: Path, dtype: str
-) -> None:
-    sample("--num_steps", "4", "--seeds", "0-3")
-    reference = images(tmp_path / "out")
-    sample("--num_steps", "4", "--seeds", "0-3", "--dtype", dtype, "--outdir", str(tmp_path / "d"))
-    other = images(tmp_path / "d")
-    worst = max((other[n] - reference[n]).abs().max().item() for n in reference)
-    assert worst <= (1 / 255 if dtype == "float64" else 0.3)
 
 
 def test_churn_depends_on_the_seed_alone(sample: Sample, tmp_path: Path) -> None:
@@ -255,15 +209,7 @@ def test_two_ranks_make_the_images_of_one(sample: Sample, model: Path, tmp_path:
     options = ["--num_steps", "4", "--seeds", "0-11", "--batch", "4"]
     sample(*options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = [
-        *options,
-        "--model",
-        str(model),
-        "--outdir",
-        str(tmp_path / "two"),
-        "--device",
-        "cpu",
-    ]
+    options += ["--model", str(model), "--outdir", str(tmp_path / "two"), "--device", "cpu"]
     done = subprocess.run(
         [*command, str(ROOT / "sample.py"), *options],
         capture_output=True,

@@ -9,11 +9,11 @@ keywords from emojilib 4.0.3; neither is needed to run a trained model. In a fol
     tar -xzf emojilib-4.0.3.tgz && mv package emojilib
 """
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor
 from src.files import read_json
 
 PACKAGES = ("emoji-datasource-google@16.0.0", "emojilib@4.0.3")
+IMAGES = "google/img/google/64"
 TONES = {
     "1F3FB": "light skin tone",
     "1F3FC": "medium-light skin tone",
@@ -74,7 +75,8 @@ def load_emoji(folder: Path, seed: int = 0) -> list[Emoji]:
     keywords = read_json(folder / "emojilib" / "dist" / "emoji-en-US.json")
     shown = [r for r in records if r["category"] != "Component" and r["has_img_google"]]
     bases = [(_described(r, keywords), r) for r in shown]
-    held_out = _held_out([emoji.names[0] for emoji, _ in bases], seed)
+    free = sorted({emoji.names[0] for emoji, _ in bases} - set(ALWAYS_TRAINED))
+    held_out = set(Random(seed).sample(free, len(bases) // 10))
     every: list[Emoji] = []
     for emoji, record in bases:
         base = replace(emoji, held_out=emoji.names[0] in held_out)
@@ -90,7 +92,14 @@ def load_emoji(folder: Path, seed: int = 0) -> list[Emoji]:
 
 def load_pictures(folder: Path, emoji: Sequence[Emoji]) -> Tensor:
     """Return uint8 [N, 4, 64, 64]: red, green, blue, and how opaque a pixel is."""
-    return torch.stack([_picture(folder / "google/img/google/64" / e.file) for e in emoji])
+    pictures = np.empty((len(emoji), 64, 64, 4), np.uint8)
+    for pixels, path in zip(pictures, (folder / IMAGES / e.file for e in emoji), strict=True):
+        try:
+            with Image.open(path) as image:
+                pixels[:] = np.array(image.convert("RGBA"))
+        except FileNotFoundError as error:
+            raise ValueError(f"no such file: {path}; unpack {PACKAGES[0]} of npm") from error
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
 def on_white(pictures: Tensor) -> Tensor:
@@ -105,7 +114,7 @@ def drawing_weights(emoji: Sequence[Emoji]) -> Tensor:
     return torch.tensor(shares)
 
 
-def caption(emoji: Emoji, chance: random.Random) -> str:
+def caption(emoji: Emoji, chance: Random) -> str:
     """One of the ways to say it: a name, in a template or not, or keywords."""
     name = emoji.names[0] if chance.random() < 0.75 else chance.choice(emoji.names)
     parts = [chance.choice(TEMPLATES).format(name)]
@@ -131,17 +140,3 @@ def _plain(text: str) -> str:
     """Lower case, words apart; what is no word (":D") becomes empty."""
     text = text.lower().replace("_", " ").replace("\u201c", "").replace("\u201d", "")
     return re.sub(r"\s+", " ", text).strip() if re.search(r"[a-z0-9]{2}", text) else ""
-
-
-def _held_out(names: Sequence[str], seed: int) -> set[str]:
-    free = sorted(set(names) - set(ALWAYS_TRAINED))
-    return set(random.Random(seed).sample(free, len(names) // 10))
-
-
-def _picture(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGBA"))
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file: {path}; unpack the npm package {PACKAGES[0]}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

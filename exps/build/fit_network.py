@@ -147,28 +147,23 @@ def training(defaults: Plan, data: Path | None = None) -> Callable[[Work], click
     What a network is untrained hangs on the seed as well.
     """
     folder = click.Path(path_type=Path, file_okay=False)
+    kinds = {"steps": click.IntRange(1), "batch": click.IntRange(2), "lr": click.FloatRange(0)}
+    kinds |= {"seed": click.IntRange(0), "threads": click.IntRange(1)}
 
     def decorate(work: Work) -> click.Command:
-        @click.command(help=work.__doc__, context_settings={"show_default": True})
         @click.option("--data", type=folder, default=data, required=data is None)
         @click.option("--outdir", type=folder, required=True)
         @click.option("--start", type=folder, help="Weights to go on from, in place of none.")
-        @click.option("--steps", type=click.IntRange(1), default=defaults.steps)
-        @click.option("--batch", type=click.IntRange(2), default=defaults.batch)
-        @click.option("--lr", type=click.FloatRange(0), default=defaults.lr)
-        @click.option("--seed", type=click.IntRange(0), default=defaults.seed)
-        @click.option("--threads", type=click.IntRange(1), default=defaults.threads)
-        def command(
-            data: Path, outdir: Path, start: Path | None, steps: int, batch: int, lr: float,
-            seed: int, threads: int,
-        ) -> None:  # fmt: skip
-            plan = replace(defaults, steps=steps, batch=batch, lr=lr, seed=seed, threads=threads)
-            torch.manual_seed(seed)
+        def command(data: Path, outdir: Path, start: Path | None, **changes: Any) -> None:
+            torch.manual_seed(changes["seed"])
             try:
-                work(data, outdir, start, plan)
+                work(data, outdir, start, replace(defaults, **changes))
             except ValueError as error:
                 raise click.ClickException(str(error)) from error
 
-        return command
+        for name, kind in kinds.items():
+            option = click.option(f"--{name}", type=kind, default=getattr(defaults, name))
+            command = option(command)
+        return click.command(help=work.__doc__, context_settings={"show_default": True})(command)
 
     return decorate

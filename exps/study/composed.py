@@ -10,8 +10,9 @@ other prompts 0.01. The idea is GenEval's: Ghosh et al. 2023, arXiv:2310.11513.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -35,7 +36,6 @@ from src.text import read_prompts
 PROMPTS = Path(__file__).parents[2] / "src" / "prompts" / "composed.txt"
 FIRST = 3
 APART = 0.15  # how much a pixel of an object differs from the ground, of 1
-PLACES = ("left", "right", "top", "bottom")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def alone(part: Tensor, back: Tensor) -> Tensor:
     """What differs from the ground `back` in a part of a picture, on white and enlarged."""
     differs = (part - back[:, None, None]).abs().amax(0) > APART
     white = torch.where(differs, part, 1.0)
-    ends = []
-    for axis in (0, 1):
-        there = differs.float().mean(axis) > 0.02
-        rows = there.nonzero()[:, 0].tolist() or [0, part.shape[2 - axis] - 1]
-        ends.append((rows[0], rows[-1] + 1))
-    (left, right), (top, bottom) = ends
+    (left, right), (top, bottom) = (
+        (rows[0], rows[-1] + 1)
+        for axis in (0, 1)
+        for rows in [(differs.float().mean(axis) > 0.02).nonzero()[:, 0].tolist()
+                     or [0, part.shape[2 - axis] - 1]]
+    )  # fmt: skip
     cut = white[:, top:bottom, left:right]
     side = max(cut.shape[1:])
     wide, high = side - cut.shape[2], side - cut.shape[1]
@@ -110,55 +110,40 @@ def nearest_colour(colour: Tensor) -> str:
     return list(COLOURS)[int((palette - colour).square().sum(1).argmin())]
 
 
-class Judge:
-    """Says which of the names are seen in pictures."""
+def sees(score: EmojiScore, names: Sequence[str], texts: Tensor, part: Tensor, name: str) -> bool:
+    """Whether the name is among the first few of `names`, whose embeddings are `texts`."""
+    features = score.matrix(score.features(part[None]))
+    cosines = (F.normalize(features, dim=-1) @ texts.T)[0]
+    return int((cosines > cosines[names.index(name)]).sum()) < FIRST
 
-    def __init__(self, score: EmojiScore, names: Sequence[str]) -> None:
-        self.score, self.names, self.texts = score, list(names), score.texts(list(names))
 
-    def sees(self, part: Tensor, back: Tensor, name: str) -> bool:
-        """Whether the name is among the first few for a part of a picture [3, H, W]."""
-        features = self.score.features(alone(part, back)[None])
-        cosines = (F.normalize(self.score.matrix(features), dim=-1) @ self.texts.T)[0]
-        return int((cosines > cosines[self.names.index(name)]).sum()) < FIRST
-
-    def right(self, image: Tensor, wanted: Wanted) -> bool:
-        """Whether a picture shows all that is wanted."""
-        back = ground(image)
-        if wanted.kind in ("two", "relation"):
-            pairs = [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")]
-            both = [p for p in pairs if wanted.kind == "two" or p[0] == wanted.place]
-            return any(
-                all(
-                    self.sees(half(image, place), back, name)
-                    for place, name in zip(pair, wanted.names, strict=True)
-                )
-                for pair in both
+def right(image: Tensor, wanted: Wanted, seen: Callable[[Tensor, str], bool]) -> bool:
+    """Whether a picture shows all that is wanted; `seen` is asked of objects on white."""
+    back = ground(image)
+    if wanted.kind in ("two", "relation"):
+        pairs = [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")]
+        both = [p for p in pairs if wanted.kind == "two" or p[0] == wanted.place]
+        return any(
+            all(
+                seen(alone(half(image, place), back), name)
+                for place, name in zip(pair, wanted.names, strict=True)
             )
-        if wanted.colour and nearest_colour(back) != wanted.colour:
-            return False
-        x, y = centre(image)
-        where = {"left": x < 0.42, "right": x > 0.58, "top": y < 0.42, "bottom": y > 0.58}
-        return (not wanted.place or where[wanted.place]) and self.sees(
-            image, back, wanted.names[0]
+            for pair in both
         )
+    if wanted.colour and nearest_colour(back) != wanted.colour:
+        return False
+    x, y = centre(image)
+    where = {"left": x < 0.42, "right": x > 0.58, "top": y < 0.42, "bottom": y > 0.58}
+    return (not wanted.place or where[wanted.place]) and seen(alone(image, back), wanted.names[0])
 
 
 def diversity(images: Tensor) -> dict[str, float]:
     """RMSE [P, S, *] between seeds of a prompt, and between prompts at a seed."""
-    seeds = (images - images.roll(1, 1)).square().flatten(1).mean(1).sqrt().mean()
-    prompts = (images - images.roll(1, 0)).square().flatten(1).mean(1).sqrt().mean()
-    return {"seeds_of_a_prompt": round(float(seeds), 4), "prompts": round(float(prompts), 4)}
-
-
-def judged(images: Tensor, prompts: Sequence[str], judge: Judge) -> dict[str, str]:
-    """The share that is right by kind, with its interval, of images [P, S, 3, 64, 64]."""
-    values: dict[str, list[float]] = {"all": []}
-    for row, prompt in zip(images, prompts, strict=True):
-        share = sum(judge.right(image, parse(prompt)) for image in row) / len(row)
-        values["all"].append(share)
-        values.setdefault(parse(prompt).kind, []).append(share)
-    return {kind: str(mean_of(torch.tensor(each))) for kind, each in values.items()}
+    seeds, prompts = (
+        float((images - images.roll(1, axis)).square().flatten(1).mean(1).sqrt().mean())
+        for axis in (1, 0)
+    )
+    return {"seeds_of_a_prompt": round(seeds, 4), "prompts": round(prompts, 4)}
 
 
 def names_of(prompts: Sequence[str]) -> list[str]:
@@ -182,10 +167,16 @@ def main(model: str, seeds: list[int], steps: int, guidance_rate: float, outdir:
     jobs = [Job(seed, prompt) for prompt in prompts for seed in seeds]
     parts = [batch.images for batch in generate(backend, sampler, jobs, batch=20)]
     images = torch.cat(parts).unflatten(0, (len(prompts), len(seeds)))
-    report = {
-        "diversity": diversity(images),
-        **judged(images, prompts, Judge(score, names_of(prompts))),
-    }
+    names = names_of(prompts)
+    seen = partial(sees, score, names, score.texts(names))
+    shares: dict[str, list[float]] = {"all": []}
+    for row, prompt in zip(images, prompts, strict=True):
+        wanted = parse(prompt)
+        share = sum(right(image, wanted, seen) for image in row) / len(row)
+        shares["all"].append(share)
+        shares.setdefault(wanted.kind, []).append(share)
+    by_kind = {kind: str(mean_of(torch.tensor(each))) for kind, each in shares.items()}
+    report = {"diversity": diversity(images), **by_kind}
     save_png(outdir / "composed.png", grid(images[:, 0], columns=10))
     write_json(outdir / "composed.json", {"model": model, "seeds": len(seeds), **report})
     click.echo("\n".join(f"{name}: {value}" for name, value in report.items()))

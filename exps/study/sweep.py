@@ -75,16 +75,10 @@ def main(
         for seed in seeds:
             folder = outdir / "runs" / f"{value}-{seed}"
             if not any(line["step"] >= settings.ppo.steps for line in metrics_of(folder)):
-                own = (
-                    *override,
-                    f"{key}={value}",
-                    f"run.seed={seed}",
-                    f"run.output_root={folder}",
-                )
+                own = (f"{key}={value}", f"run.seed={seed}", f"run.output_root={folder}")
+                more = [w for o in (*override, *own) for w in ("--override", o)]
                 command = [sys.executable, "-m", "training.ppo.launch", "--config", config]
-                subprocess.run(
-                    [*command, *(w for o in own for w in ("--override", o))], check=True
-                )
+                subprocess.run([*command, *more], check=True)
             runs.append(metrics_of(folder))
         line = curve(runs, f"eval/{name}_gain")
         images = [step * batch for step, _ in line]

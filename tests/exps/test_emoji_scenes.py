@@ -6,17 +6,13 @@ from random import Random
 
 import pytest
 import torch
-from PIL import Image
 from torch import Generator
 
 from exps.build.emoji_data import (
     ALWAYS_TRAINED,
     Emoji,
     caption,
-    drawing_weights,
     load_emoji,
-    load_pictures,
-    on_white,
 )
 from exps.build.scenes import COLOURS, Placed, Scene, Stage, paint
 from src.files import write_json
@@ -78,22 +74,6 @@ def test_captions_hang_on_chance_alone_and_say_the_tone() -> None:
     assert len(set(first)) > 5
     dark = replace(emoji, tone="dark skin tone")
     assert all(caption(dark, Random(i)).endswith(", dark skin tone") for i in range(50))
-
-
-def test_flags_and_tones_are_drawn_seldom() -> None:
-    kinds = [("Flags", ""), ("Objects", ""), ("Food & Drink", ""), ("Objects", "dark skin tone")]
-    flag, thing, food, tone = drawing_weights([Emoji("", ("a",), (), c, t) for c, t in kinds])
-    assert flag < thing < food
-    assert tone < 0.1 * thing
-
-
-def test_what_is_transparent_becomes_white_and_a_missing_picture_is_named(folder: Path) -> None:
-    (folder / "google/img/google/64").mkdir(parents=True)
-    Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(folder / "google/img/google/64/a.png")
-    pictures = load_pictures(folder, [Emoji("a.png", ("a",), (), "Objects")])
-    assert bool((on_white(pictures) == 1).all())
-    with pytest.raises(ValueError, match=r"nothing\.png.*emoji-datasource-google"):
-        load_pictures(folder, [Emoji("nothing.png", ("a",), (), "Objects")])
 
 
 def test_scenes_hang_on_the_seed_show_what_is_trained_and_say_what_is_so(folder: Path) -> None:

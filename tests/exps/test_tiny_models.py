@@ -45,15 +45,6 @@ def test_a_written_pipeline_is_the_stock_one_with_these_parts(parts: Any, tmp_pa
     torch.testing.assert_close(pooled, together, rtol=1e-3, atol=1e-3)
 
 
-def test_a_clip_is_read_back_by_open_clip(tmp_path: Path) -> None:
-    clip, tokenizer = tiny.load_clip()
-    tiny.save_clip(clip, tmp_path / "clip")
-    model, read = tiny.load_clip(tmp_path / "clip")
-    assert torch.equal(tiny.tokenise(read, ["dog"]), tiny.tokenise(tokenizer, ["dog"]))
-    for a, b in zip(model.parameters(), clip.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 @torch.no_grad()
 def test_one_row_of_zeros_counts_as_many(parts: Any) -> None:
     transformer = tiny.load_part(
@@ -71,39 +62,3 @@ def test_one_row_of_zeros_counts_as_many(parts: Any) -> None:
     assert fold_zeros(transformer, 77, 2)
     ours = tiny.velocity(transformer, x, sigma, (tokens, pooled), torch.full((2,), log(77)))
     torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4)
-
-
-def test_scenes_are_drawn_by_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Few:
-        """A stage, a tokenizer and an encoder whose latents are the number of the draw."""
-
-        tokenizer = None
-
-        def draw(self, count: int, g: Generator) -> list[Any]:
-            value = float(torch.rand((), generator=g))
-            return [type("Scene", (), {"caption": str(value)})()] * count
-
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
-            return images
-
-    monkeypatch.setattr(sd3, "tokenise", lambda _, texts: torch.zeros(len(texts), 3))
-    monkeypatch.setattr(
-        sd3,
-        "paint",
-        lambda scenes, _: (
-            torch.tensor([float(s.caption) for s in scenes])[:, None, None, None]
-            * torch.ones(16, 8, 8)
-        ),
-    )
-
-    def values(steps: list[int]) -> list[float]:
-        pool = sd3.Pool(Few(), Few(), torch.empty(0), seed=3)
-        rows = [
-            sd3.drawn(step, Generator().manual_seed(step), pool, torch.zeros(1, 3), 4)
-            for step in steps
-        ]
-        return [float(row[0].mean()) + float(row[1].mean()) for row in rows]
-
-    late = [sd3.POOL_STEPS - 1, sd3.POOL_STEPS, 5 * sd3.POOL_STEPS]
-    assert values([0, *late])[1:] == values(late) == values(late[:1]) + values(late[1:])
-    assert len(set(values(late))) == 3

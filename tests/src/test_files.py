@@ -44,17 +44,13 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         write_text(tmp_path / "a.txt", "")
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, None], "é": "犬"}
-    write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == value
-
-
 @pytest.mark.parametrize("value", [float("nan"), {"a": float("inf")}, {"a": object()}])
 def test_what_json_cannot_hold_is_refused_and_not_written(tmp_path: Path, value: object) -> None:
     with pytest.raises(ValueError, match="cannot be written as JSON"):
         write_json(tmp_path / "a.json", value)
     assert not (tmp_path / "a.json").exists()
+    write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"é": [1, 2.5, None]}
 
 
 @pytest.mark.parametrize(
@@ -82,13 +78,10 @@ def test_a_half_written_line_goes_when_the_run_goes_on(tmp_path: Path) -> None:
     assert read_jsonl(log) == [{"step": 1}]
     append_jsonl(log, {"step": 2})
     assert read_jsonl(log) == [{"step": 1}, {"step": 2}]
-    assert len(log.read_text().splitlines()) == 2
-
-
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match="line 2"):
-        read_jsonl(tmp_path / "a.jsonl")
+    with log.open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(ValueError, match="line 3"):
+        read_jsonl(log)
 
 
 @pytest.mark.parametrize(

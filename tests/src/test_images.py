@@ -15,27 +15,30 @@ def test_every_byte_survives_the_way_to_floats_and_back() -> None:
         assert torch.equal(to_bytes(levels.to(dtype) / 255), levels)
 
 
-def test_halves_go_up_and_what_lies_outside_is_clipped() -> None:
-    floats = torch.tensor([-3.0, 0.5 / 255, 1.49 / 255, 1.5 / 255, 1.0, 2.0], dtype=torch.float64)
-    assert to_bytes(floats).tolist() == [0, 1, 1, 2, 255, 255]
-
-
 def test_the_rule_is_that_of_edm() -> None:
     x = torch.rand(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     edm = ((2 * x - 1) * 127.5 + 128).clip(0, 255).to(torch.uint8)
     assert torch.equal(to_bytes(x), edm)
+    outside = torch.tensor([-3.0, 0.5 / 255, 1.49 / 255, 2.0], dtype=torch.float64)
+    assert to_bytes(outside).tolist() == [0, 1, 1, 255]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_image_with_nan_is_refused_and_nothing_is_written(tmp_path: Path, bad: float) -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        save_png(tmp_path / "a.png", torch.full((3, 2, 2), bad))
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.full((3, 2, 2), float("nan")), "NaN"),
+        (torch.full((3, 2, 2), float("inf")), "NaN"),
+        (torch.zeros(3, 2, 2, dtype=torch.uint8), "uint8"),
+        (torch.zeros(2, 4, 4), "a PNG needs"),
+        (torch.zeros(3, 0, 4), "a PNG needs"),
+    ],
+)
+def test_what_is_no_image_is_refused_and_not_written(
+    tmp_path: Path, image: torch.Tensor, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        save_png(tmp_path / "a.png", image)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_bytes_are_not_taken_for_floats() -> None:
-    with pytest.raises(ValueError, match="uint8"):
-        to_bytes(torch.zeros(3, 2, 2, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -52,12 +55,6 @@ def test_a_png_keeps_its_pixels_and_its_recipe(tmp_path: Path, channels: int, mo
     assert text["software"] == "ours"
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 4), (1, 3, 4, 4), (3, 0, 4)])
-def test_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="a PNG needs"):
-        save_png(tmp_path / "a.png", torch.zeros(shape))
-
-
 def test_broken_and_missing_files_are_one_line(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", torch.rand(3, 64, 64))
     whole = (tmp_path / "a.png").read_bytes()
@@ -69,23 +66,16 @@ def test_broken_and_missing_files_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
-    pixels = np.zeros((2, 2, 4), dtype=np.uint8)
-    pixels[0, 0] = (255, 0, 0, 255)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    image, _ = read_png(tmp_path / "a.png")
-    assert image[:, 0, 0].tolist() == [1, 0, 0]
-    assert image[:, 1, 1].tolist() == [1, 1, 1]
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB", "P"])
-def test_the_one_transparent_colour_of_a_png_shows_white_too(tmp_path: Path, mode: str) -> None:
+def test_what_is_transparent_shows_white(tmp_path: Path, mode: str) -> None:
     picture = Image.new(mode, (2, 1), 0)
     picture.putpixel((1, 0), 7 if mode != "RGB" else (7, 7, 7))
     picture.save(tmp_path / "a.png", transparency=0 if mode != "RGB" else (0, 0, 0))
     image, _ = read_png(tmp_path / "a.png")
     assert (image[:, 0, 0] == 1).all()
     assert (image[:, 0, 1] < 0.1).all()
+    Image.new("RGBA", (1, 1), (9, 9, 9, 0)).save(tmp_path / "a.png")
+    assert (read_png(tmp_path / "a.png")[0] == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
@@ -118,15 +108,3 @@ def test_a_grid_fills_rows_first_and_leaves_the_rest_white() -> None:
     assert torch.equal(whole[0, 3, ::3], torch.tensor([0.3, 0.4, 1.0]))
     assert whole[0, 2].eq(1).all()
     assert whole[0, :, 2].eq(1).all()
-
-
-@pytest.mark.parametrize(
-    ("images", "columns", "words"),
-    [(torch.zeros(0, 3, 4, 4), None, "a grid needs"), (torch.zeros(2, 3, 4, 4), 0, "1 column")],
-)
-def test_a_grid_of_nothing_is_refused(
-    images: torch.Tensor, columns: int | None, words: str
-) -> None:
-    assert grid(torch.zeros(10, 3, 4, 4)).shape == (3, 12, 16)  # as square as can be
-    with pytest.raises(ValueError, match=words):
-        grid(images, columns=columns)

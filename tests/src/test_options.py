@@ -44,11 +44,6 @@ def refused(*arguments: str) -> str:
     return result.output
 
 
-def test_defaults_are_converted_too() -> None:
-    expected = "afs=False device=cpu dtype=torch.float32 grid=False rho=7.0 seeds=[0, 1, 2, 3]\n"
-    assert run("--device", "cpu").output == expected
-
-
 def test_auto_is_a_gpu_where_there_is_one_and_the_models_own_dtype() -> None:
     assert f"device={'cuda' if torch.cuda.is_available() else 'cpu'} " in run().output
     assert "dtype=None" in run("--dtype", "auto").output
@@ -58,7 +53,6 @@ def test_auto_is_a_gpu_where_there_is_one_and_the_models_own_dtype() -> None:
     ("arguments", "afs", "grid"),
     [
         (["--afs"], True, False),
-        (["--afs", "--grid"], True, True),
         (["--afs=True", "--grid", "true"], True, True),
         (["--afs", "False", "--grid=0"], False, False),
         (["--afs", "--no-afs"], False, False),
@@ -76,12 +70,9 @@ def test_a_flag_takes_a_value_or_none(arguments: list[str], afs: bool, grid: boo
     [
         (["--seeds", "5-1"], "write '1-5'"),
         (["--device", "gpu"], "write auto"),
-        (["--device", "cuda:"], "write auto"),
         (["--device", "cuda:999"], "is not here"),
         (["--dtype", "float23"], "did you mean float32"),
         (["--rho", "nan"], "not a finite number"),
-        (["--rho", "0.5"], "not in the range"),
-        (["--rho", "x"], "not a valid float"),
         (["--afs", "perhaps"], "'perhaps' is not a valid boolean"),
         (["--path", "bad\udcff"], r"'bad\udcff' is not UTF-8 text"),
         (["--nothing"], "No such option"),
@@ -104,12 +95,3 @@ def test_an_error_of_a_library_names_its_kind_and_the_file(tmp_path: Path) -> No
 
 def test_debug_raises_the_error_as_it_is() -> None:
     assert str(run("--fail", "--debug").exception) == "13 is\nunlucky"
-
-
-def test_help_shows_what_can_be_written() -> None:
-    text = " ".join(run("--help").output.lower().split())
-    assert "auto|cpu|cuda[:n]" in text
-    assert "auto|float32|float64|bfloat16|float16" in text
-    assert "default: 0-3" in text
-    assert "--afs [bool] / --no-afs" in text
-    assert "--debug" in text

@@ -86,15 +86,6 @@ def attacks(sentinel: Path) -> dict[str, Any]:
     }
 
 
-LIVE = ("system", "eval", "exec", "getattr")
-
-
-@pytest.mark.parametrize("word", LIVE)
-def test_the_attacks_do_work_on_the_standard_unpickler(word: str, tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(attacks(tmp_path / "ran")[word], 2))  # noqa: S301 (proves it live)
-    assert (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("word", attacks(Path()))
 @pytest.mark.parametrize("layout", ["plain", "argument", "zip", "legacy", "storage"])
 def test_an_attack_is_refused_by_the_name_of_its_global(
@@ -102,6 +93,9 @@ def test_an_attack_is_refused_by_the_name_of_its_global(
 ) -> None:
     sentinel, path = tmp_path / "ran", tmp_path / "file.pkl"
     attack = attacks(sentinel)[word]
+    if word in ("system", "eval", "exec", "getattr"):
+        pickle.loads(pickle.dumps(attack, 2))  # noqa: S301 (proves that the attack is a live one)
+        sentinel.unlink()
     for protocol in range(
         4 if word == "write_text" else 2 if layout in ("zip", "legacy") else 0, 6
     ):

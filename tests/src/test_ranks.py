@@ -3,10 +3,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from src import ranks
 
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 WORK = """
 import json, sys, torch
 from src import ranks
+from src.runs import Stop, Stopped
 ranks.init(torch.device("cpu"))
 ranks.barrier()
 mine = torch.tensor([ranks.rank() + 1.0, 10.0])
@@ -23,25 +24,18 @@ out = {
     "mine": mine.tolist(),
     "first": ranks.is_first(),
 }
+stop = Stop(signal=15 if ranks.rank() else None)  # one is asked to stop
+try:
+    stop.poll()
+    stop.agree()
+except Stopped:
+    out["stopped"] = True
 ranks.close()
 print(json.dumps(out))
 """
 
 
-def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ranks.init(torch.device("cpu")) == torch.device("cpu")
-    ranks.barrier()
-    assert (ranks.rank(), ranks.world_size(), ranks.is_first()) == (0, 1, True)
-    assert ranks.share([1, 2, 3]) == [1, 2, 3]
-    assert ranks.gather_objects("a") == ["a"]
-    x = torch.ones(2)
-    assert ranks.all_reduce_sum(x).tolist() == [1, 1]
-    assert ranks.all_reduce_sum(x) is not x
-    ranks.close()
-
-
-def test_two_processes_split_the_work_and_add_up() -> None:
+def test_two_processes_split_the_work_add_up_and_stop_together() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -56,33 +50,26 @@ def test_two_processes_split_the_work_and_add_up() -> None:
         )
         for r in range(2)
     ]
-    first, second = (json.loads(p.communicate(timeout=60)[0]) for p in processes)
+    first, second = (json.loads(p.communicate(timeout=300)[0]) for p in processes)
     assert first["share"] == second["share"] == [["a", "c", "e"], ["b", "d"]]
     assert first["sum"] == second["sum"] == [3.0, 20.0]
     assert first["mine"] == [1.0, 10.0]
     assert (first["first"], second["first"]) == (True, False)
+    assert first["stopped"]
+    assert second["stopped"]
 
 
-PROGRESS = """
-import sys
-from src import ranks
-ranks.EVERY = 0.3
-import time
-with ranks.progress(4, "image") as bar:
-    for _ in range(4):
-        time.sleep(0.11)
-        bar.update()
-"""
-
-
-def test_progress_in_a_log_is_a_few_lines() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRESS], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    lines = done.stderr.splitlines()
-    assert lines[-1].startswith("4/4 images in 00:00")
-    assert 1 <= len(lines) <= 3
-    assert "\r" not in done.stderr
+def test_progress_in_a_log_is_a_few_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("src.ranks.EVERY", 0.3)
+    with ranks.progress(4, "image") as bar:
+        for _ in range(4):
+            time.sleep(0.11)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("4/4 images in 00:0")
+    assert 1 <= len(lines) <= 4
 
 
 def test_an_error_of_a_rank_stays_the_last_line(tmp_path: Path) -> None:

@@ -15,19 +15,13 @@ def test_ranges_and_numbers_keep_their_order() -> None:
     ("text", "says"),
     [
         ("", "empty"),
-        ("  ", "empty"),
         ("1,,2", "''"),
         ("5-1", "'5-1' falls: write '1-5'"),
-        ("-3", "'-3'"),
         ("0-63,63", "seed 63 of '63' is there twice"),
         ("7,3-9", "seed 7 of '3-9' is there twice"),
         ("1;2", "'1;2'"),
-        ("1.5", "'1.5'"),
         ("٣", "'٣'"),
-        ("1-2-3", "'1-2-3'"),
-        ("0x10", "'0x10'"),
         ("9223372036854775808", "2^63 - 1"),
-        ("9" * 30, "2^63 - 1"),
         ("0-99999999999", "more than 10000000"),
         ("z" * 5000, "no seed"),
     ],
@@ -46,14 +40,6 @@ def test_any_list_of_seeds_survives_being_written(seeds: list[int]) -> None:
     assert parse_seeds(",".join(map(str, seeds))) == seeds
 
 
-@given(st.text(max_size=20))
-def test_any_text_is_parsed_or_refused_in_one_line(text: str) -> None:
-    try:
-        assert parse_seeds(text)
-    except ValueError as error:
-        assert "\n" not in str(error) or "\n" in text  # noqa: PT017
-
-
 def test_the_noise_of_a_seed_ignores_its_batch_and_place() -> None:
     together = randn([5, 7, 2**40], (3, 8, 8))
     assert torch.equal(together[1:2], randn([7], (3, 8, 8)))
@@ -63,10 +49,6 @@ def test_the_noise_of_a_seed_ignores_its_batch_and_place() -> None:
 def test_the_first_stream_is_what_torch_draws_from_the_seed() -> None:
     expected = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(11))
     assert torch.equal(randn([11], (3, 8, 8))[0], expected)
-
-
-def test_a_double_state_starts_from_the_same_noise() -> None:
-    assert torch.equal(randn([1], (4,), dtype=torch.float64), randn([1], (4,)).double())
 
 
 def test_streams_and_large_seeds_are_apart() -> None:

@@ -25,7 +25,7 @@ from solvers.recipe import Recipe
 from src import ranks
 from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand
-from src.runs import Stop, Stopped, find_run, new_stamped_run
+from src.runs import Stop, Stopped, find_run, new_run
 from src.text import read_prompts
 from training.ppo.config import (
     MULTI,
@@ -83,7 +83,7 @@ def main(
     task = make_task(config, predictor, prompts, device)
     if folder is None:
         new = (
-            str(new_stamped_run(config.run.run_name, config.run.output_root))
+            str(new_run(config.run.run_name, config.run.output_root, stamped=True))
             if ranks.is_first()
             else ""
         )
