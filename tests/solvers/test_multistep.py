@@ -101,10 +101,10 @@ def predictor(**settings: object) -> Predictor:
 def test_its_predictor_survives_a_file(tmp_path: Path, name: str) -> None:
     given = predictor()
     save_predictor(given, tmp_path / name)
-    found = load_predictor(tmp_path / name)
-    assert found.recipe == given.recipe
-    assert isinstance(found.table, MultistepTable)
-    for ours, theirs in zip(found.table.tensors(), given.table.tensors(), strict=True):
+    loaded = load_predictor(tmp_path / name)
+    assert loaded.recipe == given.recipe
+    assert isinstance(loaded.table, MultistepTable)
+    for ours, theirs in zip(loaded.table.tensors(), given.table.tensors(), strict=True):
         assert torch.equal(ours, theirs)
 
 
