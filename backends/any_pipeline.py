@@ -5,8 +5,7 @@ one a row; with a scheduler of none it is the way from latents to images. Prompt
 rounding and the layout of latents stay the pipeline's. A latent is what its loop steps.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,19 +13,24 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.clock import Clock, clock_of, levels_of, plain_like, spread_of
-from backends.embeddings import usual_text
 from backends.families import (
     EMBEDDED,
     FROM_ZERO,
     STACKED,
     family_of,
     guidance_name,
-    lent,
     one_time,
     parameters_of,
 )
-from backends.latents import prepare_vae
+from backends.latents import prepare_vae, texts_of, usual_text
+from backends.lending import CachedPrompts, lent, with_latents
+from backends.parametrization import (
+    Parametrization,
+    levels_of,
+    parametrization_of,
+    plain_like,
+    spread_of,
+)
 from solvers.field import Condition, Denoiser
 
 
@@ -35,7 +39,7 @@ class OneCall:
     """A scheduler whose timesteps are those of one call, or of none, and what it was handed."""
 
     like: Any
-    clock: Clock
+    model: Parametrization
     sigma: Tensor | None = None  # [R]
     columns: int = 1  # how often the rows stand in the network's batch
     rows: bool = True  # whether each row has a time of its own
@@ -60,12 +64,12 @@ class OneCall:
         mu: float | None = None,
         timesteps: Any = None,
     ) -> None:
-        """Take note of how levels are told."""
+        """Take note of how levels are given."""
         self.mu = mu
         if sigmas is not None and timesteps is not None:
-            self.clock = replace(self.clock, spread=spread_of(self.like, mu))
+            self.model = replace(self.model, spread=spread_of(self.like, mu))
         if self.sigma is not None:
-            t = self.clock.timesteps(self.sigma.double()).float()
+            t = self.model.timesteps(self.sigma.double()).float()
             t = t.repeat(self.columns)[None] if self.rows else t[:1]
             self.timesteps = t.to(device)
 
@@ -76,7 +80,7 @@ class OneCall:
         """What the network sees."""
         assert self.sigma is not None
         sigma = self.sigma.to(sample).repeat(len(sample) // len(self.sigma))
-        return self.clock.seen(sample, sigma)
+        return self.model.seen(sample, sigma)
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
@@ -93,9 +97,9 @@ class Opened:
     pipe: Any
     options: ModelOptions
     like: Any
-    clock: Clock
+    model: Parametrization
+    prompts: CachedPrompts
     texts: list[str] = field(default_factory=lambda: [""])  # by the number that stands for each
-    memory: dict[str, Any] = field(default_factory=dict)  # what encode_prompt gave
     first: dict[str, Any] = field(default_factory=dict)  # what prepare_latents took and gave
 
     def call(
@@ -111,17 +115,25 @@ class Opened:
         given = given | {name: value for name, value in usual.items() if name in names}
         given |= dict(zip(("height", "width"), self.options.size or (), strict=False))
         given |= {"prompt": list(texts), "generator": torch.Generator(self.pipe.device)}
+
+        def before(arguments: dict[str, Any]) -> None:
+            self.first |= {n: arguments[n] for n in ("height", "width") if n in arguments}
+
+        def after(latents: Tensor, others: list[Any]) -> list[Any]:
+            self.first["latents"] = latents
+            return [latents if x is None else x.to(latents.dtype, copy=True), *others]
+
         parts: dict[str, Any] = {
             "scheduler": scheduler,
-            "prepare_latents": handing(self.pipe.prepare_latents, x, self.first),
-            "encode_prompt": remembering(self.pipe.encode_prompt, self.memory),
+            "prepare_latents": with_latents(self.pipe.prepare_latents, before, after),
+            "encode_prompt": self.prompts.installed(),
         }
         with lent(self.pipe, parts), torch.no_grad():
             return self.pipe(**given, return_dict=False)[0]
 
     def look(self, steps: int) -> OneCall:
         """What the pipeline hands its scheduler for so many steps, without a network call."""
-        scheduler = OneCall(self.like, self.clock)
+        scheduler = OneCall(self.like, self.model)
         given = {"num_inference_steps": steps, "output_type": "latent"}
         self.call(scheduler, [""], None, given | self.guidance(1.0, 1))
         return scheduler
@@ -146,11 +158,11 @@ class Opened:
     def ask(self, x: Tensor, sigma: Tensor, texts: list[str], rate: float, rows: bool) -> Tensor:
         """x0 by one call of the pipeline, at one guidance rate."""
         columns = 2 if rate > 1 and family_of(self.pipe) in STACKED else 1
-        scheduler = OneCall(self.like, self.clock, sigma, columns, rows)
+        scheduler = OneCall(self.like, self.model, sigma, columns, rows)
         arguments = self.guidance(rate, len(x)) | {"output_type": "latent"}
         self.call(scheduler, texts, x, arguments)
         assert scheduler.output is not None
-        return scheduler.clock.clean(x, sigma, scheduler.output)
+        return scheduler.model.clean(x, sigma, scheduler.output)
 
     def guidance(self, rate: float, rows: int) -> dict[str, Any]:
         """The pipeline's arguments for a guidance rate, 1 being none."""
@@ -181,16 +193,13 @@ class Opened:
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
         """Texts as numbers that stand for them; the pipeline encodes each once, when asked."""
-        wrong = [p for p in prompts if not isinstance(p, str | None)]
-        if wrong:
-            raise ValueError(f"this model takes a text for every image, not {wrong[0]!r}")
-        texts = ["" if p is None else str(p) for p in prompts]
+        texts = texts_of(prompts)
         self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
         return Condition({"prompt": torch.tensor([self.texts.index(text) for text in texts])})
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, *] -> images [B, 3, H, W] in [0, 1]; a video's frames side by side."""
-        scheduler = OneCall(self.like, self.clock)
+        scheduler = OneCall(self.like, self.model)
         images = self.call(scheduler, [""] * len(latents), latents, {"output_type": "pt"})
         images = images if isinstance(images, Tensor) else torch.stack(list(images))
         if images.ndim == 5:
@@ -204,7 +213,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     Raises ValueError, with the reason, for one that cannot be asked at levels of our choice.
     """
     name, names = type(pipe).__name__, parameters_of(pipe)
-    clock = clock_of(pipe.scheduler)
+    model = parametrization_of(pipe.scheduler)
     if "prompt" not in names or not callable(getattr(pipe, "prepare_latents", None)):
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
     if options.encode_first:
@@ -212,10 +221,10 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     if options.negative_prompt and ("negative_prompt" not in names or family_of(pipe) in EMBEDDED):
         raise ValueError(f"{name} takes no negative prompt: its guidance is part of the network")
     prepare_vae(pipe.vae, options)
-    opened = Opened(pipe, options, pipe.scheduler, clock)
+    opened = Opened(pipe, options, pipe.scheduler, model, CachedPrompts(pipe))
     try:
         steps = names["num_inference_steps"]
-        levels = levels_of(pipe.scheduler, clock, opened.look(steps).mu)
+        levels = levels_of(pipe.scheduler, model, opened.look(steps).mu)
         first = opened.first
         network = pipe.components.get("transformer") or pipe.unet
         return Backend(
@@ -234,69 +243,3 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is not served: {type(error).__name__}: {error}") from error
-
-
-def handing(
-    prepare: Callable[..., Any], x: Tensor | None, note: dict[str, Any]
-) -> Callable[..., Any]:
-    """A pipeline's prepare_latents that gives x, where there is one, in its own dtype."""
-    signature = inspect.signature(prepare)
-
-    def prepared(*args: Any, **kwargs: Any) -> Any:
-        result = prepare(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs).arguments
-        latents, *others = result if isinstance(result, tuple | list) else (result,)
-        note.update({n: bound[n] for n in ("height", "width") if n in bound}, latents=latents)
-        if x is not None:
-            latents = x.to(latents.dtype, copy=True)
-        return type(result)((latents, *others)) if isinstance(result, tuple | list) else latents
-
-    return prepared
-
-
-def remembering(encode: Callable[..., Any], memory: dict[str, Any]) -> Callable[..., Any]:
-    """A pipeline's encode_prompt that encodes each text once, alone where the results can join."""
-    signature = inspect.signature(encode)
-
-    def recall(arguments: dict[str, Any]) -> Any:
-        key = repr(sorted(arguments.items()))
-        if key not in memory:
-            memory[key] = encode(**arguments)
-        return memory[key]
-
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        texts = given.get("prompt")
-        if not isinstance(texts, list) or any(isinstance(v, Tensor) for v in given.values()):
-            return encode(*args, **kwargs)
-        each = [
-            {n: [v[i]] if listed(v, len(texts)) else v for n, v in given.items()}
-            for i in range(len(texts))
-        ]
-        result = joined([recall(one) for one in each])
-        return recall(given) if result is None else result
-
-    return encoded
-
-
-def listed(value: Any, count: int) -> bool:
-    """Whether it is a list with a text for each of so many rows."""
-    return isinstance(value, list) and len(value) == count and isinstance(value[0], str)
-
-
-def joined(parts: list[Any]) -> Any:
-    """What texts gave one by one as what they give together; None where that is not the same."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], tuple):
-        columns = [joined(list(column)) for column in zip(*parts, strict=True)]
-        absent = [c is None and p is not None for c, p in zip(columns, parts[0], strict=True)]
-        return None if any(absent) else tuple(columns)
-    if isinstance(parts[0], list):
-        return [row for part in parts for row in part]
-    if not all(isinstance(part, Tensor) and part.shape == parts[0].shape for part in parts):
-        return None
-    if len(parts[0]) == 1:
-        return torch.cat(parts)
-    same = parts[0].ndim == 2 and all(torch.equal(part, parts[0]) for part in parts)
-    return parts[0] if same else None  # FLUX's places of tokens are those of every text

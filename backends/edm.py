@@ -29,7 +29,7 @@ from src.files import write_atomically, write_json
 from src.pickles import Inert, module_tensors, read_pickle
 from src.seeds import randint
 
-__all__ = ["EDMNetwork", "build_edm", "class_condition", "load_edm", "load_pixels", "save_edm"]
+__all__ = ["EDMNetwork", "build_edm", "class_condition", "load_edm", "save_edm"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -59,10 +59,6 @@ class EDMPrecond:
     sigma_max: float = inf
     sigma_data: float = 0.5
 
-    @property
-    def levels(self) -> tuple[float, float]:
-        return self.sigma_min, self.sigma_max
-
     def __call__(self, sigma: Tensor) -> Scaling:
         total = sigma.square() + self.sigma_data**2
         root = total.rsqrt()
@@ -79,11 +75,16 @@ class VPPrecond:
     M: int = 1000
     epsilon_t: float = 1e-5
 
+    def sigma(self, t: float) -> float:
+        return sqrt(exp(self.beta_d * t**2 / 2 + self.beta_min * t) - 1)
+
     @property
-    def levels(self) -> tuple[float, float]:
-        ends = (self.beta_d * t**2 / 2 + self.beta_min * t for t in (self.epsilon_t, 1.0))
-        low, high = (sqrt(exp(end) - 1) for end in ends)
-        return low, high
+    def sigma_min(self) -> float:
+        return self.sigma(self.epsilon_t)
+
+    @property
+    def sigma_max(self) -> float:
+        return self.sigma(1.0)
 
     def __call__(self, sigma: Tensor) -> Scaling:
         variance = sigma.square()
@@ -98,10 +99,6 @@ class VEPrecond:
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
-
-    @property
-    def levels(self) -> tuple[float, float]:
-        return self.sigma_min, self.sigma_max
 
     def __call__(self, sigma: Tensor) -> Scaling:
         return Scaling(1.0, sigma, 1.0, (sigma / 2).log())
@@ -130,14 +127,12 @@ class EDMNetwork(nn.Module):
         self, model: UNet, precond: Precond, class_name: str, arguments: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.model = model
-        self.precond = precond
-        self.class_name = class_name
-        self.arguments = arguments
+        self.model, self.precond = model, precond
+        self.class_name, self.arguments = class_name, arguments
         self.img_resolution: int = arguments["img_resolution"]
         self.img_channels: int = arguments["img_channels"]
         self.label_dim: int = arguments["label_dim"]
-        self.sigma_min, self.sigma_max = precond.levels
+        self.sigma_min, self.sigma_max = precond.sigma_min, precond.sigma_max
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,13 +154,9 @@ class EDMNetwork(nn.Module):
             raise ValueError(f"class_labels are {list(labels.shape)}, {wanted}")
         state = x if x.dtype == torch.float64 else x.float()
         scaling = self.precond(sigma.to(state).expand(len(x)))
-        out = self.raw(rows(scaling.into) * state, scaling.noise, labels)
+        noise = scaling.noise.to(torch.promote_types(self.dtype, torch.float32))
+        out = self.model((rows(scaling.into) * state).to(self.dtype), noise, labels)
         return (rows(scaling.skip) * state + rows(scaling.out) * out.to(state)).to(x.dtype)
-
-    def raw(self, x: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """The bare network F in its own dtype: x [B, C, H, W], c_noise [B], labels [B, L]."""
-        at_least_float = torch.promote_types(self.dtype, torch.float32)
-        return self.model(x.to(self.dtype), noise.to(at_least_float), labels)
 
     def cast(self, dtype: torch.dtype) -> "EDMNetwork":
         """Run the network in `dtype`, in place.
@@ -235,12 +226,8 @@ def pixel_backend(network: EDMNetwork, device: torch.device) -> Backend:
 # --- files --------------------------------------------------------------------------------------
 
 
-class Network(NamedTuple):
-    """What a network file says: a class, its arguments, and tensors under published names."""
-
-    class_name: str
-    arguments: dict[str, Any]
-    state: dict[str, Tensor]
+Stored: TypeAlias = tuple[str, dict[str, Any], dict[str, Tensor]]
+"""What a network file says: a class, its arguments, and tensors under published names."""
 
 
 def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDMNetwork:
@@ -295,13 +282,6 @@ def load_edm(
     return network.requires_grad_(False)
 
 
-def load_pixels(
-    path: Path, device: torch.device, dtype: torch.dtype, *, channels_last: bool = False
-) -> Backend:
-    """An EDM folder of ours or an NVIDIA pickle; ValueError where it is neither."""
-    return pixel_backend(load_edm(path, device, dtype, channels_last=channels_last), device)
-
-
 def opened(path: Path) -> EDMNetwork:
     """The network with the very tensors of its file; ValueError where they are not its own."""
     if not path.exists():
@@ -327,7 +307,7 @@ def opened(path: Path) -> EDMNetwork:
     return network
 
 
-def read_pickled(path: Path) -> Network:
+def read_pickled(path: Path) -> Stored:
     """The network under "ema" of an NVIDIA pickle, nothing of which is run.
 
     Each object of its layout holds `_init_args` and `_init_kwargs` beside the state of nn.Module.
@@ -339,8 +319,8 @@ def read_pickled(path: Path) -> Network:
     if not isinstance(ema, Inert):
         raise ValueError(f'{path}: no network under "ema"; it is not an EDM network pickle')
     if ema.class_name not in PRECONDS:
-        known = ", ".join(PRECONDS)
-        raise ValueError(f"{path}: a network of class {ema.class_name!r}; known: {known}")
+        served = ", ".join(PRECONDS)
+        raise ValueError(f"{path}: a network of class {ema.class_name!r}; known: {served}")
     own = [field.name for field in fields(PRECONDS[ema.class_name])]
     names = [*OUTER[:-1], *own, OUTER[-1]]  # the published order
     given, named = ema.state.get("_init_args", ()), ema.state.get("_init_kwargs", {})
@@ -354,10 +334,10 @@ def read_pickled(path: Path) -> Network:
     model = modules.get("model") if isinstance(modules, dict) else None
     if isinstance(model, Inert):
         arguments["model_type"] = model.class_name
-    return Network(ema.class_name, arguments, module_tensors(ema))
+    return ema.class_name, arguments, module_tensors(ema)
 
 
-def read_folder(folder: Path) -> Network:
+def read_folder(folder: Path) -> Stored:
     """The network of a folder of ours; ValueError, in one line with the path, for another one."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
@@ -374,7 +354,7 @@ def read_folder(folder: Path) -> Network:
     class_name, arguments = config.get("class"), config.get("arguments")
     if not isinstance(class_name, str) or not isinstance(arguments, dict):
         raise ValueError(f"{folder / CONFIG}: needs a class and its arguments")
-    return Network(class_name, arguments, state)
+    return class_name, arguments, state
 
 
 def one_line(error: Exception) -> str:

@@ -12,22 +12,12 @@ in training and `initialise`, from its generator.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import prod, sqrt
+from math import pi, prod, sqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-
-from backends.edm_layers import (
-    BlockStyle,
-    Conv2d,
-    FourierEmbedding,
-    Linear,
-    PositionalEmbedding,
-    UNetBlock,
-    group_norm,
-)
 
 __all__ = ["UNet", "build_unet", "initialise"]
 
@@ -55,8 +45,16 @@ class UNetConfig:
     decoder_type: str = "standard"
     resample_filter: tuple[int, ...] = (1, 1)
 
+    @property
+    def is_song(self) -> bool:
+        return self.model_type == "SongUNet"
 
-COMMON = [field.name for field in fields(UNetConfig)][1:-5]
+    @property
+    def emb_channels(self) -> int:
+        return self.model_channels * self.channel_mult_emb
+
+
+NAMES = [field.name for field in fields(UNetConfig)][1:]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {},
     "DhariwalUNet": {
@@ -73,34 +71,185 @@ CHOICES = {
 }
 
 
+# --- layers -----------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """x [..., in] -> [..., out], weights zero until filled."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
+    groups = max(1, min(32, channels // 4))
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels do not divide into {groups} groups; choose "
+            "model_channels and channel_mult that make multiples of 32"
+        )
+    return nn.GroupNorm(groups, channels, eps)
+
+
+class Conv2d(nn.Module):
+    """A convolution, a halving or doubling of the resolution by a fixed filter, or both.
+
+    `kernel` 0 resamples only and has no weights. With `filter_last` a halving convolution filters
+    after its weights instead of before, as the published residual encoder does.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        resample: str = "",
+        taps: tuple[int, ...] = (1, 1),
+        *,
+        filter_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resample, self.filter_last = resample, filter_last
+        self.pad, self.filter_pad = kernel // 2, (len(taps) - 1) // 2
+        self.is_box = taps == (1, 1)
+        shape = (out_channels, in_channels, kernel, kernel)
+        self.weight = nn.Parameter(torch.zeros(shape)) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if kernel else None
+        line = torch.tensor(taps, dtype=torch.float32)
+        square = torch.outer(line, line)[None, None] / line.sum().square()
+        self.register_buffer("resample_filter", square if resample else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.bias is None:
+            return self.filtered(x, self.filter_pad)
+        if self.filter_last:
+            y = F.conv2d(x, self.weight, padding=self.pad + self.filter_pad)
+            return self.filtered(y, pad=0) + self.bias[:, None, None]
+        if self.resample:
+            x = self.filtered(x, self.filter_pad)
+        return F.conv2d(x, self.weight, self.bias, padding=self.pad)
+
+    def filtered(self, x: Tensor, pad: int) -> Tensor:
+        """x at half or double the resolution; the box filter has kernels of its own."""
+        if self.is_box and self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.is_box:
+            return F.avg_pool2d(x, 2)
+        channels = x.shape[1]
+        taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+        if self.resample == "up":
+            return F.conv_transpose2d(x, taps * 4, groups=channels, stride=2, padding=pad)
+        return F.conv2d(x, taps, groups=channels, stride=2, padding=pad)
+
+
+class NoiseEmbedding(nn.Module):
+    """Noise [B] -> cosines, then sines [B, channels], of the Transformer's frequencies.
+
+    With `fourier` the frequencies are random, in a buffer of the file; SongUNet's own go to the
+    endpoint.
+    """
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, *, fourier: bool, endpoint: bool) -> None:
+        super().__init__()
+        half, self.fourier = channels // 2, fourier
+        steps = torch.arange(half, dtype=torch.float32, device=None if fourier else "cpu")
+        freqs = torch.zeros(half) if fourier else (1 / 10000) ** (steps / (half - endpoint))
+        self.register_buffer("freqs", freqs, persistent=fourier)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        freqs = self.freqs.to(noise.dtype)
+        phase = torch.outer(noise, freqs * (2 * pi) if self.fourier else freqs)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """A residual block with the embedding, and self-attention where `attention`."""
+
+    def __init__(
+        self, before: int, width: int, c: UNetConfig, resample: str = "", attention: bool = False
+    ) -> None:
+        super().__init__()
+        self.dropout, self.is_song = c.dropout, c.is_song
+        eps = 1e-6 if c.is_song else 1e-5
+        self.num_heads = (1 if c.is_song else width // 64) if attention else 0
+        self.norm0 = group_norm(before, eps)
+        self.conv0 = Conv2d(before, width, 3, resample, c.resample_filter)
+        self.affine = Dense(c.emb_channels, width if c.is_song else 2 * width)
+        self.norm1 = group_norm(width, eps)
+        self.conv1 = Conv2d(width, width, 3)
+        self.skip: Conv2d | None = None
+        if width != before or resample:
+            kernel = 1 if c.is_song or width != before else 0
+            self.skip = Conv2d(before, width, kernel, resample, c.resample_filter)
+        if self.num_heads:
+            self.norm2 = group_norm(width, eps)
+            self.qkv, self.proj = Conv2d(width, width * 3, 1), Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        params = self.affine(emb).to(x.dtype)[:, :, None, None]
+        y = self.conv0(F.silu(self.norm0(x)))
+        if self.is_song:
+            y = self.norm1(y + params)
+        else:
+            scale, shift = params.chunk(2, dim=1)
+            y = torch.addcmul(shift, self.norm1(y), scale + 1)
+        y = self.conv1(F.dropout(F.silu(y), self.dropout, self.training))
+        x = self.scaled(y + (x if self.skip is None else self.skip(x)))
+        if self.num_heads:
+            x = self.scaled(self.proj(self.attend(self.qkv(self.norm2(x)))) + x)
+        return x
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """SongUNet keeps the variance of its sums."""
+        return x * sqrt(0.5) if self.is_song else x
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Channels laid out (head, channel, q-k-v) [B, 3C, H, W] -> [B, C, H, W]."""
+        b, _, h, w = qkv.shape
+        q, k, v = qkv.reshape(b, self.num_heads, -1, 3, h * w).permute(3, 0, 1, 4, 2).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return mixed.transpose(2, 3).reshape(b, -1, h, w)
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
 class UNet(nn.Module):
     """SongUNet (Song et al. 2021) or DhariwalUNet (Dhariwal & Nichol 2021), as EDM runs them."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.config = config
-        self.is_song = config.model_type == "SongUNet"
+        self.config, self.is_song = config, config.is_song
         channels = config.model_channels * config.channel_mult_noise
-        wide = config.model_channels * config.channel_mult_emb
-        if config.embedding_type == "fourier":
-            self.map_noise = FourierEmbedding(channels)
-        else:
-            self.map_noise = PositionalEmbedding(channels, endpoint=self.is_song)
+        wide = config.emb_channels
+
+        def labels(count: int, width: int, bias: bool = False) -> Dense | None:
+            return Dense(count, width, bias) if count else None
+
+        fourier = config.embedding_type == "fourier"
+        self.map_noise = NoiseEmbedding(channels, fourier=fourier, endpoint=self.is_song)
         if self.is_song:  # parameters stand in the published order
-            self.map_label = optional_linear(config.label_dim, channels, bias=True)
-        self.map_augment = optional_linear(config.augment_dim, channels)
-        self.map_layer0 = Linear(channels, wide)
-        self.map_layer1 = Linear(wide, wide)
+            self.map_label = labels(config.label_dim, channels, bias=True)
+        self.map_augment = labels(config.augment_dim, channels)
+        self.map_layer0, self.map_layer1 = Dense(channels, wide), Dense(wide, wide)
         if not self.is_song:
-            self.map_label = optional_linear(config.label_dim, wide)
+            self.map_label = labels(config.label_dim, wide)
         self.enc, skips = encoder(config)
         self.dec = decoder(config, skips)
         if not self.is_song:
             width = config.model_channels * config.channel_mult[0]
-            self.out_norm, self.out_conv = (
-                group_norm(width),
-                Conv2d(width, config.out_channels, 3),
-            )
+            self.out_norm = group_norm(width, 1e-5)
+            self.out_conv = Conv2d(width, config.out_channels, 3)
 
     def forward(
         self, x: Tensor, noise: Tensor, labels: Tensor | None, augment: Tensor | None = None
@@ -131,74 +280,55 @@ class UNet(nn.Module):
         return F.silu(emb if self.is_song else emb + label)
 
 
-def optional_linear(in_features: int, out_features: int, bias: bool = False) -> Linear | None:
-    """A layer for labels, None where there are none."""
-    return Linear(in_features, out_features, bias=bias) if in_features else None
-
-
-def style_of(config: UNetConfig) -> BlockStyle:
-    """How the blocks of a network of this kind are made."""
-    shared = (config.model_channels * config.channel_mult_emb, config.dropout)
-    if config.model_type == "DhariwalUNet":
-        return BlockStyle(*shared, 1e-5, 1.0, True, False, 64)
-    return BlockStyle(*shared, 1e-6, sqrt(0.5), False, True, None, config.resample_filter)
-
-
-def encoder(config: UNetConfig) -> tuple[nn.ModuleDict, list[int]]:
+def encoder(c: UNetConfig) -> tuple[nn.ModuleDict, list[int]]:
     """The blocks from full to lowest resolution by name, and the widths of what each hands on."""
-    is_song = config.model_type == "SongUNet"
-    style = style_of(config)
-    filtered = {"resample": "down", "resample_filter": style.resample_filter}
     blocks: dict[str, nn.Module] = {}
     skips: list[int] = []
-    width = aux = config.in_channels
-    for level, mult in enumerate(config.channel_mult):
-        res = config.img_resolution >> level
+    width = aux = c.in_channels
+    for level, mult in enumerate(c.channel_mult):
+        res = c.img_resolution >> level
         at = f"{res}x{res}"
         if level == 0:
-            before, width = width, config.model_channels * (1 if is_song else mult)
+            before, width = width, c.model_channels * (1 if c.is_song else mult)
             blocks[f"{at}_conv"] = Conv2d(before, width, 3)
         else:
-            blocks[f"{at}_down"] = UNetBlock(width, width, style, resample="down")
+            blocks[f"{at}_down"] = UNetBlock(width, width, c, "down")
         skips.append(width)
-        if level and config.encoder_type == "skip":
-            blocks[f"{at}_aux_down"] = Conv2d(aux, aux, 0, **filtered)
+        if level and c.encoder_type == "skip":
+            blocks[f"{at}_aux_down"] = Conv2d(aux, aux, 0, "down", c.resample_filter)
             blocks[f"{at}_aux_skip"] = Conv2d(aux, width, 1)
-        if level and config.encoder_type == "residual":
-            residual = Conv2d(aux, width, 3, filter_last=True, **filtered)
+        if level and c.encoder_type == "residual":
+            residual = Conv2d(aux, width, 3, "down", c.resample_filter, filter_last=True)
             blocks[f"{at}_aux_residual"] = residual
             aux = width
-        for i in range(config.num_blocks):
-            before, width = width, config.model_channels * mult
-            attends = res in config.attn_resolutions
-            blocks[f"{at}_block{i}"] = UNetBlock(before, width, style, attention=attends)
+        for i in range(c.num_blocks):
+            before, width = width, c.model_channels * mult
+            attends = res in c.attn_resolutions
+            blocks[f"{at}_block{i}"] = UNetBlock(before, width, c, attention=attends)
             skips.append(width)
     return nn.ModuleDict(blocks), skips
 
 
-def decoder(config: UNetConfig, skips: list[int]) -> nn.ModuleDict:
+def decoder(c: UNetConfig, skips: list[int]) -> nn.ModuleDict:
     """The blocks from lowest to full resolution by name; `skips` are those of the encoder."""
-    is_song = config.model_type == "SongUNet"
-    style = style_of(config)
     blocks: dict[str, nn.Module] = {}
-    last = len(config.channel_mult) - 1
-    width, out = skips[-1], config.out_channels
+    last = len(c.channel_mult) - 1
+    width, out = skips[-1], c.out_channels
     for level in range(last, -1, -1):
-        res = config.img_resolution >> level
+        res = c.img_resolution >> level
         at = f"{res}x{res}"
         if level == last:
-            blocks[f"{at}_in0"] = UNetBlock(width, width, style, attention=True)
-            blocks[f"{at}_in1"] = UNetBlock(width, width, style)
+            blocks[f"{at}_in0"] = UNetBlock(width, width, c, attention=True)
+            blocks[f"{at}_in1"] = UNetBlock(width, width, c)
         else:
-            blocks[f"{at}_up"] = UNetBlock(width, width, style, resample="up")
-        for i in range(config.num_blocks + 1):
-            before, width = width + skips.pop(), config.model_channels * config.channel_mult[level]
-            attends = res in config.attn_resolutions and (not is_song or i == config.num_blocks)
-            blocks[f"{at}_block{i}"] = UNetBlock(before, width, style, attention=attends)
-        if config.decoder_type == "skip" and level < last:
-            filters = config.resample_filter
-            blocks[f"{at}_aux_up"] = Conv2d(out, out, 0, resample="up", resample_filter=filters)
-        if is_song and (config.decoder_type == "skip" or level == 0):
+            blocks[f"{at}_up"] = UNetBlock(width, width, c, "up")
+        for i in range(c.num_blocks + 1):
+            before, width = width + skips.pop(), c.model_channels * c.channel_mult[level]
+            attends = res in c.attn_resolutions and (not c.is_song or i == c.num_blocks)
+            blocks[f"{at}_block{i}"] = UNetBlock(before, width, c, attention=attends)
+        if c.decoder_type == "skip" and level < last:
+            blocks[f"{at}_aux_up"] = Conv2d(out, out, 0, "up", c.resample_filter)
+        if c.is_song and (c.decoder_type == "skip" or level == 0):
             blocks[f"{at}_aux_norm"] = group_norm(width, 1e-6)
             blocks[f"{at}_aux_conv"] = Conv2d(width, out, 3)
     return nn.ModuleDict(blocks)
@@ -249,8 +379,7 @@ def build_unet(model_type: str, arguments: Mapping[str, Any]) -> UNet:
     """
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise ValueError(f"unknown network {model_type!r}; known: {', '.join(DEFAULTS)}")
-    own = [field.name for field in fields(UNetConfig)][1:]
-    names = own if model_type == "SongUNet" else COMMON
+    names = NAMES if model_type == "SongUNet" else NAMES[:-5]
     unknown = sorted(set(arguments) - set(names))
     if unknown:
         raise ValueError(

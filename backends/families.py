@@ -4,8 +4,6 @@ All else is the same for every family, and left to the pipeline's own code.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 STACKED = (
@@ -67,18 +65,3 @@ def guidance_name(pipe: Any) -> str | None:
     if names.get("guidance_scale") is None and "true_cfg_scale" in names:
         return "true_cfg_scale"
     return "guidance_scale" if "guidance_scale" in names else None
-
-
-@contextmanager
-def lent(pipe: Any, attributes: dict[str, Any]) -> Iterator[None]:
-    """A pipeline with these attributes, and as it was afterwards."""
-    before = {name: vars(pipe)[name] for name in attributes if name in vars(pipe)}
-    try:
-        for name, value in attributes.items():
-            setattr(pipe, name, value)
-        yield
-    finally:
-        for name in attributes:
-            vars(pipe).pop(name, None)
-        for name, value in before.items():
-            setattr(pipe, name, value)

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions
-from backends.clock import plain_like
-from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
-from backends.flow import clean, flow_levels
-from backends.latents import decode, image_size, prepare_vae, vae_factor
+from backends.latents import (
+    Embedding,
+    Texts,
+    decode,
+    image_size,
+    prepare_vae,
+    say_what_is_cut,
+    usual_text,
+    vae_factor,
+)
+from backends.parametrization import flow_clean, levels_at, plain_like
 from solvers.field import Condition, Denoiser
 
 PATCH = 2
@@ -65,7 +72,7 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
         )
         return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
 
-    texts = Texts(encode, device, None).at_once(options.encode_first)
+    texts = Texts(encode, device, None, options.encode_first)
     shape = (pipe.transformer.config.in_channels // PATCH**2, height, width)
     embeds_guidance = pipe.transformer.config.guidance_embeds
 
@@ -82,7 +89,7 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
             img_ids=places(height // PATCH, width // PATCH, x.device),
             return_dict=False,
         )[0]
-        return clean(x, sigma, unpack(velocity, shape))
+        return flow_clean(x, sigma, unpack(velocity, shape))
 
     def guide(network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
         if rate != NO_GUIDANCE and not embeds_guidance:
@@ -104,7 +111,7 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
         encode=texts.condition,
         decode=partial(decode, pipe.vae),
         guide=guide,
-        levels=flow_levels(pipe.scheduler.config, height * width // PATCH**2),
+        levels=levels_at(pipe.scheduler, height * width // PATCH**2),
         shape=shape,
         size=size,
         device=device,

@@ -1,20 +1,105 @@
-"""What models on latents have in common: sizes, and the VAE's way back to pixels."""
+"""What models on latents have in common: prompts as tensors, sizes, the VAE's way to pixels."""
 
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from backends.base import ModelOptions, pixels
+from backends.base import ModelOptions, Prompt, pixels
+from solvers.field import Condition
+from src.text import read_prompts
+
+Embedding: TypeAlias = dict[str, Tensor]
+"""What a network is given for one prompt: tensors without the dimension of the batch."""
+
+LOG = logging.getLogger(__name__)
+USUAL = Path(__file__).resolve().parent.parent / "src" / "prompts" / "test.txt"
+
+
+# --- prompts ------------------------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """The text encoders, until they are let go, and what they gave so far (on the CPU).
+
+    Each text is encoded alone, so that its numbers do not depend on the others. `negative` is
+    what guidance leads away from; None where the network has no such thing. After `first`, if
+    there are any, the encoders are let go.
+    """
+
+    encoder: Callable[[str], Embedding] | None
+    device: torch.device
+    negative: str | None = ""
+    first: Sequence[str] = ()
+    cache: dict[str, Embedding] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.first:
+            self.condition(self.first)
+            self.encoder = None
+
+    def condition(self, prompts: Sequence[Prompt]) -> Condition:
+        """Texts -> [B, ...] tensors, None being the empty text; ValueError for class numbers."""
+        given = self.stacked(texts_of(prompts))
+        if self.negative is None:
+            return Condition(given)
+        return Condition(given, self.stacked([self.negative] * len(prompts)))
+
+    @torch.no_grad()
+    def stacked(self, texts: Sequence[str]) -> Embedding:
+        """The embeddings of these texts, one row each."""
+        for text in texts:
+            if text not in self.cache:
+                if self.encoder is None:
+                    reason = f"the text encoders were let go before {text[:80]!r} was encoded"
+                    raise ValueError(reason)
+                self.cache[text] = {n: t.cpu() for n, t in self.encoder(text).items()}
+        rows = [self.cache[text] for text in texts]
+        return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
+
+
+def texts_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Prompts as texts, None being the empty one; ValueError for class numbers."""
+    for prompt in prompts:
+        if not isinstance(prompt, str | None):
+            raise ValueError(f"this model takes a text for every image, not {prompt!r}")
+    return ["" if prompt is None else str(prompt) for prompt in prompts]
+
+
+def say_what_is_cut(text: str, *readers: tuple[Any, int]) -> None:
+    """Log which end of a text is beyond what its encoders read.
+
+    A reader is a tokenizer (or None) and the tokens that its encoder takes, marks included.
+    """
+    for tokenizer, limit in readers:
+        tokens = tokenizer(text, truncation=False, verbose=False).input_ids if tokenizer else []
+        if len(tokens) > limit:
+            end = tokenizer.decode(tokens[limit - 1 :], skip_special_tokens=True).strip()
+            name = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")
+            LOG.warning("the prompt %r is too long: %s does not read %r", text[:40], name, end)
+
+
+def usual_text(seed: int) -> str:
+    """A prompt of src/prompts/test.txt, by the seed."""
+    prompts = read_prompts(USUAL)
+    return prompts[seed % len(prompts)]
+
+
+# --- sizes and pixels ---------------------------------------------------------------------
 
 
 def image_size(options: ModelOptions, usual: int, multiple: int) -> tuple[int, int]:
     """Height and width in pixels, multiples of `multiple`; ValueError for any other."""
     size = options.size or (usual, usual)
-    for pixels_ in size:
-        if pixels_ < multiple or pixels_ % multiple:
-            near = max(multiple, round(pixels_ / multiple) * multiple)
-            raise ValueError(f"resolution {pixels_} is no multiple of {multiple}: try {near}")
+    for side in size:
+        if side < multiple or side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise ValueError(f"resolution {side} is no multiple of {multiple}: try {near}")
     return size
 
 

@@ -12,42 +12,44 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
-from backends.clock import plain_like
-from backends.embeddings import Embedding, Texts, say_what_is_cut, usual_text
-from backends.latents import decode, image_size, prepare_vae, vae_factor
-from backends.vp import Table, clean, prediction_of, scaled, table_of
+from backends.latents import (
+    Embedding,
+    Texts,
+    decode,
+    image_size,
+    prepare_vae,
+    say_what_is_cut,
+    usual_text,
+    vae_factor,
+)
+from backends.parametrization import plain_like
+from backends.vp import clean, prediction_of, scaled, table_of
 from solvers.field import Condition
 
 
-def sd_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
-    """The backend of a StableDiffusionPipeline, whose parts it shares."""
+def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
+    """The backend of a StableDiffusionPipeline, or of an LDMPipeline (UNet2DModel and VQModel).
 
-    def encode(text: str) -> Embedding:
-        say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer.model_max_length))
-        embeds, _ = pipe.encode_prompt(text, device, 1, False)
-        return {"text": embeds[0].to(pipe.unet.dtype)}
-
-    texts = Texts(encode, device, options.negative_prompt or "").at_once(options.encode_first)
-    return built(pipe, pipe.vae, texts, device, options)
-
-
-def uncond_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
-    """The backend of an LDMPipeline (a UNet2DModel and a VQModel), whose parts it shares."""
-    if options.negative_prompt:
-        raise ValueError("this model takes no prompts, so no negative one either")
-    return built(pipe, pipe.vqvae, None, device, options)
-
-
-def built(
-    pipe: Any, vae: Any, texts: Texts | None, device: torch.device, options: ModelOptions
-) -> Backend:
-    """What the two kinds have in common: the U-Net's estimate of noise, data or velocity as x0."""
+    Its parts are shared. Raises ValueError for a size that the model does not allow, or a
+    negative prompt where it takes no prompts.
+    """
+    vae, texts = pipe.components.get("vae"), None
+    if vae is None:
+        vae = pipe.vqvae
+        if options.negative_prompt:
+            raise ValueError("this model takes no prompts, so no negative one either")
     factor, unet = vae_factor(vae), pipe.unet
     size = image_size(options, unet.config.sample_size * factor, factor)
     prepare_vae(vae, options)
     table, prediction = table_of(pipe.scheduler.config), prediction_of(pipe.scheduler.config)
 
-    here = Table(table.log_sigmas.to(device))  # no copy in a call
+    def embed(text: str) -> Embedding:
+        say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer.model_max_length))
+        embeds, _ = pipe.encode_prompt(text, device, 1, False)
+        return {"text": embeds[0].to(unet.dtype)}
+
+    if "text_encoder" in pipe.components:
+        texts = Texts(embed, device, options.negative_prompt or "", options.encode_first)
 
     def encode(prompts: Sequence[Prompt]) -> Condition | None:
         if texts:
@@ -57,7 +59,7 @@ def built(
         return None
 
     def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        seen, t = scaled(x, sigma).to(unet.dtype), here.sigma_inv(sigma).to(x.dtype)
+        seen, t = scaled(x, sigma).to(unet.dtype), table.sigma_inv(sigma).to(x.dtype)
         cond = cond or encode([None] * len(x))
         text = {"encoder_hidden_states": cond.given["text"]} if cond else {}
         output = unet(seen, t, **text, return_dict=False)[0]

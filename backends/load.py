@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from backends.base import Backend, ModelOptions
-from backends.edm import load_pixels
+from backends.edm import load_edm, pixel_backend
 from backends.mixture import CPU, load_mixture
 from solvers.recipe import Recipe
 from src.files import read_json
@@ -72,7 +72,8 @@ def load_backend(
         raise ValueError(f"{name} is on pixels: it takes no prompts, sizes or parts of pipelines")
     if path.is_dir() and kind(path) == "analytic":
         return load_mixture(path, device)
-    return load_pixels(path, device, dtype or torch.float32, channels_last=channels_last)
+    network = load_edm(path, device, dtype or torch.float32, channels_last=channels_last)
+    return pixel_backend(network, device)
 
 
 def family(backend: Backend) -> str:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backends.base import ModelOptions
+from backends.base import Backend, ModelOptions
 from backends.families import (
     EMBEDDED,
     FROM_ZERO,
@@ -27,20 +27,19 @@ from backends.families import (
     STACKED,
     family_of,
     guidance_name,
-    lent,
     one_time,
     parameters_of,
 )
 from backends.generate import Job, generate
+from backends.lending import COUNTS, CachedPrompts, lent, with_latents
 from backends.load import check_fit
 from backends.pipelines import wrap
 from backends.scheduler import EPDScheduler, chosen, opened
-from backends.zeros import folding
+from backends.sd3 import folding
 from solvers.predictor import Predictor
 from src.images import to_bytes
 from src.text import meet
 
-COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 PLACES = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")  # arguments without rows
 
 
@@ -78,7 +77,7 @@ def parallel(
         for why in (why for why, holds in refused.items() if holds):
             raise ValueError(f"{type(pipe).__name__} cannot take guidance as rows: {why}")
     EPDScheduler.from_predictor(learned, like=pipe.scheduler)
-    return Parallel(pipe, tuple(learned), points, guidance == "rows")
+    return Parallel(pipe, tuple(learned), CachedPrompts(pipe), points, guidance == "rows")
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ class Parallel:
 
     pipe: Any
     learned: tuple[Predictor, ...]
+    prompts: CachedPrompts
     points: str = "rows"
     rows_of_guidance: bool = False
 
@@ -127,7 +127,7 @@ class Parallel:
             inputs = getattr(callback, "tensor_inputs", None)
             if inputs is not None:
                 given["callback_on_step_end_tensor_inputs"] = inputs
-        with installed(self.pipe, scheduler):
+        with installed(self.pipe, scheduler, self.prompts):
             return self.pipe(**given)
 
 
@@ -179,8 +179,9 @@ def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str,
         rows = tensors.get("latents")
         if rows is None:
             return callback(pipe, step, time.reshape(-1)[0], tensors)
-        copies = scheduler.copies if scheduler.running.left else 1
-        before = scheduler.running.images(rows) if copies > 1 else rows
+        run = scheduler.running
+        copies = scheduler.copies if run.index < len(run.calls) else 1
+        before = run.images(rows) if copies > 1 else rows
         shown = before.clone()
         changed = callback(pipe, step, time.reshape(-1)[0], {**tensors, "latents": shown})
         edit = (changed.get("latents", shown) - before).repeat_interleave(copies, 0)
@@ -190,55 +191,25 @@ def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str,
 
 
 @contextmanager
-def installed(pipe: Any, scheduler: EPDScheduler) -> Iterator[None]:
+def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Iterator[None]:
     """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards."""
-    if not scheduler.by_rows:
-        with lent(pipe, {"scheduler": scheduler}):
-            yield
-        return
-    scheduler.prepares = True
-    handles = run_once(pipe.components.get("transformer") or pipe.unet, scheduler)
-    try:
-        parts: dict[str, Any] = {
-            "scheduler": scheduler,
-            "prepare_latents": laid_out(pipe.prepare_latents, scheduler),
-            "encode_prompt": side_by_side(pipe.encode_prompt),
-        }
+    parts: dict[str, Any] = {"scheduler": scheduler}
+    if callable(getattr(pipe, "encode_prompt", None)):
+        parts["encode_prompt"] = prompts.installed()
+    handles: list[Any] = []
+    if scheduler.by_rows:
+        scheduler.prepares = True
+        handles = run_once(pipe.components.get("transformer") or pipe.unet, scheduler)
+        parts["prepare_latents"] = laid_out(pipe.prepare_latents, scheduler)
         cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image
         if cut is not None:
             parts["get_timesteps"] = lambda *args, **kwargs: as_times(*cut(*args, **kwargs))
+    try:
         with lent(pipe, parts):
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def side_by_side(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's encode_prompt with the copies of a prompt side by side in all that it gives.
-
-    Some (LTX, Mochi, Sana, Lumina2) lay the masks of several prompts out in another order.
-    """
-    signature = inspect.signature(encode)
-
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
-        name = next((name for name in COUNTS if name in given), None)
-        if name is None:
-            return encode(*args, **kwargs)
-        count, given[name] = given[name], 1
-        texts = given["prompt"] if given.get("prompt_embeds") is None else given["prompt_embeds"]
-        prompts = 1 if isinstance(texts, str) else len(texts)
-        result = encode(*bound.args, **bound.kwargs)
-
-        def rows(value: Any) -> Any:
-            is_rows = isinstance(value, Tensor) and len(value) == prompts
-            return value.repeat_interleave(count, 0) if is_rows else value
-
-        return tuple(map(rows, result)) if isinstance(result, tuple) else rows(result)
-
-    return encoded
 
 
 class Times(list[Tensor]):
@@ -261,27 +232,24 @@ def as_times(timesteps: Tensor, steps: int) -> tuple[Times, int]:
 
 def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[..., Any]:
     """A pipeline's prepare_latents that makes one latent an image, and rows of them all."""
-    signature, copies = inspect.signature(prepare), scheduler.copies
-    branches = 2 if scheduler.rate else 1
+    copies, branches = scheduler.copies, 2 if scheduler.rate else 1
 
-    def prepared(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        counts = [name for name in COUNTS if name in bound.arguments]
+    def before(arguments: dict[str, Any]) -> None:
+        counts = [name for name in COUNTS if name in arguments]
         for name in counts:
-            bound.arguments[name] //= copies
-        bound.arguments["batch_size"] //= branches if counts else branches * copies
-        result = prepare(*bound.args, **bound.kwargs)
-        latents, *others = result if isinstance(result, tuple | list) else (result,)
-        rows = [scheduler.prepare(latents)]
-        rows += [as_rows(other, len(latents)) for other in others]
-        return type(result)(rows) if isinstance(result, tuple | list) else rows[0]
+            arguments[name] //= copies
+        arguments["batch_size"] //= branches if counts else branches * copies
 
-    def as_rows(value: Any, images: int) -> Any:
-        if not isinstance(value, Tensor) or len(value) != images or value.shape[1:] == (3,):
-            return value  # places of tokens are [S, 3]
-        return torch.cat([value.repeat_interleave(copies, 0)] * branches)
+    def after(latents: Tensor, others: list[Any]) -> list[Any]:
+        def as_rows(value: Any) -> Any:
+            if not isinstance(value, Tensor) or len(value) != images or value.shape[1:] == (3,):
+                return value  # places of tokens are [S, 3]
+            return torch.cat([value.repeat_interleave(copies, 0)] * branches)
 
-    return prepared
+        images = len(latents)
+        return [scheduler.prepare(latents), *map(as_rows, others)]
+
+    return with_latents(prepare, before, after)
 
 
 def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
@@ -332,53 +300,39 @@ def spread(value: Any, copies: int) -> Any:
 # --- our own loop on a pipeline's parts ---------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ParallelPipeline:
-    """A pipeline's parts under our own loop; see `parallel_pipeline`."""
-
-    pipe: Any
-    predictor: Predictor
-    options: ModelOptions
-
-    def __call__(
-        self, prompts: str | Sequence[str], seeds: Sequence[int], batch: int = 4
-    ) -> list[Image.Image]:
-        """A picture a seed, the i-th prompt for the i-th seed, again from the first.
-
-        The parts are taken as they are now, LoRA included. Raises ValueError for more prompts
-        than seeds, and for IP-Adapters, whose pictures `parallel` takes.
-        """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        network = self.pipe.components.get("transformer") or self.pipe.unet
-        if getattr(network, "encoder_hid_proj", None) is not None:
-            raise ValueError("this pipeline has an IP-Adapter: use parallel(pipe, predictor)")
-        backend = wrap(self.pipe, torch.device(self.pipe._execution_device), self.options)
-        sampler = self.predictor.sampler(backend.levels)
-        jobs = [Job(seed, prompt) for seed, prompt in meet(seeds, texts)]
-        parts = generate(backend, sampler, jobs, batch=batch)
-        return [picture(image) for part in parts for image in part.images]
-
-
-def picture(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] as PIL has it."""
-    return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
-
-
 def parallel_pipeline(
     pipe: Any,
     predictor: str | Predictor,
     *,
     size: tuple[int, int] | None = None,
     negative_prompt: str | None = None,
-) -> ParallelPipeline:
-    """A stock pipeline's parts with a predictor, for prompts and seeds; all K points in one call.
+) -> Callable[..., list[Image.Image]]:
+    """A function of (prompts, seeds, batch=4) that gives a picture a seed, by our own loop.
 
-    Raises ValueError where the predictor was learned for another process or resolution than
-    the model's at `size` (height, width).
+    The i-th prompt is for the i-th seed, again from the first. The pipeline's parts are taken as
+    they are in every call, LoRA included. Raises ValueError where the predictor was learned for
+    another process or resolution than the model's at `size` (height, width), and for
+    IP-Adapters, whose pictures `parallel` takes.
     """
     options = ModelOptions(size=size, negative_prompt=negative_prompt)
-    backend = wrap(pipe, torch.device(pipe._execution_device), options)
     (learned,) = opened(predictor)
+
+    def backend_of_today() -> Backend:
+        network = pipe.components.get("transformer") or pipe.unet
+        if getattr(network, "encoder_hid_proj", None) is not None:
+            raise ValueError("this pipeline has an IP-Adapter: use parallel(pipe, predictor)")
+        return wrap(pipe, torch.device(pipe._execution_device), options)
+
+    def pictures(
+        prompts: str | Sequence[str], seeds: Sequence[int], batch: int = 4
+    ) -> list[Image.Image]:
+        backend, texts = backend_of_today(), [prompts] if isinstance(prompts, str) else prompts
+        jobs = [Job(seed, prompt) for seed, prompt in meet(seeds, texts)]
+        parts = generate(backend, learned.sampler(backend.levels), jobs, batch=batch)
+        images = (to_bytes(image).permute(1, 2, 0) for part in parts for image in part.images)
+        return [Image.fromarray(image.cpu().numpy()) for image in images]
+
+    backend = backend_of_today()
     check_fit(learned.recipe, backend)
     learned.sampler(backend.levels)
-    return ParallelPipeline(pipe, learned, options)
+    return pictures

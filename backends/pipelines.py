@@ -27,7 +27,7 @@ from backends import compvis
 from backends.any_pipeline import any_backend
 from backends.base import Backend, ModelOptions
 from backends.flux import flux_backend
-from backends.ldm import sd_backend, uncond_backend
+from backends.ldm import ldm_backend
 from backends.sd3 import sd3_backend
 from src import pickles
 
@@ -68,13 +68,13 @@ class Kind:
 
 KINDS = {
     "StableDiffusionPipeline": Kind(
-        sd_backend,
+        ldm_backend,
         "stable-diffusion-v1-5/stable-diffusion-v1-5 (v1-5-pruned-emaonly.safetensors)",
         4.3,
         ("model.diffusion_model.input_blocks.0.0.weight",),
         "stable-diffusion-v1-5",
     ),
-    "LDMPipeline": Kind(uncond_backend, "CompVis/ldm-celebahq-256", 1.3),
+    "LDMPipeline": Kind(ldm_backend, "CompVis/ldm-celebahq-256", 1.3),
     "StableDiffusion3Pipeline": Kind(
         sd3_backend,
         "stabilityai/stable-diffusion-3-medium-diffusers",

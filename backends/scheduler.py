@@ -21,18 +21,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from backends import flow, vp
-from backends.asking import Trajectory
-from backends.clock import (
+from backends import vp
+from backends.parametrization import (
     BETA_SCHEDULERS,
     FLOW_SCHEDULERS,
-    Clock,
-    clock_of,
+    Parametrization,
     course_of,
     levels_of,
+    parametrization_of,
     plain_like,
+    shifted_end,
     spread_of,
 )
+from backends.trajectory import Trajectory
 from solvers.predictor import (
     Predictor,
     find_predictor,
@@ -86,22 +87,21 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         if (made_by := getattr(diffusers, like_class, None)) is None:
             raise ValueError(f"diffusers has no scheduler {like_class!r}")
         self.like = made_by.from_config(dict(like_config or {}))
-        self.clock = clock_of(self.like)
+        self.model = parametrization_of(self.like)
         self.learned = [validate(from_content(dict(content))) for content in predictors]
         for predictor in self.learned:
-            check_like(predictor.recipe, self.like, self.clock)
+            check_like(predictor.recipe, self.like, self.model)
         if solver:
-            make_solver(solver, SolverOptions(process=self.clock.process))
+            make_solver(solver, SolverOptions(process=self.model.process))
         self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
         self.num_inference_steps: int | None = None
         self.under_way: Trajectory | None = None
-        self.located = False  # whether the first timestep is known
+        self.located = False  # whether the pipeline has said where it starts
         self.noise_sigma: float | None = None
         self.last_scale = 1.0
         self.prepares = False  # whether `prepare` will be called
         self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave
         self.rate: float | None = None  # of guidance by rows
-        self.whole = False  # whether the last step gives all rows, or one of each image
         theirs = {k: v for k, v in self.like.config.items() if not k.startswith("_")}
         self.register_to_config(**theirs)  # pipelines read them
 
@@ -150,36 +150,33 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Start images, at the resolution's `mu`; see the class for what else counts."""
         both = sigmas is not None and timesteps is not None
-        clock = replace(self.clock, spread=spread_of(self.like, mu)) if both else self.clock
+        model = replace(self.model, spread=spread_of(self.like, mu)) if both else self.model
         asked = next((len(s) for s in (sigmas, timesteps) if s is not None), num_inference_steps)
         exact: dict[float, float] = {}
-        copies = 1
         if self.learned:
-            predictor = chosen(self.learned, asked)
-            recipe = predictor.recipe
+            recipe = (predictor := chosen(self.learned, asked)).recipe
             mu = mu if recipe.flowmatch_mu is None else recipe.flowmatch_mu
-            sampler = predictor.sampler(levels_of(self.like, clock, mu))
-            self.noise_sigma = sampler.sigmas[0] if clock.table else 1.0
+            sampler = predictor.sampler(levels_of(self.like, model, mu))
+            self.noise_sigma = sampler.sigmas[0] if model.table else 1.0
             copies = recipe.num_points if self.by_rows else 1
         else:
-            course = course_of(self.like, clock, asked, sigmas=sigmas, timesteps=timesteps, mu=mu)
+            course = course_of(self.like, model, asked, sigmas=sigmas, timesteps=timesteps, mu=mu)
             # of orders up to 2 as theirs, which count the last step, to 0, among those to lower
-            options = SolverOptions(process=clock.process, lower_order_final=course.sigmas[-1] > 0)
+            options = SolverOptions(process=model.process, lower_order_final=course.sigmas[-1] > 0)
             solver = make_solver(own(self, "solver"), options)
-            sampler = Sampler(solver, course.sigmas, clock.process)
+            sampler, copies = Sampler(solver, course.sigmas, model.process), 1
             exact = dict(zip(course.sigmas, course.timesteps, strict=False))
             self.noise_sigma, self.last_scale = course.first, course.last
         if self.rate is None and sampler.own_rates:
             raise ValueError("this predictor guides by itself: use parallel(pipe, predictor)")
-        still = clock.table is None and not self.prepares
-        run = Trajectory(sampler, clock, copies, still, self.rate)
-        times = [
-            [exact.get(level, t) for level, t in zip(row, own_times, strict=True)]
-            for row, own_times in zip(run.network_sigma.tolist(), times_of(run), strict=True)
-        ]
-        rows = torch.tensor(times, dtype=torch.float32, device=device)
+        still = model.table is None and not self.prepares
+        run = Trajectory(sampler, model, copies, still, self.rate)
+        levels = run.network_sigma.flatten()
+        pairs = zip(levels.tolist(), model.timesteps(levels).tolist(), strict=True)
+        times = torch.tensor([exact.get(level, t) for level, t in pairs], device=device).float()
+        rows = times.reshape(-1, copies)
         columns = own(self, "columns") or copies
-        self.timesteps = rows[:, 0] if copies == 1 else rows.repeat(1, columns // copies)
+        self.timesteps = times if copies == 1 else rows.repeat(1, columns // copies)
         self.sigmas = torch.tensor([*run.at[:, 0].tolist(), sampler.sigmas[-1]])
         # pipelines that hand over sigmas or timesteps count ours from then on
         self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
@@ -215,11 +212,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.locate(timestep)
         run = self.running
         following = run.answer(sample, model_output)
-        following = (following if run.left else following * self.last_scale).to(
-            sample.dtype, copy=True
-        )
-        if self.whole and len(following) < len(sample):
-            following = following.repeat_interleave(len(sample) // len(following), 0)
+        following = following if run.index < len(run.calls) else following * self.last_scale
+        following = following.to(sample.dtype, copy=True)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
 
     @property
@@ -245,7 +239,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.locate(timesteps)
         levels = self.running.level()
         rows = noise.new_tensor(levels if len(noise) % len(levels) == 0 else levels[:1])
-        return self.running.clock.noised(original, noise, rows.repeat(len(noise) // len(rows)))
+        return self.running.model.noised(original, noise, rows.repeat(len(noise) // len(rows)))
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """The same, under the name that flow-matching pipelines use."""
@@ -320,22 +314,15 @@ def own(scheduler: EPDScheduler, name: str) -> Any:
     return config[name]
 
 
-def times_of(run: Trajectory) -> list[list[float]]:
-    """What the network is told in every call, for each copy of an image."""
-    return (
-        run.clock.timesteps(run.network_sigma.flatten()).reshape(run.network_sigma.shape).tolist()
-    )
-
-
-def check_like(recipe: Recipe, like: Any, clock: Clock) -> None:
+def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
     """ValueError where a scheduler is not of the kind that a predictor was learned for."""
-    name, is_flow = type(like).__name__, clock.process == FLOW
+    name, is_flow = type(like).__name__, model.process == FLOW
     predictor = f"a predictor for {recipe.backend} ({recipe.schedule_type})"
     if for_flow(recipe) != is_flow:
         kind = "flow matching" if is_flow else "a VP process"
         raise ValueError(f"{predictor} is not for {name}, which is for {kind}")
     if not is_flow:
-        levels = levels_of(like, clock)
+        levels = levels_of(like, model)
         if recipe.sigma_max is not None and recipe.sigma_max > 1.01 * levels.sigma_max:
             ends = f"{recipe.sigma_max:.4g}, those of {name} at {levels.sigma_max:.4g}"
             raise ValueError(f"{predictor} has levels that start at {ends}")
@@ -346,7 +333,7 @@ def check_like(recipe: Recipe, like: Any, clock: Clock) -> None:
     if dynamic != (recipe.flowmatch_mu is not None) and recipe.backend in FLOW_BACKENDS:
         kinds = ("a dynamic shift", "one shift") if dynamic else ("one shift", "a dynamic shift")
         raise ValueError(f"{name} has {kinds[0]}, and {predictor} was learned with {kinds[1]}")
-    end = flow.shifted_end(like.config)
+    end = shifted_end(like.config)
     if recipe.sigma_min is not None and not math.isclose(recipe.sigma_min, end, rel_tol=0.01):
         ends = f"{recipe.sigma_min:.4g}, those of {name} at {end:.4g}"
         raise ValueError(f"{predictor} has levels that end at {ends}: its shift is another")

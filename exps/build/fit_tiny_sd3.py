@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from backends.zeros import fold_zeros
+from backends.sd3 import fold_zeros
 from exps.build.emoji_data import load_emoji, load_pictures
 from exps.build.fit_network import Plan, fit_network, training
 from exps.build.scenes import Stage, paint

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backends.edm import build_edm, class_condition
-from backends.edm_layers import Conv2d, FourierEmbedding, PositionalEmbedding
-from backends.edm_networks import initialise
-from tests.backends.edm_twins import TINY_ADM, TINY_NCSN, TINY_SONG, twin, wave
+from backends.edm_networks import Conv2d, initialise
+from tests.backends.edm_twins import TINY_NCSN, TINY_SONG, twin, wave
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "edm_networks.json").read_text())
 CIFAR = {
@@ -75,32 +73,6 @@ def test_the_box_filter_of_its_own_kernels_is_the_general_filter(resample: str) 
     torch.testing.assert_close(fast, conv(x))
 
 
-def test_a_smooth_filter_doubles_a_constant_into_the_same_constant_inside() -> None:
-    y = Conv2d(2, 2, 0, resample="up", resample_filter=(1, 3, 3, 1))(torch.ones(1, 2, 6, 6))
-    torch.testing.assert_close(y[..., 1:-1, 1:-1], torch.ones(1, 2, 10, 10))
-
-
-def test_filtering_after_the_weights_is_filtering_before_them_away_from_the_edge() -> None:
-    before = Conv2d(2, 3, 3, resample="down", resample_filter=(1, 3, 3, 1))
-    after = Conv2d(2, 3, 1, resample="down", resample_filter=(1, 3, 3, 1), filter_last=True)
-    assert after.weight is not None
-    assert before.weight is not None
-    torch.nn.init.constant_(after.weight, 0.3)
-    before.weight.data[:, :, 1, 1] = 0.3
-    x = wave(1, 2, 8, 8)
-    torch.testing.assert_close(after(x), before(x))
-
-
-def test_the_embeddings_are_the_written_formulas() -> None:
-    emb = PositionalEmbedding(4, endpoint=True)(torch.tensor([2.0]))
-    phase = torch.tensor([2.0, 2.0 / 10000])
-    torch.testing.assert_close(emb, torch.cat([phase.cos(), phase.sin()])[None])
-    layer = FourierEmbedding(4)
-    layer.freqs.copy_(torch.tensor([2.0, 8.0]))
-    once = layer(torch.tensor([0.5]))
-    torch.testing.assert_close(once, torch.tensor([[1.0, 1.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("encoder", ["standard", "skip", "residual"])
 @pytest.mark.parametrize("decoder", ["standard", "skip"])
 def test_every_kind_of_encoder_and_decoder_uses_all_its_weights(
@@ -112,44 +84,6 @@ def test_every_kind_of_encoder_and_decoder_uses_all_its_weights(
     network(wave(2, 1, 8, 8), torch.tensor([0.3, 5.0]), cond).square().sum().backward()
     idle = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
-
-
-def test_attention_equals_the_written_formula_with_channels_in_head_channel_qkv_order() -> None:
-    network = build_edm("edm", {**TINY_ADM, "model_channels": 64})
-    block = network.model.get_submodule("dec.4x4_in0")
-    assert block.num_heads == 2
-    qkv = wave(2, 3 * 128, 4, 4)
-    q, k, v = qkv.reshape(4, 64, 3, 16).unbind(2)
-    weights = torch.einsum("ncq,nck->nqk", q, k / 8).softmax(2)
-    expected = torch.einsum("nqk,nck->ncq", weights, v).reshape(2, 128, 4, 4)
-    got = block.attend(qkv)  # type: ignore[operator]
-    torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize("arguments", [TINY_SONG, TINY_ADM], ids=["song", "adm"])
-def test_an_image_does_not_depend_on_the_others_of_its_batch(arguments: dict[str, Any]) -> None:
-    network = twin("edm", arguments)
-    x, sigma = wave(3, network.img_channels, 8, 8), torch.tensor([0.1, 1.0, 9.0])
-    labels = F.one_hot(torch.tensor([0, 1, 2]), 3).float()
-    alone = torch.cat(
-        [network.raw(x[i : i + 1], sigma[i : i + 1], labels[i : i + 1]) for i in range(3)]
-    )
-    torch.testing.assert_close(network.raw(x, sigma, labels), alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("arguments", [TINY_SONG, TINY_ADM], ids=["song", "adm"])
-def test_no_labels_are_rows_of_zeros_for_classes_and_augmentation(
-    arguments: dict[str, Any],
-) -> None:
-    network = twin("edm", arguments)
-    x, sigma = wave(2, network.img_channels, 8, 8), torch.tensor([0.1, 1.0])
-    assert torch.equal(network.raw(x, sigma, None), network.raw(x, sigma, torch.zeros(2, 3)))
-    if arguments is TINY_SONG:
-        return
-    x, noise, labels = wave(1, 3, 8, 8), torch.tensor([0.1]), torch.zeros(1, 3)
-    plain = network.model(x, noise, labels)
-    assert torch.equal(plain, network.model(x, noise, labels, torch.zeros(1, 9)))
-    assert not torch.equal(plain, network.model(x, noise, labels, torch.ones(1, 9)))
 
 
 def test_the_initial_weights_hang_on_the_generator_alone() -> None:

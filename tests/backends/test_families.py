@@ -18,9 +18,9 @@ from torch import Tensor
 
 from backends.any_pipeline import any_backend
 from backends.base import ModelOptions
-from backends.clock import clock_of
 from backends.families import EMBEDDED, FROM_ZERO, RESCALING, family_of, guidance_name, one_time
 from backends.parallel import parallel
+from backends.parametrization import parametrization_of
 from backends.scheduler import EPDScheduler
 from solvers.epd import Directions, MultistepTable
 from solvers.field import Field
@@ -84,7 +84,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 def learned(pipe: Any, kind: str, mu: float | None = None, n: int = 3, k: int = 2) -> Predictor:
     """A table that nobody learned, of this kind, for a pipeline's process."""
-    flow = clock_of(pipe.scheduler).process.name == "flow"
+    flow = parametrization_of(pipe.scheduler).process.name == "flow"
     schedule, process = ("flowmatch", "flow") if flow else ("discrete", "ve")
     recipe = Recipe(
         n + 1, k, schedule, backend=type(pipe).__name__, process=process, solver=kind,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from backends.any_pipeline import any_backend
 from backends.base import Backend, ModelOptions
-from backends.flow import Shifts, flow_levels
 from backends.flux import pack, unpack
 from backends.generate import Job, generate
 from backends.latents import decode
 from backends.load import check_fit, load_backend
+from backends.parametrization import levels_at
 from backends.pipelines import wrap
 from backends.vp import table_of
 from solvers.field import Field
@@ -199,12 +199,14 @@ def test_the_table_is_copied_to_a_device_once() -> None:
 def test_flow_levels_follow_the_resolution_as_in_the_pipeline(
     tokens: int, mu: float | None
 ) -> None:
-    levels = flow_levels({"use_dynamic_shifting": True, "shift": 3.0}, tokens)
+    levels = levels_at(twins.flow_scheduler(use_dynamic_shifting=True, shift=3.0), tokens)
     theirs = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens)
     assert levels.mu == pytest.approx(theirs if mu is None else mu)
-    assert Shifts(dynamic=True).mu(tokens) == pytest.approx(theirs)
     assert levels.sigma_min == 1e-3
-    assert flow_levels({"shift": 3.0}, 0).sigma_min == pytest.approx(0.0029940119760479044)
+    levels = levels_at(twins.flow_scheduler(shift=3.0), 0)
+    assert levels.sigma_min == pytest.approx(0.0029940119760479044)
+    own = levels_at(twins.flow_scheduler(shift=3.0, use_karras_sigmas=True), 0)
+    assert not torch.equal(own.grid("flowmatch", 5), levels.grid("flowmatch", 5))
 
 
 def test_packing_is_undone() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from backends.zeros import fold_zeros
+from backends.sd3 import fold_zeros
 
 pytest.importorskip("diffusers")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
-from backends.zeros import fold_zeros
+from backends.sd3 import fold_zeros
 
 tiny: Any = pytest.importorskip("exps.build.tiny_models")
 sd3: Any = pytest.importorskip("exps.build.fit_tiny_sd3")

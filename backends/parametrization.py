@@ -1,16 +1,19 @@
-"""What a diffusers scheduler says of its model: its levels, how it tells them, what is answered.
+"""What a diffusers scheduler says of its model: its levels, its timesteps, what is answered.
 
 A pipeline's own scheduler (`like`) is asked, not imitated: shifts, dynamic shifts, terminal
 shifts, Karras, beta and exponential spacings, spacing of timesteps and inverted sigmas are right
 because its own `set_timesteps` made them. What a solver of ours cannot honour is refused by name.
+
+Flow matching: x at level sigma is (1 - sigma) x0 + sigma eps, and the network estimates
+v = eps - x0 (Lipman et al. 2023, arXiv:2210.02747; Esser et al. 2024, arXiv:2403.03206).
 """
 
 import copy
 import inspect
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends import flow, vp
+from backends import vp
 from solvers.process import FLOW, VE, Process
 from solvers.schedules import NoiseLevels
 
+FLOW_STEPS = 1000
+"""Flow-matching networks are usually given sigma times this."""
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 BETA_SCHEDULERS = tuple(
     f"{name}Scheduler"
@@ -32,41 +37,52 @@ BETA_SCHEDULERS = tuple(
         *("DPMSolverSDE", "UniPCMultistep", "DEISMultistep", "SASolver"),
     )
 )
+REFUSED = {
+    "rescale_betas_zero_snr": "its first level is without signal",
+    "stochastic_sampling": "it draws noise on the way",
+    "thresholding": "it thresholds every estimate",
+    "sigma_min": "it has levels of its own",
+    "sigma_max": "it has levels of its own",
+}
+SPACINGS = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+    *("shift_terminal", "invert_sigmas", "use_flow_sigmas"),
+)
 NEAR_NOISE = 0.99  # a first level of flow matching above this stands for pure noise
 NEAR_DATA = 0.02  # a last level of a table's grid must not leave more noise than this
 
 
 @dataclass(frozen=True)
-class Clock:
-    """How a network is told levels, what it sees of x, and what its answers mean.
+class Parametrization:
+    """Which timesteps stand for levels, what a network sees of x, and what its answers mean.
 
-    `spread` is for pipelines that tell timesteps apart from their shifted levels (CogView4):
+    `spread` is for pipelines that give timesteps apart from their shifted levels (CogView4):
     what the shift multiplied the odds of a level by.
     """
 
     process: Process
     prediction: str  # epsilon, v_prediction, sample; flow matching: flow
-    steps: int = flow.CLOCK
+    steps: int = FLOW_STEPS
     table: vp.Table | None = None  # of the VP process
     inverted: bool = False  # Mochi: time runs from noise at 0 to data at 1, and so does velocity
     spread: float = 1.0
     clip: float | None = None  # DDIM's clip_sample
 
     def timesteps(self, sigma: Tensor) -> Tensor:
-        """Levels [n] in float64 -> what the pipeline tells its network [n]."""
+        """Levels [n] in float64 -> what the pipeline gives its network [n]."""
         if self.table:
             return self.table.sigma_inv(sigma)
         plain = sigma / (sigma + self.spread * (1 - sigma))
         return (1 - plain if self.inverted else plain) * self.steps
 
     def seen(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What the network sees of x [B, *] at the levels [B] that it is told."""
+        """What the network sees of x [B, *] at these levels [B]."""
         return vp.scaled(x, sigma) if self.table else x
 
     def clean(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
-        """The network's output for x [B, *], told the levels sigma [B], as x0 [B, *]."""
+        """The network's output for x [B, *] at the levels sigma [B], as x0 [B, *]."""
         if not self.table:
-            return flow.clean(x, -sigma if self.inverted else sigma, output)
+            return flow_clean(x, -sigma if self.inverted else sigma, output)
         x0 = vp.clean(x, sigma, output, self.prediction)
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
@@ -76,32 +92,31 @@ class Clock:
         return self.process.alpha(wide) * x0 + wide * noise
 
 
-def clock_of(like: Any) -> Clock:
-    """The clock of a scheduler; ValueError names what cannot be served."""
+def flow_clean(x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+    """x0 = x - sigma v for x [B, *], sigma [B]."""
+    return x - vp.wide(sigma, x) * velocity.to(x.dtype)
+
+
+def parametrization_of(like: Any) -> Parametrization:
+    """That of a scheduler's model; ValueError names what cannot be served."""
     name, config = type(like).__name__, like.config
-    refused = {
-        "rescale_betas_zero_snr": "its first level is without signal",
-        "stochastic_sampling": "it draws noise on the way",
-        "thresholding": "it thresholds every estimate",
-        "sigma_min": "it has levels of its own",
-        "sigma_max": "it has levels of its own",
-    }
     if name not in (*FLOW_SCHEDULERS, *BETA_SCHEDULERS):
         served = "flow matching (Euler, Heun) and the discrete VP schedulers are"
         raise ValueError(f"{name} is not served: {served}")
-    for key, reason in refused.items():
+    for key, reason in REFUSED.items():
         if config.get(key):
             raise ValueError(f"{name} with {key}={config[key]} is not served: {reason}")
     prediction = config.get("prediction_type", "epsilon")
-    steps = config.get("num_train_timesteps", flow.CLOCK)
+    steps = config.get("num_train_timesteps", FLOW_STEPS)
     if config.get("use_flow_sigmas") and prediction != "flow_prediction":
         raise ValueError(f"{name} with use_flow_sigmas needs flow_prediction, not {prediction!r}")
     if name in FLOW_SCHEDULERS or config.get("use_flow_sigmas"):
-        return Clock(FLOW, "flow", steps, inverted=config.get("invert_sigmas", False))
+        return Parametrization(FLOW, "flow", steps, inverted=config.get("invert_sigmas", False))
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"{name} with timestep_type={config['timestep_type']} is not served")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
-    return Clock(VE, vp.prediction_of(config), steps, vp.table_of(config), clip=clip)
+    table = vp.table_of(config)
+    return Parametrization(VE, vp.prediction_of(config), steps, table, clip=clip)
 
 
 def plain_like(like: Any) -> dict[str, Any]:
@@ -112,7 +127,7 @@ def plain_like(like: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Course:
-    """A scheduler's own way from noise to data: N + 1 falling levels, N of them told."""
+    """A scheduler's own way from noise to data: N + 1 falling levels, timesteps for N of them."""
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
@@ -122,7 +137,7 @@ class Course:
 
 def course_of(
     like: Any,
-    clock: Clock,
+    model: Parametrization,
     steps: int | None = None,
     *,
     sigmas: Sequence[float] | None = None,
@@ -144,8 +159,7 @@ def course_of(
     own.set_timesteps(None if "sigmas" in given or "timesteps" in given else steps, **given)
     times = [float(t) for t in own.timesteps]
     if isinstance(getattr(own, "sigmas", None), Tensor):
-        levels = [float(s) for s in own.sigmas]
-        levels = [1 - s for s in levels] if clock.inverted else levels
+        levels = [1 - float(s) if model.inverted else float(s) for s in own.sigmas]
     else:
         last_alpha = getattr(own, "final_alpha_cumprod", torch.ones(()))
         alphas = torch.cat([own.alphas_cumprod[own.timesteps], last_alpha.reshape(1)])
@@ -153,7 +167,7 @@ def course_of(
     kept = [i for i, s in enumerate(levels) if i == 0 or s < levels[i - 1]]  # Heun's stand twice
     levels = [levels[i] for i in kept]
     first, last = float(getattr(own, "init_noise_sigma", 1.0)), 1.0
-    if clock.table and first == 1.0:
+    if model.table and first == 1.0:
         first, last = (1 + levels[0] ** 2) ** 0.5, (1 + levels[-1] ** 2) ** -0.5
     return Course(tuple(levels), tuple(times[i] for i in kept[: len(levels) - 1]), first, last)
 
@@ -166,24 +180,54 @@ def spread_of(like: Any, mu: float | None) -> float:
     return mu if like.config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-def levels_of(like: Any, clock: Clock, mu: float | None = None) -> NoiseLevels:
+def shifted_end(config: Mapping[str, Any]) -> float:
+    """The level of a scheduler's first timestep, the lowest that its model was trained on."""
+    end = 1 / config.get("num_train_timesteps", FLOW_STEPS)
+    shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
+    return end if config.get("use_dynamic_shifting") else shift * end / (1 + (shift - 1) * end)
+
+
+def levels_of(like: Any, model: Parametrization, mu: float | None = None) -> NoiseLevels:
     """The levels of a pipeline's model; `flowmatch` is its scheduler's own spacing, at this mu."""
-    if clock.table:
-        return clock.table.levels
-    low = flow.shifted_end(like.config)
-    return NoiseLevels(FLOW, low, 1.0, mu=mu, own=partial(table_grid, like, clock))
+    if model.table:
+        return model.table.levels
+    grid = partial(table_grid, like, model)
+    return NoiseLevels(FLOW, shifted_end(like.config), 1.0, mu=mu, own=grid)
 
 
-def table_grid(like: Any, clock: Clock, num_steps: int, mu: float | None) -> list[float]:
+def levels_at(like: Any, tokens: int) -> NoiseLevels:
+    """The levels of a flow-matching model for an image of so many tokens.
+
+    The dynamic shift is linear in their number. Raises ValueError for inverted levels.
+    """
+    like = getattr(like, "like", like)  # that of a pipeline whose scheduler is ours
+    config, mu = like.config, None
+    if config.get("use_dynamic_shifting"):
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        first, last = (
+            config.get(f"{n}_image_seq_len", d) for n, d in (("base", 256), ("max", 4096))
+        )
+        mu = low + (high - low) / (last - first) * (tokens - first)
+    model = parametrization_of(like)
+    if model.inverted:
+        raise ValueError("invert_sigmas in the scheduler's config is not served for this model")
+    levels = levels_of(like, model, mu)
+    linear = config.get("time_shift_type", "exponential") != "exponential"
+    if linear or any(config.get(name) for name in SPACINGS) or model.steps != FLOW_STEPS:
+        return levels
+    return replace(levels, own=None, shift=config.get("shift", 1.0) if mu is None else 1.0)
+
+
+def table_grid(like: Any, model: Parametrization, num_steps: int, mu: float | None) -> list[float]:
     """The levels [num_steps] of a table on a flow-matching scheduler's own spacing.
 
     A table starts at noise and ends where next to none is left, without a last step to 0. Some
     schedulers space n calls and the 0: there, the last level is that of the first timestep.
     """
-    *levels, _ = course_of(like, clock, num_steps, mu=mu).sigmas
+    *levels, _ = course_of(like, model, num_steps, mu=mu).sigmas
     if levels[-1] > NEAR_DATA or len(levels) != num_steps:
-        end = flow.shifted_end(like.config)
-        *levels, _ = course_of(like, clock, num_steps - 1, mu=mu).sigmas
+        end = shifted_end(like.config)
+        *levels, _ = course_of(like, model, num_steps - 1, mu=mu).sigmas
         levels = [*(s for s in levels if s > end), end]
     if levels[0] > NEAR_NOISE:
         levels[0] = 1.0

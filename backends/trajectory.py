@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.clock import Clock
+from backends.parametrization import Parametrization
 from solvers.field import Rates, of_points
 from solvers.integrate import Loop
 from solvers.process import Level
 from solvers.sampler import Sampler
+
+LEVELS = ("network_sigma", "sigma")
 
 
 class Asked(Exception):
     """Raised where a step asks for an answer that is not there yet."""
 
     def __init__(self, x: Tensor, sigma: Level, network_sigma: Level, rates: Rates | None) -> None:
-        """x [B, K, *], at levels [1 or B, K, 1...] or one, and those that the network is told."""
+        """x [B, K, *], at levels [1 or B, K, 1...] or one, and those that the network is given."""
         super().__init__()
-        self.x, self.sigma, self.rates = x, sigma, rates
-        self.network_sigma = network_sigma
+        self.x, self.sigma, self.network_sigma, self.rates = x, sigma, network_sigma, rates
 
 
 @dataclass(frozen=True)
@@ -53,87 +54,64 @@ class Answers:
             level = sigma if network_sigma is None else network_sigma
             own = of_points(self.rates, x.shape[1]) if rates is None else rates
             raise Asked(x, sigma, level, own)
-        d = self.slopes[len(self.used)]
-        self.used.append(d)
-        self.record(d)
-        return d
+        self.used.append(self.slopes[len(self.used)])
+        self.record(self.used[-1])
+        return self.used[-1]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a sampler asks of the network at once."""
-
-    interval: int
-    sigma: tuple[float, ...]  # of x at each of the K points
-    network_sigma: tuple[float, ...]  # the level that the network is told there
-    first: bool  # of its interval
-    rates: tuple[float, ...] | None = None  # guidance at each point, where the table has its own
-
-    @property
-    def single(self) -> bool:
-        """Whether there is one point alone."""
-        return len(self.sigma) == 1
-
-
-def requests_of(sampler: Sampler) -> list[Request]:
-    """A sampler's requests in order, seen by running it on nothing."""
-    requests: list[Request] = []
-    loop, slopes = Loop.start(torch.zeros(1, 1)), []
-    while loop.index < len(sampler.sigmas) - 1:
-        try:
-            loop, slopes = sampler.advance(answering(slopes), loop), []
-        except Asked as asked:
-            ends = asked.sigma, asked.network_sigma
-            sigma, network_sigma = (per_point(s, asked.x.shape[1]) for s in ends)
-            rates = asked.rates
-            if isinstance(rates, Tensor):
-                raise ValueError("a table for each image is for our own loop") from None
-            requests.append(Request(loop.index, sigma, network_sigma, not slopes, rates))
-            slopes = [*slopes, torch.zeros_like(asked.x)]
-    return requests
-
-
-def answering(slopes: list[Tensor]) -> Any:
-    """A field that knows these slopes."""
-    return Answers(slopes)
-
-
-def per_point(level: Level, k: int) -> tuple[float, ...]:
-    """A level for each of K points."""
-    if isinstance(level, Tensor):
-        return tuple(level.detach().reshape(-1).expand(k).tolist())
-    return (level,) * k
+def advanced(sampler: Sampler, loop: Loop, slopes: list[Tensor]) -> Loop:
+    """The loop after a step with these slopes; Asked where it needs one more."""
+    answers: Any = Answers(slopes)
+    return sampler.advance(answers, loop)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the pipeline's network: a request, and which of its points it answers."""
+    """One call of the pipeline's network: some of the K points of a request of a sampler."""
 
-    request: Request
+    interval: int
     points: slice
+    k: int
+    sigma: tuple[float, ...]  # of x, for each copy of an image
+    network_sigma: tuple[float, ...]  # the level that the network is given there
+    rates: tuple[float, ...] | None = None  # guidance there, where the table has its own
+    first: bool = False  # of its interval
     blank: bool = False  # the answer is not used: x moves to where the first request is
 
-    def spread(self, levels: tuple[float, ...], copies: int) -> list[float]:
-        """The levels of the call's points, one for each copy of an image."""
-        here = levels[self.points]
-        return list(here) if len(here) == copies else [here[0]] * copies
 
+def calls_of(sampler: Sampler, copies: int) -> list[Call]:
+    """A sampler's calls in order, seen by running it on nothing.
 
-def calls_of(requests: list[Request], copies: int, blank: bool) -> list[Call]:
-    """The calls of a pipeline: one a request where its points are copies, else one a point.
-
-    Raises ValueError where a request's points are not as many as the copies.
+    A request is one call where its points are copies, else one call a point. Raises ValueError
+    where they are not as many as the copies.
     """
-    calls = [Call(requests[0], slice(0, 1), blank=True)] if blank else []
-    for request in requests:
-        k = len(request.sigma)
-        if copies == 1:
-            calls += [Call(request, slice(i, i + 1)) for i in range(k)]
-        elif k in (1, copies):
-            calls.append(Call(request, slice(0, k)))
-        else:
-            raise ValueError(f"{k} points do not go into {copies} rows of an image")
+    calls: list[Call] = []
+    loop, slopes = Loop.start(torch.zeros(1, 1)), []
+    while loop.index < len(sampler.sigmas) - 1:
+        try:
+            loop, slopes = advanced(sampler, loop, slopes), []
+        except Asked as asked:
+            k, rates = asked.x.shape[1], asked.rates
+            if isinstance(rates, Tensor):
+                raise ValueError("a table for each image is for our own loop") from None
+            if copies > 1 and k not in (1, copies):
+                raise ValueError(f"{k} points do not go into {copies} rows of an image") from None
+            for i in range(k if copies == 1 else 1):
+                points = slice(i, i + 1) if copies == 1 else slice(0, k)
+                levels = [asked.sigma, asked.network_sigma, *([rates] if rates else [])]
+                each = [per_copy(level, k, points, copies) for level in levels]
+                first = not slopes and i == 0
+                calls.append(Call(loop.index, points, k, *each, first=first))
+            slopes = [*slopes, torch.zeros_like(asked.x)]
     return calls
+
+
+def per_copy(level: Any, k: int, points: slice, copies: int) -> tuple[float, ...]:
+    """Levels of a request's points, or its one level, for each copy of an image."""
+    if isinstance(level, Tensor):
+        level = level.detach().reshape(-1).expand(k).tolist()
+    here = tuple(level if isinstance(level, list | tuple) else [level] * k)[points]
+    return here if len(here) == copies else here[:1] * copies
 
 
 @dataclass
@@ -146,7 +124,7 @@ class Trajectory:
     """
 
     sampler: Sampler
-    clock: Clock
+    model: Parametrization
     copies: int = 1
     still: bool = False
     rate: float | None = None
@@ -158,16 +136,15 @@ class Trajectory:
     rows: Tensor | None = None  # what the pipeline was handed last, exactly
 
     def __post_init__(self) -> None:
-        requests = requests_of(self.sampler)
-        self.moved = any(sigma != self.sampler.sigmas[0] for sigma in requests[0].sigma)
-        self.calls = calls_of(requests, self.copies, self.still and self.moved)
-        levels = [c.spread(c.request.network_sigma, self.copies) for c in self.calls]
-        self.network_sigma = self.table(levels)
-        self.at = self.table([c.spread(c.request.sigma, self.copies) for c in self.calls])
-
-    def table(self, rows: list[list[float]]) -> Tensor:
-        """Levels [calls, C] in float64."""
-        return torch.tensor(rows, dtype=torch.float64)
+        self.calls = calls_of(self.sampler, self.copies)
+        self.moved = any(sigma != self.sampler.sigmas[0] for sigma in self.calls[0].sigma)
+        if self.still and self.moved:
+            one = {n: getattr(self.calls[0], n)[:1] * self.copies for n in LEVELS}
+            self.calls.insert(0, replace(self.calls[0], **one, points=slice(0, 1), blank=True))
+        self.network_sigma, self.at = (
+            torch.tensor([getattr(call, name) for call in self.calls], dtype=torch.float64)
+            for name in LEVELS
+        )  # [calls, C]
 
     @property
     def branches(self) -> int:
@@ -182,24 +159,15 @@ class Trajectory:
         return self.calls[self.index]
 
     @property
-    def left(self) -> int:
-        """How many calls are to come."""
-        return len(self.calls) - self.index
-
-    @property
     def alike(self) -> bool:
         """Whether the copies of an image are the same in the next call."""
-        return self.now.blank or self.now.request.single
+        return self.now.blank or self.now.k == 1
 
     @property
     def beginnings(self) -> list[int]:
         """The calls at which images may begin: those that open an interval."""
-        before = [None, *(call.request for call in self.calls)]
-        return [
-            i
-            for i, call in enumerate(self.calls)
-            if call.request.first and call.request is not before[i]
-        ]
+        opening = [i for i, call in enumerate(self.calls) if call.first]
+        return [i for i in opening if not (i and self.calls[i - 1].blank)]
 
     def begin(self, index: int) -> None:
         """Begin at this call; ValueError inside an interval, whose start is not there."""
@@ -213,18 +181,17 @@ class Trajectory:
         if index != self.first:
             self.index, self.first, self.loop = index, index, None
 
-    def level(self) -> list[float]:
+    def level(self) -> tuple[float, ...]:
         """The level of x in the next call, for each copy of an image."""
         if self.loop is None or self.now.blank:
-            return [self.sampler.sigmas[self.now.request.interval]] * self.copies
-        return self.now.spread(self.now.request.sigma, self.copies)
+            return (self.sampler.sigmas[self.now.interval],) * self.copies
+        return self.now.sigma
 
     def start(self, x: Tensor) -> Tensor:
         """Set out from x [B, *] -> the rows of the first call, in float32."""
-        self.loop = replace(Loop.start(x), index=self.now.request.interval)
+        self.loop = replace(Loop.start(x), index=self.now.interval)
         self.sampler = self.sampler.at(self.loop.x)
-        self.at = self.at.to(self.loop.x)
-        self.network_sigma = self.network_sigma.to(self.loop.x)
+        self.at, self.network_sigma = self.at.to(self.loop.x), self.network_sigma.to(self.loop.x)
         self.answers, self.points = [], []
         return self.turned()
 
@@ -233,8 +200,7 @@ class Trajectory:
         assert self.loop is not None
         while self.loop.index < len(self.sampler.sigmas) - 1:
             try:
-                self.loop = self.sampler.advance(answering(self.answers), self.loop)
-                self.answers = []
+                self.loop, self.answers = advanced(self.sampler, self.loop, self.answers), []
             except Asked as asked:
                 x = self.loop.x if self.now.blank else asked.x[:, self.now.points]
                 x = x.expand(-1, self.copies, *x.shape[2:]).flatten(0, 1)
@@ -260,7 +226,7 @@ class Trajectory:
         elif self.moved and not self.still:
             x = replace(self, rate=None).start(x[:: self.copies])
         level = self.network_sigma[self.index].to(x).repeat(len(x) // self.copies)
-        return self.clock.seen(x, level).to(sample.dtype)
+        return self.model.seen(x, level).to(sample.dtype)
 
     def answer(self, sample: Tensor, output: Tensor) -> Tensor:
         """The network's output for a pipeline's rows -> the rows of the next call, or x [B, *]."""
@@ -272,16 +238,16 @@ class Trajectory:
             x = self.edited(sample)
         assert self.loop is not None
         assert self.rows is not None
-        if call.request.first and call.points.start == 0:  # an edit of x goes on from here
+        if call.first:  # an edit of x goes on from here
             self.loop = replace(self.loop, x=self.loop.x + self.images(x - self.rows)[:, None])
         level, at = self.network_sigma[self.index], self.at[self.index]
         self.index += 1
         if not call.blank:
-            x0 = self.clock.clean(x, level.repeat(len(x) // self.copies), output)
+            x0 = self.model.clean(x, level.repeat(len(x) // self.copies), output)
             d = self.guided(x, x0, call)
             d = d / at.reshape(1, -1, *[1] * (d.ndim - 2))
-            self.points.append(d[:, :1] if call.request.single else d)
-            if call.points.stop == len(call.request.sigma):
+            self.points.append(d[:, :1] if call.k == 1 else d)
+            if call.points.stop == call.k:
                 self.answers.append(torch.cat(self.points, 1))
                 self.points = []
         return self.turned()
@@ -292,7 +258,7 @@ class Trajectory:
         x, x0 = x.unflatten(0, shape), x0.unflatten(0, shape)
         if self.rate is None:
             return x[0] - x0[0]
-        rates = call.spread(call.request.rates or (self.rate,) * self.copies, self.copies)
+        rates = call.rates or (self.rate,) * self.copies
         if len(set(rates)) == 1:
             return x[0] - x0[1].lerp(x0[0], rates[0])
         each = zip(x0[1].unbind(1), x0[0].unbind(1), rates, strict=True)

@@ -1,0 +1,145 @@
+"""A pipeline with other parts for a while: its scheduler, its latents, prompts encoded once."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+PLAIN = (str, int, float, type(None), torch.device, torch.dtype)
+ADAPTERS = ("scaling", "merged_adapters", "_active_adapter", "_disable_adapters", "_lora_scale")
+"""What peft's and diffusers' LoRA layers hold apart from their weights."""
+MOST_PROMPTS = 256
+
+
+@contextmanager
+def lent(pipe: Any, attributes: dict[str, Any]) -> Iterator[None]:
+    """A pipeline with these attributes, and as it was afterwards."""
+    before = {name: vars(pipe)[name] for name in attributes if name in vars(pipe)}
+    try:
+        for name, value in attributes.items():
+            setattr(pipe, name, value)
+        yield
+    finally:
+        for name in attributes:
+            vars(pipe).pop(name, None)
+        for name, value in before.items():
+            setattr(pipe, name, value)
+
+
+def with_latents(
+    prepare: Callable[..., Any],
+    before: Callable[[dict[str, Any]], None],
+    after: Callable[[Tensor, list[Any]], list[Any]],
+) -> Callable[..., Any]:
+    """A pipeline's prepare_latents: `before` may change its arguments, `after` what it returns."""
+    signature = inspect.signature(prepare)
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        before(bound.arguments)
+        result = prepare(*bound.args, **bound.kwargs)
+        latents, *others = result if isinstance(result, tuple | list) else (result,)
+        results = after(latents, others)
+        return type(result)(results) if isinstance(result, tuple | list) else results[0]
+
+    return prepared
+
+
+@dataclass
+class CachedPrompts:
+    """A pipeline's encode_prompt that encodes each distinct text once, alone where it can be.
+
+    The copies of a prompt stand side by side in all that it gives: some pipelines (LTX, Mochi,
+    Sana, Lumina2) lay masks out in another order. Results are kept while the text encoders are
+    the same: their weights, their adapters, the tokenizers' words.
+    """
+
+    pipe: Any
+    results: dict[str, Any] = field(default_factory=dict)
+    encoders: Any = None
+
+    def installed(self) -> Callable[..., Any]:
+        """What takes the place of the pipeline's encode_prompt for a call of the pipeline."""
+        encode, encoders = self.pipe.encode_prompt, state_of_encoders(self.pipe)
+        if encoders is None or encoders != self.encoders or len(self.results) > MOST_PROMPTS:
+            self.results.clear()
+        self.encoders = encoders
+        signature = inspect.signature(encode)
+
+        def recall(arguments: dict[str, Any]) -> Any:
+            key = repr(sorted(arguments.items()))
+            if key not in self.results:
+                self.results[key] = encode(**arguments)
+            return self.results[key]
+
+        def encoded(*args: Any, **kwargs: Any) -> Any:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            counts = [name for name in COUNTS if name in given]
+            copies = given[counts[0]] if counts else 1
+            given |= dict.fromkeys(counts, 1)
+            embeds, texts = given.get("prompt_embeds"), given.get("prompt")
+            one = isinstance(texts, str)
+            rows = len(embeds) if embeds is not None else 1 if one else len(texts or [])
+            if texts is None or not all(map(is_plain, given.values())):
+                result = encode(**given)
+            elif one:
+                result = recall(given)
+            else:
+                lists = {n: v for n, v in given.items() if isinstance(v, list) and len(v) == rows}
+                each = [given | {n: [v[i]] for n, v in lists.items()} for i in range(rows)]
+                result = joined([recall(one) for one in each])
+                result = recall(given) if result is None else result
+
+            def repeated(value: Any) -> Any:
+                is_rows = isinstance(value, Tensor) and len(value) == rows
+                return value.repeat_interleave(copies, 0) if is_rows and copies > 1 else value
+
+            return tuple(map(repeated, result)) if isinstance(result, tuple) else repeated(result)
+
+        return encoded
+
+
+def is_plain(value: Any) -> bool:
+    """Whether two such values are the same where they are written alike."""
+    return all(isinstance(v, PLAIN) for v in (value if isinstance(value, list) else [value]))
+
+
+def state_of_encoders(pipe: Any) -> Any:
+    """All that embeddings depend on besides their texts; None where that cannot be read.
+
+    Of every tensor which one it is, how often it was changed in place, and a number in it, as
+    what goes through `.data` does not count as a change.
+    """
+    parts = {n: p for n, p in pipe.components.items() if n.startswith(("text_enc", "tokenizer"))}
+    networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    tensors = [t for network in networks for t in network.parameters() if t.numel()]
+    if any(t.is_meta or t.is_inference() for t in tensors):
+        return None
+    layers = [vars(layer) for network in networks for layer in network.modules()]
+    adapters = [repr([own[name] for name in ADAPTERS if name in own]) for own in layers]
+    words = [len(part) for n, part in parts.items() if n.startswith("tokenizer") and part]
+    numbers = [(id(t), t._version, t.detach()[(0,) * t.ndim].item()) for t in tensors]
+    return [id(part) for part in parts.values()], adapters, words, numbers
+
+
+def joined(parts: list[Any]) -> Any:
+    """What texts gave one by one as what they give together; None where that is not the same."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], tuple):
+        columns = [joined(list(column)) for column in zip(*parts, strict=True)]
+        absent = [c is None and p is not None for c, p in zip(columns, parts[0], strict=True)]
+        return None if any(absent) else tuple(columns)
+    if isinstance(parts[0], list):
+        return [row for part in parts for row in part]
+    if not all(isinstance(part, Tensor) and part.shape == parts[0].shape for part in parts):
+        return None
+    if len(parts[0]) == 1:
+        return torch.cat(parts)
+    same = parts[0].ndim == 2 and all(torch.equal(part, parts[0]) for part in parts)
+    return parts[0] if same else None  # FLUX's places of tokens are those of every text
