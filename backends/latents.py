@@ -55,10 +55,11 @@ class Texts:
         """The embeddings of these texts, one row each."""
         for text in texts:
             if text not in self.cache:
-                if self.encoder is None:
+                encoder = self.encoder
+                if encoder is None:
                     reason = f"the text encoders were let go before {text[:80]!r} was encoded"
                     raise ValueError(reason)
-                self.cache[text] = {n: t.cpu() for n, t in self.encoder(text).items()}
+                self.cache[text] = {n: t.cpu() for n, t in encoder(text).items()}
         rows = [self.cache[text] for text in texts]
         return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
 
