@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import click
 import torch
 
-from backends.base import SCHEDULES, Backend, ModelOptions
+from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.load import backbone_of, check_fit, load_backend
+from backends.load import backbone_of, check_fit, load_backend, usual_size
 from backends.spread import spread
 from solvers.predictor import Predictor, find_predictor, load_predictor
-from solvers.recipe import FLOW_BACKENDS
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, parse_name
+from solvers.schedules import SCHEDULES
 from src import ranks
 from src.files import to_json
 from src.options import BoolFlag, Number, OneLineCommand, SeedList, check_decided, model_options
@@ -117,13 +117,11 @@ def main(ctx: click.Context, **options: Any) -> None:
 
 
 def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | None) -> Backend:
-    """The backend; without --resolution, a flow model's is that of the predictor."""
+    """The backend; without --resolution, a text-to-image model's is that of the predictor."""
     if options["release_encoders"] and not texts:
         raise ValueError("--release_encoders needs --prompt or --prompt-file")
     opening = {f.name: options[f.name] for f in fields(ModelOptions) if f.name in options}
-    side = predictor.recipe.img_resolution if predictor else None
-    if side and predictor and predictor.recipe.backend in FLOW_BACKENDS and not options["size"]:
-        opening["size"] = (side, side)
+    opening["size"] = options["size"] or usual_size(predictor and predictor.recipe)
     if options["release_encoders"]:
         opening["encode_first"] = tuple(dict.fromkeys(texts))
     where = {"device": options["device"], "dtype": options["dtype"]}

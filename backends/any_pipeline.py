@@ -53,7 +53,6 @@ class OneCall:
 
     @property
     def config(self) -> Any:
-        """The pipeline's own scheduler's."""
         return self.like.config
 
     def set_timesteps(
@@ -147,12 +146,12 @@ class Opened:
         rates = given.get("rate", torch.ones(len(x))).tolist()
         rows = one_time(self.pipe) is None
         kinds = rates if rows else list(zip(rates, sigma.tolist(), strict=True))
-        if len(set(kinds)) == 1:  # what one call can have one of
-            return self.ask(x, sigma, texts, rates[0], rows)
         x0 = torch.empty_like(x)
-        for kind in dict.fromkeys(kinds):
+        for kind in dict.fromkeys(kinds):  # what one call can have one of
             at = [i for i, other in enumerate(kinds) if other == kind]
-            x0[at] = self.ask(x[at], sigma[at], [texts[i] for i in at], rates[at[0]], rows)
+            where = slice(None) if len(at) == len(x) else at
+            own = [texts[i] for i in at]
+            x0[where] = self.ask(x[where], sigma[where], own, rates[at[0]], rows)
         return x0
 
     def ask(self, x: Tensor, sigma: Tensor, texts: list[str], rate: float, rows: bool) -> Tensor:

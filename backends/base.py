@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.field import Condition, Denoiser, Guided
-from solvers.schedules import SCHEDULES, NoiseLevels, Timesteps
-
-__all__ = ["SCHEDULES", "NoiseLevels", "Timesteps"]  # of solvers.schedules, for backends
+from solvers.schedules import NoiseLevels
 
 Prompt: TypeAlias = str | int | None
 """What one image is asked for: a text, a class number, or nothing."""

@@ -159,11 +159,7 @@ class EDMNetwork(nn.Module):
         return (rows(scaling.skip) * state + rows(scaling.out) * out.to(state)).to(x.dtype)
 
     def cast(self, dtype: torch.dtype) -> "EDMNetwork":
-        """Run the network in `dtype`, in place.
-
-        The noise embedding keeps its own precision, which matters more than its time: its
-        frequencies stay as they are, its layers are float32 at least.
-        """
+        """Run the network in `dtype`, in place."""
         for name, module in self.model.named_modules():
             if name == "map_noise" or next(module.children(), None) is not None:
                 continue
@@ -308,12 +304,7 @@ def opened(path: Path) -> EDMNetwork:
 
 
 def read_pickled(path: Path) -> Stored:
-    """The network under "ema" of an NVIDIA pickle, nothing of which is run.
-
-    Each object of its layout holds `_init_args` and `_init_kwargs` beside the state of nn.Module.
-    Raises ValueError, in one line with the path, on a broken or hostile file, and on one whose
-    "ema" is missing or is not a preconditioned network that we know.
-    """
+    """The network under "ema" of an NVIDIA pickle, nothing of which is run."""
     content = read_pickle(path)
     ema: object = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(ema, Inert):

@@ -7,19 +7,17 @@ arXiv:2206.00364, appendix C and F (what EDM runs of them).
 Shapes: B batch, C channels, H = W = img_resolution, E embedding channels, L classes, A
 augmentation labels. A network maps x [B, C, H, W], noise [B], labels [B, L] and augment [B, A] to
 [B, C, H, W]. Weights start at zero and norms at one: nothing here draws random numbers but dropout
-in training and `initialise`, from its generator.
+in training.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import pi, prod, sqrt
+from math import pi, sqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
-
-__all__ = ["UNet", "build_unet", "initialise"]
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -261,11 +259,7 @@ class UNet(nn.Module):
         return x if self.is_song else self.out_conv(F.silu(self.out_norm(x)))
 
     def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Noise [B], labels [B, L] and augment [B, A] -> embedding [B, E].
-
-        No labels are "no class", a row of zeros. SongUNet embeds labels with the noise, and has
-        its sines first; DhariwalUNet adds them behind the layers.
-        """
+        """Noise [B], labels [B, L] and augment [B, A] -> embedding [B, E]."""
         dtype = self.map_layer0.weight.dtype
         emb = self.map_noise(noise).to(dtype)
         label = 0
@@ -415,25 +409,3 @@ def wanted(name: str, value: Any) -> str:
         return "" if isinstance(value, int | float) and 0 <= value < 1 else "in [0, 1)"
     lowest = 0 if name in ("label_dim", "augment_dim") else 1
     return "" if isinstance(value, int) and value >= lowest else f"a whole number from {lowest}"
-
-
-def initialise(unet: nn.Module, generator: Generator) -> None:
-    """Fill the weights in place for training, every draw from `generator`.
-
-    Xavier-uniform weights, zero biases, residual branches that start near zero, attention at a
-    fifth of the variance, Fourier frequencies N(0, 16^2) (Karras et al. 2022, appendix F.5).
-    """
-    with torch.no_grad():
-        for name, p in unet.named_parameters():
-            if p.ndim < 2:
-                continue
-            fan_in, fan_out = p[0].numel(), p.shape[0] * prod(p.shape[2:])
-            layer = name.rsplit(".", 2)[-2]
-            gain = sqrt(0.2) if layer == "qkv" else 1.0
-            if layer in ("conv1", "proj", "out_conv") or layer.endswith("_aux_conv"):
-                gain = 1e-5
-            bound = sqrt(6 / (fan_in + fan_out)) * gain
-            p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
-        for name, buffer in unet.named_buffers():
-            if name.endswith("map_noise.freqs") and "map_noise.freqs" in unet.state_dict():
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 16)

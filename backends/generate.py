@@ -5,14 +5,13 @@ Shapes: B images of a batch, * one latent, [B, C, H, W] images in [0, 1].
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from backends.base import Backend, Prompt
 from solvers.classic import EDM
-from solvers.field import Condition, Denoiser, Field, Tally
+from solvers.field import Field, Tally
 from solvers.sampler import Sampler
 from src.seeds import randn
 
@@ -26,7 +25,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """What a batch of jobs became, and what it cost."""
 
     jobs: tuple[Job, ...]
@@ -44,15 +43,15 @@ def generate(
     batch: int,
     trajectory: bool = False,
     points_chunk: int | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """The jobs' images, `batch` of them at a time; an image depends on its own job alone.
 
     `trajectory` keeps every state on the way; `points_chunk` bounds how many of the K points go
     to the network at once, where memory is short. Raises ValueError for a prompt that the
     backend cannot take, or guidance without prompts.
     """
-    rest = iter(jobs)
-    while part := tuple(islice(rest, batch)):
+    for start in range(0, len(jobs), batch):
+        part = tuple(jobs[start : start + batch])
         yield sample(backend, sampler, part, trajectory, points_chunk)
 
 
@@ -63,35 +62,24 @@ def sample(
     jobs: tuple[Job, ...],
     trajectory: bool,
     points_chunk: int | None,
-) -> Batch:
+) -> ImageBatch:
     """One batch of images."""
     seeds = [job.seed for job in jobs]
     cond = backend.encode([job.prompt for job in jobs])
-    field = Field(guided(backend, sampler, cond), cond, points_chunk)
+    backend.guided(sampler.strongest, cond)  # refused where it cannot be had
+    field = Field(backend.guided(sampler.guidance_rate, cond), cond, points_chunk)
     dtype = torch.promote_types(backend.dtype, torch.float32)
-    noise = randn(seeds, backend.shape, device=backend.device, dtype=dtype)
-    x = noise * sampler.sigmas[0]
+    x = randn(seeds, backend.shape, device=backend.device, dtype=dtype) * sampler.sigmas[0]
+    if isinstance(sampler.solver, EDM):  # each image's churn is drawn by its own seed
+
+        def noise(index: int, x: Tensor) -> Tensor:
+            drawn = randn(seeds, tuple(x.shape[2:]), stream=f"churn/{index}", device=x.device)
+            return drawn.to(x).unsqueeze(1)
+
+        sampler = replace(sampler, solver=replace(sampler.solver, noise=noise))
     states: list[Tensor] = []
-    for state in churned(sampler, seeds).states(field, x):
+    for state in sampler.states(field, x):
         x = state
         if trajectory:
             states.append(x)
-    return Batch(jobs, x, backend.decode(x), tuple(states), field.tally)
-
-
-def guided(backend: Backend, sampler: Sampler, cond: Condition | None) -> Denoiser:
-    """The denoiser under the sampler's guidance; ValueError where a rate cannot be had."""
-    backend.guided(sampler.strongest, cond)
-    return backend.guided(sampler.guidance_rate, cond)
-
-
-def churned(sampler: Sampler, seeds: Sequence[int]) -> Sampler:
-    """The sampler whose churn, if it is EDM's, draws each image's noise by its own seed."""
-    if not isinstance(sampler.solver, EDM):
-        return sampler
-
-    def noise(index: int, x: Tensor) -> Tensor:
-        drawn = randn(seeds, tuple(x.shape[2:]), stream=f"churn/{index}", device=x.device)
-        return drawn.to(x).unsqueeze(1)
-
-    return replace(sampler, solver=replace(sampler.solver, noise=noise))
+    return ImageBatch(jobs, x, backend.decode(x), tuple(states), field.tally)

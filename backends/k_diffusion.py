@@ -1,15 +1,15 @@
 """Learned solvers in the style of k-diffusion, which ComfyUI's sampler nodes call.
 
 The K points of a step are rows of one call, all samples at the first point, then all at the
-second and so on: a model that repeats its conditions by tiling needs to know nothing of it. A
-model that keeps tensors of B rows (ComfyUI's masks) is called point by point.
+second and so on: a model that repeats its conditions by tiling needs nothing else. A model that
+keeps tensors of B rows (ComfyUI's masks) is called point by point.
 """
 
 import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from tqdm import trange
 
 from backends import vp
-from solvers.epd import EPD, Directions, Table
+from solvers.epd import EPD, Directions
 from solvers.field import Condition, Field
-from solvers.integrate import Loop, Point
+from solvers.integrate import Loop
 from solvers.predictor import Predictor, levels_of
 from solvers.process import FLOW, VE
 from solvers.recipe import for_flow
 from solvers.sampler import Sampler
 
-Model = Callable[..., Tensor]
+KModel = Callable[..., Tensor]
 """(x [B, *], sigma [B], **extra_args) -> denoised [B, *]."""
 Callback = Callable[[dict[str, Any]], object]
 EVEN = (1 / 3, 2 / 3)
@@ -37,7 +37,7 @@ SAME_LEVEL = 0.01
 
 @torch.no_grad()
 def sample_epd(
-    model: Model,
+    model: KModel,
     x: Tensor,
     sigmas: Tensor,
     extra_args: Mapping[str, Any] | None = None,
@@ -68,13 +68,15 @@ def sample_epd(
         loop = sampler.advance(ask, loop)
         if callback:
             now, sigma = loop.past[0], sigmas[i]
+            # of x0 at the start of the step, without a call for the caller's sake
+            x0 = now.x0 if "d" in vars(now) else now.x - now.sigma * loop.slopes[0]
             report = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
-            callback(report | {"denoised": denoised(now, loop).squeeze(1)})
+            callback(report | {"denoised": x0.squeeze(1)})
     return loop.x.squeeze(1)
 
 
 def epd_sampler(predictor: Predictor) -> Callable[..., Tensor]:
-    """`sample_epd` with this predictor, for callers that know its first six arguments alone."""
+    """`sample_epd` with this predictor, for callers that give its first six arguments alone."""
     return partial(sample_epd, predictor=predictor)
 
 
@@ -90,46 +92,30 @@ def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
     """A predictor on a host's levels, or on the last of its own; an even table without one."""
     steps = sum(sigma > 0 for sigma in grid) - 1
     if predictor is None:
-        return Sampler(EPD(even_table(steps)), tuple(grid))
+        r = torch.tensor(EVEN, dtype=torch.float64).repeat(max(steps, 1), 1)
+        one = torch.ones_like(r)
+        return Sampler(EPD(Directions(r, one / len(EVEN), one, one)), tuple(grid))
     process = FLOW if for_flow(predictor.recipe) else VE
-    solver, afs = predictor.solver(process), predictor.recipe.afs
     if predictor.table.guidance is not None:
         raise ValueError("this predictor guides by itself, and here the host does")
     own, rows = learned_sigmas(predictor), predictor.recipe.num_steps - 1
     cut = rows - steps
-    if cut and (own is None or cut < 0 or not same(grid[: steps + 1], own[cut:])):
+    same = own is not None and cut >= 0 and all(
+        math.isclose(a, b, rel_tol=SAME_LEVEL) for a, b in zip(grid, own[cut:], strict=False)
+    )  # fmt: skip
+    if cut and not same:
         raise ValueError(
             f"{steps + 1} levels above 0 for a predictor of {rows + 1}: take its own, "
             "learned_sigmas(predictor), or the last of them"
         )
-    if own is None or not same(grid[: steps + 1], own[cut:]):
+    if not same:
         text = "none that are written down" if own is None else ", ".join(f"{s:.4g}" for s in own)
         warnings.warn(f"the predictor was learned on other levels: {text}", stacklevel=3)
-    solver = replace(solver, table=cut_table(predictor.table, cut))
-    return Sampler(solver, tuple(grid), process, afs and not cut)
-
-
-def same(grid: list[float], own: tuple[float, ...]) -> bool:
-    """Whether levels are those of a table."""
-    return all(math.isclose(a, b, rel_tol=SAME_LEVEL) for a, b in zip(grid, own, strict=True))
-
-
-def cut_table(table: Table, first: int) -> Any:
-    """A table without its first rows."""
-    rows = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
-    return replace(table, **{n: t[first:] for n, t in rows.items() if isinstance(t, Tensor)})
-
-
-def even_table(steps: int) -> Directions:
-    """The same two points in every step, nothing learned."""
-    r = torch.tensor(EVEN, dtype=torch.float64).repeat(max(steps, 1), 1)
-    one = torch.ones_like(r)
-    return Directions(r, one / len(EVEN), one, one)
-
-
-def denoised(now: Point, loop: Loop) -> Tensor:
-    """What is known of x0 at the start of a step, without a call for the caller's sake."""
-    return now.x0 if "d" in vars(now) else now.x - now.sigma * loop.slopes[0]
+    table = predictor.table
+    tensors = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    last = {n: t[cut:] for n, t in tensors.items() if isinstance(t, Tensor)}
+    solver = replace(predictor.solver(process), table=replace(table, **last))
+    return Sampler(solver, tuple(grid), process, predictor.recipe.afs and not cut)
 
 
 @dataclass
@@ -139,27 +125,24 @@ class Tiled:
     Where it cannot be, as it keeps tensors of B rows itself, it is called for B rows at a time.
     """
 
-    model: Model
+    model: KModel
     extra_args: dict[str, Any]
     rows: int
-    apart: bool = field(default=False)
+    apart: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
         """x [k * B, *] at sigma [k * B] -> x0."""
         k = len(x) // self.rows
         if k > 1 and not self.apart:
+            tiled = {
+                name: v.repeat(k, *[1] * (v.ndim - 1))
+                if isinstance(v, Tensor) and v.ndim and len(v) == self.rows
+                else v
+                for name, v in self.extra_args.items()
+            }
             try:
-                return self.model(x, sigma, **self.tiled(k))
+                return self.model(x, sigma, **tiled)
             except RuntimeError:  # shapes that do not meet, or no memory for so many rows
                 self.apart = True
         parts = zip(x.split(self.rows), sigma.split(self.rows), strict=True)
         return torch.cat([self.model(*part, **self.extra_args) for part in parts])
-
-    def tiled(self, k: int) -> dict[str, Any]:
-        """The extra arguments for k times the rows."""
-        return {
-            name: v.repeat(k, *[1] * (v.ndim - 1))
-            if isinstance(v, Tensor) and v.ndim and len(v) == self.rows
-            else v
-            for name, v in self.extra_args.items()
-        }

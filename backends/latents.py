@@ -73,10 +73,7 @@ def texts_of(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def say_what_is_cut(text: str, *readers: tuple[Any, int]) -> None:
-    """Log which end of a text is beyond what its encoders read.
-
-    A reader is a tokenizer (or None) and the tokens that its encoder takes, marks included.
-    """
+    """Log which end of a text is beyond what its encoders read."""
     for tokenizer, limit in readers:
         tokens = tokenizer(text, truncation=False, verbose=False).input_ids if tokenizer else []
         if len(tokens) > limit:
@@ -122,10 +119,7 @@ def prepare_vae(vae: Any, options: ModelOptions) -> None:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1], by the VAE's scale and shift.
-
-    A VAE in float16 whose config says force_upcast decodes in float32.
-    """
+    """Latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1], by the VAE's scale and shift."""
     shift = vae.config.get("shift_factor") or 0.0
     x, dtype = latents / vae.config.scaling_factor + shift, vae.dtype
     upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)

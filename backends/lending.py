@@ -110,11 +110,7 @@ def is_plain(value: Any) -> bool:
 
 
 def state_of_encoders(pipe: Any) -> Any:
-    """All that embeddings depend on besides their texts; None where that cannot be read.
-
-    Of every tensor which one it is, how often it was changed in place, and a number in it, as
-    what goes through `.data` does not count as a change.
-    """
+    """All that embeddings depend on besides their texts; None where that cannot be read."""
     parts = {n: p for n, p in pipe.components.items() if n.startswith(("text_enc", "tokenizer"))}
     networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     tensors = [t for network in networks for t in network.parameters() if t.numel()]
@@ -123,6 +119,7 @@ def state_of_encoders(pipe: Any) -> Any:
     layers = [vars(layer) for network in networks for layer in network.modules()]
     adapters = [repr([own[name] for name in ADAPTERS if name in own]) for own in layers]
     words = [len(part) for n, part in parts.items() if n.startswith("tokenizer") and part]
+    # which tensor, how often it was changed in place, and a number, as `.data` is not counted
     numbers = [(id(t), t._version, t.detach()[(0,) * t.ndim].item()) for t in tensors]
     return [id(part) for part in parts.values()], adapters, words, numbers
 

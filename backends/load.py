@@ -63,7 +63,8 @@ def load_backend(
     Raises ValueError, in one line, for a path that is no model.
     """
     path = find_model(name)
-    if (path / INDEX).is_file() or not path.exists() or is_single_file(path):
+    is_single_file = path.is_file() and path.suffix in (".ckpt", ".safetensors")
+    if (path / INDEX).is_file() or not path.exists() or is_single_file:
         from backends.pipelines import load_pipeline  # noqa: PLC0415 (diffusers, when asked for)
 
         return load_pipeline(str(path), device, dtype, options or ModelOptions())
@@ -74,11 +75,6 @@ def load_backend(
         return load_mixture(path, device)
     network = load_edm(path, device, dtype or torch.float32, channels_last=channels_last)
     return pixel_backend(network, device)
-
-
-def family(backend: Backend) -> str:
-    """Former name of `backend.family`."""
-    return backend.family
 
 
 @dataclass(frozen=True)
@@ -171,11 +167,6 @@ def cached(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, INDEX), str)
 
 
-def is_single_file(path: Path) -> bool:
-    """Whether it is one file with all the weights of a pipeline."""
-    return path.is_file() and path.suffix in (".ckpt", ".safetensors")
-
-
 def kind(folder: Path) -> str:
     """Which backend a folder is for; ValueError where config.json is not there or broken."""
     path = folder / "config.json"
@@ -183,6 +174,12 @@ def kind(folder: Path) -> str:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return config.get("backend", "edm")
+
+
+def usual_size(recipe: Recipe | None) -> tuple[int, int] | None:
+    """Height and width that a predictor was learned at; None on pixels and for published LDMs."""
+    side = recipe.img_resolution if recipe and recipe.backend not in {*ON_PIXELS, "ldm"} else None
+    return None if side is None else (side, side)
 
 
 def check_fit(recipe: Recipe, backend: Backend) -> None:

@@ -1,4 +1,4 @@
-"""A Gaussian mixture, whose denoiser is known exactly: no network, no error but the solver's."""
+"""A Gaussian mixture, whose denoiser is exact: no network, no error but the solver's."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from solvers.schedules import NoiseLevels
 from src.files import read_json
 
 CPU = torch.device("cpu")
-ENTRIES = ("means", "std", "weight")
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ def mixture_backend(
     dtype: torch.dtype = torch.float64,
 ) -> Backend:
     """A mixture as a backend, under the process of `levels`; a prompt is a component's number."""
-    shape = tuple(mixture.means.shape[1:])
-    count = len(mixture.weight)
+    shape, count = tuple(mixture.means.shape[1:]), len(mixture.weight)
     height, width = (1, 1, *shape)[-2:]
 
     def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -86,8 +84,7 @@ def mixture_backend(
 
 def load_mixture(folder: Path, device: torch.device = CPU) -> Backend:
     """The backend of a folder's mixture; ValueError for a file that is no mixture."""
-    mixture, levels = read_mixture(folder, device)
-    return mixture_backend(mixture, levels, device)
+    return mixture_backend(*read_mixture(folder, device), device)
 
 
 def read_mixture(folder: Path, device: torch.device = CPU) -> tuple[Mixture, NoiseLevels]:
@@ -99,31 +96,27 @@ def read_mixture(folder: Path, device: torch.device = CPU) -> tuple[Mixture, Noi
     """
     path = folder / "config.json"
     config = read_json(path)
-    missing = {"process", "shape", "means", "std", "weight"} - set(config)
-    if missing:
+    if missing := {"process", "shape", "means", "std", "weight"} - set(config):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-    means, std, weight = (numbers(config[key], f"{path}: {key}") for key in ENTRIES)
+
+    def numbers(name: str) -> Tensor:
+        try:
+            values = torch.tensor(config[name], dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {name} must be numbers") from error
+        if not values.ndim or not bool(values.isfinite().all()):
+            raise ValueError(f"{path}: {name} must be a list of finite numbers")
+        return values.to(device)
+
+    means, std, weight, shape = *map(numbers, ("means", "std", "weight")), config["shape"]
     count = len(means)
     if std.shape != (count,) or weight.shape != (count,) or not bool((std > 0).all()):
         raise ValueError(f"{path}: std and weight must each have {count} positive entries")
     if not math.isclose(weight.sum().item(), 1, abs_tol=1e-6) or not bool((weight >= 0).all()):
         raise ValueError(f"{path}: the weights must be >= 0 and sum to 1")
-    shape = config["shape"]
     if means.numel() != count * math.prod(shape):
         raise ValueError(f"{path}: means do not fit the shape {shape}")
     process = Process(config["process"])
     low, high = (0.001, 1.0) if process == FLOW else (0.002, 80.0)
     levels = NoiseLevels(process, config.get("sigma_min", low), config.get("sigma_max", high))
-    mixture = Mixture(*(t.to(device) for t in (means.reshape(count, *shape), std, weight)))
-    return mixture, levels
-
-
-def numbers(values: object, name: str) -> Tensor:
-    """A list of numbers, nested or not, in float64; ValueError, naming it, for anything else."""
-    try:
-        found = torch.tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers") from error
-    if not found.ndim or not bool(found.isfinite().all()):
-        raise ValueError(f"{name} must be a list of finite numbers")
-    return found
+    return Mixture(means.reshape(count, *shape), std, weight), levels

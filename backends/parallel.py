@@ -91,17 +91,17 @@ class Parallel:
     rows_of_guidance: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline returns for these arguments; the solver is the predictor's.
-
-        Raises ValueError for a number of steps that no predictor has, and a strength that would
-        begin inside a step of the solver.
-        """
+        """What the pipeline returns for these arguments; the solver is the predictor's."""
         defaults = parameters_of(self.pipe)
-        given = arguments(self.pipe, args, kwargs)
+        given: dict[str, Any] = (
+            inspect.signature(self.pipe.__call__).bind(*args, **kwargs).arguments
+        )
+        given = {**given, **given.pop("kwargs", {})}
         predictor = chosen(self.learned, given.get("num_inference_steps"), strict=True)
         rows = self.points == "rows"
         copies = predictor.recipe.num_points if rows else 1
-        scale, rate = guidance_of(self.pipe, given), None
+        name, rate = guidance_name(self.pipe), None
+        scale = 1.0 if name is None else given.get(name, defaults[name])
         if self.rows_of_guidance:
             rate = scale + 1 if family_of(self.pipe) in FROM_ZERO else scale
             given |= with_negatives(self.pipe, given)
@@ -129,18 +129,6 @@ class Parallel:
                 given["callback_on_step_end_tensor_inputs"] = inputs
         with installed(self.pipe, scheduler, self.prompts):
             return self.pipe(**given)
-
-
-def arguments(pipe: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a pipeline's call by name."""
-    bound = inspect.signature(pipe.__call__).bind(*args, **kwargs).arguments
-    return {**bound, **bound.pop("kwargs", {})}
-
-
-def guidance_of(pipe: Any, given: dict[str, Any]) -> float:
-    """The guidance rate of a call, in the pipeline's own counting."""
-    name = guidance_name(pipe)
-    return 1.0 if name is None else given.get(name, parameters_of(pipe)[name])
 
 
 def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +191,12 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
         parts["prepare_latents"] = laid_out(pipe.prepare_latents, scheduler)
         cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image
         if cut is not None:
-            parts["get_timesteps"] = lambda *args, **kwargs: as_times(*cut(*args, **kwargs))
+
+            def as_times(*args: Any, **kwargs: Any) -> tuple[Times, int]:
+                timesteps, steps = cut(*args, **kwargs)
+                return Times(timesteps), steps
+
+            parts["get_timesteps"] = as_times
     try:
         with lent(pipe, parts):
             yield
@@ -216,18 +209,12 @@ class Times(list[Tensor]):
     """Timesteps of which each is a row, for pipelines that ask one of them for every image."""
 
     def __getitem__(self, at: Any) -> Any:
-        """One, or several as such a list."""
         part = super().__getitem__(at)
         return Times(part) if isinstance(at, slice) else part
 
     def repeat(self, count: int) -> Tensor:
         """The first one's first time, so often."""
         return self[0].reshape(-1)[:1].repeat(count)
-
-
-def as_times(timesteps: Tensor, steps: int) -> tuple[Times, int]:
-    """What get_timesteps gave, with rows as they are."""
-    return Times(timesteps), steps
 
 
 def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[..., Any]:
@@ -276,10 +263,7 @@ def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
 
 
 def thinned(value: Any, *, rows: int, copies: int, listed: bool) -> Any:
-    """Arguments of a network with one of the copies of each row, at any depth.
-
-    `listed` says that the rows stand in lists.
-    """
+    """Arguments of a network with one of the copies of each row, at any depth."""
     thin = partial(thinned, rows=rows, copies=copies, listed=listed)
     if isinstance(value, Tensor):
         return value[::copies] if value.ndim and len(value) == rows else value

@@ -144,10 +144,7 @@ def course_of(
     timesteps: Sequence[float] | None = None,
     mu: float | None = None,
 ) -> Course:
-    """What the scheduler itself would do with these arguments of set_timesteps.
-
-    Raises ValueError for arguments that it does not take.
-    """
+    """What the scheduler itself would do with these arguments of set_timesteps."""
     own = copy.deepcopy(like)
     given = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
     takes = inspect.signature(own.set_timesteps).parameters
@@ -196,10 +193,7 @@ def levels_of(like: Any, model: Parametrization, mu: float | None = None) -> Noi
 
 
 def levels_at(like: Any, tokens: int) -> NoiseLevels:
-    """The levels of a flow-matching model for an image of so many tokens.
-
-    The dynamic shift is linear in their number. Raises ValueError for inverted levels.
-    """
+    """The levels of a flow-matching model for an image of so many tokens."""
     like = getattr(like, "like", like)  # that of a pipeline whose scheduler is ours
     config, mu = like.config, None
     if config.get("use_dynamic_shifting"):
@@ -219,11 +213,7 @@ def levels_at(like: Any, tokens: int) -> NoiseLevels:
 
 
 def table_grid(like: Any, model: Parametrization, num_steps: int, mu: float | None) -> list[float]:
-    """The levels [num_steps] of a table on a flow-matching scheduler's own spacing.
-
-    A table starts at noise and ends where next to none is left, without a last step to 0. Some
-    schedulers space n calls and the 0: there, the last level is that of the first timestep.
-    """
+    """The levels [num_steps] of a table on a flow-matching scheduler's own spacing."""
     *levels, _ = course_of(like, model, num_steps, mu=mu).sigmas
     if levels[-1] > NEAR_DATA or len(levels) != num_steps:
         end = shifted_end(like.config)

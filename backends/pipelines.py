@@ -34,7 +34,6 @@ from src import pickles
 diffusers: Any = library  # its own annotations are not those of what it returns
 CONFIGS = Path(__file__).resolve().parent.parent / "src" / "configs"
 BROKEN = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
-WEIGHTS = ("*.safetensors", "*.bin")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 PREFIXES = {
     "StableDiffusionPipeline": {
@@ -103,7 +102,9 @@ def load_pipeline(
 
     Raises ValueError, in one line, for what is not there, not whole, or of an unknown kind.
     """
-    quiet()
+    for library_of in (diffusers, transformers):  # no bars and no chatter while weights are read
+        library_of.utils.logging.disable_progress_bar()
+        library_of.utils.logging.set_verbosity_error()
     path = Path(name)
     dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
     pipe = single_file(path, dtype, options) if path.is_file() else opened(name, dtype)
@@ -127,25 +128,17 @@ def wrap(pipe: Any, device: torch.device, options: ModelOptions | None = None) -
     return (kind.backend if kind else any_backend)(pipe, device, options or ModelOptions())
 
 
-def quiet() -> None:
-    """No bars and no chatter while weights are read."""
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 # --- folders and names --------------------------------------------------------------------
 
 
 def opened(name: str, dtype: torch.dtype | None) -> Any:
     """The pipeline of a folder or a name; on the hub, diffusers fetches what is not cached."""
     index = read_index(name)
-    class_name = index.get("_class_name", "")
-    if getattr(diffusers, str(class_name), None) is None:
-        raise ValueError(f"{name}: no pipeline of diffusers is called {str(class_name)[:80]!r}")
-    kind, missing = KINDS.get(class_name), lacking(Path(name), index)
-    if missing:
+    class_name = str(index.get("_class_name", ""))
+    if getattr(diffusers, class_name, None) is None:
+        raise ValueError(f"{name}: no pipeline of diffusers is called {class_name[:80]!r}")
+    kind = KINDS.get(class_name)
+    if missing := lacking(Path(name), index):
         source = f"the whole is {kind.source} on the hub, {kind.gigabytes} GB; " if kind else ""
         raise ValueError(
             f"{Path(name) / missing[0]} has no weights (.safetensors): {source}give the folder of "
@@ -178,27 +171,25 @@ def from_folder(
     absent = {part: None for part, made_by in index.items() if made_by == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
         absent |= {"safety_checker": None, "feature_extractor": None}
-    made_by, folder = getattr(diffusers, index["_class_name"]), local(name)
-    half = "fp16" if folder and halves_alone(folder, index) else None
+    folder, half = Path(name), None
+    if not folder.is_dir():  # a name in the hub's cache
+        cached = try_to_load_from_cache(name, "model_index.json")
+        folder = Path(cached).parent if isinstance(cached, str) else None
+    if folder:
+        files = [weights(folder / part) for part in index]
+        halves = any(names and all(".fp16" in file.name for file in names) for names in files)
+        half = "fp16" if halves else None
+    kind = getattr(diffusers, index["_class_name"])
     try:
-        return made_by.from_pretrained(name, dtype=dtype, variant=half, **{**absent, **parts})
+        return kind.from_pretrained(name, dtype=dtype, variant=half, **{**absent, **parts})
     except (*BROKEN, SafetensorError, AttributeError) as error:
         fault = broken_file(folder) if folder else None
         raise ValueError(fault or f"{name}: {first_line(error)}") from error
 
 
-def local(name: str) -> Path | None:
-    """The folder of a pipeline: its own, or that of a name in the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    index = try_to_load_from_cache(name, "model_index.json")
-    return Path(index).parent if isinstance(index, str) else None
-
-
-def halves_alone(folder: Path, index: Mapping[str, Any]) -> bool:
-    """Whether a network of a pipeline has half-precision weights alone (NAME.fp16.safetensors)."""
-    files = [[file.name for p in WEIGHTS for file in (folder / part).glob(p)] for part in index]
-    return any(names and all(".fp16" in name for name in names) for names in files)
+def weights(part: Path) -> list[Path]:
+    """The files of weights in a part's folder."""
+    return [file for kind in ("*.safetensors", "*.bin") for file in part.glob(kind)]
 
 
 def broken_file(folder: Path) -> str | None:
@@ -207,8 +198,8 @@ def broken_file(folder: Path) -> str | None:
         try:
             safe_open(file, "pt").__enter__().__exit__(None, None, None)
         except (*BROKEN, SafetensorError) as error:
-            with file.open("rb") as opened_file:
-                pointer = opened_file.read(64).startswith(b"version https://git-lfs")
+            with file.open("rb") as start:
+                pointer = start.read(64).startswith(b"version https://git-lfs")
             what = "a pointer of git-lfs: run git lfs pull" if pointer else first_line(error)
             return f"{file}: no weights that can be read: {what}"
     return None
@@ -223,24 +214,19 @@ def lacking(folder: Path, index: Mapping[str, Any]) -> list[str]:
         for part, made_by in index.items()
         if isinstance(made_by, list | tuple) and made_by[0] and part not in UNUSED
     ]
-    return [part for part in parts if not whole(folder / part)]
 
+    def is_whole(part: Path) -> bool:
+        is_network = (part / "config.json").is_file()
+        return part.is_dir() and (not is_network or bool(weights(part)))
 
-def whole(part: Path) -> bool:
-    """Whether a part is there, with weights if it is a network."""
-    is_network = (part / "config.json").is_file()
-    return part.is_dir() and (not is_network or any(any(part.glob(p)) for p in WEIGHTS))
+    return [part for part in parts if not is_whole(folder / part)]
 
 
 # --- single files -------------------------------------------------------------------------
 
 
 def single_file(path: Path, dtype: torch.dtype | None, options: ModelOptions) -> Any:
-    """The pipeline of one file in its makers' layout; ValueError for one that is not known.
-
-    What the file lacks comes from the folder `options.config`: for Stable Diffusion 1.x one is
-    shipped.
-    """
+    """The pipeline of one file in its makers' layout; ValueError for one that is not known."""
     tensors = read_tensors(path)
     if compvis.is_unconditional(tensors):
         try:
@@ -255,15 +241,15 @@ def single_file(path: Path, dtype: torch.dtype | None, options: ModelOptions) ->
         raise ValueError(
             f"{path}: a single file of {family!r} is not served: give its diffusers folder"
         )
-    shipped = KINDS[names[0]].config
-    folder = options.config or (str(CONFIGS / shipped) if shipped else None)
+    kind = KINDS[names[0]]
+    folder = options.config or (str(CONFIGS / kind.config) if kind.config else None)
     if folder is None:
         raise ValueError(
             f"{path}: a single file of {names[0]} lacks tokenizers and more: give a diffusers "
-            f"folder with --model_config ({KINDS[names[0]].source} on the hub)"
+            f"folder with --model_config ({kind.source} on the hub)"
         )
     try:
-        return from_tensors(names[0], tensors, folder, dtype or KINDS[names[0]].half)
+        return from_tensors(names[0], tensors, folder, dtype or kind.half)
     except (*BROKEN, AttributeError, SingleFileComponentError) as error:
         raise ValueError(f"{path} with the config of {folder}: {first_line(error)}") from error
 
@@ -281,10 +267,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def from_tensors(
     class_name: str, tensors: dict[str, Tensor], folder: str, dtype: torch.dtype
 ) -> Any:
-    """A pipeline of a file's networks, and of a folder's where the file lacks them.
-
-    Of SD3, T5 may be in neither. Raises ValueError for another network that is in neither.
-    """
+    """A pipeline of a file's networks, and of a folder's where the file lacks them."""
     index = read_index(folder)
     parts: dict[str, Any] = {}
     for part, prefix in PREFIXES[class_name].items():

@@ -258,32 +258,27 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     # --- what `parallel` asks for ---------------------------------------------------------
 
     def prepare(self, latents: Tensor) -> Tensor:
-        """Latents [B, *] that a pipeline starts from -> its rows, at the places first asked.
-
-        Those are known when the timesteps are set as well, in whichever order: the rows are
-        moved in place.
-        """
-        copies = self.copies
-        rows = torch.cat([latents.repeat_interleave(copies, 0)] * (2 if self.rate else 1))
+        """Latents [B, *] that a pipeline starts from -> its rows, at the places first asked."""
+        rows = torch.cat([latents.repeat_interleave(self.copies, 0)] * (2 if self.rate else 1))
         self.prepared = latents, rows
         self.place()
         return rows
-
-    @property
-    def copies(self) -> int:
-        """How many rows an image has, where there is one predictor."""
-        return self.learned[0].recipe.num_points if self.by_rows else 1
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether points are rows."""
-        return own(self, "points") == "rows"
 
     def place(self) -> None:
         """Move the prepared rows to where the first call is, if both are there."""
         if self.prepared and self.under_way and self.under_way.loop is None:
             latents, rows = self.prepared
             rows.copy_(self.under_way.start(latents))
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether points are rows."""
+        return own(self, "points") == "rows"
+
+    @property
+    def copies(self) -> int:
+        """How many rows an image has, where there is one predictor."""
+        return self.learned[0].recipe.num_points if self.by_rows else 1
 
     @property
     def running(self) -> Trajectory:
@@ -294,10 +289,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
 
 def chosen(learned: Sequence[Predictor], calls: int | None, *, strict: bool = False) -> Predictor:
-    """The predictor with so many sequential calls; the only one whatever the number.
-
-    Where `strict`, the only one is so only for no number, or one of its own.
-    """
+    """The predictor with so many sequential calls; the only one whatever the number."""
     only = learned[0]
     if len(learned) == 1 and not (strict and calls not in (None, only.nfe, only.evaluations)):
         return only
@@ -317,33 +309,32 @@ def own(scheduler: EPDScheduler, name: str) -> Any:
 def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
     """ValueError where a scheduler is not of the kind that a predictor was learned for."""
     name, is_flow = type(like).__name__, model.process == FLOW
-    predictor = f"a predictor for {recipe.backend} ({recipe.schedule_type})"
+    levels, end = levels_of(like, model), shifted_end(like.config)
+    reason = None
     if for_flow(recipe) != is_flow:
-        kind = "flow matching" if is_flow else "a VP process"
-        raise ValueError(f"{predictor} is not for {name}, which is for {kind}")
-    if not is_flow:
-        levels = levels_of(like, model)
+        reason = (
+            f"is not for {name}, which is for {'flow matching' if is_flow else 'a VP process'}"
+        )
+    elif not is_flow:
         if recipe.sigma_max is not None and recipe.sigma_max > 1.01 * levels.sigma_max:
             ends = f"{recipe.sigma_max:.4g}, those of {name} at {levels.sigma_max:.4g}"
-            raise ValueError(f"{predictor} has levels that start at {ends}")
-        return
-    if recipe.sigmas is not None:
-        return
-    dynamic = bool(like.config.get("use_dynamic_shifting"))
-    if dynamic != (recipe.flowmatch_mu is not None) and recipe.backend in FLOW_BACKENDS:
-        kinds = ("a dynamic shift", "one shift") if dynamic else ("one shift", "a dynamic shift")
-        raise ValueError(f"{name} has {kinds[0]}, and {predictor} was learned with {kinds[1]}")
-    end = shifted_end(like.config)
-    if recipe.sigma_min is not None and not math.isclose(recipe.sigma_min, end, rel_tol=0.01):
-        ends = f"{recipe.sigma_min:.4g}, those of {name} at {end:.4g}"
-        raise ValueError(f"{predictor} has levels that end at {ends}: its shift is another")
+            reason = f"has levels that start at {ends}"
+    elif recipe.sigmas is None:
+        kinds, dynamic = ("one shift", "a dynamic shift"), recipe.flowmatch_mu is not None
+        theirs = bool(like.config.get("use_dynamic_shifting"))
+        if theirs != dynamic and recipe.backend in FLOW_BACKENDS:
+            reason = f"was learned with {kinds[dynamic]}, and {name} has {kinds[theirs]}"
+        elif recipe.sigma_min is not None and not math.isclose(
+            recipe.sigma_min, end, rel_tol=0.01
+        ):
+            ends = f"{recipe.sigma_min:.4g}, those of {name} at {end:.4g}"
+            reason = f"has levels that end at {ends}: its shift is another"
+    if reason:
+        raise ValueError(f"a predictor for {recipe.backend} ({recipe.schedule_type}) {reason}")
 
 
 def config_of(like: Any) -> tuple[str, dict[str, Any]]:
-    """Class and config of a scheduler, of one that ours was made like, or of a recipe's model.
-
-    That of a recipe is its own, or that of its published model. ValueError for others.
-    """
+    """Class and config of a scheduler, of one that ours was made like, or of a recipe's model."""
     if not isinstance(like, Recipe):
         config = plain_like(like.like if isinstance(like, EPDScheduler) else like)
         return config.pop("_class_name"), config

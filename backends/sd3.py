@@ -93,11 +93,7 @@ def fold_zeros(transformer: Any, zeros: int, others: int) -> bool:
 
 
 def folding(pipe: Any, given: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Arguments of a StableDiffusion3Pipeline's call that fold its zeros, for a batch of rows.
-
-    None where there is a T5, where the caller has a say in attention or in the length of texts,
-    or where the zeros are too few.
-    """
+    """Arguments of a StableDiffusion3Pipeline's call that fold its zeros, for a batch of rows."""
     taken = any(given.get(name) is not None for name in OWN_SAY)
     if type(pipe).__name__ != "StableDiffusion3Pipeline" or pipe.text_encoder_3 or taken:
         return {}

@@ -80,11 +80,7 @@ class Call:
 
 
 def calls_of(sampler: Sampler, copies: int) -> list[Call]:
-    """A sampler's calls in order, seen by running it on nothing.
-
-    A request is one call where its points are copies, else one call a point. Raises ValueError
-    where they are not as many as the copies.
-    """
+    """A sampler's calls in order, seen by running it on nothing."""
     calls: list[Call] = []
     loop, slopes = Loop.start(torch.zeros(1, 1)), []
     while loop.index < len(sampler.sigmas) - 1:

@@ -5,7 +5,6 @@ T - 1; x / sqrt(1 + sigma^2) is what the network sees (Karras et al. 2022, arXiv
 Appendix C.3).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import NoiseLevels, Timesteps
 from solvers.process import VE
+from solvers.schedules import NoiseLevels, Timesteps
 
 PUBLISHED = {
     "ms_coco": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
@@ -40,57 +39,47 @@ class Table:
             self.copies[device] = self.log_sigmas.to(device)
         return self.copies[device]
 
-    @property
-    def last(self) -> int:
-        """The highest timestep."""
-        return len(self.log_sigmas) - 1
-
     def sigma(self, t: Tensor) -> Tensor:
         """Timesteps [n] in [0, T - 1], whole or not -> levels [n]."""
-        table = self.on(t.device)
-        t = t.double().clamp(0, self.last)
-        low = t.floor().long().clamp(max=self.last - 1)
+        table, last = self.on(t.device), len(self.log_sigmas) - 1
+        t = t.double().clamp(0, last)
+        low = t.floor().long().clamp(max=last - 1)
         return table[low].lerp(table[low + 1], t - low).exp()
 
     def sigma_inv(self, sigma: Tensor) -> Tensor:
         """Levels [n] -> timesteps [n], the ends for levels beyond them; in float64."""
-        table = self.on(sigma.device)
-        wanted = sigma.double().log().clamp(table[0], table[-1])
-        low = (torch.searchsorted(table, wanted, right=True) - 1).clamp(0, self.last - 1)
-        return low + (wanted - table[low]) / (table[low + 1] - table[low])
+        table, last = self.on(sigma.device), len(self.log_sigmas) - 1
+        log = sigma.double().log().clamp(table[0], table[-1])
+        low = (torch.searchsorted(table, log, right=True) - 1).clamp(0, last - 1)
+        return low + (log - table[low]) / (table[low + 1] - table[low])
 
     @cached_property
     def levels(self) -> NoiseLevels:
-        """The range of the table, and its clock for the `discrete` schedule."""
+        """The range of the table, and its timesteps for the `discrete` schedule."""
         ends = self.log_sigmas[[0, -1]].exp().tolist()
-        return NoiseLevels(VE, *ends, timesteps=Timesteps(0.0, float(self.last), self.sigma))
+        last = float(len(self.log_sigmas) - 1)
+        return NoiseLevels(VE, *ends, timesteps=Timesteps(0.0, last, self.sigma))
 
 
 def table_of(config: Mapping[str, Any]) -> Table:
     """The table of a diffusers scheduler's config; ValueError where its betas are unknown."""
-    sigmas = (1 / alphas_cumprod(config) - 1).sqrt()
-    if not bool(sigmas.isfinite().all()) or not bool((sigmas.diff() > 0).all()):
-        raise ValueError("the scheduler's betas give levels that do not rise to a finite end")
-    return Table(sigmas.log())
-
-
-def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
-    """The products of 1 - beta [T] in float64."""
     count = config.get("num_train_timesteps", 1000)
     low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    kind = config.get("beta_schedule", "linear")
+    kind, given = config.get("beta_schedule", "linear"), config.get("trained_betas")
     if config.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr: a terminal level without signal is not served")
-    if (given := config.get("trained_betas")) is not None:
+    if given is None and kind not in ("linear", "scaled_linear"):
+        raise ValueError(f"beta_schedule {kind!r} is not served: linear or scaled_linear")
+    if given is not None:
         betas = torch.tensor(given, dtype=torch.float64)
     elif kind == "linear":
         betas = torch.linspace(low, high, count, dtype=torch.float64)
-    elif kind == "scaled_linear":
-        ends = math.sqrt(low), math.sqrt(high)
-        betas = torch.linspace(*ends, count, dtype=torch.float64) ** 2
     else:
-        raise ValueError(f"beta_schedule {kind!r} is not served: linear or scaled_linear")
-    return (1 - betas).cumprod(0)
+        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
+    sigmas = (1 / (1 - betas).cumprod(0) - 1).sqrt()
+    if not bool(sigmas.isfinite().all()) or not bool((sigmas.diff() > 0).all()):
+        raise ValueError("the scheduler's betas give levels that do not rise to a finite end")
+    return Table(sigmas.log())
 
 
 def prediction_of(config: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from backends.base import Backend
-from backends.generate import Batch, Job, generate
+from backends.generate import ImageBatch, Job, generate
 from backends.load import load_backend, shipped_models
 from backends.spread import spread
 from eval.latency import POINTS, SIZES, Table, Tables, even_points, simulated, time_shared
@@ -186,7 +186,7 @@ def gpu_images(device: torch.device) -> Table:
     return lines
 
 
-def sampled(backend: Backend, num_steps: int) -> Batch:
+def sampled(backend: Backend, num_steps: int) -> ImageBatch:
     """Two images by EPD with two points."""
     jobs = [Job(seed, backend.usual_prompt(seed)) for seed in range(2)]
     return next(generate(backend, even_points(backend.levels, 2, num_steps), jobs, batch=2))

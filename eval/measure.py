@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, NoiseLevels
-from backends.generate import Batch, Job, generate
+from backends.generate import ImageBatch, Job, generate
 from backends.load import check_fit
 from eval.features import FeatureSpace
 from eval.fid import Statistics, merged, statistics_of
@@ -254,7 +254,7 @@ class Running:
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(
-        self, batch: Batch, references: Sequence[FrechetReference], rewards: Rewards | None
+        self, batch: ImageBatch, references: Sequence[FrechetReference], rewards: Rewards | None
     ) -> None:
         """Count a batch, and look at its images."""
         self.calls = batch.tally.calls
@@ -398,7 +398,7 @@ def check_comparable(candidate: Candidate, fine: Candidate) -> None:
 @torch.no_grad()
 def _timed(
     benchmark: Benchmark, candidate: Candidate, jobs: Sequence[Job], sums: Running
-) -> Batch:
+) -> ImageBatch:
     """One batch of images; its time, decoding included, over that of one bare call before it."""
     backend, sigmas = benchmark.backend, benchmark.fine.sampler.sigmas
     cond = backend.encode([job.prompt for job in jobs])

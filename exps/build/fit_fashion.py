@@ -6,14 +6,14 @@ Loss and noise levels: Karras et al. 2022, arXiv:2206.00364, table 1; a tenth of
 blanked, so that guidance has a null class.
 """
 
+from math import prod, sqrt
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from backends.edm import EDMNetwork, build_edm, load_edm, rows, save_edm
-from backends.edm_networks import initialise
 from exps.build.fashion_data import FOLDER, load_split, rows_of
 from exps.build.fit_network import Plan, fit_network, training
 from rewards.fashion import CLASSES
@@ -49,6 +49,28 @@ def untrained(images: Tensor, seed: int) -> EDMNetwork:
     network = build_edm("edm", {**size, "sigma_data": round(float(images.std()), 3), **UNET})
     initialise(network.model, Generator().manual_seed(seed))
     return network
+
+
+def initialise(unet: nn.Module, generator: Generator) -> None:
+    """Fill the weights in place for training, every draw from `generator`.
+
+    Xavier-uniform weights, zero biases, residual branches that start near zero, attention at a
+    fifth of the variance, Fourier frequencies N(0, 16^2) (Karras et al. 2022, appendix F.5).
+    """
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if p.ndim < 2:
+                continue
+            fan_in, fan_out = p[0].numel(), p.shape[0] * prod(p.shape[2:])
+            layer = name.rsplit(".", 2)[-2]
+            gain = sqrt(0.2) if layer == "qkv" else 1.0
+            if layer in ("conv1", "proj", "out_conv") or layer.endswith("_aux_conv"):
+                gain = 1e-5
+            bound = sqrt(6 / (fan_in + fan_out)) * gain
+            p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
+        for name, buffer in unet.named_buffers():
+            if name.endswith("map_noise.freqs") and "map_noise.freqs" in unet.state_dict():
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 16)
 
 
 @training(Plan(4000, 64, 5e-4, part=32, warmup=300), FOLDER)

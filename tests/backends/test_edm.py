@@ -114,18 +114,6 @@ def test_a_saved_network_comes_back_bit_by_bit(
     assert not any(p.requires_grad for p in again.parameters())
 
 
-def test_half_the_bytes_are_written_when_asked_for(tmp_path: Path) -> None:
-    network = twin("ve", TINY_NCSN)
-    for name, dtype in (("full", torch.float32), ("half", torch.float16)):
-        save_edm(tmp_path / name, network, dtype=dtype, about={"dataset": "none"})
-    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("half", "full")]
-    assert sizes[0] < 0.6 * sizes[1]
-    half = load_edm(tmp_path / "half")
-    assert (denoise(half) - denoise(network)).norm() / denoise(network).norm() < 1e-2
-    noise = torch.tensor([3.21, 987.6])  # frequencies keep their precision
-    assert torch.equal(half.model.map_noise(noise), network.model.map_noise(noise))
-
-
 def change_config(path: Path, **entries: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 

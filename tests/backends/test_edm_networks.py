@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from backends.edm import build_edm, class_condition
-from backends.edm_networks import Conv2d, initialise
+from backends.edm_networks import Conv2d
+from exps.build.fit_fashion import initialise
 from tests.backends.edm_twins import TINY_NCSN, TINY_SONG, twin, wave
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "edm_networks.json").read_text())

@@ -16,8 +16,6 @@ from solvers.sampler import (
     Sampler,
     SolverOptions,
     hand_made,
-    make_solver,
-    num_steps_for,
 )
 from tests.tiny import tiny_edm
 
@@ -68,20 +66,6 @@ def test_a_predictor_samples_with_the_calls_that_it_promises(name: str) -> None:
     assert made.tally.rows == 2 * predictor.evaluations == 16
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("afs", [False, True])
-def test_calls_are_as_counted(name: str, afs: bool) -> None:
-    nfe = 7 if afs or SOLVERS[name].calls == 1 else 8
-    method = hand_made(name, LEVELS, num_steps_for(name, nfe, afs), afs=afs)
-    (made,) = generate(mixture(), method, [Job(0)], batch=1)
-    assert made.tally.calls == made.tally.rows == method.calls == nfe
-
-
-def test_an_nfe_that_a_solver_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="heun makes 2 calls"):
-        num_steps_for("heun", 5, afs=False)
-
-
 def test_points_in_chunks_give_the_same_numbers() -> None:
     predictor = load_predictor(find_predictor("cifar10-5nfe"))
     method = predictor.sampler(LEVELS)
@@ -102,15 +86,6 @@ def test_denoise_to_zero_ends_on_the_denoiser() -> None:
     assert to_zero.calls == 5
 
 
-def test_every_state_on_the_way_is_kept_when_asked() -> None:
-    method = hand_made("euler", LEVELS, 5)
-    (made,) = generate(mixture(), method, [Job(0), Job(1)], batch=2, trajectory=True)
-    assert len(made.states) == 4
-    assert torch.equal(made.states[-1], made.latents)
-    (silent,) = generate(mixture(), method, [Job(0), Job(1)], batch=2)
-    assert silent.states == ()
-
-
 def test_guidance_pulls_towards_the_class() -> None:
     model = mixture()
     method = hand_made("heun", LEVELS, 20)
@@ -126,19 +101,6 @@ def test_guidance_pulls_towards_the_class() -> None:
     assert distance(0.0) == pytest.approx((unguided - target).square().mean().item())
 
 
-def test_guidance_without_a_class_is_refused() -> None:
-    method = replace(hand_made("euler", LEVELS, 3), guidance_rate=2.0)
-    with pytest.raises(ValueError, match="needs prompts or classes"):
-        next(generate(tiny(), method, [Job(0)], batch=1))
-
-
-def test_a_double_network_keeps_a_double_state() -> None:
-    network = tiny_edm().cast(torch.float64)
-    (made,) = generate(pixel_backend(network, CPU), hand_made("euler", LEVELS, 3), JOBS, batch=7)
-    assert made.latents.dtype == torch.float64
-    assert made.images.dtype == torch.float32
-
-
 def test_a_half_network_keeps_a_float_state() -> None:
     network = tiny_edm().cast(torch.bfloat16)
     (made,) = generate(pixel_backend(network, CPU), hand_made("euler", LEVELS, 3), JOBS, batch=7)
@@ -151,22 +113,3 @@ def test_a_flow_predictor_is_not_for_a_ve_model() -> None:
         flow.sampler(LEVELS)
     with pytest.raises(ValueError, match="not for a flow model"):
         ve.sampler(NoiseLevels(FLOW, 0.001, 1.0))
-
-
-def test_afs_on_a_flow_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="afs"):
-        hand_made("euler", NoiseLevels(FLOW, 0.001, 1.0), 5, afs=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "order", "error"),
-    [
-        ("ipndm-3", 2, "disagree"),
-        ("heun-3", None, "not 3"),
-        ("dpmp", None, "dpmpp"),
-        ("zzz", None, "choose from"),
-    ],
-)
-def test_solver_names_are_checked(name: str, order: int | None, error: str) -> None:
-    with pytest.raises(ValueError, match=error):
-        make_solver(name, SolverOptions(order=order))

@@ -46,13 +46,6 @@ def test_it_is_our_loop_on_the_predictors_own_levels(name: str) -> None:
         assert torch.allclose(ours, expected)
 
 
-def test_it_works_without_a_predictor_down_to_zero() -> None:
-    """The exact solution of this field shrinks x by sqrt((1 + s^2) / (1 + t^2))."""
-    sigmas = torch.cat([torch.logspace(1, -2, 100), torch.zeros(1)])
-    x = sample_epd(shrink, X, sigmas, disable=True)
-    assert torch.allclose(x, X / (1 + sigmas[0] ** 2) ** 0.5, rtol=2e-3)
-
-
 def test_points_are_tiled_rows_and_so_are_tensors_among_the_arguments() -> None:
     asked = []
 
@@ -108,12 +101,6 @@ def test_the_end_of_its_levels_takes_the_end_of_its_table() -> None:
     *_, expected = sampler.states(Field(lambda x, s, _c: shrink(x, s)), X)
     ours = epd_sampler(predictor)(shrink, X, torch.tensor(sigmas[6:]), None, None, True)
     assert torch.allclose(ours, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("levels", [[], [5.0], [5.0, 0.0]])
-def test_without_a_step_x_stays_as_it_is(levels: list[float]) -> None:
-    predictor = load_predictor(find_predictor("sd15-best"))
-    assert epd_sampler(predictor)(shrink, X, torch.tensor(levels), None, None, True) is X
 
 
 @pytest.mark.parametrize(
@@ -217,12 +204,6 @@ def test_the_node_samples_in_comfyui(node: Any, denoise: float, mask: Tensor | N
             shrink, latent + noise * sigmas[0], sigmas[:-1], disable=True, predictor=predictor
         )
         assert torch.allclose(x, expected, atol=1e-4)
-
-
-def test_without_strength_nothing_is_taken(node: Any) -> None:
-    sampler, sigmas, _ = node.load(Sampling(), "sd15-best", 0.0)
-    assert len(sigmas) == 0
-    assert sampler.function(shrink, X, sigmas, **sampler.options) is X
 
 
 def test_a_predictor_of_another_model_is_refused_by_the_node(node: Any) -> None:

@@ -77,12 +77,6 @@ def test_what_is_nowhere_is_named_with_its_source_and_the_places(tmp_path: Path)
         backbone_of(own, tmp_path)
 
 
-def test_our_own_predictors_find_what_they_were_learned_on() -> None:
-    assert backbone_of(recipe("epd-k2-6nfe")) == "tiny-sd3"
-    assert backbone_of(recipe("fashion-mnist-32/epd-k2-5nfe")) == "fashion-mnist-32"
-    assert backbone_of(None) == "fashion-mnist-32"
-
-
 def test_a_predictor_of_another_family_is_refused() -> None:
     backend: Backend = load_backend("fashion-mnist-32")
     check_fit(recipe("cifar10-5nfe"), backend)
