@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends import families
 from backends.base import Backend, ModelOptions, Prompt
-from backends.families import (
-    EMBEDDED,
-    FROM_ZERO,
-    STACKED,
-    family_of,
-    guidance_name,
-    one_time,
-    parameters_of,
-)
 from backends.latents import prepare_vae, texts_of, usual_text
 from backends.lending import CachedPrompts, lent, with_latents
 from backends.parametrization import (
@@ -109,7 +101,7 @@ class Opened:
         given: dict[str, Any],
     ) -> Any:
         """What the pipeline returns with this scheduler, from latents x if they are given."""
-        names = parameters_of(self.pipe)
+        names = families.parameters_of(self.pipe)
         usual = {"use_resolution_binning": False, "cfg_truncation": 2.0}  # none of either
         given = given | {name: value for name, value in usual.items() if name in names}
         given |= dict(zip(("height", "width"), self.options.size or (), strict=False))
@@ -144,7 +136,7 @@ class Opened:
         given = cond.given if cond else {}
         texts = [self.texts[i] for i in given.get("prompt", torch.zeros(len(x))).int().tolist()]
         rates = given.get("rate", torch.ones(len(x))).tolist()
-        rows = one_time(self.pipe) is None
+        rows = families.one_time(self.pipe) is None
         kinds = rates if rows else list(zip(rates, sigma.tolist(), strict=True))
         x0 = torch.empty_like(x)
         for kind in dict.fromkeys(kinds):  # what one call can have one of
@@ -156,7 +148,7 @@ class Opened:
 
     def ask(self, x: Tensor, sigma: Tensor, texts: list[str], rate: float, rows: bool) -> Tensor:
         """x0 by one call of the pipeline, at one guidance rate."""
-        columns = 2 if rate > 1 and family_of(self.pipe) in STACKED else 1
+        columns = 2 if rate > 1 and families.family_of(self.pipe) in families.STACKED else 1
         scheduler = OneCall(self.like, self.model, sigma, columns, rows)
         arguments = self.guidance(rate, len(x)) | {"output_type": "latent"}
         self.call(scheduler, texts, x, arguments)
@@ -165,10 +157,10 @@ class Opened:
 
     def guidance(self, rate: float, rows: int) -> dict[str, Any]:
         """The pipeline's arguments for a guidance rate, 1 being none."""
-        name, family = guidance_name(self.pipe), family_of(self.pipe)
+        name, family = families.guidance_name(self.pipe), families.family_of(self.pipe)
         if name is None:
             return {}
-        given: dict[str, Any] = {name: rate - 1 if family in FROM_ZERO else rate}
+        given: dict[str, Any] = {name: rate - 1 if family in families.FROM_ZERO else rate}
         negative = self.options.negative_prompt
         if negative is None and name == "true_cfg_scale":
             negative = ""  # such pipelines guide where there is one
@@ -178,7 +170,7 @@ class Opened:
 
     def guide(self, network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
         """The denoiser under the pipeline's own guidance; ValueError for a rate that it lacks."""
-        if rate != 1 and (guidance_name(self.pipe) is None or rate < 1):
+        if rate != 1 and (families.guidance_name(self.pipe) is None or rate < 1):
             raise ValueError(f"guidance_rate {rate}: this pipeline has 1 (none), or more")
 
         def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -211,13 +203,15 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
 
     Raises ValueError, with the reason, for one that cannot be asked at levels of our choice.
     """
-    name, names = type(pipe).__name__, parameters_of(pipe)
+    name, names = type(pipe).__name__, families.parameters_of(pipe)
     model = parametrization_of(pipe.scheduler)
     if "prompt" not in names or not callable(getattr(pipe, "prepare_latents", None)):
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
     if options.encode_first:
         raise ValueError(f"{name} keeps its text encoders: take --cpu_offload for memory")
-    if options.negative_prompt and ("negative_prompt" not in names or family_of(pipe) in EMBEDDED):
+    if options.negative_prompt and (
+        "negative_prompt" not in names or families.family_of(pipe) in families.EMBEDDED
+    ):
         raise ValueError(f"{name} takes no negative prompt: its guidance is part of the network")
     prepare_vae(pipe.vae, options)
     opened = Opened(pipe, options, pipe.scheduler, model, CachedPrompts(pipe))

@@ -10,17 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends import latents
 from backends.base import Backend, ModelOptions
-from backends.latents import (
-    Embedding,
-    Texts,
-    decode,
-    image_size,
-    prepare_vae,
-    say_what_is_cut,
-    usual_text,
-    vae_factor,
-)
 from backends.parametrization import flow_clean, levels_at, plain_like
 from solvers.field import Condition, Denoiser
 
@@ -58,21 +49,21 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
     """
     if options.negative_prompt:
         raise ValueError("FLUX takes no negative prompt: its guidance is part of the network")
-    factor = vae_factor(pipe.vae)
-    size = image_size(options, USUAL_LATENTS * factor, factor * PATCH)
-    prepare_vae(pipe.vae, options)
+    factor = latents.vae_factor(pipe.vae)
+    size = latents.image_size(options, USUAL_LATENTS * factor, factor * PATCH)
+    latents.prepare_vae(pipe.vae, options)
     height, width = (side // factor for side in size)
     dtype = pipe.transformer.dtype
 
-    def encode(text: str) -> Embedding:
+    def encode(text: str) -> latents.Embedding:
         clip = pipe.tokenizer, pipe.tokenizer.model_max_length
-        say_what_is_cut(text, clip, (pipe.tokenizer_2, TEXT_TOKENS))
+        latents.say_what_is_cut(text, clip, (pipe.tokenizer_2, TEXT_TOKENS))
         embeds, pooled, _ = pipe.encode_prompt(
             prompt=text, prompt_2=None, device=device, max_sequence_length=TEXT_TOKENS
         )
         return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
 
-    texts = Texts(encode, device, None, options.encode_first)
+    texts = latents.Texts(encode, device, None, options.encode_first)
     shape = (pipe.transformer.config.in_channels // PATCH**2, height, width)
     embeds_guidance = pipe.transformer.config.guidance_embeds
 
@@ -109,13 +100,13 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
         family="flux",
         denoise=denoise,
         encode=texts.condition,
-        decode=partial(decode, pipe.vae),
+        decode=partial(latents.decode, pipe.vae),
         guide=guide,
         levels=levels_at(pipe.scheduler, height * width // PATCH**2),
         shape=shape,
         size=size,
         device=device,
         dtype=dtype,
-        usual_prompt=usual_text,
+        usual_prompt=latents.usual_text,
         config={"scheduler": plain_like(pipe.scheduler)},
     )

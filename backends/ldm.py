@@ -11,17 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends import latents
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
-from backends.latents import (
-    Embedding,
-    Texts,
-    decode,
-    image_size,
-    prepare_vae,
-    say_what_is_cut,
-    usual_text,
-    vae_factor,
-)
 from backends.parametrization import plain_like
 from backends.vp import clean, prediction_of, scaled, table_of
 from solvers.field import Condition
@@ -38,18 +29,18 @@ def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         vae = pipe.vqvae
         if options.negative_prompt:
             raise ValueError("this model takes no prompts, so no negative one either")
-    factor, unet = vae_factor(vae), pipe.unet
-    size = image_size(options, unet.config.sample_size * factor, factor)
-    prepare_vae(vae, options)
+    factor, unet = latents.vae_factor(vae), pipe.unet
+    size = latents.image_size(options, unet.config.sample_size * factor, factor)
+    latents.prepare_vae(vae, options)
     table, prediction = table_of(pipe.scheduler.config), prediction_of(pipe.scheduler.config)
 
-    def embed(text: str) -> Embedding:
-        say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer.model_max_length))
+    def embed(text: str) -> latents.Embedding:
+        latents.say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer.model_max_length))
         embeds, _ = pipe.encode_prompt(text, device, 1, False)
         return {"text": embeds[0].to(unet.dtype)}
 
     if "text_encoder" in pipe.components:
-        texts = Texts(embed, device, options.negative_prompt or "", options.encode_first)
+        texts = latents.Texts(embed, device, options.negative_prompt or "", options.encode_first)
 
     def encode(prompts: Sequence[Prompt]) -> Condition | None:
         if texts:
@@ -69,13 +60,13 @@ def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         family="ldm",
         denoise=denoise,
         encode=encode,
-        decode=partial(decode, vae),
+        decode=partial(latents.decode, vae),
         guide=classifier_free,
         levels=table.levels,
         shape=(unet.config.in_channels, size[0] // factor, size[1] // factor),
         size=size,
         device=device,
         dtype=unet.dtype,
-        usual_prompt=usual_text if texts else no_prompt,
+        usual_prompt=latents.usual_text if texts else no_prompt,
         config={"scheduler": plain_like(pipe.scheduler)},
     )

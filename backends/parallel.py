@@ -19,17 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backends import families
 from backends.base import Backend, ModelOptions
-from backends.families import (
-    EMBEDDED,
-    FROM_ZERO,
-    RESCALING,
-    STACKED,
-    family_of,
-    guidance_name,
-    one_time,
-    parameters_of,
-)
 from backends.generate import Job, generate
 from backends.lending import COUNTS, CachedPrompts, lent, with_latents
 from backends.load import check_fit
@@ -60,18 +51,18 @@ def parallel(
     learned = opened(predictor)
     guides = any(p.table.guidance is not None for p in learned)
     guidance = guidance or ("rows" if guides else "pipeline")
-    reason = one_time(pipe)
+    reason = families.one_time(pipe)
     if points == "rows" and reason:
         raise ValueError(f"{type(pipe).__name__} cannot take points as rows ({reason}): "
                          'use points="sequence"')  # fmt: skip
     points = points or ("sequence" if reason else "rows")
     if guidance not in ("pipeline", "rows"):
         raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
-    family = family_of(pipe)
+    family = families.family_of(pipe)
     if guidance == "rows":
         refused = {
-            "its guidance is part of the network": family in EMBEDDED,
-            "it rescales what guidance gives": family in RESCALING,
+            "its guidance is part of the network": family in families.EMBEDDED,
+            "it rescales what guidance gives": family in families.RESCALING,
             reason or "": points != "rows",
         }
         for why in (why for why, holds in refused.items() if holds):
@@ -92,7 +83,7 @@ class Parallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline returns for these arguments; the solver is the predictor's."""
-        defaults = parameters_of(self.pipe)
+        defaults = families.parameters_of(self.pipe)
         given: dict[str, Any] = (
             inspect.signature(self.pipe.__call__).bind(*args, **kwargs).arguments
         )
@@ -100,10 +91,10 @@ class Parallel:
         predictor = chosen(self.learned, given.get("num_inference_steps"), strict=True)
         rows = self.points == "rows"
         copies = predictor.recipe.num_points if rows else 1
-        name, rate = guidance_name(self.pipe), None
+        name, rate = families.guidance_name(self.pipe), None
         scale = 1.0 if name is None else given.get(name, defaults[name])
         if self.rows_of_guidance:
-            rate = scale + 1 if family_of(self.pipe) in FROM_ZERO else scale
+            rate = scale + 1 if families.family_of(self.pipe) in families.FROM_ZERO else scale
             given |= with_negatives(self.pipe, given)
             scale = 0.0
         columns = images_of(given, defaults) * copies
@@ -113,7 +104,7 @@ class Parallel:
             given.setdefault("cfg_truncation", 2.0)  # 1, its default, truncates nothing either
             if given["cfg_truncation"] <= 1:
                 raise ValueError('cfg_truncation compares one time: use points="sequence"')
-        stacks = family_of(self.pipe) in STACKED and scale > 1
+        stacks = families.family_of(self.pipe) in families.STACKED and scale > 1
         columns *= 2 if stacks else 1
         scheduler = EPDScheduler.from_predictor(
             predictor, self.pipe.scheduler, points=self.points, columns=columns
@@ -141,8 +132,8 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not isinstance(negatives, list | tuple):
         negatives = [negatives or ""] * len(prompts)
-    off = 0.0 if family_of(pipe) in FROM_ZERO else 1.0
-    name = guidance_name(pipe) or "guidance_scale"
+    off = 0.0 if families.family_of(pipe) in families.FROM_ZERO else 1.0
+    name = families.guidance_name(pipe) or "guidance_scale"
     return {"prompt": [*prompts, *negatives], name: off, "negative_prompt": None}
 
 

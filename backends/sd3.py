@@ -18,17 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends import latents
 from backends.base import Backend, ModelOptions, classifier_free
-from backends.latents import (
-    Embedding,
-    Texts,
-    decode,
-    image_size,
-    prepare_vae,
-    say_what_is_cut,
-    usual_text,
-    vae_factor,
-)
 from backends.parametrization import FLOW_STEPS, flow_clean, levels_at, plain_like
 from solvers.field import Condition
 
@@ -111,20 +102,22 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
 
     Raises ValueError for a size that the model does not allow.
     """
-    config, factor = pipe.transformer.config, vae_factor(pipe.vae)
-    size = image_size(options, config.sample_size * factor, factor * config.patch_size)
+    config, factor = pipe.transformer.config, latents.vae_factor(pipe.vae)
+    size = latents.image_size(options, config.sample_size * factor, factor * config.patch_size)
     largest = config.pos_embed_max_size * config.patch_size * factor
     if max(size) > largest:
         raise ValueError(f"resolution {max(size)} is too large: the model goes up to {largest}")
-    prepare_vae(pipe.vae, options)
+    latents.prepare_vae(pipe.vae, options)
     height, width = (side // factor for side in size)
     tokens = (height // config.patch_size) * (width // config.patch_size)
     others = tokens + pipe.tokenizer_max_length
     folded = pipe.text_encoder_3 is None and fold_zeros(pipe.transformer, TEXT_TOKENS, others)
 
-    def encode(text: str) -> Embedding:
+    def encode(text: str) -> latents.Embedding:
         t5 = None if pipe.text_encoder_3 is None else pipe.tokenizer_3
-        say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer_max_length), (t5, TEXT_TOKENS))
+        latents.say_what_is_cut(
+            text, (pipe.tokenizer, pipe.tokenizer_max_length), (t5, TEXT_TOKENS)
+        )
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompt=text,
             prompt_2=None,
@@ -136,7 +129,7 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         dtype = pipe.transformer.dtype
         return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
 
-    texts = Texts(encode, device, options.negative_prompt or "", options.encode_first)
+    texts = latents.Texts(encode, device, options.negative_prompt or "", options.encode_first)
 
     def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         given = cond.given if cond else texts.condition([None] * len(x)).given
@@ -155,13 +148,13 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         family="sd3",
         denoise=denoise,
         encode=texts.condition,
-        decode=partial(decode, pipe.vae),
+        decode=partial(latents.decode, pipe.vae),
         guide=classifier_free,
         levels=levels_at(pipe.scheduler, tokens),
         shape=(config.in_channels, height, width),
         size=size,
         device=device,
         dtype=pipe.transformer.dtype,
-        usual_prompt=usual_text,
+        usual_prompt=latents.usual_text,
         config={"scheduler": plain_like(pipe.scheduler)},
     )
