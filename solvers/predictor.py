@@ -90,7 +90,7 @@ class Predictor:
     @property
     def evaluations(self) -> int:
         """The rows through the network for an image: every one of the K points counts."""
-        return self.on_any_grid.cost.rows
+        return self.on_any_grid.rows
 
     @property
     def on_any_grid(self) -> Sampler:

@@ -199,6 +199,11 @@ class Sampler:
         """The network calls one after another for an image; guidance widens calls, adds none."""
         return self.cost.calls
 
+    @property
+    def rows(self) -> int:
+        """The network evaluations for an image: every point counts, guidance does not."""
+        return self.cost.rows
+
     @cached_property
     def cost(self) -> Tally:
         """Calls and rows for an image, counted on a network that answers with nothing."""

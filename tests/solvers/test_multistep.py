@@ -112,7 +112,7 @@ def test_with_afs_the_first_step_is_free() -> None:
     free = predictor(afs=True)
     assert (free.nfe, free.evaluations) == (N - 1, 2 * (N - 1))
     sampler = validate(free).sampler(NoiseLevels(VE, 0.002, 80.0))
-    assert (sampler.calls, sampler.cost.rows) == (free.nfe, free.evaluations)
+    assert (sampler.calls, sampler.rows) == (free.nfe, free.evaluations)
 
 
 def test_a_predictor_of_too_many_slopes_is_refused() -> None:

@@ -184,7 +184,7 @@ def test_latents_may_have_any_shape(student: Student, shape: tuple[int, ...]) ->
 def test_a_multistep_may_take_its_first_step_without_a_call() -> None:
     student = replace(MULTISTEP, afs=True, form=MultistepForm(3, 2, HISTORY, afs=True))
     table = fit(student, [data(96, 5)], FitOptions(2, 17))
-    assert (student.holding(table).calls, student.holding(table).cost.rows) == (2, 4)
+    assert (student.holding(table).calls, student.holding(table).rows) == (2, 4)
     again = student.form.decode(student.form.encode(table))
     ends = [last_state(student.holding(t), data(4, 5)) for t in (table, again)]
     assert torch.allclose(ends[0], ends[1], rtol=1e-2)
