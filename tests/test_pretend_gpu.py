@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from backends.base import Backend
+from backends.base import Backend, ModelOptions
 from backends.edm import pixel_backend
 from backends.generate import Job, generate
 from backends.pipelines import wrap
@@ -118,9 +118,10 @@ def test_no_pipeline_waits_or_sends_in_a_step(name: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     prompt = None if name == "uncond" else "a"
     rate = 1.0 if name in ("uncond", "flux") else 5.0
+    options = ModelOptions() if name == "uncond" else ModelOptions(size=(32, 32))
     short, long = (
         seen_in(
-            lambda: wrap(pipe.to(CUDA), CUDA),
+            lambda: wrap(pipe.to(CUDA), CUDA, options),
             lambda b, n=n: hand_made("ipndm", b.levels, n, guidance_rate=rate),
             prompt,
         )
