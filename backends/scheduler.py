@@ -291,7 +291,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 def chosen(learned: Sequence[Predictor], calls: int | None, *, strict: bool = False) -> Predictor:
     """The predictor with so many sequential calls; the only one whatever the number."""
     only = learned[0]
-    if len(learned) == 1 and not (strict and calls not in (None, only.nfe, only.evaluations)):
+    any_number = calls is None or not strict
+    if len(learned) == 1 and (any_number or calls in (only.nfe, only.evaluations)):
         return only
     by_calls = {predictor.nfe: predictor for predictor in learned}
     if calls not in by_calls:

@@ -79,7 +79,8 @@ def fold_zeros(transformer: Any, zeros: int, others: int) -> bool:
     plain = {n: p for n, p in processors.items() if type(p).__name__ == PLAIN}
     if len(ours) + len(plain) < len(processors) or zeros < LEAST_SHARE * (zeros + others):
         return False
-    transformer.set_attn_processor(ours | {n: OneForAllZeros(p) for n, p in plain.items()})
+    if plain:
+        transformer.set_attn_processor(ours | {n: OneForAllZeros(p) for n, p in plain.items()})
     return True
 
 

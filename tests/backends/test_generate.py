@@ -40,7 +40,7 @@ def latents(
     model: Backend, sampler: Sampler, jobs: list[Job], batch: int, chunk: int | None = None
 ) -> torch.Tensor:
     batches = generate(model, sampler, jobs, batch=batch, points_chunk=chunk)
-    return torch.cat([made.latents for made in batches])
+    return torch.cat([part.latents for part in batches])
 
 
 JOBS = [Job(seed, seed % 3) for seed in range(7)]
@@ -61,9 +61,9 @@ def test_an_image_depends_on_its_own_job_alone(name: str) -> None:
 def test_a_predictor_samples_with_the_calls_that_it_promises(name: str) -> None:
     predictor = load_predictor(find_predictor(name))
     method = predictor.sampler(LEVELS)
-    (made,) = generate(mixture(), method, [Job(0), Job(1)], batch=2)
-    assert made.tally.calls == method.calls == predictor.nfe == 5
-    assert made.tally.rows == 2 * predictor.evaluations == 16
+    (part,) = generate(mixture(), method, [Job(0), Job(1)], batch=2)
+    assert part.tally.calls == method.calls == predictor.nfe == 5
+    assert part.tally.rows == 2 * predictor.evaluations == 16
 
 
 def test_points_in_chunks_give_the_same_numbers() -> None:
@@ -93,8 +93,8 @@ def test_guidance_pulls_towards_the_class() -> None:
 
     def distance(rate: float) -> float:
         jobs = [Job(seed, 2) for seed in range(8)]
-        found = latents(model, replace(method, guidance_rate=rate), jobs, batch=8)
-        return (found - target).square().mean().item()
+        result = latents(model, replace(method, guidance_rate=rate), jobs, batch=8)
+        return (result - target).square().mean().item()
 
     unguided = latents(model, method, [Job(seed) for seed in range(8)], batch=8)
     assert distance(1.0) < (unguided - target).square().mean().item()
@@ -103,8 +103,8 @@ def test_guidance_pulls_towards_the_class() -> None:
 
 def test_a_half_network_keeps_a_float_state() -> None:
     network = tiny_edm().cast(torch.bfloat16)
-    (made,) = generate(pixel_backend(network, CPU), hand_made("euler", LEVELS, 3), JOBS, batch=7)
-    assert made.latents.dtype == torch.float32
+    (part,) = generate(pixel_backend(network, CPU), hand_made("euler", LEVELS, 3), JOBS, batch=7)
+    assert part.latents.dtype == torch.float32
 
 
 def test_a_flow_predictor_is_not_for_a_ve_model() -> None:
