@@ -203,7 +203,7 @@ case $command in
   demo) demo "$@" ;;
   rl-demo) rl_demo "$@" ;;
   bench) run -m eval.bench "$@" ;;
-  doctor) run -m rewards.doctor "$@" ;;
+  doctor) run -m rewards.weights "$@" ;;
   weights) run -m rewards.fetch "$@" ;;
   train-sd15 | train-sd3-512 | train-sd3-1024 | train-flux) train "${command#train-}" "$@" ;;
   sample-sd15 | sample-sd3-512 | sample-sd3-1024 | sample-flux) sample "${command#sample-}" "$@" ;;

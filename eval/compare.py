@@ -18,42 +18,28 @@ from eval.fid import Statistics, check_space, load_statistics, save_statistics
 from eval.machine import provenance
 from eval.measure import (
     FINE_STEPS,
-    SCHEDULES,
     SOLVERS,
     Benchmark,
     Candidate,
-    Fine,
     Frechet,
     FrechetReference,
-    Rewards,
     Score,
-    best,
+    add_statistics,
     fine_solution,
     from_here,
-    images_statistics,
     learned,
     measure,
-    predictor_files,
-    solve_finely,
-    variants,
+    rivals_for,
 )
 from eval.report import Strip, curves, metrics_of, page, ratios, table, write_csv
 from eval.score import NamedPath, reads_texts
 from rewards.fingerprint import source_hash, stamp
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from solvers.epd import EPD, Directions, ParallelMultistep
-from solvers.sampler import make_solver
-from solvers.schedules import SCHEDULES as ALL_SCHEDULES
+from src import ranks
 from src.figures import save, table_figure
 from src.files import to_json, write_json, write_text
-from src.options import (
-    Device,
-    DType,
-    Names,
-    Number,
-    OneLineCommand,
-    SeedList,
-)
+from src.options import Device, DType, Names, Number, OneLineCommand, SeedList
 from src.stats import number
 from src.text import read_prompts
 
@@ -71,63 +57,6 @@ MEANING = {
     "time": "sampling a batch, in bare network calls of that batch timed just before it; "
     "median over the batches",
 }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Scores, best schedules chosen, and the fine solution they were held against."""
-
-    scores: list[Score]
-    fine: Fine
-    candidates: list[Candidate]  # of the scores
-
-
-def compare(
-    benchmark: Benchmark,
-    fixed: Sequence[Candidate],
-    rivals: Sequence[Candidate] = (),
-    references: Sequence[FrechetReference] = (),
-    rewards: Rewards | None = None,
-) -> Comparison:
-    """Measure `fixed` candidates, and of the `rivals` the best of each name and NFE.
-
-    The best has the least RMSE on the first 64 jobs. Raises ValueError for candidates that solve
-    another problem than the fine solution does.
-    """
-    fine = solve_finely(benchmark, references, rewards)
-    chosen = list(rivals)
-    if len({(c.name, c.nfe) for c in rivals}) < len(rivals):
-        few = replace(benchmark, jobs=benchmark.jobs[:CHOOSE_ON])
-        chosen = best(measure(few, rivals, fine), rivals)
-    every = [*chosen, *fixed]
-    return Comparison(measure(benchmark, every, fine, references, rewards), fine, every)
-
-
-def rivals_for(
-    solvers: Sequence[str],
-    nfes: Sequence[str | int],
-    schedules: Sequence[str],
-    benchmark: Benchmark,
-) -> list[Candidate]:
-    """Every hand-made candidate of these solvers, calls and schedules (["best"]: the usual).
-
-    Combinations that do not exist are left out. ValueError for unknown names, and for calls
-    that are no numbers from 1 on.
-    """
-    levels, rate = benchmark.backend.levels, benchmark.fine.sampler.guidance_rate
-    for nfe in nfes:
-        if not str(nfe).isdecimal() or int(nfe) < 1:
-            raise ValueError(f"--nfe {nfe!r} is no number from 1 on: write, say, 1,3,5")
-    unknown = [name for name in schedules if name not in ("best", *ALL_SCHEDULES)]
-    if unknown or not schedules:
-        choice = ", ".join(ALL_SCHEDULES)
-        raise ValueError(f"unknown schedule {unknown}: choose best or from {choice}")
-    for solver in solvers:
-        make_solver(solver)
-    if "best" in schedules:
-        schedules = (*SCHEDULES[levels.process.name], *(("discrete",) if levels.timesteps else ()))
-    cells = [(solver, int(nfe)) for solver in solvers for nfe in nfes]
-    return [c for solver, nfe in cells for c in variants(solver, nfe, schedules, levels, rate)]
 
 
 def jobs_for(
@@ -150,64 +79,77 @@ def jobs_for(
     return tuple(Job(seed, backend.usual_prompt(seed)) for seed in seeds)
 
 
-@dataclass(frozen=True)
-class Sets:
-    """Disjoint sets of jobs, and the folder where the statistics of their images are kept.
-
-    about: what images depend on besides candidate and jobs: the model, its precision, the code.
-    """
-
-    jobs: tuple[tuple[Job, ...], ...]
-    folder: Path
-    about: tuple[Any, ...]
-
-    def statistics(
-        self,
-        benchmark: Benchmark,
-        candidate: Candidate,
-        jobs: Sequence[Job],
-        references: Sequence[FrechetReference],
-    ) -> dict[str, Statistics]:
-        """Those of a candidate's images by feature space, streamed, or from their files."""
-        file, sampler = candidate.source, candidate.sampler
-        solver = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else candidate.name
-        whole = [solver, sampler.sigmas, sampler.afs, sampler.guidance_rate, self.about]
-        whole += [[job.seed, job.prompt] for job in jobs]
-        paths: dict[str, Path] = {}
-        for space in (reference.space for reference in references):
-            key = hashlib.sha256(to_json([*whole, space.about, space.version]).encode())
-            paths[space.name] = self.folder / f"{key.hexdigest()[:32]}.npz"
-        missing = [r for r in references if not paths[r.space.name].is_file()]
-        new = images_statistics(benchmark, candidate, jobs, missing) if missing else {}
-        for name, statistics in new.items():
-            save_statistics(paths[name], statistics)
-        return {name: load_statistics(path) for name, path in paths.items()}
+def chosen(benchmark: Benchmark, rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of each name and number of calls the one with the least RMSE on the first 64 jobs."""
+    if len({(c.name, c.nfe) for c in rivals}) == len(rivals):
+        return list(rivals)
+    _, scores = measure(replace(benchmark, jobs=benchmark.jobs[:CHOOSE_ON]), rivals)
+    winners: dict[tuple[str, int], tuple[float, Candidate]] = {}
+    for score, candidate in zip(scores, rivals, strict=True):
+        key = (score.name, score.nfe)
+        if key not in winners or score.rmse < winners[key][0]:
+            winners[key] = (score.rmse, candidate)
+    return [candidate for _, candidate in winners.values()]
 
 
 def with_sets(
-    benchmark: Benchmark, result: Comparison, references: Sequence[FrechetReference], sets: Sets
-) -> Comparison:
-    """The comparison with Frechet distances that are means over the sets, with their spread."""
-    from_fine = [reference for reference in references if reference.statistics is None]
+    benchmark: Benchmark,
+    results: Sequence[tuple[Candidate, Score]],
+    references: Sequence[FrechetReference],
+    sets: Sequence[Sequence[Job]],
+    cache: Path,
+    about: Sequence[Any],
+) -> list[Score]:
+    """The scores with Frechet distances that are means over disjoint sets, with their spread.
 
-    def with_distances(score: Score, candidate: Candidate) -> Score:
+    Images are streamed: only the statistics of a set are kept, in `cache`, and found there again.
+    about: what images hang on besides candidate and jobs: the model, its precision, the code.
+    """
+    fitted = [reference for reference in references if reference.statistics is None]
+    scores = []
+    for candidate, score in results:
         values: dict[str, list[float]] = {}
-        for jobs in sets.jobs:
-            mine = sets.statistics(benchmark, candidate, jobs, references)
-            fine = sets.statistics(benchmark, benchmark.fine, jobs, from_fine)
-            for reference in references:
-                name = reference.space.name
-                target = reference.statistics or fine[name]
-                values.setdefault(name, []).append(target.distance(mine[name]))
+        for jobs in sets:
+            mine = set_statistics(benchmark, candidate, references, jobs, cache, about)
+            fine = set_statistics(benchmark, benchmark.fine, fitted, jobs, cache, about)
+            for name, of in ((r.space.name, r.statistics) for r in references):
+                values.setdefault(name, []).append((of or fine[name]).distance(mine[name]))
         frechets = {
             name: Frechet(mean(each), stdev(each), name in candidate.fitted_on)
             for name, each in values.items()
         }
-        return replace(score, frechet=next(iter(frechets.values())).value, frechets=frechets)
+        first = next(iter(frechets.values())).value
+        scores.append(replace(score, frechet=first, frechets=frechets))
+    return scores
 
-    scores = [with_distances(s, c) for s, c in zip(result.scores, result.candidates, strict=True)]
-    fine = replace(result.fine, score=with_distances(result.fine.score, benchmark.fine))
-    return replace(result, scores=scores, fine=fine)
+
+def set_statistics(
+    benchmark: Benchmark,
+    candidate: Candidate,
+    references: Sequence[FrechetReference],
+    jobs: Sequence[Job],
+    cache: Path,
+    about: Sequence[Any],
+) -> dict[str, Statistics]:
+    """The statistics of a candidate's images by feature space, streamed, or from their files."""
+    file, sampler = candidate.source, candidate.sampler
+    solver = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else candidate.name
+    whole = [solver, sampler.sigmas, sampler.afs, sampler.guidance_rate, about]
+    whole += [[job.seed, job.prompt] for job in jobs]
+    paths: dict[str, Path] = {}
+    for space in (reference.space for reference in references):
+        key = hashlib.sha256(to_json([*whole, space.about, space.version]).encode())
+        paths[space.name] = cache / f"{key.hexdigest()[:32]}.npz"
+    if missing := [r for r in references if not paths[r.space.name].is_file()]:
+        sums: dict[str, Statistics] = {}
+        bar = ranks.progress(len(jobs), "image", f"{candidate.name}, {candidate.nfe} calls")
+        for batch in generate(benchmark.backend, sampler, jobs, batch=benchmark.batch):
+            add_statistics(sums, batch.images, missing)
+            bar.update(len(batch.jobs))
+        bar.close()
+        for name, statistics in sums.items():
+            save_statistics(paths[name], statistics)
+    return {name: load_statistics(path) for name, path in paths.items()}
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -270,15 +212,17 @@ def main(**options: Any) -> None:
         raise ValueError(f"{texts_for[0]} judges images by their prompts: this model takes none")
     fine = fine_solution(backend.levels, options["fine"], options["guidance_rate"])
     benchmark = Benchmark(backend, jobs, fine, options["batch"])
-    fixed = learned(predictor_files([*options["predictor"], *options["more"]]), backend)
-    rivals = rivals_for(options["solvers"], options["nfe"], options["schedules"], benchmark)
+    fixed = learned([*options["predictor"], *options["more"]], backend)
+    asked = (options["solvers"], options["nfe"], options["schedules"])
+    rivals = rivals_for(*asked, backend.levels, options["guidance_rate"])
     if not fixed and not rivals:
         fix = "name solvers that can make these calls, or predictors"
         raise ValueError(f"nothing to compare: {fix}")
     rewards = load_rewards(names, setup)
     references = references_for(model, options["features"], options["reference"], paths, device)
     images = options["images"]
-    result = compare(benchmark, fixed, rivals, () if images else references, rewards)
+    candidates = [*chosen(benchmark, rivals), *fixed]
+    fine_score, scores = measure(benchmark, candidates, () if images else references, rewards)
     settings: dict[str, Any] = {
         "model": from_here(options["model"]),
         "seeds": runs_of(options["seeds"]),
@@ -292,13 +236,17 @@ def main(**options: Any) -> None:
     }
     if images and references:
         ranges = [range(k * images, (k + 1) * images) for k in range(options["sets"])]
-        jobs = tuple(jobs_for(backend, seeds, texts, even=True) for seeds in ranges)
+        sets = [jobs_for(backend, seeds, texts, even=True) for seeds in ranges]
         version = stamp(model) if model.exists() else str(model)
         code = [source_hash(f"backends.{module}") for module in ("load", "generate")]
-        sets = Sets(jobs, outdir / "cache", (version, settings["dtype"], *code))
-        result = with_sets(benchmark, result, references, sets)
-        settings["frechet"] = f"of {images} images in {len(jobs)} disjoint sets of seeds"
-    write_results(outdir, result, benchmark, settings, options["shown"])
+        about = (version, settings["dtype"], *code)
+        results = [*zip(candidates, scores, strict=True), (fine, fine_score)]
+        *scores, fine_score = with_sets(
+            benchmark, results, references, sets, outdir / "cache", about
+        )
+        settings["frechet"] = f"of {images} images in {len(sets)} disjoint sets of seeds"
+    result = Comparison(benchmark, candidates, fine_score, scores)
+    write_results(outdir, result, settings, options["shown"])
     click.echo((outdir / "results.txt").read_text(encoding="utf-8").rstrip())
     click.echo(f"report.html, results.txt, .csv, .json and .png are in {outdir}")
 
@@ -332,11 +280,22 @@ def references_for(
     return references
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, and the scores of the fine solution and of all candidates."""
+
+    benchmark: Benchmark
+    candidates: Sequence[Candidate]
+    fine: Score
+    scores: Sequence[Score]
+
+
 def write_results(
-    outdir: Path, result: Comparison, benchmark: Benchmark, settings: Mapping[str, Any], shown: int
+    outdir: Path, result: Comparison, settings: Mapping[str, Any], shown: int
 ) -> None:
     """report.html, results.txt, .csv, .json and .png of a comparison."""
-    scores, fine, count = result.scores, result.fine.score, len(benchmark.jobs)
+    benchmark, scores, fine = result.benchmark, result.scores, result.fine
+    count = len(benchmark.jobs)
     steps = len(benchmark.fine.sampler.sigmas) - 1
     finely = f"{fine.name} in {steps} steps on {fine.schedule} ({fine.nfe} calls)"
     meaning = MEANING | {n: ADAPTERS[n].about for n in fine.rewards if n in ADAPTERS}
@@ -347,12 +306,12 @@ def write_results(
     write_json(outdir / "results.json", {"about": about, "fine": asdict(fine), "scores": rows})
     write_csv(outdir / "results.csv", scores)
     metrics = [metric for metric in metrics_of(scores) if metric.less]
-    said = (
+    note = (
         f"{count} images. Fine solution: {finely}, its Frechet distance {number(fine.frechet)}.\n"
         "RMSE is over the latents (pixels in [-1, 1] for pixel models); Frechet distances are "
         "biased upwards at few images: compare within this table only."
     )
-    parts = (table(scores), *(ratios(scores, metric) for metric in metrics), said)
+    parts = (table(scores), *(ratios(scores, metric) for metric in metrics), note)
     write_text(outdir / "results.txt", "\n\n".join(part for part in parts if part) + "\n")
     title = f"{settings['model']}, {count} images, against {finely}"
     figure = curves(scores, title, fine)

@@ -4,29 +4,26 @@ Inception is FID's, from a local file; EfficientNet and a judge of clothes ship;
 come from local folders, any other network as `module:function`. Shapes: N images, D features.
 """
 
-import importlib
 import io
 import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards.clip import load_towers
 from rewards.efficientnet import PACKAGES, prepared
 from rewards.efficientnet import load_features as load_efficientnet
 from rewards.fashion import WEIGHTS as JUDGE
 from rewards.fashion import load_judge
 from rewards.fingerprint import source_hash
+from rewards.registry import own_function
 from rewards.states import fill, read_state
-from rewards.towers import WEIGHTS, transformers, weights_in
 from rewards.weights import require, sha256
-from src.files import nearest, read_json
+from src.files import nearest
 from src.images import to_bytes
 
 SPACES = ("inception", "efficientnet", "clip", "dinov2", "fashion-judge")
@@ -96,8 +93,12 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
     if name == "fashion-judge":
         judge = load_judge(device=device)
         return FeatureSpace(name, FASHION, judge.features, device, sha256(JUDGE)[:16])
+    if ":" in name:  # importable from the current folder
+        version = source_hash(name.partition(":")[0])[:16]
+        return FeatureSpace(name, name, own_function(name), device, version)
     if name != "efficientnet":
-        return _own(name, device)
+        choice = f"there are {', '.join(SPACES)}, and your own as module:function"
+        raise ValueError(f"no features {name!r}: did you mean {nearest(name, SPACES)}? {choice}")
     features = load_efficientnet(device)
 
     def efficientnet(images: Tensor) -> Tensor:
@@ -108,7 +109,11 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
 
 def _inception(path: Path, device: torch.device) -> FeatureSpace:
     """Of a state dict (pytorch-fid, torch-fidelity), or of NVIDIA's TorchScript."""
-    network = _scripted(path, device) if _is_script(path) else _fidelity(path, device)
+    scripted = False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            scripted = any("/code/" in name for name in archive.namelist())
+    network = _scripted(path, device) if scripted else _fidelity(path, device)
     return FeatureSpace("inception", INCEPTION, network, device)
 
 
@@ -147,13 +152,6 @@ def _fidelity(path: Path, device: torch.device) -> Network:
     return features
 
 
-def _is_script(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
 def _scripted(path: Path, device: torch.device) -> Network:
     """NVIDIA's TorchScript, which resizes by itself and takes levels from 0 to 255."""
     with warnings.catch_warnings():
@@ -175,6 +173,8 @@ def _scripted(path: Path, device: torch.device) -> Network:
 
 def _clip(path: Path, device: torch.device) -> FeatureSpace:
     """The image tower of a CLIP, from an open_clip or transformers folder or file."""
+    from rewards.clip import load_towers  # noqa: PLC0415 (its libraries take seconds)
+
     towers = load_towers(path, device, False)
     size = towers.preprocess.size
     about = f"CLIP image embeddings of length 1 [{towers.width}], input {size}x{size}"
@@ -183,12 +183,11 @@ def _clip(path: Path, device: torch.device) -> FeatureSpace:
 
 def _dinov2(folder: Path, device: torch.device) -> FeatureSpace:
     """The class token of a DINOv2, as Stein et al. 2023 (arXiv:2306.04675) take it."""
-    config, weights = read_json(folder / "config.json"), weights_in(folder, WEIGHTS)
-    if not isinstance(config, dict) or config.get("model_type") != "dinov2":
-        raise ValueError(f"{folder / 'config.json'}: its model_type is not dinov2")
-    made = transformers().Dinov2Config.from_dict(config)
-    state = read_state(weights)
-    network = fill(lambda: transformers().Dinov2Model(made), state, str(weights), device)
+    from rewards.clip import WEIGHTS, config_in, transformers, weights_in  # noqa: PLC0415
+
+    config = config_in(folder, "dinov2", transformers.Dinov2Config.from_dict)
+    path = weights_in(folder, WEIGHTS)
+    network = fill(lambda: transformers.Dinov2Model(config), read_state(path), str(path), device)
     middle, spread = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
 
     def features(images: Tensor) -> Tensor:
@@ -196,23 +195,9 @@ def _dinov2(folder: Path, device: torch.device) -> FeatureSpace:
         square = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         return network((square - middle) / spread).last_hidden_state[:, 0]
 
-    about = f"DINOv2, class token [{made.hidden_size}], input resized to {SIDE}x{SIDE} (bicubic)"
+    size = config.hidden_size
+    about = f"DINOv2, class token [{size}], input resized to {SIDE}x{SIDE} (bicubic)"
     return FeatureSpace("dinov2", about, features, device, _content(folder))
-
-
-def _own(name: str, device: torch.device) -> FeatureSpace:
-    """`module:function`, importable from the current folder."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        choice = f"there are {', '.join(SPACES)}, and your own as module:function"
-        raise ValueError(f"no features {name!r}: did you mean {nearest(name, SPACES)}? {choice}")
-    try:
-        own = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r} cannot be imported: {error}") from error
-    if not callable(own):
-        raise ValueError(f"{name!r} is no function, but of type {type(own).__name__}")
-    return FeatureSpace(name, name, cast(Network, own), device, source_hash(module)[:16])
 
 
 def _content(path: Path) -> str:

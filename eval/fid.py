@@ -14,7 +14,7 @@ Shapes: N (or M) images, D features.
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -256,38 +256,13 @@ def reference_of(place: Path, space: FeatureSpace, *, batch: int, keep: bool) ->
     return reference
 
 
-def compared(
-    images: Statistics, reference: Statistics, metrics: Sequence[str], device: torch.device
-) -> dict[str, Any]:
-    """The numbers by their names; ValueError for features of other sizes and too few images."""
-    size, other = len(images.mean), len(reference.mean)
-    if size != other:
-        raise ValueError(f"the images have {size} features, the reference {other}")
-    numbers: dict[str, Any] = {}
-    if "fid" in metrics:
-        numbers["fid"] = reference.distance(images)
-    if images.features is None or reference.features is None:
-        return numbers
-    features = images.features.to(device), reference.features.to(device)
-    if "kid" in metrics:
-        kid = kernel_distance(*features)
-        numbers |= {"kid": kid.value, "kid_95": [kid.low, kid.high]}
-    if "pr" in metrics:
-        numbers["precision"], numbers["recall"] = precision_recall(*features)
-    return numbers
-
-
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options that both have."""
-    names = ", ".join(SPACES)
-    for option in (
-        click.option("--device", type=Device(), default="auto"),
-        click.option("--batch", type=click.IntRange(1), default=64, help="Images read at once."),
-        click.option("--weights", type=click.Path(path_type=Path), help="Of the features."),
-        click.option("--features", default="inception", help=f"{names} or MODULE:NAME."),
-    ):
-        command = option(command)
-    return command
+    spaces = f"{', '.join(SPACES)} or MODULE:NAME."
+    command = click.option("--device", type=Device(), default="auto")(command)
+    size = click.option("--batch", type=click.IntRange(1), default=64, help="Images read at once.")
+    weights = click.option("--weights", type=click.Path(path_type=Path), help="Of the features.")
+    return click.option("--features", default="inception", help=spaces)(weights(size(command)))
 
 
 @click.group(cls=OneLineGroup)
@@ -322,12 +297,23 @@ def calc(images: Path, ref: Path, metrics: list[str], **options: Any) -> None:
     measured = measure_pictures(pictures, space, **how)
 
     def report() -> None:
-        numbers = compared(measured, reference, metrics, device)
-        count, size = measured.count, len(measured.mean)
-        name = "FID" if space.name == "inception" else f"Frechet distance ({space.name})"
-        for key, value in numbers.items():
-            said = f"{value:.6g}" if key != "kid_95" else "{:.4g} to {:.4g}".format(*value)
-            click.echo(f"{name if key == 'fid' else key} {said}")
+        count, size, other = measured.count, len(measured.mean), len(reference.mean)
+        if size != other:
+            raise ValueError(f"the images have {size} features, the reference {other}")
+        numbers: dict[str, Any] = {}
+        if "fid" in metrics:
+            numbers["fid"] = reference.distance(measured)
+            name = "FID" if space.name == "inception" else f"Frechet distance ({space.name})"
+            click.echo(f"{name} {numbers['fid']:.6g}")
+        if measured.features is not None and reference.features is not None:
+            features = measured.features.to(device), reference.features.to(device)
+            if "kid" in metrics:
+                kid = kernel_distance(*features)
+                numbers |= {"kid": kid.value, "kid_95": [kid.low, kid.high]}
+                click.echo(f"kid {kid.value:.6g}\nkid_95 {kid.low:.4g} to {kid.high:.4g}")
+            if "pr" in metrics:
+                numbers["precision"], numbers["recall"] = precision_recall(*features)
+                click.echo("precision {precision:.6g}\nrecall {recall:.6g}".format(**numbers))
         click.echo(f"{count} images, {size} features ({space.name}), {ref}")
         if "fid" in metrics and count <= size:
             few = f"{count} images are not more than the {size} features"

@@ -21,8 +21,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
     git = ["git", "-C", str(ROOT)]
     try:
         for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
-            said = subprocess.run([*git, *arguments], capture_output=True, text=True, check=True)
-            commit = commit + "+changes" * bool(said.stdout) if commit else said.stdout.strip()
+            done = subprocess.run([*git, *arguments], capture_output=True, text=True, check=True)
+            commit = commit + "+changes" * bool(done.stdout) if commit else done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
     info = Path("/proc/cpuinfo")

@@ -6,7 +6,7 @@ Shapes: N jobs (images) in all, B of a batch, * one latent.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -21,9 +21,10 @@ from eval.features import FeatureSpace
 from eval.fid import Statistics, merged, statistics_of
 from eval.machine import clock
 from rewards.base import Reward
-from rewards.scorer import score_batch
+from rewards.scorer import score_all
 from solvers.predictor import find_predictor, load_predictor
-from solvers.sampler import Sampler, hand_made, num_steps_for
+from solvers.sampler import Sampler, hand_made, make_solver, num_steps_for
+from solvers.schedules import SCHEDULES as ALL_SCHEDULES
 from src import ranks
 from src.stats import Estimate, mean_of
 
@@ -38,6 +39,9 @@ FINE_STEPS = 64
 LEVEL_TOLERANCE = 1e-3
 
 Rewards = Mapping[str, Reward]
+
+
+# --- what is compared -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,45 +93,72 @@ def by_hand(
 
 def _label(schedule: str, rho: float | None) -> str:
     """The name with its exponent, if it has one: polynomial-7, logsnr."""
-    rho = RHO.get(schedule) if rho is None else rho
-    return f"{schedule}-{rho:g}" if schedule in RHO else schedule
+    return f"{schedule}-{RHO[schedule] if rho is None else rho:g}" if schedule in RHO else schedule
 
 
-def variants(
-    solver: str,
-    nfe: int,
+def rivals_for(
+    solvers: Sequence[str],
+    nfes: Sequence[str | int],
     schedules: Sequence[str],
     levels: NoiseLevels,
     guidance_rate: float = 1.0,
 ) -> list[Candidate]:
-    """A solver with this many sequential calls on each schedule, without AFS and with it.
+    """Every hand-made candidate of these solvers, calls and schedules (["best"]: the usual).
 
-    On a single schedule AFS is there only where the calls do not come out without it (a solver
-    of two calls an interval at an odd number). Empty where they cannot come out.
+    Each is there without AFS and with it; on a single schedule with it only where the calls do
+    not come out without it (a solver of two calls an interval at an odd number). Combinations
+    that do not exist are left out. ValueError for unknown names, and for calls that are no
+    numbers from 1 on.
     """
-    choices: list[Candidate] = []
-    for afs in (False, True) if levels.process.name == "ve" else (False,):
-        if choices and len(schedules) == 1:
-            break
-        try:
-            num_steps = num_steps_for(solver, nfe, afs)
-        except ValueError:
-            continue
-        choices += [
-            by_hand(solver, num_steps, one, levels, afs=afs, guidance_rate=guidance_rate)
-            for one in schedules
-        ]
-    return choices
+    for nfe in nfes:
+        if not str(nfe).isdecimal() or int(nfe) < 1:
+            raise ValueError(f"--nfe {nfe!r} is no number from 1 on: write, say, 1,3,5")
+    unknown = [name for name in schedules if name not in ("best", *ALL_SCHEDULES)]
+    if unknown or not schedules:
+        choice = ", ".join(ALL_SCHEDULES)
+        raise ValueError(f"unknown schedule {unknown}: choose best or from {choice}")
+    if "best" in schedules:
+        schedules = (*SCHEDULES[levels.process.name], *(("discrete",) if levels.timesteps else ()))
+    rivals: list[Candidate] = []
+    for solver in solvers:
+        make_solver(solver)
+        for nfe in map(int, nfes):
+            cell: list[Candidate] = []
+            for afs in (False, True) if levels.process.name == "ve" else (False,):
+                if cell and len(schedules) == 1:
+                    break
+                try:
+                    num_steps = num_steps_for(solver, nfe, afs)
+                except ValueError:
+                    continue
+                cell += [
+                    by_hand(solver, num_steps, one, levels, afs=afs, guidance_rate=guidance_rate)
+                    for one in schedules
+                ]
+            rivals += cell
+    return rivals
 
 
-def learned(paths: Sequence[Path], backend: Backend) -> list[Candidate]:
+def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
     """Predictors, named by kind, base and K ("epd-ipndm K=2"), the fewest calls first.
 
-    Two of one name and number of calls are told apart by their files. ValueError for one that
-    does not belong to this backend.
+    patterns: paths, names in exps/, and patterns with *. Two of one name and number of calls are
+    told apart by their files. ValueError for a pattern that nothing matches, and for a predictor
+    that does not belong to this backend.
     """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if "*" in pattern or "?" in pattern:
+            rest = str(path.relative_to(path.anchor))
+            matches = sorted(p for p in Path(path.anchor or ".").glob(rest) if p.is_file())
+        else:
+            matches = [find_predictor(pattern)]
+        if not matches:
+            raise ValueError(f"no predictor is named {pattern!r}")
+        files |= dict.fromkeys(matches)
     candidates = []
-    for path in paths:
+    for path in files:
         predictor = load_predictor(path)
         recipe = predictor.recipe
         check_fit(recipe, backend)
@@ -162,21 +193,20 @@ def from_here(path: Path | str) -> str:
     return Path(os.path.relpath(path)).as_posix() if Path(path).is_absolute() else str(path)
 
 
-def predictor_files(patterns: Sequence[str]) -> list[Path]:
-    """Paths, names in exps/ and patterns with * -> files; ValueError for what finds nothing."""
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if "*" in pattern or "?" in pattern:
-            root = Path(path.anchor or ".")
-            rest = str(path.relative_to(path.anchor))
-            matches = sorted(p for p in root.glob(rest) if p.is_file())
-        else:
-            matches = [find_predictor(pattern)]
-        if not matches:
-            raise ValueError(f"no predictor is named {pattern!r}")
-        files |= dict.fromkeys(matches)
-    return list(files)
+def check_comparable(candidate: Candidate, fine: Candidate) -> None:
+    """ValueError unless both solve the same problem."""
+    ours, theirs = candidate.sampler, fine.sampler
+    who = candidate.source or candidate.name
+    for end, place in (("starts", 0), ("ends", -1)):
+        level, other = ours.sigmas[place], theirs.sigmas[place]
+        if abs(level / other - 1) > LEVEL_TOLERANCE:
+            raise ValueError(f"{who} {end} at sigma {level:g}, the fine solution at {other:g}")
+    if ours.guidance_rate != theirs.guidance_rate:
+        fix = f"the fine solution has {theirs.guidance_rate:g}: set --guidance_rate"
+        raise ValueError(f"{who} has the guidance rate {ours.guidance_rate:g}, {fix}")
+
+
+# --- what is measured -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,11 +217,6 @@ class Benchmark:
     jobs: tuple[Job, ...]
     fine: Candidate
     batch: int = 64
-
-    def parts(self) -> Iterator[tuple[int, tuple[Job, ...]]]:
-        """The jobs in batches, each with the place of its first."""
-        for at in range(0, len(self.jobs), self.batch):
-            yield at, self.jobs[at : at + self.batch]
 
 
 @dataclass(frozen=True)
@@ -232,19 +257,9 @@ class Score:
     frechets: Mapping[str, Frechet] = field(default_factory=dict)  # by feature space
 
 
-@dataclass(frozen=True)
-class Fine:
-    """The fine solution of every job."""
-
-    latents: Tensor  # [N, *] on the CPU
-    score: Score
-    rewards: Mapping[str, Tensor]  # [N] of each
-    statistics: Mapping[str, Statistics]  # by feature space
-
-
 @dataclass
 class Running:
-    """Sums over the batches so far."""
+    """What was seen of a candidate's batches so far."""
 
     squared: list[Tensor] = field(default_factory=list)  # mean squares [B] of every batch
     calls: int = 0
@@ -253,53 +268,14 @@ class Running:
     statistics: dict[str, Statistics] = field(default_factory=dict)
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(
-        self, batch: ImageBatch, references: Sequence[FrechetReference], rewards: Rewards | None
-    ) -> None:
-        """Count a batch, and look at its images."""
-        self.calls = batch.tally.calls
-        self.rows += batch.tally.rows
-        for reference in references:
-            space = reference.space
-            new = statistics_of(space(batch.images))
-            old = self.statistics.get(space.name)
-            self.statistics[space.name] = merged(old, new) if old else new
-        if rewards:
-            prompts = ["" if job.prompt is None else str(job.prompt) for job in batch.jobs]
-            images = batch.images.float().expand(-1, 3, -1, -1)
-            for name, values in score_batch(rewards, images, prompts).items():
-                self.rewards.setdefault(name, []).append(values.double().cpu())
-
-
-def solve_finely(
-    benchmark: Benchmark,
-    references: Sequence[FrechetReference] = (),
-    rewards: Rewards | None = None,
-) -> Fine:
-    """The fine solutions, and their own Frechet distance, rewards and time."""
-    latents: list[Tensor] = []
-    sums = Running()
-    bar = ranks.progress(len(benchmark.jobs), "image", "fine solution")
-    for _, part in benchmark.parts():
-        batch = _timed(benchmark, benchmark.fine, part, sums)
-        sums.add(batch, references, rewards)
-        sums.squared.append(torch.zeros(len(part), dtype=torch.float64))
-        latents.append(batch.latents.cpu())
-        bar.update(len(part))
-    bar.close()
-    seen = {name: torch.cat(values) for name, values in sums.rewards.items()}
-    score = _score(benchmark.fine, sums, references, sums.statistics, {})
-    return Fine(torch.cat(latents), score, seen, sums.statistics)
-
 
 def measure(
     benchmark: Benchmark,
     candidates: Sequence[Candidate],
-    fine: Fine,
     references: Sequence[FrechetReference] = (),
     rewards: Rewards | None = None,
-) -> list[Score]:
-    """The scores of candidates, in their order, all on the benchmark's jobs.
+) -> tuple[Score, list[Score]]:
+    """The scores of the fine solution and of candidates, in their order, on the same jobs.
 
     Candidates take turns batch by batch, so that what else the machine does meets all alike.
     Raises ValueError for a candidate that starts or ends at another noise level than the fine
@@ -307,58 +283,71 @@ def measure(
     """
     for candidate in candidates:
         check_comparable(candidate, benchmark.fine)
-    running = [Running() for _ in candidates]
-    bar = ranks.progress(len(benchmark.jobs) * len(candidates), "image", "candidates")
-    for at, part in benchmark.parts():
-        target = fine.latents[at : at + len(part)].double()
-        for candidate, sums in zip(candidates, running, strict=True):
-            batch = _timed(benchmark, candidate, part, sums)
-            sums.add(batch, references, rewards)
-            error = batch.latents.cpu() - target
-            sums.squared.append(error.square().flatten(1).mean(1))
-            bar.update(len(part))
+    every = [benchmark.fine, *candidates]
+    running = [Running() for _ in every]
+    bar = ranks.progress(len(benchmark.jobs) * len(every), "image", "fine and candidates")
+    for at in range(0, len(benchmark.jobs), benchmark.batch):
+        jobs = benchmark.jobs[at : at + benchmark.batch]
+        prompts = ["" if job.prompt is None else str(job.prompt) for job in jobs]
+        target: Tensor | None = None
+        for candidate, sums in zip(every, running, strict=True):
+            batch, time = _timed(benchmark, candidate, jobs)
+            sums.times.append(time)
+            sums.calls, sums.rows = batch.tally.calls, sums.rows + batch.tally.rows
+            target = batch.latents.double() if target is None else target
+            sums.squared.append((batch.latents - target).square().flatten(1).mean(1).cpu())
+            add_statistics(sums.statistics, batch.images, references)
+            images = batch.images.float().expand(-1, 3, -1, -1)
+            for name, values in score_all(rewards or {}, images, prompts).items():
+                sums.rewards.setdefault(name, []).append(values.double().cpu())
+            bar.update(len(jobs))
     bar.close()
-    return [
-        _score(candidate, sums, references, fine.statistics, fine.rewards)
-        for candidate, sums in zip(candidates, running, strict=True)
-    ]
+    fine, *scores = (
+        _score(candidate, sums, references, running[0])
+        for candidate, sums in zip(every, running, strict=True)
+    )
+    return replace(fine, gains={}), scores
 
 
-def images_statistics(
-    benchmark: Benchmark,
-    candidate: Candidate,
-    jobs: Sequence[Job],
-    references: Sequence[FrechetReference],
-) -> dict[str, Statistics]:
-    """The statistics of the jobs' images by feature space; nothing else of them is kept."""
-    sums = Running()
-    bar = ranks.progress(len(jobs), "image", f"{candidate.name}, {candidate.nfe} calls")
-    for images in generate(benchmark.backend, candidate.sampler, jobs, batch=benchmark.batch):
-        sums.add(images, references, None)
-        bar.update(len(images.jobs))
-    bar.close()
-    return sums.statistics
+@torch.no_grad()
+def _timed(
+    benchmark: Benchmark, candidate: Candidate, jobs: Sequence[Job]
+) -> tuple[ImageBatch, float]:
+    """One batch of images; its time, decoding included, over that of one bare call before it."""
+    backend, sigmas = benchmark.backend, benchmark.fine.sampler.sigmas
+    cond = backend.encode([job.prompt for job in jobs])
+    network = backend.guided(candidate.sampler.guidance_rate, cond)
+    dtype = torch.promote_types(backend.dtype, torch.float32)
+    x = torch.zeros(len(jobs), *backend.shape, device=backend.device, dtype=dtype)
+    sigma = x.new_full((len(jobs),), sigmas[len(sigmas) // 2])
+    started = clock(backend.device)
+    network(x, sigma, cond)
+    called = clock(backend.device)
+    batch = next(generate(backend, candidate.sampler, jobs, batch=len(jobs)))
+    return batch, (clock(backend.device) - called) / (called - started)
+
+
+def add_statistics(
+    sums: dict[str, Statistics], images: Tensor, references: Sequence[FrechetReference]
+) -> None:
+    """Merge the statistics of images into the sums by feature space."""
+    for space in (reference.space for reference in references):
+        new = statistics_of(space(images))
+        sums[space.name] = merged(sums[space.name], new) if space.name in sums else new
 
 
 def _score(
-    candidate: Candidate,
-    sums: Running,
-    references: Sequence[FrechetReference],
-    fine: Mapping[str, Statistics],
-    fine_rewards: Mapping[str, Tensor],
+    candidate: Candidate, sums: Running, references: Sequence[FrechetReference], fine: Running
 ) -> Score:
-    """The score of all batches; `fine` and `fine_rewards` [N] are the fine solution's."""
+    """The score of all batches; `fine` is what was seen of the fine solution's."""
     assert sums.calls == candidate.nfe, f"{candidate.name} made {sums.calls} calls"
     error = mean_of(torch.cat(sums.squared))
     rewards = {name: torch.cat(values) for name, values in sums.rewards.items()}
-    distances = {
-        r.space.name: Frechet(
-            (r.statistics or fine[r.space.name]).distance(sums.statistics[r.space.name]),
-            trained_on=r.space.name in candidate.fitted_on,
-        )
-        for r in references
-        if sums.statistics[r.space.name].count > 1
-    }
+    distances = {}
+    for name, of in ((r.space.name, r.statistics) for r in references):
+        if sums.statistics[name].count > 1:
+            value = (of or fine.statistics[name]).distance(sums.statistics[name])
+            distances[name] = Frechet(value, trained_on=name in candidate.fitted_on)
     return Score(
         name=candidate.name,
         nfe=sums.calls,
@@ -373,52 +362,6 @@ def _score(
         rmse_low=error.low**0.5,
         rmse_high=error.high**0.5,
         rewards={name: mean_of(values) for name, values in rewards.items()},
-        gains={
-            name: mean_of(values - fine_rewards[name])
-            for name, values in rewards.items()
-            if name in fine_rewards
-        },
+        gains={n: mean_of(v - torch.cat(fine.rewards[n])) for n, v in rewards.items()},
         frechets=distances,
     )
-
-
-def check_comparable(candidate: Candidate, fine: Candidate) -> None:
-    """ValueError unless both solve the same problem."""
-    ours, theirs = candidate.sampler, fine.sampler
-    who = candidate.source or candidate.name
-    for end, place in (("starts", 0), ("ends", -1)):
-        level, other = ours.sigmas[place], theirs.sigmas[place]
-        if abs(level / other - 1) > LEVEL_TOLERANCE:
-            raise ValueError(f"{who} {end} at sigma {level:g}, the fine solution at {other:g}")
-    if ours.guidance_rate != theirs.guidance_rate:
-        fix = f"the fine solution has {theirs.guidance_rate:g}: set --guidance_rate"
-        raise ValueError(f"{who} has the guidance rate {ours.guidance_rate:g}, {fix}")
-
-
-@torch.no_grad()
-def _timed(
-    benchmark: Benchmark, candidate: Candidate, jobs: Sequence[Job], sums: Running
-) -> ImageBatch:
-    """One batch of images; its time, decoding included, over that of one bare call before it."""
-    backend, sigmas = benchmark.backend, benchmark.fine.sampler.sigmas
-    cond = backend.encode([job.prompt for job in jobs])
-    network = backend.guided(candidate.sampler.guidance_rate, cond)
-    dtype = torch.promote_types(backend.dtype, torch.float32)
-    x = torch.zeros(len(jobs), *backend.shape, device=backend.device, dtype=dtype)
-    sigma = x.new_full((len(jobs),), sigmas[len(sigmas) // 2])
-    started = clock(backend.device)
-    network(x, sigma, cond)
-    called = clock(backend.device)
-    batch = next(generate(backend, candidate.sampler, jobs, batch=len(jobs)))
-    sums.times.append((clock(backend.device) - called) / (called - started))
-    return batch
-
-
-def best(scores: Sequence[Score], candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of each name and number of calls the candidate with the least error, in their order."""
-    winners: dict[tuple[str, int], tuple[float, Candidate]] = {}
-    for score, candidate in zip(scores, candidates, strict=True):
-        key = (score.name, score.nfe)
-        if key not in winners or score.rmse < winners[key][0]:
-            winners[key] = (score.rmse, candidate)
-    return [candidate for _, candidate in winners.values()]

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -28,16 +28,14 @@ from src.files import read_json
 from src.images import FORMATS, read_image
 
 INDEX = "samples.json"
-RECIPE = "recipe"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THREADS = 4
-AHEAD = 256  # pictures that are told apart at once
+AHEAD = 256  # pictures whose texts are read at once
 UNREADABLE = (
     *(OSError, ValueError, KeyError, RuntimeError, SyntaxError, NotImplementedError),
     *(EOFError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
 )
 
-Reader = Callable[[str], bytes]
 R = TypeVar("R")
 
 
@@ -77,34 +75,39 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
     """
     if not place.exists():
         raise ValueError(f"no such folder or file: {place}")
+    folder = place.parent if place.suffix != ".zip" and place.is_file() else place
     if place.suffix == ".zip":
-        found = Pictures(place, tuple(map(Picture, _names_in_zip(place))))
+        try:
+            with zipfile.ZipFile(place) as archive:
+                names = archive.namelist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{place} is no whole zip: {error}") from error
+        images = (n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
+        items = [Picture(n) for n in sorted(images) if not n.startswith("__MACOSX/")]
     elif place.is_file():
-        found = Pictures(place.parent, _listed(place))
+        items = _listed(place)
     else:
         files = (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
-        names = sorted(p.relative_to(place).as_posix() for p in files)
-        listed = _listed(place / INDEX) if (place / INDEX).is_file() else None
-        items = tuple(map(Picture, names)) if listed is None else _with_rest(place, names, listed)
-        found = Pictures(place, items)
-    kept = tuple(p for p in found.items if fnmatch(PurePosixPath(p.name).name, pattern))
-    if not kept:
+        items = [Picture(name) for name in sorted(p.relative_to(place).as_posix() for p in files)]
+        if (place / INDEX).is_file():
+            listed = _listed(place / INDEX)
+            there = {picture.name for picture in listed}
+            rest = [i for i, picture in enumerate(items) if picture.name not in there]
+            of_rest = identities(Pictures(place, tuple(items)), rest, by_recipe=True)
+            kept = [(items[i].name, one) for i, one in of_rest.items()]
+            items = listed + [
+                Picture(name, one.seed, one.prompt)
+                for name, one in kept
+                if isinstance(one, Identity) and one.seed is not None
+            ]
+    items = [p for p in items if fnmatch(PurePosixPath(p.name).name, pattern)]
+    if not items:
         which = "" if pattern == "*" else f" whose names match {pattern}"
         raise ValueError(f"no images in {place}{which}: PNG, JPEG, WebP, BMP, GIF, TIFF are read")
-    return replace(found, items=kept)
+    return Pictures(folder, tuple(items))
 
 
-def _names_in_zip(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no whole zip: {error}") from error
-    wanted = (n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
-    return sorted(n for n in wanted if not n.startswith("__MACOSX/"))
-
-
-def _listed(index: Path) -> tuple[Picture, ...]:
+def _listed(index: Path) -> list[Picture]:
     """The pictures that a samples.json lists; ValueError where it is none."""
     content = read_json(index)
     entries = content.get("images") if isinstance(content, dict) else None
@@ -112,23 +115,14 @@ def _listed(index: Path) -> tuple[Picture, ...]:
         isinstance(e, dict) and isinstance(e.get("file"), str) for e in entries
     ):
         raise ValueError(f"{index} lists no images: it should be written by sample.py")
-    return tuple(Picture(e["file"], _seed_in(e), _prompt_in(e)) for e in entries)
+    return [Picture(e["file"], *_seed_and_prompt(e)) for e in entries]
 
 
-def _with_rest(
-    place: Path, names: Sequence[str], listed: tuple[Picture, ...]
-) -> tuple[Picture, ...]:
-    """The listed pictures, and those of `names` that say themselves that sample.py made them."""
-    index = {picture.name for picture in listed}
-    rest = []
-    for name in (name for name in names if name not in index):
-        try:
-            recipe = _recipe_in(_chunks((place / name).read_bytes()))
-        except UNREADABLE:
-            continue
-        if _seed_in(recipe) is not None:
-            rest.append(Picture(name, _seed_in(recipe), _prompt_in(recipe)))
-    return (*listed, *rest)
+def _seed_and_prompt(entry: dict[str, Any]) -> tuple[int | None, str | int | None]:
+    """What an entry of samples.json, or a recipe, says; a prompt may be the number of a class."""
+    seed, prompt, label = (entry.get(name) for name in ("seed", "prompt", "class"))
+    text = prompt if isinstance(prompt, str) else label if isinstance(label, int) else None
+    return seed if isinstance(seed, int) else None, text
 
 
 def subset(pictures: Pictures, count: int | None, seed: int) -> Pictures:
@@ -143,52 +137,37 @@ def subset(pictures: Pictures, count: int | None, seed: int) -> Pictures:
         raise ValueError(f"{pictures.place} has {there} images, not {count}: lower --num")
     order = np.arange(there)
     np.random.RandomState(seed % 2**31).shuffle(order)
-    chosen = np.sort(order[:count])
-    return replace(pictures, items=tuple(pictures.items[i] for i in chosen))
+    return replace(pictures, items=tuple(pictures.items[i] for i in np.sort(order[:count])))
 
 
-def identities(pictures: Pictures, which: Sequence[int]) -> dict[int, Identity | str]:
-    """What the pictures `which` are, by their places; a reason where one cannot be read."""
+def identities(
+    pictures: Pictures, which: Sequence[int], *, by_recipe: bool = False
+) -> dict[int, Identity | str]:
+    """What the pictures `which` are, by their places; a reason where one cannot be read.
+
+    The seed is the picture's own, else that of samples.json, else a number that is its name;
+    `by_recipe`: the picture's own alone.
+    """
 
     def identify(picture: Picture, content: bytes) -> Identity:
-        recipe = _recipe_in(_chunks(content))
-        seed, prompt = _seed_in(recipe), _prompt_in(recipe)
-        differs = seed not in (None, picture.seed) or prompt not in (None, picture.prompt)
-        disagrees = differs and (picture.seed, picture.prompt) != (None, None)
-        seed = picture.seed if seed is None else seed
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # its pixels are not read
+            text = image.info.get("recipe", "{}")
+        try:
+            recipe = json.loads(text)
+        except (TypeError, ValueError):
+            recipe = {}
+        seed, prompt = _seed_and_prompt(recipe if isinstance(recipe, dict) else {})
+        listed = (picture.seed, picture.prompt)
+        differs = seed not in (None, listed[0]) or prompt not in (None, listed[1])
         stem = PurePosixPath(picture.name).stem
-        if seed is None and stem.isdecimal():
-            seed = int(stem)
+        if seed is None and not by_recipe:
+            by_name = int(stem) if stem.isdecimal() else None
+            seed = by_name if picture.seed is None else picture.seed
+        prompt = picture.prompt if prompt is None else prompt
         digest = hashlib.sha256(content).hexdigest()[:32]
-        return Identity(digest, seed, picture.prompt if prompt is None else prompt, disagrees)
+        return Identity(digest, seed, prompt, differs and listed != (None, None))
 
     return dict(_each(pictures, which, identify, AHEAD))
-
-
-def _chunks(content: bytes) -> dict[str, Any]:
-    """The text of an image file, whose pixels are not decoded."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return dict(image.info)
-
-
-def _recipe_in(text: dict[str, Any]) -> dict[str, Any]:
-    """What sample.py wrote into a picture; empty where it did not."""
-    try:
-        recipe = json.loads(text.get(RECIPE, "{}"))
-    except (TypeError, ValueError):
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
-
-
-def _seed_in(entry: dict[str, Any]) -> int | None:
-    return entry["seed"] if isinstance(entry.get("seed"), int) else None
-
-
-def _prompt_in(entry: dict[str, Any]) -> str | int | None:
-    """The prompt, or the number of the class."""
-    if isinstance(entry.get("prompt"), str):
-        return entry["prompt"]
-    return entry["class"] if isinstance(entry.get("class"), int) else None
 
 
 @dataclass(frozen=True)
@@ -232,35 +211,26 @@ def _each(
 ) -> Iterator[tuple[int, R | str]]:
     """What `work` makes of each file, in order, a batch ahead; a reason where one is broken."""
     parts = [which[i : i + batch] for i in range(0, len(which), batch)]
-    with _opened(pictures.place) as read, ThreadPoolExecutor(THREADS) as pool:
+    with ExitStack() as stack:
+        archive = None
+        if not pictures.place.is_dir():
+            archive = stack.enter_context(zipfile.ZipFile(pictures.place))
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
 
         def done(i: int) -> R | str:
             picture = pictures.items[i]
             where = pictures.place / picture.name
             try:
-                return work(picture, read(picture.name))
+                return work(picture, archive.read(picture.name) if archive else where.read_bytes())
             except FileNotFoundError:
                 return f"no such file: {where}"
             except UNREADABLE as error:
                 reason = str(error)
-                return (
-                    reason
-                    if reason.startswith(str(where))
-                    else f"{where} is not a readable image: {reason}"
-                )
+                named = reason.startswith(str(where))
+                return reason if named else f"{where} is not a readable image: {reason}"
 
         ahead = [pool.submit(done, i) for i in parts[0]] if parts else []
         for at, part in enumerate(parts):
             now = ahead
             ahead = [pool.submit(done, i) for i in parts[at + 1]] if at + 1 < len(parts) else []
             yield from ((i, one.result()) for i, one in zip(part, now, strict=True))
-
-
-@contextmanager
-def _opened(place: Path) -> Iterator[Reader]:
-    """How to read a file by its name, while the block lasts."""
-    if place.is_dir():
-        yield lambda name: (place / name).read_bytes()
-        return
-    with zipfile.ZipFile(place) as archive:
-        yield archive.read

@@ -6,9 +6,8 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from matplotlib.axes import Axes
@@ -46,26 +45,20 @@ class Metric:
 def metrics_of(scores: Sequence[Score]) -> list[Metric]:
     """What was measured: the error, Frechet distances, rewards."""
     spaces = list(dict.fromkeys(name for s in scores for name in s.frechets))
-    rewards = list(dict.fromkeys(name for s in scores for name in s.rewards))
     metrics = [Metric("RMSE", error_of, lambda s: s.rmse)]
     for name in spaces:
+
+        def distance(s: Score, n: str = name) -> float | None:
+            return s.frechets[n].value if n in s.frechets else None
+
         title = "Frechet" if len(spaces) == 1 else f"Frechet {name}"
-        metrics.append(
-            Metric(
-                title,
-                lambda s, n=name: distance_of(s.frechets.get(n)),
-                lambda s, n=name: s.frechets[n].value if n in s.frechets else None,
-            )
-        )
-    for name in rewards:
-        metrics.append(
-            Metric(
-                name,
-                lambda s, n=name: str(s.rewards.get(n, "-")),
-                lambda s, n=name: s.rewards[n].value if n in s.rewards else None,
-                less=False,
-            )
-        )
+        metrics.append(Metric(title, lambda s, n=name: distance_of(s.frechets.get(n)), distance))
+    for name in dict.fromkeys(name for s in scores for name in s.rewards):
+
+        def reward(s: Score, n: str = name) -> float | None:
+            return s.rewards[n].value if n in s.rewards else None
+
+        metrics.append(Metric(name, lambda s, n=name: str(s.rewards.get(n, "-")), reward, False))
     return metrics
 
 
@@ -125,22 +118,19 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
     """One line a score, under the names of its fields; three columns a reward and a space."""
-    own = ("rewards", "gains", "frechets")
-    plain = [f.name for f in fields(Score) if f.name not in own]
+    plain = [f.name for f in fields(Score) if f.name not in ("rewards", "gains", "frechets")]
     rewards = list(dict.fromkeys(name for s in scores for name in s.rewards))
     spaces = list(dict.fromkeys(name for s in scores for name in s.frechets))
-    rows: list[dict[str, Any]] = []
+    rows = []
     for score in scores:
-        cells = asdict(score)
-        row = {name: cells[name] for name in plain}
+        row = {name: getattr(score, name) for name in plain}
         for name in rewards:
-            value = cells["rewards"].get(name, {})
-            row |= {name: value.get("value")}
-            row |= {f"{name}_{end}": value.get(end) for end in ("low", "high")}
-        for name in spaces:
-            value = cells["frechets"].get(name, {})
-            row |= {f"frechet {name}": value.get("value")}
-            row |= {f"frechet {name} {what}": value.get(what) for what in ("spread", "trained_on")}
+            ends = ((name, "value"), (f"{name}_low", "low"), (f"{name}_high", "high"))
+            row |= {key: getattr(score.rewards.get(name), end, None) for key, end in ends}
+        for name in (f"frechet {space}" for space in spaces):
+            of = score.frechets.get(name.removeprefix("frechet "))
+            row[name] = getattr(of, "value", None)
+            row |= {f"{name} {end}": getattr(of, end, None) for end in ("spread", "trained_on")}
         rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else plain, lineterminator="\n")
@@ -249,17 +239,19 @@ def page(
     matrices = []
     for metric in metrics_of(scores):
         better = "lower" if metric.less else "higher"
-        said = f"{metric.name}: {better} is better."
+        caption = f"{metric.name}: {better} is better."
         if metric.value(fine):
-            said += f" The fine solution has {metric.cell(fine)}."
+            caption += f" The fine solution has {metric.cell(fine)}."
         top = {n: metric.best([s for s in scores if s.nfe == n]) for n in calls}
         cells = {(s.name, s.nfe): (metric.cell(s), metric.value(s) == top[s.nfe]) for s in scores}
-        matrices.append((said, cells))
+        matrices.append((caption, cells))
     for name in dict.fromkeys(name for s in scores for name in s.gains):
-        said = f"{name}, minus that of the fine solution of the same seed and prompt. Bold: zero "
+        caption = (
+            f"{name}, minus that of the fine solution of the same seed and prompt. Bold: zero "
+        )
         gains = {(s.name, s.nfe): s.gains[name] for s in scores if name in s.gains}
         cells = {key: (str(gain), not gain.low <= 0 <= gain.high) for key, gain in gains.items()}
-        matrices.append((said + "is outside of the interval.", cells))
+        matrices.append((caption + "is outside of the interval.", cells))
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=folder, autoescape=True).get_template("report.html")
     *others, last = [

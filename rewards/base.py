@@ -35,9 +35,23 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
     Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats or
     hold NaN, for another number of prompts, and for a result that is not B finite numbers.
     """
-    check_images(images, prompts)
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"rewards take floats [B, 3, H, W], not {images.dtype} {list(images.shape)}: "
+            "make grey images RGB with images.expand(-1, 3, -1, -1)"
+        )
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}")
     if not len(images):
         return images.new_zeros(0, dtype=torch.float32)
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        wrong = (~finite).nonzero()[:, 0].tolist()
+        low = images.dtype in (torch.float16, torch.bfloat16)
+        raise ValueError(
+            f"image {wrong[0]} of {len(images)} (and {len(wrong) - 1} more) holds NaN or infinity"
+            + (f": it was made in {images.dtype}, try float32" if low else "")
+        )
     with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
         scores = reward(to_levels(images.float() * 255) / 255, prompts)
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
@@ -50,25 +64,6 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
             f"(and {len(wrong) - 1} more): try it without --amp, and check its weights"
         )
     return scores.to(torch.float32)
-
-
-def check_images(images: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError unless these are RGB images of finite numbers, with one prompt each."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"rewards take floats [B, 3, H, W], not {images.dtype} {list(images.shape)}: "
-            "make grey images RGB with images.expand(-1, 3, -1, -1)"
-        )
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}")
-    finite = images.isfinite().flatten(1).all(1)
-    if not finite.all():
-        wrong = (~finite).nonzero()[:, 0].tolist()
-        low = images.dtype in (torch.float16, torch.bfloat16)
-        raise ValueError(
-            f"image {wrong[0]} of {len(images)} (and {len(wrong) - 1} more) holds NaN or infinity"
-            + (f": it was made in {images.dtype}, try float32" if low else "")
-        )
 
 
 def has_gradient(
@@ -85,41 +80,33 @@ def has_gradient(
     return slope is not None and bool(slope.any())
 
 
-@dataclass(frozen=True)
-class Range:
-    """Brings a score near [0, 1]: score * scale + shift. scale > 0, so it keeps the order."""
-
-    scale: float = 1.0
-    shift: float = 0.0
-
-
-RANGES = {
-    "hps": Range(),
-    "pickscore": Range(1 / 26),
-    "imagereward": Range(1 / 10),  # signed: a bad image counts against, below zero
-    "clip": Range(),
-    "aesthetic": Range(1 / 10),
-    "mps": Range(1 / 26),  # not in the published sum; scaled as pickscore, whose units it has
+SCALES = {
+    "hps": 1.0,
+    "pickscore": 1 / 26,
+    "imagereward": 1 / 10,  # signed: a bad image counts against, below zero
+    "clip": 1.0,
+    "aesthetic": 1 / 10,
+    "mps": 1 / 26,  # not in the published sum; scaled as pickscore, whose units it has
 }
-"""Of `multi` (arXiv:2512.22796), without its clamp to [0, 1], which makes all bad images equal."""
+"""What brings scores near [0, 1] in `multi` (arXiv:2512.22796); its clamp to [0, 1] is left out,
+as it makes all bad images equal."""
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """sum_i weight_i (scale_i score_i + shift_i) / sum_i weight_i, a Reward made of rewards.
+    """sum_i weight_i scale_i score_i / sum_i weight_i, a Reward made of rewards.
 
-    Weights are positive; rewards that `ranges` does not name count as they are.
+    Weights are positive; rewards that `scales` does not name count as they are.
     """
 
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
-    ranges: Mapping[str, Range]
+    scales: Mapping[str, float]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.mean({n: score(r, images, prompts, n) for n, r in self.rewards.items()})
 
     def mean(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted mean [B] of scores that are at hand, in their own units."""
-        ranges = {name: self.ranges.get(name, Range()) for name in self.rewards}
-        ranged = [self.weights[n] * (parts[n] * to.scale + to.shift) for n, to in ranges.items()]
-        return torch.stack(ranged).sum(0) / sum(self.weights[name] for name in ranges)
+        terms = [self.weights[n] * (parts[n] * self.scales.get(n, 1.0)) for n in self.rewards]
+        return torch.stack(terms).sum(0) / sum(self.weights[name] for name in self.rewards)

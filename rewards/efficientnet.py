@@ -35,17 +35,16 @@ class Features:
         """Images [N, C, H, W] in [0, 1] -> features [N, 1280], float32 on the CPU.
 
         Images of any size are resized to S x S, S = `side`, bicubic and antialiased; what
-        overshoots is not clipped. Raises ValueError where C is neither 1 nor 3.
+        overshoots is not clipped. They have a gradient where the images ask for one. Raises
+        ValueError where C is neither 1 nor 3.
         """
         at_once = CHUNK.get(self.device.type, GPU_CHUNK) * SIDE**2 // self.side**2
-        parts = [self.chunk(part) for part in images.split(max(1, at_once))]
-        return torch.cat(parts) if parts else torch.empty(0, SIZE)
-
-    def chunk(self, images: Tensor) -> Tensor:
-        """As many images as go through the network at once; a gradient where they ask for one."""
+        parts = [torch.empty(0, SIZE)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            maps = self.maps(prepared(images.to(self.device), self.side))
-            return maps.float().mean((2, 3)).cpu()
+            for part in images.split(max(1, at_once)) if len(images) else ():
+                maps = self.maps(prepared(part.to(self.device), self.side))
+                parts.append(maps.float().mean((2, 3)).cpu())
+        return torch.cat(parts)
 
 
 def prepared(images: Tensor, side: int = SIDE) -> Tensor:

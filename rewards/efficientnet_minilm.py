@@ -10,16 +10,16 @@ P prompts.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewards.clip import TextCache, autocast, config_in, half_for, transformers
 from rewards.efficientnet import SIZE, load_features
-from rewards.registry import Loader
+from rewards.registry import Setup
 from rewards.states import fill, read_state, renamed
-from rewards.towers import TextCache, autocast, half_for, transformers
-from src.files import read_json
 
 MATRIX = Path(__file__).parents[1] / "src/models/efficientnet-minilm/model.safetensors"
 WIDTH = 384
@@ -45,12 +45,12 @@ class EmojiScore:
         return (guess * self.texts(prompts)).sum(-1).to(images.device)
 
 
-def load(loader: Loader) -> EmojiScore:
+def load(setup: Setup) -> EmojiScore:
     """The reward `efficientnet-minilm`."""
-    device, amp = loader.setup.device, loader.setup.amp
-    features = load_features(device, side=SIDE, path=loader.path("efficientnet"))
+    device, amp = setup.device, setup.amp
+    features = load_features(device, side=SIDE, path=setup.path("efficientnet"))
     matrix = fill(lambda: nn.Linear(SIZE, WIDTH), read_state(MATRIX), str(MATRIX), device)
-    texts = TextCache(load_minilm(loader.path("minilm"), device, amp))
+    texts = TextCache(load_minilm(setup.path("minilm"), device, amp))
     return EmojiScore(features, matrix, texts, device, amp)
 
 
@@ -61,18 +61,14 @@ def load_minilm(
 
     ValueError, in one line, for a folder of another model.
     """
-    content = read_json(folder / "config.json")
-    if not isinstance(content, dict) or content.get("model_type") != "bert":
-        raise ValueError(f"{folder / 'config.json'}: its model_type is not bert")
-    config, path = transformers().BertConfig.from_dict(content), folder / "model.safetensors"
-    network = fill(
-        lambda: transformers().BertModel(config, add_pooling_layer=False),
-        renamed(read_state(path), {}, UNUSED),
-        str(path),
-        device,
-        half_for(device, amp),
-    )
-    own = transformers().BertTokenizer.from_pretrained(folder, local_files_only=True)
+    config = config_in(folder, "bert", transformers.BertConfig.from_dict)
+    path, half = folder / "model.safetensors", half_for(device, amp)
+
+    def build() -> Any:
+        return transformers.BertModel(config, add_pooling_layer=False)
+
+    network = fill(build, renamed(read_state(path), {}, UNUSED), str(path), device, half)
+    own = transformers.BertTokenizer.from_pretrained(folder, local_files_only=True)
     options = {"padding": True, "truncation": True, "max_length": LENGTH}
 
     @torch.no_grad()

@@ -11,8 +11,7 @@ import click
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-from rewards.weights import RECORD, WEIGHTS, lookup, origin, place, records, sha256
-from src.files import write_json
+from rewards.weights import WEIGHTS, lookup, origin, places, sha256
 from src.options import OneLineCommand
 
 TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
@@ -21,19 +20,19 @@ TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository, where it goes, and what it must be; sha256 may be "", unknown."""
+    """One file of the hub, the folder and the path it gets, and what it must be."""
 
     weights: str
     name: str
     revision: str
+    folder: Path
     to: Path
     size: int
-    sha256: str
+    sha256: str  # "": unknown
 
     def differs(self, path: Path) -> str:
         """How a file is another one; "" where it is this one."""
-        size = path.stat().st_size
-        if size != self.size:
+        if (size := path.stat().st_size) != self.size:
             return f"{size} B, not {self.size}"
         digest = sha256(path) if self.sha256 else ""
         return "" if digest == self.sha256 else f"SHA-256 {digest}, not {self.sha256}"
@@ -46,26 +45,33 @@ def main(names: tuple[str, ...], yes: bool) -> None:
     """Fetch the weights of these NAMES; without any, list them.
 
     What would be fetched, how much and to where is said first. A stopped fetch goes on where it
-    was; what came is checked. Example: bash launch.sh weights clip aesthetic
+    was; what came is checked, and deleted where it is another file. Example: bash launch.sh
+    weights clip aesthetic
     """
     if not names:
         for name, weight in WEIGHTS.items():
             click.echo(f"{name:<13} {weight.about} [{weight.repo or origin(name)}]")
         return
-    items = [item for name in dict.fromkeys(names) for item in plan(name)]
-    wanted = [item for item in items if not item.to.exists()]
-    for item in items:
-        if item not in wanted and (why := item.differs(item.to)):
-            raise ValueError(f"{item.to} is another file ({why}): move it away")
-        size = f"{item.size:,} B" if item in wanted else "is there"
-        click.echo(f"{item.to}: {size}, {WEIGHTS[item.weights].about}")
-    total = sum(item.size for item in wanted)
+    files = [file for name in dict.fromkeys(names) for file in plan(name)]
+    wanted = [file for file in files if not file.to.exists()]
+    for file in files:
+        if file not in wanted and (why := file.differs(file.to)):
+            raise ValueError(f"{file.to} is another file ({why}): move it away")
+        size = f"{file.size:,} B" if file in wanted else "is there"
+        click.echo(f"{file.to}: {size}, {WEIGHTS[file.weights].about}")
+    total = sum(file.size for file in wanted)
     ask = f"Fetch {len(wanted)} files, {total / 1e9:.2f} GB?"
     if wanted and not yes and not click.confirm(ask):
         raise ValueError("nothing was fetched")
-    for item in wanted:
-        fetch(item)
-        click.echo(f"{item.to}: fetched and checked")
+    for file in wanted:
+        repo, at = WEIGHTS[file.weights].repo, file.revision
+        with one_line(file.weights):
+            came = Path(hf_hub_download(repo, file.name, revision=at, local_dir=file.folder))
+        if why := file.differs(came):
+            came.unlink()
+            raise ValueError(f"{file.to}: what came is another file ({why}): try again")
+        came.replace(file.to)
+        click.echo(f"{file.to}: fetched and checked")
 
 
 def plan(name: str) -> list[RemoteFile]:
@@ -74,44 +80,22 @@ def plan(name: str) -> list[RemoteFile]:
     ValueError, in one line: an unknown name, weights that the hub does not have, no connection,
     a licence that has to be accepted first.
     """
-    weight = lookup(name)
+    weight, place = lookup(name), places(name)[0]
     if not weight.repo:
-        raise ValueError(f"{name} is not on the hub: get {place(name)}: {origin(name)}")
+        raise ValueError(f"{name} is not on the hub: get {place}: {origin(name)}")
     with one_line(name):
         info = HfApi().model_info(weight.repo, files_metadata=True)
-    files = {file.rfilename: file for file in info.siblings or ()}
-    if any("*" not in pattern and pattern not in files for pattern in weight.wanted):
+    siblings = {file.rfilename: file for file in info.siblings or ()}
+    if any("*" not in pattern and pattern not in siblings for pattern in weight.wanted):
         raise ValueError(f"{name}: {page(name)} has not all of {', '.join(weight.wanted)}")
-    return [
-        RemoteFile(
-            name,
-            file,
-            info.sha or "main",
-            place(name) / file if weight.is_folder else place(name),
-            described.size or 0,
-            weight.sha256 or (described.lfs.sha256 if described.lfs else ""),
-        )
-        for file, described in files.items()
-        if any(fnmatch(file, pattern) for pattern in weight.wanted)
-    ]
-
-
-def fetch(item: RemoteFile) -> None:
-    """Fetch one file, or the rest of it, check it, put it in its place, record it.
-
-    ValueError, in one line, where the connection fails (what came is kept for the next time) or
-    the file is not what it must be (it is deleted).
-    """
-    weight = WEIGHTS[item.weights]
-    folder = place(item.weights) if weight.is_folder else item.to.parent
-    with one_line(item.weights):
-        came = hf_hub_download(weight.repo, item.name, revision=item.revision, local_dir=folder)
-    if why := item.differs(Path(came)):
-        Path(came).unlink()
-        raise ValueError(f"{item.to}: what came is another file ({why}): try again")
-    Path(came).replace(item.to)
-    record = {"size": item.size, "sha256": sha256(item.to), "from": f"{weight.repo}/{item.name}"}
-    write_json(item.to.parent / RECORD, {**records(item.to.parent), item.to.name: record})
+    files = []
+    for file, described in siblings.items():
+        if any(fnmatch(file, pattern) for pattern in weight.wanted):
+            folder, to = (place, place / file) if weight.is_folder else (place.parent, place)
+            digest = weight.sha256 or (described.lfs.sha256 if described.lfs else "")
+            size, revision = described.size or 0, info.sha or "main"
+            files.append(RemoteFile(name, file, revision, folder, to, size, digest))
+    return files
 
 
 def page(name: str) -> str:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
+from rewards.clip import TextCache, autocast, half_for, tokenizer_for, transformers
 from rewards.pixels import Preprocess
-from rewards.registry import Loader
+from rewards.registry import Setup
 from rewards.states import State, fill, read_state, renamed
-from rewards.towers import TextCache, autocast, half_for, padded_tokenizer
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
@@ -152,7 +151,7 @@ class MPSNetworks(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         clip, stack = sizes
-        self.model: Any = transformers.CLIPModel(transformers.CLIPConfig(**clip))
+        self.model = transformers.CLIPModel(transformers.CLIPConfig(**clip))
         self.cross_model = Stack(**stack)
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -195,12 +194,12 @@ class MPS:
             return self.networks(pixels, text, mask).float().to(images.device)
 
 
-def load(loader: Loader, sizes: Sizes = PUBLISHED) -> MPS:
+def load(setup: Setup, sizes: Sizes = PUBLISHED) -> MPS:
     """The reward `mps`, of the published file, which is a whole pickled module."""
-    path, device, amp = loader.path("mps"), loader.setup.device, loader.setup.amp
+    path, device, amp = setup.path("mps"), setup.device, setup.amp
     networks = load_state(read_state(path), sizes, str(path), device, amp)
     text, vision = networks.model.config.text_config, networks.model.config.vision_config
-    tokenise = padded_tokenizer(text.max_position_embeddings, text.vocab_size, path)
+    tokenise = tokenizer_for(text.max_position_embeddings, text.vocab_size, path)
 
     def read(prompts: Sequence[str]) -> Tensor:
         with autocast(device, amp):

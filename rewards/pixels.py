@@ -1,10 +1,9 @@
 """Images as CLIP and BLIP want them: what Pillow's resize makes, to the byte, on any device.
 
-Pillow resizes along rows and then along columns (its newest versions do tall images the other way
-round); its weights are whole numbers of 2^-22, and each pass is rounded to bytes. Such sums are
-exact in float64, in any order. Only the part of the result that is kept is computed, from the
-part of the image that it needs. A gradient passes through the roundings as if they were not
-there. B images, C channels.
+Pillow resizes along rows and then along columns; its weights are whole numbers of 2^-22, and each
+pass is rounded to bytes. Such sums are exact in float64, in any order. Only the part of the result
+that is kept is computed, from the part of the image that it needs. A gradient passes through the
+roundings as if they were not there. B images, C channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +21,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 ONE = 1 << 22
 PIXELS = 1 << 22
 """Of images that are resized at once, for the memory of float64."""
-BLOCK = 16
-"""Pixels of a row that are made by one product with a matrix: few, as a filter is narrow."""
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a part."""
-Blocks = tuple[tuple[slice, Tensor | None], ...]
-"""The pixels that a few new ones are made of, and their weights in units of 2^-22; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Preprocess:
     """What an image tower takes: squares of `size` pixels, normalised by `mean` and `std`.
 
     mode: `shortest` resizes the short side to `resize` (0: `size`) and cuts out the centre,
-    `squash` resizes both sides, `longest` the long one, with bars of grey level `fill` beside.
+    `squash` resizes both sides.
     middle: half of what is cut off -> where the rest begins; round as in torchvision, int as in
     transformers.
     """
@@ -46,7 +41,6 @@ class Preprocess:
     mode: str = "shortest"
     resize: int = 0
     interpolation: str = "bicubic"
-    fill: int = 0
     middle: Callable[[float], int] = round
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -61,13 +55,6 @@ class Preprocess:
         """Byte levels [B, C, H, W] -> [B, C, size, size]."""
         height, width = levels.shape[-2:]
         size = self.size
-        if self.mode == "longest":
-            to = [max(1, round(side * size / max(height, width))) for side in (height, width)]
-            part = resize(levels, (to[0], to[1]), (0, 0, to[0], to[1]), self.interpolation)
-            square = levels.new_full((*levels.shape[:2], size, size), self.fill)
-            top, left = ((size - side) // 2 for side in to)
-            square[..., top : top + to[0], left : left + to[1]] = part
-            return square
         to = (size, size)
         if self.mode == "shortest":
             short, new = min(height, width), self.resize or size
@@ -93,50 +80,33 @@ def resize(
     """Byte levels [B, C, H, W], resized to (height, width) -> the part `box` of the result."""
     top, left, height, width = box
     (old_height, old_width), device = levels.shape[-2:], levels.device
-    rows = filters(old_height, to[0], top, height, interpolation, device)
-    columns = filters(old_width, to[1], left, width, interpolation, device)
-    first, last = rows[0][0].start, rows[-1][0].stop
-    part = one_pass(levels[..., first:last, :], columns)
-    return one_pass(part.mT, rows, first).mT
-
-
-def one_pass(levels: Tensor, blocks: Blocks, first: int = 0) -> Tensor:
-    """Byte levels [*, n] of the pixels from `first` on -> those of the pixels of all blocks."""
-    parts = []
-    for needed, weights in blocks:
-        part = levels[..., needed.start - first : needed.stop - first]
-        if weights is not None:
-            sums = part.double() @ weights.mT / ONE
-            part = to_levels(sums).to(levels.dtype)
-        parts.append(part)
-    return torch.cat(parts, -1)
+    rows, vertical = weights_for(old_height, to[0], top, height, interpolation, device)
+    columns, horizontal = weights_for(old_width, to[1], left, width, interpolation, device)
+    narrow = to_levels(levels[..., rows, columns].double() @ horizontal.mT / ONE)
+    return to_levels(narrow.mT @ vertical.mT / ONE).mT.to(levels.dtype)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # they are kept, and serve gradients too
-def filters(old: int, new: int, start: int, count: int, name: str, device: torch.device) -> Blocks:
+def weights_for(
+    old: int, new: int, start: int, count: int, name: str, device: torch.device
+) -> tuple[slice, Tensor]:
     """What `count` pixels from `start` on are made of, in a row that goes from `old` to `new`.
 
-    As in Pillow's Resample.c: the filter is widened where the row shrinks.
+    -> the n pixels that are needed, and their weights [count, n] in units of 2^-22. As in Pillow's
+    Resample.c: the filter is widened where the row shrinks.
     """
-    if old == new:
-        return ((slice(start, start + count), None),)
     reach, shape = FILTERS[name]
     wide = max(old / new, 1.0)
-    blocks = []
-    for at in range(start, start + count, BLOCK):
-        pixels = torch.arange(at, min(at + BLOCK, start + count), dtype=torch.float64)[:, None]
-        centre = (pixels + 0.5) * (old / new)
-        first = (centre - reach * wide + 0.5).trunc().clamp(min=0)
-        last = (centre + reach * wide + 0.5).trunc().clamp(max=old)
-        needed = slice(int(first[0]), int(last[-1]))
-        x = torch.arange(needed.start, needed.stop, dtype=torch.float64)
-        weights = shape(((x - centre + 0.5) * (1 / wide)).abs()).where(
-            (first <= x) & (x < last), 0
-        )
-        weights = weights / weights.sum(1, keepdim=True) * ONE
-        blocks.append((needed, (weights + 0.5 * weights.sign()).trunc().to(device)))
-    return tuple(blocks)
+    centre = (torch.arange(start, start + count, dtype=torch.float64)[:, None] + 0.5) * (old / new)
+    first = (centre - reach * wide + 0.5).trunc().clamp(min=0)
+    last = (centre + reach * wide + 0.5).trunc().clamp(max=old)
+    needed = slice(int(first[0]), int(last[-1]))
+    x = torch.arange(needed.start, needed.stop, dtype=torch.float64)
+    weights = shape(((x - centre + 0.5) * (1 / wide)).abs())
+    weights = weights.where((first <= x) & (x < last), 0)
+    weights = weights / weights.sum(1, keepdim=True) * ONE
+    return needed, (weights + 0.5 * weights.sign()).trunc().to(device)
 
 
 def _bicubic(x: Tensor) -> Tensor:
@@ -158,17 +128,10 @@ BY_NUMBER = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 def by_open_clip(content: Mapping[str, Any], size: int, source: Path) -> Preprocess:
     """What open_clip's preprocess_cfg says; ValueError where that is not served."""
-    return checked(
-        Preprocess(
-            size,
-            content.get("mean", MEAN),
-            content.get("std", STD),
-            mode=content.get("resize_mode", "shortest"),
-            interpolation=content.get("interpolation", "bicubic"),
-            fill=content.get("fill_color", 0),
-        ),
-        source,
-    )
+    names = {"mean": "mean", "std": "std", "resize_mode": "mode"}
+    names["interpolation"] = "interpolation"
+    stated: dict[str, Any] = {own: content[n] for n, own in names.items() if n in content}
+    return checked(Preprocess(size, **stated), source)
 
 
 def by_transformers(content: Any, size: int, source: Path) -> Preprocess:
@@ -184,28 +147,21 @@ def by_transformers(content: Any, size: int, source: Path) -> Preprocess:
         raise ValueError(f"{source}: only images that are resized and rescaled are served")
     if sides != {size} or (edge and (not cut or edge < size)) or (cut and crops != {size}):
         raise ValueError(f"{source}: it does not make images of {size}x{size}, as the model takes")
-    normal = content.get("do_normalize", True)
-    return checked(
-        Preprocess(
-            size,
-            content.get("image_mean", MEAN) if normal else (0.0,) * 3,
-            content.get("image_std", STD) if normal else (1.0,) * 3,
-            mode="shortest" if edge else "squash",
-            resize=edge,
-            interpolation=BY_NUMBER.get(content.get("resample", 3), "other"),
-            middle=int,
-        ),
-        source,
-    )
+    mean, std = content.get("image_mean", MEAN), content.get("image_std", STD)
+    if not content.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    mode = "shortest" if edge else "squash"
+    kind = BY_NUMBER.get(content.get("resample", 3), "other")
+    return checked(Preprocess(size, mean, std, mode, edge, kind, middle=int), source)
 
 
 def checked(preprocess: Preprocess, source: Path) -> Preprocess:
-    """The same, if it is served."""
-    if preprocess.mode not in ("shortest", "squash", "longest"):
+    """The same; ValueError, naming the file, where it is not served."""
+    if preprocess.mode not in ("shortest", "squash"):
         raise ValueError(f"{source}: resize_mode {preprocess.mode!r} is not served")
     if preprocess.interpolation not in FILTERS:
         raise ValueError(f"{source}: only the resizes {', '.join(FILTERS)} are served")
-    for numbers in (preprocess.mean, preprocess.std, (preprocess.fill,) * 3):
+    for numbers in (preprocess.mean, preprocess.std):
         if len(numbers) != 3 or not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError(f"{source}: mean and std need three numbers each, the fill one")
+            raise ValueError(f"{source}: mean and std need three numbers each")
     return preprocess

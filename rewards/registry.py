@@ -10,21 +10,20 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
-from rewards.base import RANGES, Reward, WeightedSum
+from rewards.base import SCALES, Reward, WeightedSum
 from rewards.weights import require
 from src.files import nearest, read_json
 
-T = TypeVar("T")
 MULTI = "multi"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How rewards are loaded.
+    """How rewards are loaded, and the models by their files that several of them share.
 
     paths: where the weights are, by the names of `rewards.weights`; they go before the
     environment's variables and the default places. amp: weights and products in half precision;
@@ -34,29 +33,16 @@ class Setup:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp: bool = False
     paths: Mapping[str, str | Path] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Loader:
-    """A setup, and the models that were loaded for it."""
-
-    setup: Setup
-    models: dict[Any, Any] = field(default_factory=dict)
-
-    def get(self, key: object, load: Callable[[], T]) -> T:
-        """The model of that key, loaded on the first call."""
-        if key not in self.models:
-            self.models[key] = load()
-        return self.models[key]
+    models: dict[Path, Any] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
         """Where the weights of that name are; ValueError where they are not."""
-        return require([name], self.setup.paths)[name]
+        return require([name], self.paths)[name]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where a reward's function `load(loader) -> Reward` is, and the weights that it reads.
+    """Where a reward's function `load(setup) -> Reward` is, and the weights that it reads.
 
     about: what its number is; by_prompt: whether it looks at the prompt; shipped: its own
     weights, that come with the repository.
@@ -73,7 +59,6 @@ ADAPTERS = {
     name: Adapter(**{**row, "weights": tuple(row["weights"])})
     for name, row in read_json(Path(__file__).with_name("adapters.json")).items()
 }
-GONE = {"brisque": "no model of grain is served any more: efficientnet-minilm, clip or aesthetic"}
 
 
 def load_reward(name: str, setup: Setup | None = None) -> Reward:
@@ -90,20 +75,16 @@ def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, 
     wanted = {name: parse(name) for name in names}
     setup = setup or Setup()
     if setup.amp and setup.device.type == "cpu":
-        logging.getLogger(__name__).warning(
-            "rewards: half precision is off on a CPU: slower there"
-        )
+        logger = logging.getLogger(__name__)
+        logger.warning("rewards: half precision is off on a CPU: slower there")
         setup = replace(setup, amp=False)
-    loader = Loader(setup)
     files_of(wanted, setup.paths)
-    loaded = {single: _load(single, loader) for single in singles(wanted)}
-
-    def reward(name: str, weights: dict[str, float]) -> Reward:
-        if name in loaded:
-            return loaded[name]
-        return WeightedSum({single: loaded[single] for single in weights}, weights, RANGES)
-
-    return {name: reward(name, weights) for name, weights in wanted.items()}
+    loaded = {single: _load(single, setup) for single in singles(wanted)}
+    for name, weights in wanted.items():
+        if name not in loaded:
+            parts = {single: loaded[single] for single in weights}
+            loaded[name] = WeightedSum(parts, weights, SCALES)
+    return {name: loaded[name] for name in wanted}
 
 
 def singles(names: Iterable[str]) -> list[str]:
@@ -126,13 +107,20 @@ def parse(name: str) -> dict[str, float]:
     ValueError for an unknown name, or weights that are negative, all zero or no numbers.
     """
     if name == MULTI:
-        return dict.fromkeys(RANGES, 1.0)
-    if not name.startswith(MULTI + ":"):
-        return {_checked(name): 1.0}
-    parts = [part.rpartition("=") for part in name.removeprefix(MULTI + ":").split(",")]
-    weights = {_checked(single): _weight(value, name) for single, _, value in parts}
-    if len(weights) < len(parts) or not any(weights.values()):
-        raise ValueError(f"{name!r} must name each reward once, with a weight above zero")
+        return dict.fromkeys(SCALES, 1.0)
+    weights = {name: 1.0}
+    if name.startswith(MULTI + ":"):
+        parts = [part.rpartition("=") for part in name.removeprefix(MULTI + ":").split(",")]
+        weights = {single: _weight(value, name) for single, _, value in parts}
+        if len(weights) < len(parts) or not any(weights.values()):
+            raise ValueError(f"{name!r} must name each reward once, with a weight above zero")
+    names = [*ADAPTERS, MULTI]
+    for single in weights:
+        if single not in ADAPTERS and ":" not in single:
+            raise ValueError(
+                f"no reward {single!r}: did you mean {nearest(single, names)}? "
+                f"There are {', '.join(names)}, and your own as module:function"
+            )
     return {single: weight for single, weight in weights.items() if weight}
 
 
@@ -146,28 +134,25 @@ def _weight(value: str, name: str) -> float:
     return weight
 
 
-def _checked(name: str) -> str:
-    if name in ADAPTERS or ":" in name:
-        return name
-    if name in GONE:
-        raise ValueError(f"the reward {name!r} is gone: {GONE[name]}")
-    names = [*ADAPTERS, MULTI]
-    raise ValueError(
-        f"no reward {name!r}: did you mean {nearest(name, names)}? "
-        f"There are {', '.join(names)}, and your own as module:function"
-    )
-
-
-def _load(name: str, loader: Loader) -> Reward:
+def _load(name: str, setup: Setup) -> Reward:
     """The reward of one name; one's own is importable from the current folder too."""
-    if name in ADAPTERS:
-        module, _, function = ADAPTERS[name].load.partition(":")
+    if name not in ADAPTERS:
+        own = own_function(name)
         try:
-            return getattr(importlib.import_module(module), function)(loader)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"{name} needs the package {error.name}: pip install -r requirements.txt"
-            ) from error
+            inspect.signature(own).bind("images", "prompts")
+        except TypeError as error:
+            raise ValueError(f"{name!r} must take (images, prompts): {error}") from error
+        return own
+    module, _, function = ADAPTERS[name].load.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(setup)
+    except ModuleNotFoundError as error:
+        fix = "pip install -r requirements.txt"
+        raise ValueError(f"{name} needs the package {error.name}: {fix}") from error
+
+
+def own_function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names; ValueError where it cannot be imported."""
     module, _, function = name.partition(":")
     try:
         own = getattr(importlib.import_module(module), function)
@@ -175,8 +160,4 @@ def _load(name: str, loader: Loader) -> Reward:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
     if not callable(own):
         raise ValueError(f"{name!r} is no function, but of type {type(own).__name__}")
-    try:
-        inspect.signature(own).bind("images", "prompts")
-    except TypeError as error:
-        raise ValueError(f"{name!r} must take (images, prompts): {error}") from error
-    return cast(Reward, own)
+    return own

@@ -23,26 +23,21 @@ def score_all(
     """
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}")
-    starts = range(0, max(len(images), 1), batch)
-    parts = [score_batch(rewards, images[i : i + batch], prompts[i : i + batch]) for i in starts]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    parts: dict[str, Tensor] = {}
+    for name, reward in single_rewards(rewards).items():
+        ends = [(i, i + batch) for i in range(0, max(len(images), 1), batch)]
+        parts[name] = torch.cat([score(reward, images[i:j], prompts[i:j], name) for i, j in ends])
+    return parts | {n: r.mean(parts) for n, r in rewards.items() if isinstance(r, WeightedSum)}
 
 
-def score_batch(
-    rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[str]
-) -> dict[str, Tensor]:
-    """The same of one batch, at once."""
+def single_rewards(rewards: Mapping[str, Reward]) -> dict[str, Reward]:
+    """The rewards by name, each WeightedSum replaced by its parts."""
     singles: dict[str, Reward] = {}
     for name, reward in rewards.items():
         singles |= reward.rewards if isinstance(reward, WeightedSum) else {name: reward}
-    parts = {name: score(reward, images, prompts, name) for name, reward in singles.items()}
-    sums = {n: r.mean(parts) for n, r in rewards.items() if isinstance(r, WeightedSum)}
-    return parts | sums
+    return singles
 
 
 def names_of(rewards: Mapping[str, Reward]) -> list[str]:
     """The names that `score_all` gives scores of, what was asked for first."""
-    names = list(rewards)
-    for reward in rewards.values():
-        names += reward.rewards if isinstance(reward, WeightedSum) else []
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys((*rewards, *single_rewards(rewards))))

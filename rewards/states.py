@@ -1,4 +1,4 @@
-"""State dicts: read without running anything, checked name by name, put into networks.
+"""State dicts: read without running anything, and put into networks that take them whole.
 
 Networks are built on the meta device, so that nothing is initialised that a file then replaces,
 and a full-size network can be checked against a list of names and shapes without its memory.
@@ -17,13 +17,14 @@ from src.pickles import read_tensors
 
 M = TypeVar("M", bound=nn.Module)
 State = Mapping[str, Tensor]
-PRODUCTS = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention: "in_proj_weight"}
-"""The matrices, which are nearly all numbers of a network."""
+MATRICES = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention: "in_proj_weight"}
+"""Nearly all numbers of a network."""
 BUFFERS: dict[str, Callable[[torch.Size, torch.device], Tensor]] = {
     "position_ids": lambda shape, on: torch.arange(shape[-1], device=on).expand(shape),
     "token_type_ids": lambda shape, on: torch.zeros(shape, dtype=torch.int64, device=on),
     "attn_mask": lambda shape, on: torch.full(shape, float("-inf"), device=on).triu(1),
 }
+"""Those that no file holds."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -53,11 +54,6 @@ def renamed(state: State, names: Mapping[str, str], unused: tuple[str, ...] = ()
     return new
 
 
-def within(state: State, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
 def fill(
     build: Callable[[], M],
     state: State,
@@ -73,36 +69,19 @@ def fill(
     """
     with torch.device("meta"):
         network = build()
-    _check(state, network.state_dict(), source)
-    matrices = {
-        f"{name}.{weight}"
-        for name, module in network.named_modules()
-        for kind, weight in PRODUCTS.items()
-        if half and isinstance(module, kind)
-    }
-
-    def ready(name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value.to(device)
-        return value.to(device, half if name in matrices else torch.float32)
-
-    network.load_state_dict({n: ready(n, v) for n, v in state.items()}, assign=True, strict=True)
+    modules = network.named_modules()
+    halved = {f"{n}.{w}" for n, m in modules for k, w in MATRICES.items() if isinstance(m, k)}
+    ready = {}
+    for name, value in state.items():
+        kind = (half if name in halved else None) or torch.float32
+        ready[name] = value.to(device, dtype=kind if value.is_floating_point() else None)
+    try:
+        network.load_state_dict(ready, assign=True, strict=True)
+    except RuntimeError as error:
+        _, _, faults = " ".join(str(error).split()).partition(": ")
+        raise ValueError(f"{source}: these are other weights: {faults[:300]}") from error
     for name, buffer in list(network.named_buffers()):
-        if buffer.is_meta and device.type != "meta":  # no file holds it
+        if buffer.is_meta and device.type != "meta":
             owner, _, last = name.rpartition(".")
             setattr(network.get_submodule(owner), last, BUFFERS[last](buffer.shape, device))
     return network.eval().requires_grad_(False)
-
-
-def _check(state: State, wanted: State, source: str) -> None:
-    """ValueError, in one line, unless both have the same names and shapes."""
-    shape = {name: list(v.shape) for name, v in state.items()}
-    differ = [n for n, v in wanted.items() if n in shape and shape[n] != list(v.shape)]
-    faults = {
-        "missing": [name for name in wanted if name not in state],
-        "not known": [name for name in state if name not in wanted],
-        "of another shape": [f"{n} {shape[n]}, not {list(wanted[n].shape)}" for n in differ],
-    }
-    said = [f"{len(names)} {what} ({names[0]})" for what, names in faults.items() if names]
-    if said:
-        raise ValueError(f"{source}: these are other weights: {', '.join(said)}")

@@ -1,12 +1,12 @@
 """The one table of weight files: what each is, where it comes from, where it is, whether whole.
 
+`python -m rewards.weights` says which are here, `python -m rewards.fetch NAME...` fetches them.
 A file is looked for, in this order: where a command says, where its environment variable says,
 under the folder of weights (`weights`, or what EPD_WEIGHTS says) at our place and at those of the
 published README, in the hub's own cache, in an installed package.
 """
 
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,17 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
 from safetensors import SafetensorError, safe_open
 
 from src.files import nearest, read_json
+from src.options import OneLineCommand
 
-ROOT = "EPD_WEIGHTS"
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
-RECORD = ".fetched.json"
-"""Beside fetched files: their sizes, SHA-256 and origins by name."""
-BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,44 @@ REWARDS, METRICS, BACKBONES = TABLE["rewards"], TABLE["metrics"], TABLE["backbon
 WEIGHTS = {**REWARDS, **BACKBONES, **METRICS}
 
 
+@click.command(cls=OneLineCommand)
+@click.option("--hash", "thoroughly", is_flag=True, help="Read the files, compare SHA-256.")
+def main(thoroughly: bool) -> None:
+    """Print which weights are found, missing or wrong, how to get them, and every place tried.
+
+    Ends with 1 where something is wrong. Example: bash launch.sh doctor --hash
+    """
+    wrong = 0
+    for section, names in TABLE.items():
+        click.echo(f"{section}:")
+        for name in names:
+            state, detail = examine(name, thoroughly=thoroughly)
+            wrong += state == "wrong"
+            click.echo(f"  {name:<13} {state:<8} {detail}")
+    if wrong:
+        raise ValueError(f"{wrong} of {len(WEIGHTS)} are wrong: see above")
+
+
+def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
+    """found, missing or wrong; and where it is, how to get it, or what is wrong.
+
+    thoroughly: also compare the hash with that of the published file.
+    """
+    try:
+        path = find(name)
+    except ValueError as error:
+        return "wrong", str(error)
+    if path is None:
+        return "missing", hint(name).partition(": ")[2]
+    if why := broken(path):
+        return "wrong", f"{path}: {why}"
+    published = WEIGHTS[name].sha256 if path.name == Path(WEIGHTS[name].place).name else ""
+    if thoroughly and published and sha256(path) != published:
+        return "wrong", f"{path}: its SHA-256 is not that of the published file"
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return "found", f"{path} ({sum(p.stat().st_size for p in files):,} B)"
+
+
 # --- where they are -------------------------------------------------------------------------
 
 
@@ -91,14 +127,9 @@ def variable(name: str) -> str:
     return "EPD_" + name.upper().replace("-", "_")
 
 
-def place(name: str) -> Path:
-    """Where the weights of that name go when they are fetched."""
-    return places(name)[0]
-
-
 def places(name: str) -> list[Path]:
-    """All paths where the weights of that name are looked at, the first one first."""
-    root, weight = Path(os.environ.get(ROOT) or "weights").expanduser(), lookup(name)
+    """All paths where the weights of that name are looked at; fetched ones go to the first."""
+    root, weight = Path(os.environ.get("EPD_WEIGHTS") or "weights").expanduser(), lookup(name)
     tried = dict.fromkeys((weight.place, Path(weight.place).name, *weight.also))
     return [Path(p).expanduser() if p.startswith(("~", "src/")) else root / p for p in tried]
 
@@ -132,17 +163,15 @@ def inside(path: Path, weight: Weight) -> Path:
 
 
 def cached(weight: Weight) -> Iterator[Path]:
-    """Where the hub's own cache has them; a model may be there as a file or as a pipeline."""
-    if not weight.repo or not find_spec("huggingface_hub"):
-        return
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (comes with the models)
+    """Where the hub's own cache has them whole; a model may be there as a file or a pipeline."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (it takes a second)
 
-    for name in dict.fromkeys((*weight.wanted, "model_index.json")):
+    for name in dict.fromkeys((*weight.wanted, "model_index.json")) if weight.repo else ():
         path = None if "*" in name else try_to_load_from_cache(weight.repo, name)
         if isinstance(path, str):
             folder = weight.is_folder or name == "model_index.json"
             where = Path(path).parent if folder else Path(path)
-            if not broken(where):  # a model may be there in part
+            if not broken(where):
                 yield where
 
 
@@ -162,8 +191,7 @@ def require(
     ValueError, in one line: an unknown name; all that are missing, each with its size, source,
     options and the places looked at; or what is wrong with one.
     """
-    paths = dict(paths or {})
-    for name in paths:
+    for name in paths or {}:
         lookup(name)
     where = {name: find(name, paths) for name in dict.fromkeys(names)}
     there = {name: path for name, path in where.items() if path}
@@ -205,10 +233,10 @@ def broken(path: Path) -> str:
     if path.is_dir():
         parts = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         names = {p.name for p in path.iterdir()}
-        if parts and not names.isdisjoint(CONFIGS):
+        if parts and names.intersection(CONFIGS):
             faults = ((part.relative_to(path), broken(part)) for part in parts)
             return next((f"{part}: {why}" for part, why in faults if why), "")
-        if not names.isdisjoint(VOCABULARIES):
+        if names.intersection(VOCABULARIES):
             return ""
         wanted = "config.json" if parts else "weights (.safetensors or .bin) or vocabulary"
         return f"the folder has no {wanted}"
@@ -223,36 +251,25 @@ def broken(path: Path) -> str:
         return "it is a Git LFS pointer, not the file: git lfs pull"
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         return "it is a web page that was saved instead of the file"
-    cut = (
-        (path.suffix == ".safetensors" and not opens(path))
-        or (head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path))
-        or (path.suffix == ".pkl" and last != b".")
-    )
+    cut = head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path)
+    cut |= path.suffix == ".pkl" and last != b"."
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "np"):
+                pass
+        except SafetensorError:
+            cut = True
     return f"it is cut short ({size} bytes), or broken" if cut else ""
-
-
-def opens(path: Path) -> bool:
-    """Whether a .safetensors file has all that its header names."""
-    try:
-        with safe_open(path, "np"):
-            return True
-    except SafetensorError:
-        return False
 
 
 def sha256(path: Path) -> str:
     """The hash of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 
 
-def records(folder: Path) -> dict[str, Any]:
-    """Size, SHA-256 and origin of the files of a folder that were fetched, by name."""
-    try:
-        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+if __name__ == "__main__":
+    main()

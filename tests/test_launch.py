@@ -144,7 +144,7 @@ def test_a_folder_with_spaces_and_cdpath_lead_nowhere_else(tmp_path: Path) -> No
         script=Path("my repo/launch.sh"),
         environment={"CDPATH": str(tmp_path / "elsewhere"), "EPD_VENV": ".venv"},
     )
-    assert result.stdout == "-m rewards.doctor a b\n"
+    assert result.stdout == "-m rewards.weights a b\n"
 
 
 @pytest.mark.parametrize(

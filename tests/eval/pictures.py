@@ -22,9 +22,9 @@ def features(images: Tensor) -> Tensor:
 
 def nan_features(images: Tensor) -> Tensor:
     """As those, but not finite for an image that begins black."""
-    found = features(images)
-    found[images[:, 0, 0, 0] == 0] = float("nan")
-    return found
+    numbers = features(images)
+    numbers[images[:, 0, 0, 0] == 0] = float("nan")
+    return numbers
 
 
 def shapeless_features(images: Tensor) -> Tensor:
@@ -80,6 +80,6 @@ def sampled(folder: Path, count: int, *, prompt: str = "a", seed: int = 0) -> Pa
 def refused(done: Result, words: str) -> None:
     """A command that ended with one line that holds these words."""
     assert done.exit_code != 0
-    lines = done.output.strip().splitlines()
+    lines = [line for line in done.output.strip().splitlines() if " images in " not in line]
     assert words in lines[-1], done.output
     assert len(lines) == 1, done.output

@@ -1,10 +1,7 @@
 """Tables, CSV, curves and the page of a comparison."""
 
 import csv
-import json
 import re
-import shutil
-import subprocess
 from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
@@ -17,10 +14,7 @@ from eval.measure import Frechet, Score
 from eval.report import Strip, best_names, curves, metrics_of, page, ratios, table, write_csv
 from src.figures import png
 from src.images import read_png
-from src.stats import Estimate, aligned, number
-
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+from src.stats import Estimate, number
 
 
 def score(name: str, nfe: int, rmse: float, frechet: float | None = None) -> Score:
@@ -40,11 +34,6 @@ SCORES = [
     score("epd K=2", 3, 0.1, 31.5),
     score("epd K=2", 5, 0.05, 12.25),
 ]
-
-
-def test_columns_line_up() -> None:
-    lines = aligned([("a", "b"), ("long name", "1"), ("c", "22.5")]).splitlines()
-    assert lines == ["a             b", "---------------", "long name     1", "c          22.5"]
 
 
 def test_the_table_has_a_line_for_every_score_with_what_was_measured_of_it() -> None:
@@ -141,20 +130,3 @@ def test_every_figure_is_in_the_page_and_what_comes_from_outside_is_text(html: s
     assert html.count("<td></td>") == 4  # epd at 5 calls: error, distance, reward and gain
     assert html.count('<td class="best">0.1000') == 1
     assert html.count("data:image/png;base64,") == html.count("src=") == 1 + 4 + 2 + 1
-
-
-@pytest.mark.skipif(not BROWSER, reason=f"none of {', '.join(BROWSERS)} is installed")
-def test_a_browser_shows_all_pictures_and_needs_no_other_file(html: str, tmp_path: Path) -> None:
-    check = """<script>const seen = [...document.images]; document.body.dataset.seen =
-    JSON.stringify([seen.filter(one => !one.complete || !one.naturalWidth).length,
-    document.documentElement.scrollWidth > innerWidth]);</script></body>"""
-    (tmp_path / "report.html").write_text(html.replace("</body>", check))
-    done = subprocess.run(
-        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1400",
-         "--virtual-time-budget=2000", (tmp_path / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    told = re.search(r'data-seen="([^"]*)"', done.stdout)
-    assert told
-    assert json.loads(unescape(told[1])) == [0, False]

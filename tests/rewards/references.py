@@ -62,11 +62,11 @@ def hps(folder: Path) -> list[float]:
         shutil.copy(str(own / vocabulary), str(to / "src" / "open_clip" / vocabulary))
     library = module("hpsv2.src.open_clip")
     library.add_model_config(folder / "ViT-H-14.json")
-    made = library.create_model_and_transforms(
+    network = library.create_model_and_transforms(
         "ViT-H-14", None, precision="fp32", light_augmentation=True, output_dict=True
     )
     package = module("hpsv2.img_score")
-    package.model_dict.update(model=made[0], preprocess_val=made[2])
+    package.model_dict.update(model=network[0], preprocess_val=network[2])
     asked = pairs(folder)[:8]  # it sees all of a picture that is not square, between black bars
     return [float(package.score(path, text, str(folder / "hps.pt"))[0]) for path, text in asked]
 
@@ -80,18 +80,14 @@ def imagereward(folder: Path) -> list[float]:
     blip.BertTokenizer = words
 
     def create_vit(*_: Any) -> tuple[Any, int]:
-        names = {"img_size": "image", "patch_size": "patch", "embed_dim": "vision_width"}
-        names |= {"depth": "vision_layers", "num_heads": "vision_heads"}
-        own = {name: sizes[ours] for name, ours in names.items()}
-        return vit.VisionTransformer(**own), sizes["vision_width"]
+        names = {"img_size": "image_size", "patch_size": "patch_size", "embed_dim": "hidden_size"}
+        names |= {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
+        own = {name: sizes["vision"][ours] for name, ours in names.items()}
+        return vit.VisionTransformer(**own), sizes["vision"]["hidden_size"]
 
     module("ImageReward.models.BLIP.blip_pretrain").create_vit = create_vit
-    package.MLP = lambda _: heads(sizes["text_width"])
-    names = {"hidden_size": "text_width", "num_hidden_layers": "text_layers"}
-    names |= {"num_attention_heads": "text_heads", "vocab_size": "vocabulary"}
-    names["max_position_embeddings"] = "positions"
-    config = {**BERT, **{name: sizes[ours] for name, ours in names.items()}}
-    config["intermediate_size"] = 4 * sizes["text_width"]
+    package.MLP = lambda _: heads(sizes["text"]["hidden_size"])
+    config = {**BERT, **sizes["text"]}
     (folder / "med_config.json").write_text(json.dumps(config))
     load = module("ImageReward.utils").load
     model = load(str(folder / "imagereward.pt"), "cpu", None, str(folder / "med_config.json"))
@@ -104,8 +100,11 @@ def openai_score(folder: Path, name: str) -> Any:
     module("ImageReward")
     package = module(f"ImageReward.models.{name}")
     library = package.clip
-    made = library.model.build_model(torch.load(str(folder / "clip.pt"))).eval()
-    library.load = lambda *_, **__: (made, library.clip._transform(made.visual.input_resolution))
+    network = library.model.build_model(torch.load(str(folder / "clip.pt"))).eval()
+    library.load = lambda *_, **__: (
+        network,
+        library.clip._transform(network.visual.input_resolution),
+    )
     return getattr(package, name)("", "cpu").eval()
 
 

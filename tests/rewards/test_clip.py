@@ -1,8 +1,6 @@
 """`clip`, `hps`, `pickscore` and `aesthetic` on twins in the published layouts."""
 
 import json
-import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +14,12 @@ from torch import Tensor
 
 from rewards import clip
 from rewards.base import score
-from rewards.mps import CLIP_H
-from rewards.registry import Loader, Setup, load_rewards
-from rewards.towers import TextCache, clip_model, padded_tokenizer
+from rewards.clip import TextCache
+from rewards.registry import Setup
 from tests.rewards.twins import (
     OPEN_CLIP,
     PROMPTS,
     by_pillow,
-    head_state,
     images,
     letters_tokenizer,
     open_clip_state,
@@ -36,8 +32,8 @@ from tests.rewards.twins import (
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def loader(**paths: Path) -> Loader:
-    return Loader(Setup(paths=paths))
+def at(**paths: Path) -> Setup:
+    return Setup(paths=paths)
 
 
 @torch.no_grad()
@@ -65,7 +61,7 @@ def test_the_score_of_a_folder_is_the_cosine_of_open_clip_on_pillows_pixels(
     folder = write_open_clip_folder(tmp_path / "clip")
     pixels = by_pillow(images(), 32, [0.5] * 3, [0.25] * 3)
     expected = by_open_clip(load_file(folder / "open_clip_model.safetensors"), pixels)
-    near(score(clip.load_clip(loader(clip=folder)), images(), PROMPTS), expected)
+    near(score(clip.load_clip(at(clip=folder)), images(), PROMPTS), expected)
 
 
 def test_a_tokenizer_in_an_open_clip_folder_is_used(tmp_path: Path) -> None:
@@ -78,7 +74,7 @@ def test_a_tokenizer_in_an_open_clip_folder_is_used(tmp_path: Path) -> None:
     network.load_state_dict(open_clip_state(config))
     tokens = own(PROMPTS, padding="max_length", max_length=20, return_tensors="pt").input_ids
     expected = network.encode_text(tokens, normalize=True)
-    near(clip.load_clip(loader(clip=tmp_path)).towers.texts(PROMPTS), expected.detach())
+    near(clip.load_clip(at(clip=tmp_path)).towers.texts(PROMPTS), expected.detach())
 
 
 def test_openais_own_file_is_read_as_tensors_alone(
@@ -95,15 +91,8 @@ def test_openais_own_file_is_read_as_tensors_alone(
         torch.jit.save(traced, tmp_path / "ViT-L-14.pt")
     monkeypatch.setattr(torch.jit, "load", None)
     monkeypatch.setattr(clip, "known_config", lambda _: config)
-    ours = score(clip.load_clip(loader(clip=tmp_path)), images(), PROMPTS)
+    ours = score(clip.load_clip(at(clip=tmp_path)), images(), PROMPTS)
     near(ours, by_open_clip(state, by_pillow(images(), 32), config))
-
-
-def test_the_aesthetic_score_stands_on_the_model_that_clip_has(tmp_path: Path) -> None:
-    torch.save(head_state(16), tmp_path / "head.pth")
-    paths = {"clip": write_open_clip_folder(tmp_path / "clip"), "aesthetic": tmp_path / "head.pth"}
-    rewards: dict[str, Any] = dict(load_rewards(["clip", "aesthetic"], Setup(paths=paths)))
-    assert rewards["clip"].towers is rewards["aesthetic"].towers
 
 
 # --- transformers -----------------------------------------------------------------------------
@@ -121,39 +110,11 @@ def test_a_tokenizer_and_a_preprocessor_in_the_folder_are_used(tmp_path: Path) -
         pixels = processor(pictures(images()), return_tensors="pt").pixel_values
         with torch.no_grad():
             expected = model(input_ids=tokens, pixel_values=pixels).logits_per_image.diagonal()
-        ours = clip.load_pickscore(loader(pickscore=tmp_path))
+        ours = clip.load_pickscore(at(pickscore=tmp_path))
         near(score(ours, images(), PROMPTS), expected)
 
 
-def test_long_prompts_are_cut_and_short_ones_filled_with_the_end_of_text() -> None:
-    tokens = padded_tokenizer(77, 49408, "")(["word " * 100, "a"])
-    assert tokens.shape == (2, 77)
-    assert tokens[0, [0, -1]].tolist() == [49406, 49407]
-    assert tokens[1].tolist() == [49406, 320] + [49407] * 75
-
-
 # --- all of them ------------------------------------------------------------------------------
-
-
-def test_half_precision_halves_the_matrices_and_nothing_else(tmp_path: Path) -> None:
-    write_clip_folder(tmp_path)
-    config = transformers.CLIPConfig.from_pretrained(tmp_path)
-    network = clip_model(load_file(tmp_path / "model.safetensors"), config, "", CPU, amp=True)
-    kinds = {name: p.dtype for name, p in network.named_parameters()}
-    assert kinds["text_projection.weight"] == torch.bfloat16
-    assert kinds["vision_model.embeddings.patch_embedding.weight"] == torch.bfloat16
-    assert kinds["text_model.embeddings.token_embedding.weight"] == torch.float32
-    assert kinds["logit_scale"] == kinds["text_model.final_layer_norm.weight"] == torch.float32
-
-
-def test_half_precision_is_off_on_a_cpu_and_a_line_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = write_open_clip_folder(tmp_path / "clip")
-    with caplog.at_level(logging.WARNING):
-        rewards: Any = load_rewards(["clip"], Setup(amp=True, paths={"clip": folder}))
-    assert not rewards["clip"].towers.amp
-    assert caplog.messages == ["rewards: half precision is off on a CPU: slower there"]
 
 
 def test_each_distinct_prompt_is_encoded_once() -> None:
@@ -171,15 +132,6 @@ def test_each_distinct_prompt_is_encoded_once() -> None:
     assert len(cache.rows) == 2
 
 
-def test_old_files_with_positions_load_at_the_published_size() -> None:
-    config = transformers.CLIPConfig(**CLIP_H)
-    with META:
-        state = transformers.CLIPModel(config).state_dict()
-    assert sum(v.numel() for v in state.values()) == 986_109_441
-    old = {**state, "text_model.embeddings.position_ids": torch.zeros(1, 77, device=META)}
-    clip_model(old, config, "full", META)
-
-
 def test_wrong_folders_and_files_are_refused_in_a_line(tmp_path: Path) -> None:
     def refused(folder: Path, words: str) -> None:
         with pytest.raises(ValueError, match=words) as error:
@@ -191,8 +143,7 @@ def test_wrong_folders_and_files_are_refused_in_a_line(tmp_path: Path) -> None:
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "a.pt")
     refused(
         tmp_path / "a.pt",
-        r"a\.pt: these are other weights: 1 not known \(more\), "
-        r"1 of another shape \(visual\.proj \[24, 8\], not \[24, 16\]\)$",
+        r"a\.pt: these are other weights: Unexpected key.* \"more\".*mismatch for visual\.proj",
     )
     write_clip_folder(tmp_path, 600)
     refused(tmp_path, r"600 tokens, fewer than CLIP's.*tokenizer\.json")
@@ -202,12 +153,3 @@ def test_wrong_folders_and_files_are_refused_in_a_line(tmp_path: Path) -> None:
     refused(tmp_path, r"neither open_clip_model\.safetensors nor")
     (tmp_path / "open_clip_config.json").write_text("{}")
     refused(tmp_path, "it has no object 'model_cfg'")
-
-
-def test_a_library_that_is_not_installed_is_said_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save(open_clip_state(), tmp_path / "hps.pt")
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ValueError, match="hps needs the package open_clip: pip install"):
-        load_rewards(["hps"], Setup(paths={"hps": tmp_path / "hps.pt"}))

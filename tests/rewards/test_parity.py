@@ -5,7 +5,6 @@ Their numbers stand in tests/data/parity.json; references.py says how they were 
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,17 @@ from eval.features import load_space
 from eval.fid import frechet_distance, kernel_distance, statistics_of
 from rewards import clip, imagereward, mps
 from rewards.base import Reward, score
+from rewards.clip import clip_model, known_config, open_clip_towers
 from rewards.mps import Stack
-from rewards.registry import Loader, Setup
+from rewards.registry import Setup
 from rewards.states import fill
-from rewards.towers import clip_model, known_config, open_clip_towers
 from src.files import read_json, write_json
 from src.images import read_png, save_png
 from tests.eval.test_features import drawn
 from tests.rewards.twins import (
     BLIP,
+    BLIP_TEXT,
+    BLIP_VISION,
     MPS_SIZES,
     MPS_STACK,
     OPEN_CLIP,
@@ -59,7 +60,6 @@ OPENAI: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
-IMAGEREWARD = replace(BLIP, tokens=35)
 STACKS: tuple[dict[str, int], ...] = (
     {"dim": 16, "layer_num": 2, "dim_head": 8, "heads": 2, "ff_mult": 2},
     {"dim": 24, "layer_num": 3, "dim_head": 6, "heads": 4, "ff_mult": 4},
@@ -87,9 +87,10 @@ def waves(case: Mapping[str, int]) -> tuple[Tensor, Tensor]:
 
 def stack(case: Mapping[str, int]) -> Stack:
     """Of these sizes, in float64, with tensors by the rule."""
-    made = Stack(**case).double()
-    made.load_state_dict({name: by_rule(name, v.shape) for name, v in made.state_dict().items()})
-    return made
+    network = Stack(**case).double()
+    state = network.state_dict()
+    network.load_state_dict({name: by_rule(name, v.shape) for name, v in state.items()})
+    return network
 
 
 def features() -> tuple[Tensor, Tensor]:
@@ -111,8 +112,8 @@ def write(folder: Path) -> None:
     half = {k: v.half().float() for k, v in open_clip_state(OPENAI).items()}
     torch.save(half, folder / "clip.pt")  # whole in float16, to which OpenAI's code rounds
     torch.save(head_state(OPENAI["embed_dim"]), folder / "aesthetic.pth")
-    torch.save(imagereward_state(IMAGEREWARD), folder / "imagereward.pt")
-    write_json(folder / "imagereward.json", asdict(IMAGEREWARD))
+    torch.save(imagereward_state(), folder / "imagereward.pt")
+    write_json(folder / "imagereward.json", {"vision": BLIP_VISION, "text": BLIP_TEXT})
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     torch.save(write_clip_folder(folder / "pickscore").state_dict(), folder / "pickscore.pt")
     write_json(folder / "clip_model.json", {"text_config": TEXT, "vision_config": VISION})
@@ -136,16 +137,16 @@ def scores(reward: Reward, folder: Path) -> Numbers:
     return torch.cat(parts).tolist()
 
 
-def loader(folder: Path, **files: str) -> Loader:
-    return Loader(Setup(paths={name: folder / file for name, file in files.items()}))
+def setup_for(folder: Path, **files: str) -> Setup:
+    return Setup(paths={name: folder / file for name, file in files.items()})
 
 
-def with_clip(folder: Path) -> Loader:
+def with_clip(folder: Path) -> Setup:
     """With the twin of OpenAI's model."""
-    made = loader(folder, clip="clip.pt", aesthetic="aesthetic.pth")
+    setup = setup_for(folder, clip="clip.pt", aesthetic="aesthetic.pth")
     path = folder / "clip.pt"
-    made.models["clip", path] = clip.load_towers(path, made.setup.device, False, OPENAI)
-    return made
+    setup.models[path] = clip.load_towers(path, setup.device, False, OPENAI)
+    return setup
 
 
 def ask_stacks(_: Path) -> Numbers:
@@ -169,14 +170,14 @@ def ask_frechet(_: Path) -> Numbers:
 
 
 OURS: dict[str, Callable[[Path], Numbers]] = {
-    "hps": lambda f: scores(clip.load_hps(loader(f, hps="hps.pt"), OPEN_CLIP), f),
+    "hps": lambda f: scores(clip.load_hps(setup_for(f, hps="hps.pt"), OPEN_CLIP), f),
     "clip": lambda f: scores(clip.load_clip(with_clip(f)), f),
     "aesthetic": lambda f: scores(clip.load_aesthetic(with_clip(f)), f),
     "imagereward": lambda f: scores(
-        imagereward.load(loader(f, imagereward="imagereward.pt", bert="vocab.txt"), IMAGEREWARD), f
+        imagereward.load(setup_for(f, imagereward="imagereward.pt", bert="vocab.txt"), BLIP), f
     ),
-    "pickscore": lambda f: scores(clip.load_pickscore(loader(f, pickscore="pickscore")), f),
-    "mps": lambda f: scores(mps.load(loader(f, mps="mps.pth"), MPS_SIZES), f),
+    "pickscore": lambda f: scores(clip.load_pickscore(setup_for(f, pickscore="pickscore")), f),
+    "mps": lambda f: scores(mps.load(setup_for(f, mps="mps.pth"), MPS_SIZES), f),
     "mps_stack": ask_stacks,
     "inception": ask_inception,
     "frechet": ask_frechet,
@@ -210,7 +211,7 @@ LOADERS: dict[str, Callable[[State], object]] = {
     "hps": lambda s: open_clip_towers(s, known_config(clip.VIT_H), "full", META),
     "clip": lambda s: open_clip_towers(s, known_config(clip.VIT_L), "full", META),
     "aesthetic": lambda s: fill(lambda: clip.LinearStack(768), s, "full", META),
-    "imagereward": lambda s: imagereward.load_state(s, imagereward.BlipSizes(), "full", META),
+    "imagereward": lambda s: imagereward.load_state(s, imagereward.PUBLISHED, "full", META),
     "pickscore": lambda s: clip_model(s, transformers.CLIPConfig(**mps.CLIP_H), "full", META),
     "mps": lambda s: mps.load_state(s, mps.PUBLISHED, "full", META),
 }
@@ -227,9 +228,9 @@ def test_the_references_own_state_dict_loads_strictly_at_full_size(name: str) ->
     LOADERS[name](state)
     weight = max(state, key=lambda key: state[key].numel())
     for other, words in (
-        ({k: v for k, v in state.items() if k != weight}, r"1 missing \("),
-        ({**state, "more": torch.empty(1, device=META)}, r"1 not known \(more\)"),
-        ({**state, weight: torch.empty(7, device=META)}, r"1 of another shape \(.* \[7\], not"),
+        ({k: v for k, v in state.items() if k != weight}, "Missing key"),
+        ({**state, "more": torch.empty(1, device=META)}, 'Unexpected key.* "more"'),
+        ({**state, weight: torch.empty(7, device=META)}, r"size mismatch.*torch.Size\(\[7\]\)"),
     ):
         with pytest.raises(ValueError, match=f"^full: these are other weights: {words}"):
             LOADERS[name](other)

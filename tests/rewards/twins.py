@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torchvision import transforms
 
-from rewards.imagereward import BlipSizes
 from rewards.mps import MPSNetworks
 from rewards.pixels import MEAN, STD
 
@@ -29,7 +28,11 @@ OPEN_CLIP: dict[str, Any] = {
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 TEXT |= {"num_hidden_layers": 2, "projection_dim": 12}
 VISION = {**TEXT, "image_size": 32, "patch_size": 8}
-BLIP = BlipSizes(32, 8, 16, 2, 2, 24, 2, 3, vocabulary=20, positions=40, tokens=9)
+BLIP_VISION = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
+BLIP_VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+BLIP_TEXT = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2}
+BLIP_TEXT |= {"num_attention_heads": 3, "vocab_size": 20, "max_position_embeddings": 40}
+BLIP = (BLIP_VISION, BLIP_TEXT)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["a", "red", "fox", "two", "cats", "on", "the"]
 MPS_STACK = {"dim": 12, "layer_num": 2, "dim_head": 4, "heads": 3, "ff_mult": 4}
@@ -138,9 +141,10 @@ def norm(width: int) -> Shapes:
     return {"weight": (width,), "bias": (width,)}
 
 
-def imagereward_shapes(s: BlipSizes) -> Shapes:
+def imagereward_shapes() -> Shapes:
     """The names and shapes of ImageReward.pt, in its order."""
-    v, t = s.vision_width, s.text_width
+    v, t = BLIP_VISION["hidden_size"], BLIP_TEXT["hidden_size"]
+    size, patch, positions = 32, 8, BLIP_TEXT["max_position_embeddings"]
     vision = {"norm1": norm(v), "norm2": norm(v), "attn.qkv": linear(v, 3 * v)}
     vision |= {"attn.proj": linear(v, v), "mlp.fc1": linear(v, 4 * v), "mlp.fc2": linear(4 * v, v)}
     text: dict[str, Shapes] = {}
@@ -152,23 +156,17 @@ def imagereward_shapes(s: BlipSizes) -> Shapes:
     text["output.LayerNorm"] = norm(t)
     image, words = "blip.visual_encoder", "blip.text_encoder"
     groups: dict[str, Shapes] = {
-        image: {"cls_token": (1, 1, v), "pos_embed": (1, (s.image // s.patch) ** 2 + 1, v)},
-        f"{image}.patch_embed.proj": {"weight": (v, 3, s.patch, s.patch), "bias": (v,)},
-        **{
-            f"{image}.blocks.{i}.{n}": p for i in range(s.vision_layers) for n, p in vision.items()
-        },
+        image: {"cls_token": (1, 1, v), "pos_embed": (1, (size // patch) ** 2 + 1, v)},
+        f"{image}.patch_embed.proj": {"weight": (v, 3, patch, patch), "bias": (v,)},
+        **{f"{image}.blocks.{i}.{n}": p for i in range(2) for n, p in vision.items()},
         f"{image}.norm": norm(v),
         f"{words}.embeddings": {
-            "position_ids": (1, s.positions),
-            "word_embeddings.weight": (s.vocabulary, t),
-            "position_embeddings.weight": (s.positions, t),
+            "position_ids": (1, positions),
+            "word_embeddings.weight": (BLIP_TEXT["vocab_size"], t),
+            "position_embeddings.weight": (positions, t),
         },
         f"{words}.embeddings.LayerNorm": norm(t),
-        **{
-            f"{words}.encoder.layer.{i}.{n}": p
-            for i in range(s.text_layers)
-            for n, p in text.items()
-        },
+        **{f"{words}.encoder.layer.{i}.{n}": p for i in range(2) for n, p in text.items()},
         "blip.vision_proj": linear(v, 256),
         "blip.text_proj": linear(t, 256),
         "mlp": head_shapes(t),
@@ -176,16 +174,16 @@ def imagereward_shapes(s: BlipSizes) -> Shapes:
     return {f"{name}.{k}": shape for name, part in groups.items() for k, shape in part.items()}
 
 
-def imagereward_state(s: BlipSizes = BLIP) -> dict[str, Tensor]:
+def imagereward_state() -> dict[str, Tensor]:
     """A random ImageReward.pt."""
     g = torch.Generator().manual_seed(0)
     state = {}
-    for name, shape in imagereward_shapes(s).items():
+    for name, shape in imagereward_shapes().items():
         inputs = torch.Size(shape[1:]).numel() if len(shape) > 1 else 16
         around = float(len(shape) == 1 and name.endswith("weight"))
         state[name] = around + torch.randn(shape, generator=g) / inputs**0.5
-    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(s.positions)[None]
-    return state | {f"mlp.{k}": v for k, v in head_state(s.text_width).items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    return state | {f"mlp.{k}": v for k, v in head_state(BLIP_TEXT["hidden_size"]).items()}
 
 
 # --- MPS --------------------------------------------------------------------------------------
