@@ -140,7 +140,7 @@ demo() {
   draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-7 "$@"
   draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
   draw fashion/4 --solver ipndm-4 --num_steps 19 --seeds 0-7 "$@"
-  table=$(beside fashion)
+  table=$(beside fashion | sed '/^picture/d')
   [ -e exps/tiny-sd3/epd-multistep-k2-3nfe.pkl ] || calls=6
   printf 'Emoji by text in %s calls: the same\n' "$calls"
   set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
@@ -149,7 +149,8 @@ demo() {
   [ "$calls" = 6 ] || draw emoji/3 --predictor "tiny-sd3/epd-multistep-k2-${calls}nfe" "$@"
   draw emoji/4 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
   printf '%s\n' "$table"
-  beside emoji | tail -n +2
+  beside emoji | sed '1d; /^picture/d'
+  printf 'pictures: %s\n' "$out/fashion.png" "$out/emoji.png"
 }
 
 # Stage 2 on tiny-sd3: one half of the held-out prompts chooses the table, the other is reported on.

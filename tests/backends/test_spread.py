@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 SAME = """
 import json, torch
+from backends.base import ModelOptions
 from backends.generate import Job, generate
 from backends.mixture import Mixture, mixture_backend
 from backends.pipelines import wrap
@@ -52,7 +53,7 @@ def backends():
     yield "edm", pixel_backend(tiny_edm(), CPU), 1
     yield "ldm", wrap(twins.sd(), CPU), "a"
     yield "sd3", wrap(twins.sd3(), CPU), "a"
-    yield "flux", wrap(twins.flux(), CPU), "a"
+    yield "flux", wrap(twins.flux(), CPU, ModelOptions(size=(32, 32))), "a"
     yield "sd3 in bfloat16", wrap(twins.sd3().to(torch.bfloat16), CPU), "a"
 
 
