@@ -18,7 +18,7 @@ ON_HEAVY |= {f"rewards.{name}" for name in ("efficientnet_minilm", "imagereward"
 """They stand on modules that import those."""
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
 LONGEST = 500  # lines of a file
-TWICE = {"Clock", "Linear", "Batch", "Model"}
+TWICE = {"Model"}
 """Names that two classes have today: take out what is renamed, and add none."""
 
 
