@@ -13,6 +13,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,15 +22,13 @@ from torch import Tensor
 from src import ranks
 from training.distances import Network, energy, frechet
 from training.gram import gram
-from training.refine import COLUMN_NUMBERS, ends, fitting_nudges
-from training.student import Batch, Reduce, Student, last_state, squared
+from training.refine import COLUMN_NUMBERS, ends, search
+from training.student import Reduce, Student, Trajectories, last_state, sent, squared
 
-Reward = Callable[[Tensor, Sequence[int]], Tensor]
+Reward: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
 """Latents [B, *] and the numbers of these samples -> how good each is, [B]."""
 PRICES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of a step as far as the ends are from their targets, in units of the start's objective."""
-NUDGE = 1e-3
-"""Of every number in the first round; later by what it does."""
 STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
@@ -49,22 +49,23 @@ class Lens:
     bases: tuple[tuple[Tensor, Tensor], ...] = ()  # mean [F], directions [F, D]; each view
 
     def views(self, x: Tensor) -> list[Tensor]:
-        """The features and the latents [B, F] as they are, float32 on the CPU."""
-        seen = (self.features(x), x) if self.features else ()
-        return [view.flatten(1).float().cpu() for view in seen]
+        """The features and the latents [B, F] as they are, in float32."""
+        return [v.flatten(1).float() for v in (self.features(x), x)] if self.features else []
 
-    def on(self, batches: Sequence[Batch]) -> "Lens":
+    def on(self, batches: Sequence[Trajectories]) -> "Lens":
         """The lens with the directions of the teacher's ends in these batches, of all ranks."""
         parts = [self.views(batch.targets[-1]) for batch in batches]
         bases = []
-        for view in map(gathered, zip(*parts, strict=True)):
+        for views in zip(*parts, strict=True):
+            view = gathered(views)
             if not bool(view.isfinite().all()):
                 raise ValueError("the features of the teacher's samples are not finite")
             mean = view.mean(0)
             _, sizes, basis = torch.linalg.svd((view - mean).double(), full_matrices=False)
             count = max(1, min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum())))
             spread = (sizes[:count] / max(1, len(view) - 1) ** 0.5).clamp(min=1e-12)
-            bases.append((mean, (basis[:count].T / spread).float()))
+            basis = (basis[:count].T / spread).float()
+            bases.append((mean.to(views[0]), basis.to(views[0])))
         return dataclasses.replace(self, bases=tuple(bases))
 
     def __call__(self, x: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -72,8 +73,8 @@ class Lens:
         views = zip(self.views(x), self.bases, strict=True)
         columns = [(view - mean) @ basis for view, (mean, basis) in views]
         if self.reward:
-            columns.append(self.reward(x, numbers).float().cpu().reshape(-1, 1))
-        return torch.cat(columns, 1) if columns else torch.zeros(len(x), 0)
+            columns.append(self.reward(x, numbers).to(x.device).float().reshape(-1, 1))
+        return torch.cat(columns, 1) if columns else x.new_zeros(len(x), 0, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -125,87 +126,61 @@ class Objective:
 def descend(
     student: Student,
     theta: Tensor,
-    batches: Sequence[Batch],
-    judges: Sequence[Batch],
+    batches: Sequence[Trajectories],
+    judges: Sequence[Trajectories],
     terms: tuple[tuple[float, str], ...],
     lens: Lens,
     *,
     rounds: int = 3,
     reduce: Reduce = ranks.all_reduce_sum,
-    report: Callable[[float], object] = lambda _value: None,
-) -> Tensor:
-    """The vector after some rounds, never one with a larger objective on `judges`.
+) -> tuple[Tensor, float]:
+    """The vector after some rounds, never one with a larger objective on `judges`, and that.
 
-    Each round tries several prices of a step, at one trajectory each. `report` hears the
-    objective, which is the sum of the weights at first, but for rewards.
+    Each round tries several prices of a step, at one trajectory each. The objective is the sum of
+    the weights at first, but for rewards.
     """
     lens = lens.on([*batches, *judges])
-    seen = Seen(student, judges, lens, reduce)
-    at_start = seen.at(theta)
-    if not all(bool(part.isfinite().all()) for part in at_start):
+    targets = gathered([lens(batch.targets[-1], batch.numbers) for batch in judges])
+
+    def looks(theta: Tensor) -> tuple[Tensor, Tensor]:
+        """What is looked at of a vector's ends in the judges, and their mean squared error."""
+        sampler, seen, errors, size = student.sampler(theta), [], torch.zeros(()), 0
+        for batch in judges:
+            end = last_state(sent([sampler], batch.x)[0], batch)
+            seen.append(lens(end, batch.numbers))
+            errors = errors + squared(end, batch.targets[-1]).double().sum()
+            size += batch.x.numel()
+        total = reduce(torch.stack([errors.cpu().double(), torch.tensor(float(size)).double()]))
+        return gathered(seen), total[0] / total[1]
+
+    y, error = looks(theta)
+    if not bool(y.isfinite().all() & targets.isfinite().all() & error.isfinite()):
         raise ValueError("the table to refine gives samples that are not finite")
     widths = tuple(basis.shape[1] for _, basis in lens.bases)
-    objective = Objective(terms, widths).started(*at_start)
+    objective = Objective(terms, widths).started(y, targets, error)
 
-    def value_of(theta: Tensor) -> float:
+    def value(theta: Tensor) -> float:
         if not bool(theta.isfinite().all()):
             return math.inf
-        y, t, error = seen.at(theta)
-        return objective(y, t, error).item() if bool(y.isfinite().all()) else math.inf
+        y, error = looks(theta)
+        return objective(y, targets, error).item() if bool(y.isfinite().all()) else math.inf
 
-    best, nudge = value_of(theta), torch.full_like(theta, NUDGE)
-    report(best)
-    failed = False
-    window = range(len(PRICES))
-    for _ in range(rounds):
+    def linearise(theta: Tensor, nudge: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
         linear = linearised(student, theta, batches, lens, nudge, reduce)
-        nudge = fitting_nudges(linear.products)
-        steps = {k: linear.step(objective, PRICES[k]) for k in window}
-        values = {k: value_of(theta + step) for k, step in steps.items()}
-        at = min(window, key=lambda k: values[k])
-        report(min(values[at], best))
-        if values[at] < best:
-            theta, best, failed = theta + steps[at], values[at], False
-            window = range(max(0, at - 1), min(len(PRICES), at + 2))
-        elif failed:
-            break
-        else:
-            failed, window = True, range(len(PRICES))
-    return theta
+        return linear.products, lambda i: linear.step(objective, PRICES[i])
 
-
-@dataclass
-class Seen:
-    """What is looked at of the ends in some batches, of all ranks."""
-
-    student: Student
-    batches: Sequence[Batch]
-    lens: Lens
-    reduce: Reduce
-    targets: Tensor | None = None
-
-    def at(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the student [n, D], of the teacher [n, D], and the mean squared error."""
-        sampler, looks, total = self.student.sampler(theta), [], torch.zeros(2).double()
-        for batch in self.batches:
-            end = last_state(sampler, batch)
-            looks.append(self.lens(end, batch.numbers))
-            error = squared(end, batch.targets[-1]).double().sum().cpu()
-            total += torch.stack([error, torch.tensor(float(batch.x.numel())).double()])
-        if self.targets is None:
-            teacher = [self.lens(batch.targets[-1], batch.numbers) for batch in self.batches]
-            self.targets = gathered(teacher)
-        total = self.reduce(total)
-        return gathered(looks), self.targets, total[0] / total[1]
+    every = range(len(PRICES))
+    values = partial(map, value)
+    return search(theta, linearise, values, rounds=rounds, choices=every, coarse=every)
 
 
 def gathered(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts of all ranks."""
-    return torch.cat([part for rank in ranks.gather_objects(list(parts)) for part in rank])
+    """The rows of all parts of all ranks, on the CPU."""
+    return torch.cat(ranks.gather_objects(torch.cat(list(parts)).cpu()))
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linearised:
     """The ends, and what is looked at of them, as linear in the numbers."""
 
     looks: Tensor  # [n, D]
@@ -242,28 +217,28 @@ class Linear:
 def linearised(
     student: Student,
     theta: Tensor,
-    batches: Sequence[Batch],
+    batches: Sequence[Trajectories],
     lens: Lens,
     nudge: Tensor,
     reduce: Reduce,
-) -> Linear:
+) -> Linearised:
     """The ends of batches, and what is looked at of them, by difference quotients."""
-    looks, moves, targets = [], [], []
-    total, size = torch.zeros(()), torch.zeros(1)
-    most = COLUMN_NUMBERS // (len(theta) * batches[0].x[0].numel())
+    looks, moves, targets, size = [], [], [], 0
+    total, most = torch.zeros(()), COLUMN_NUMBERS // (len(theta) * batches[0].x[0].numel())
     for part in (part for batch in batches for part in batch.parts(most)):
         moving = ends(student, theta, part, nudge)
         end = next(moving)
         here, columns, seen = lens(end, part.numbers), [], []
-        for x, h in zip(moving, nudge, strict=True):
+        for x, h in zip(moving, nudge.tolist(), strict=True):
             columns.append((x - end).unsqueeze(1) / h)
             seen.append((lens(x, part.numbers) - here) / h)
         total = total + gram([*columns, (part.targets[-1] - end).unsqueeze(1)])
         looks.append(here)
-        moves.append(torch.stack(seen, 1).float())
+        moves.append(torch.stack(seen, 1))
         targets.append(lens(part.targets[-1], part.numbers))
         size += part.x.numel()
     rows = gathered(looks), gathered(moves), gathered(targets)
     finite = torch.stack([part.flatten(1).isfinite().all(1) for part in rows]).all(0)
     look, move, target = (part[finite] for part in rows)
-    return Linear(look, move, target, reduce(total), int(reduce(size)))
+    count = int(reduce(torch.tensor([float(size)])))
+    return Linearised(look, move, target, reduce(total.cpu()), count)

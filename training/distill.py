@@ -11,33 +11,26 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from backends.base import classifier_free
+from backends.base import Backend, classifier_free
 from solvers.epd import EPD, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor, validate
-from solvers.process import Process
+from solvers.process import FLOW, Process
 from solvers.sampler import Sampler
 from solvers.schedules import NoiseLevels
 from src import ranks
 from training.descend import Lens, Reward, descend
 from training.distances import OF_FEATURES, Network, distance_named
-from training.fit import FitOptions, fit
-from training.gradient import GradientOptions, Learner, checkpointed
-from training.problem import (
-    OWN,
-    Conditions,
-    Model,
-    Problem,
-    make_problem,
-    named_levels,
-    start_of,
-    terms_of,
-)
-from training.refine import ROBUST, RefineOptions, enough, gauss_newton
+from training.fit import fit
+from training.gradient import GradientLearner, checkpointed
+from training.problem import Conditions, Model, Problem, make_problem, start_of, terms_of
+from training.refine import ROBUST, enough, gauss_newton
 from training.settings import SMALL, Settings, recipe_of
-from training.student import Batch, Student, rmse
+from training.student import Student, Trajectories, rmse
 from training.teacher import Batches
 
+OWN = "denoiser"
+"""The backend of recipes where the network is the caller's own."""
 ROBUSTLY, BY = "refine, robust first", "refine by "
 """What a fit calls its refinements."""
 Tick: TypeAlias = tuple[str, dict[str, float]]
@@ -66,17 +59,28 @@ def distill(
     first where a decoder stands behind them -> [B, F]) and `reward` (latents [B, *] and the
     samples' numbers -> [B], more is better) are for the distances that need them.
 
-    By default every schedule is fitted greedily (Gram matrices over positions, no gradient), the
-    best is refined end to end with its levels, and all choices are made on noises of their own.
-    `report("fit time_uniform", error)` hears of the way; errors are root mean squares to a Heun
-    solution of `fine_steps` levels.
+    A table is fitted greedily (Gram matrices over positions, no gradient), then refined end to
+    end with its levels, and all choices are made on noises of their own. `report("refine",
+    error)` hears of the way; errors are root mean squares to a Heun solution of `fine_steps`
+    levels.
 
     Raises ValueError for settings that cannot be served, and for a network that gives NaN.
     """
     settings = settings or Settings()
-    told = conditions or (lambda _numbers: None)
-    model = Model(denoiser, named_levels(levels), tuple(shape), told, device=settings.device)
-    problem = make_problem(replace(model, features=features, reward=reward), settings)
+    backend = Backend(
+        family=OWN,
+        denoise=denoiser,
+        encode=lambda _prompts: None,
+        decode=lambda latents: latents,
+        guide=classifier_free,
+        levels=named_levels(levels),
+        shape=tuple(shape),
+        size=(0, 0),
+        device=torch.device(settings.device),
+        dtype=torch.float32,
+    )
+    cond = conditions or (lambda _numbers: None)
+    problem = make_problem(Model(backend, cond, features, reward), settings)
     state: dict[str, Any] = {}
     for what, metrics in learn(problem, state):
         report(what, metrics.get("rmse_judged", math.nan))
@@ -100,6 +104,14 @@ def sample(
     return end
 
 
+def named_levels(levels: NoiseLevels | Process | str) -> NoiseLevels:
+    """The noise levels of a process by its name, or as they are."""
+    if isinstance(levels, NoiseLevels):
+        return levels
+    process = Process(levels) if isinstance(levels, str) else levels
+    return NoiseLevels(process, *((0.001, 1.0) if process == FLOW else (0.002, 80.0)))
+
+
 def learn(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     """Yield what was done and its figures, tick by tick, until all is learned.
 
@@ -116,46 +128,59 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     The state's candidates are [what was done, schedule, error on the judges, theta]; nothing is
     back-propagated.
     """
-    settings, students = problem.settings, problem.students
-    candidates, plan = state.setdefault("candidates", []), plan_of(problem)
+    s, students, judges = problem.settings, problem.students, problem.judges
+    candidates, terms = state.setdefault("candidates", []), terms_of(s)
+    others = any(name != "l2" for _, name in terms)
+    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
+    if others and (s.init or math.prod(problem.model.backend.shape) >= SMALL):
+        squares = []  # whose evaluations are dear
+    plan = [f"fit {schedule}" for schedule in students]
+    plan += [*squares, *([f"{BY}{s.distance}"] if others else [])]
     for what in plan[len(candidates) :]:
-        metrics: dict[str, float] = {"trajectories": settings.samples or 0}
+        metrics: dict[str, float] = {"trajectories": s.samples or 0}
         verb, _, schedule = what.partition(" ")
         if verb == "fit":
             student = students[schedule]
-            start = start_of(student, settings) if settings.init else greedy(problem, student)
+            start = start_of(student, s) if s.init else greedy(problem, student)
             theta = student.encode(start)
         elif what.startswith(BY):
             _, schedule, _, theta = best_of(candidates)
-            theta, metrics["objective"] = descended(problem, students[schedule], theta)
+            student, names = students[schedule], {name for _, name in terms}
+            lens = Lens(
+                problem.model.features if names & OF_FEATURES else None,
+                problem.model.reward if "reward" in names else None,
+            )
+            ends = ends_of(problem, student)
+            theta, metrics["objective"] = descend(
+                student,
+                theta,
+                ends,
+                [*ends, *judges],
+                terms,
+                lens,
+                rounds=s.rounds or 0,
+                reduce=problem.model.reduce,
+            )
         else:
             _, schedule, _, theta = best_of(candidates[: len(students)])
-            phase = ROBUST if what == ROBUSTLY else ()
-            theta = refined(problem, students[schedule], theta, phase)
-        error = rmse(students[schedule].sampler(theta), problem.judges, problem.model.reduce)
+            theta = refined(problem, students[schedule], theta, ROBUST if what == ROBUSTLY else ())
+        error = rmse(students[schedule].sampler(theta), judges, problem.model.reduce)
         candidates.append([what, schedule, error, theta])
         yield what, {**metrics, "rmse_judged": error}
 
 
-def plan_of(problem: Problem) -> list[str]:
-    """What a fit does, step by step."""
-    s, fits = problem.settings, [f"fit {schedule}" for schedule in problem.students]
-    others = any(name != "l2" for _, name in terms_of(s))
-    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
-    large = math.prod(problem.model.shape) >= SMALL  # whose evaluations are dear
-    squares = [] if others and (s.init or large) else squares
-    return [*fits, *squares, *([f"{BY}{s.distance}"] if others else [])]
-
-
 def greedy(problem: Problem, student: Student) -> Table:
     """The greedy fit of a student."""
-    s = problem.settings
-    batches = problem.learned if s.every else at(problem.learned, student.sigmas[1:])
-    ends = None if s.scale_time_ends is None else scales(s.scale_time_ends)
-    options = FitOptions(
-        s.points, s.positions, s.scale_dir, scales(s.scale_time), ends, problem.model.reduce
+    s, ends = problem.settings, problem.settings.scale_time_ends
+    return fit(
+        student,
+        problem.learned if s.every else replace(problem.learned, levels=student.sigmas[1:]),
+        positions=s.positions,
+        scale_dir=s.scale_dir,
+        time_scales=scales(s.scale_time),
+        time_at_ends=None if ends is None else scales(ends),
+        reduce=problem.model.reduce,
     )
-    return fit(student, batches, options)
 
 
 def scales(reach: float | None) -> tuple[float, ...]:
@@ -163,55 +188,31 @@ def scales(reach: float | None) -> tuple[float, ...]:
     return tuple(1 + reach * part for part in PARTS) if reach else (1.0,)
 
 
-def refined(problem: Problem, student: Student, theta: Tensor, phase: tuple[float, ...]) -> Tensor:
+def refined(
+    problem: Problem, student: Student, theta: Tensor, robust: tuple[float, ...]
+) -> Tensor:
     """All numbers together, end to end; judged on other noise as well."""
-    s, model = problem.settings, problem.model
+    s, ends = problem.settings, ends_of(problem, student)
     assert s.samples
     assert s.batch
-    ends = problem.learned if s.every else at(problem.learned, student.sigmas[-1:])
     parts = len(ends) * s.batch // s.samples  # of a batch on this rank
     needed = -(-enough(ends) // ranks.world_size())
-    options = RefineOptions(
-        rounds=s.rounds or 0,
-        reduce=model.reduce,
-        robust=phase,
-        per_round=-(-needed // parts) * parts,
-    )
-    judges = [*ends, *problem.judges]
-    return gauss_newton(student, theta, ends, options, judges=judges, report=model.report)
-
-
-def descended(problem: Problem, student: Student, theta: Tensor) -> tuple[Tensor, float]:
-    """The vector after a refinement by the settings' distance, and that in units of the start."""
-    s, model = problem.settings, problem.model
-    ends = problem.learned if s.every else at(problem.learned, student.sigmas[-1:])
-    names, values = {name for _, name in terms_of(s)}, [math.nan]
-
-    def heard(value: float) -> None:
-        values.append(value)
-        model.report(value)
-
-    lens = Lens(
-        model.features if names & OF_FEATURES else None,
-        model.reward if "reward" in names else None,
-    )
-    theta = descend(
+    return gauss_newton(
         student,
         theta,
         ends,
-        [*ends, *problem.judges],
-        terms_of(s),
-        lens,
+        judges=[*ends, *problem.judges],
         rounds=s.rounds or 0,
-        reduce=model.reduce,
-        report=heard,
+        robust=robust,
+        per_round=-(-needed // parts) * parts,
+        reduce=problem.model.reduce,
     )
-    return theta, values[-1]
 
 
-def at(batches: Batches, sigmas: tuple[float, ...]) -> Batches:
-    """The same batches, sharing what is kept, with targets at these levels."""
-    return replace(batches, levels=sigmas)
+def ends_of(problem: Problem, student: Student) -> Batches:
+    """The batches to learn from with targets at a student's end alone, where that can be."""
+    learned = problem.learned
+    return learned if problem.settings.every else replace(learned, levels=student.sigmas[-1:])
 
 
 def best_of(candidates: Sequence[Any]) -> Any:
@@ -234,23 +235,21 @@ def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]
         distance_named(name, model.features, alpha=s.alpha, as_published=s.published_loss)
         for name in (s.distance or "l2", s.last_distance or "l2")
     )
-    options = GradientOptions(
-        s.lr or 0.2, bool(s.coslr), s.objective or "per-step", distance, last, reduce=model.reduce
-    )
     student = replace(problem.student, grid=False)
-    theta = student.encode(start_of(student, s))
-    learner = Learner(student, options, s.samples, theta)
+    theta, reduce = student.encode(start_of(student, s)), model.reduce
+    how = (s.lr or 0.2, bool(s.coslr), s.objective or "per-step", distance, last, reduce)
+    learner = GradientLearner(student, s.samples, theta, *how)
     if "learner" in state:
         learner.load(state["learner"])
     levels = student.sigmas[-1:] if s.objective == "final" else student.sigmas[1:]
-    batches = problem.learned if s.every else at(problem.learned, levels)
+    batches = problem.learned if s.every else replace(problem.learned, levels=levels)
     count = len(batches) * s.batch // s.samples
     size = max(1, round(s.tick * 1000 / s.batch)) * s.batch
     while learner.seen < s.samples:
         losses, until = [], min((learner.seen // size + 1) * size, s.samples)
         while learner.seen < until:
             first = learner.seen // s.batch * count
-            parts: list[Batch] = batches[first : first + count]
+            parts: list[Trajectories] = batches[first : first + count]
             parts = [checkpointed(part) for part in parts] if s.checkpointing else parts
             losses.append(learner.learn(parts, s.batch))
         learner.judge(problem.reference)
@@ -275,17 +274,29 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
     Its levels stand in its recipe unless they are a schedule by name on the model's own levels,
     and that model is one of a backend.
     """
-    s, recipe = problem.settings, recipe_of(problem.settings)
+    s, backend, recipe = problem.settings, problem.model.backend, recipe_of(problem.settings)
     sampler, training = best_sampler(problem, state), {**recipe.training, **problem.model.training}
     if "candidates" in state:
         _, schedule, error, _ = best_of(state["candidates"])
         training |= {"schedule": schedule, "rmse": error}
     if {name for _, name in terms_of(s)} & {*OF_FEATURES, "reward"}:
         training["fitted_on"] = list(problem.model.fitted_on)
+    levels, flow = backend.levels, backend.levels.process == FLOW
     recipe = replace(
-        recipe, process=sampler.process.name, training=training, **problem.model.recipe
+        recipe, process=sampler.process.name, training=training, backend=backend.family
     )
-    named = not s.init and s.schedule != "logit" and recipe.backend != OWN
+    if backend.family != OWN:
+        recipe = replace(
+            recipe,
+            backend_config=dict(backend.config),
+            img_resolution=round(math.sqrt(math.prod(backend.size))),
+            sigma_min=levels.sigma_min,
+            sigma_max=levels.sigma_max,
+            flowmatch_shift=levels.shift if flow else None,
+            flowmatch_mu=levels.mu if flow else None,
+            source="train_distill.py",
+        )
+    named = not s.init and s.schedule != "logit" and backend.family != OWN
     if not named or sampler.sigmas != problem.student.sigmas:
         recipe = replace(recipe, schedule_type="custom", sigmas=sampler.sigmas)
     assert isinstance(sampler.solver, EPD | ParallelMultistep)

@@ -1,160 +1,158 @@
 """Refinement of a whole table, end to end, by Gauss-Newton steps without back-propagation.
 
 The end of a trajectory is a function of some tens of numbers, so its Jacobian is that many more
-trajectories, by difference quotients; most of each was computed before, and `CachedDenoiser`
-asks the network only for what a number changes. The normal equations are small and sum over
-batches and ranks.
+trajectories, by difference quotients; most of each was computed before, and the network is asked
+only for what a number changes. The normal equations are small and sum over batches and ranks.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from solvers.field import Condition, Denoiser
+from solvers.field import Condition
 from src.ranks import all_reduce_sum
 from training.gram import gram
-from training.student import Batch, Reduce, Student, last_state, rows_of, squared_error
+from training.student import Reduce, Student, Trajectories, cut, last_state, rmses, rows_of, sent
+from training.student import squared_errors as errors_of
 
 DAMPING = tuple(10.0**e for e in range(-6, 4))
-COARSE = range(0, len(DAMPING), 2)
 JACOBIAN_NUMBERS = 1 << 15
 """Numbers at the ends of trajectories from which a round learns how the end moves."""
 COLUMN_NUMBERS = 1 << 24
 """How many numbers all columns of a Jacobian may hold at once."""
+NUDGE = 1e-3
+"""Of every number in the first round; later by what it does."""
 REACH = 0.1
 """By how much of the distance to the target a nudge is to move the end."""
+LEAST_GAIN = 1e-3
+"""Squares stop where a round gains less, as a share of the error."""
 ROBUST = (16.0, 256.0)
 """Scales of a loss that stray samples steer little, before the plain one; measured best."""
-Report = Callable[[float], object]
-"""Hears the error after each round."""
-
-
-@dataclass(frozen=True)
-class RefineOptions:
-    """How long and how finely; the defaults serve."""
-
-    rounds: int = 6
-    nudge: float = 1e-3  # of every number in the first round; later by what it does
-    least_gain: float = 1e-3  # stop where a round gains less, as a share of the error
-    per_round: int | None = None  # batches in a round's Jacobian, taken in turn; None: all
-    reduce: Reduce = all_reduce_sum
-    robust: tuple[float, ...] = ()  # phases before, by their loss's scale in typical errors
+Linearise: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[int], Tensor]]]
+"""(theta [P], nudges [P]) -> products [P + 1, P + 1], and a step by its number."""
 
 
 @torch.no_grad()
 def gauss_newton(
     student: Student,
     theta: Tensor,
-    batches: Sequence[Batch],
-    options: RefineOptions,
+    batches: Sequence[Trajectories],
     *,
-    judges: Sequence[Batch] | None = None,
-    report: Report = lambda _rmse: None,
+    judges: Sequence[Trajectories] | None = None,
+    rounds: int = 6,
+    robust: tuple[float, ...] = (),
+    per_round: int | None = None,
+    reduce: Reduce = all_reduce_sum,
 ) -> Tensor:
     """The vector after some rounds of damped Gauss-Newton (Levenberg 1944, Marquardt 1963).
 
-    Every round solves once and tries dampings, all or those near the last, at the price of one
-    trajectory each, judged on `judges` (the batches themselves if None); held-out judges keep
-    small sets from being learned by heart. A first round without a better one is followed by
-    another with nudges that fit.
+    Every round solves once and tries dampings at the price of one trajectory each, judged on
+    `judges` (the batches themselves if None); held-out judges keep small sets from being learned
+    by heart. `per_round` batches make a round's Jacobian, taken in turn.
 
-    A few samples near a fork of the flow can hide the way for all others; `robust` phases come
-    first in which they count little; all phases have equal shares of the rounds. The best at the
-    end of any phase is what is returned.
+    A few samples near a fork of the flow can hide the way for all others; `robust` phases, given
+    by their loss's scale in typical errors, come first, in which these count little; all phases
+    have equal shares of the rounds. The best at the end of any phase is what is returned.
     """
-    search = Search(student, batches, judges or batches, options, report)
-    best = [(search.error(theta), theta)]
-    report(best[0][0])
-    phases = (*options.robust, 0.0)
+    size = min(per_round or len(batches), len(batches))
+    turn, phases = count(), (*robust, 0.0)
+
+    def values(thetas: Sequence[Tensor], scale: float = math.inf) -> list[float]:
+        samplers = {
+            i: student.sampler(t) for i, t in enumerate(thetas) if bool(t.isfinite().all())
+        }
+        if not samplers:
+            return [math.inf] * len(thetas)
+        errors = rmses(list(samplers.values()), judges or batches, reduce, scale)
+        of = dict(zip(samplers, errors, strict=True))
+        return [of.get(i, math.inf) for i in range(len(thetas))]
+
+    best = [(values([theta])[0], theta)]
     for phase in phases:
-        theta = search.descend(theta, -(-options.rounds // len(phases)), phase)
-        best.append((search.error(theta), theta))
+        scale = math.inf
+        if phase:  # times the geometric mean of the squared errors
+            errors, _ = errors_of([student.sampler(theta)], batches)
+            logs = errors.clamp(min=1e-30).log().sum()
+            total = reduce(torch.stack([logs, torch.tensor(float(errors.numel())).double()]))
+            scale = phase * math.exp(total[0] / total[1])
+
+        def linearise(theta: Tensor, nudge: Tensor, scale: float = scale) -> tuple:
+            first = next(turn) * size
+            mine = (batches[(first + i) % len(batches)] for i in range(size))
+            products = (normal_products(student, theta, b, nudge, scale) for b in mine)
+            products = reduce(sum(products, torch.zeros(())).cpu())
+            a, g = products[:-1, :-1], products[:-1, -1]
+            floor = a.diagonal().max() * 1e-12 + 1e-300
+            return products, lambda i: torch.linalg.solve(
+                a + torch.diag(DAMPING[i] * a.diagonal() + floor), g
+            )
+
+        theta, _ = search(
+            theta,
+            linearise,
+            lambda thetas, scale=scale: values(thetas, scale),
+            rounds=-(-rounds // len(phases)),
+            choices=range(len(DAMPING)),
+            coarse=range(0, len(DAMPING), 2),
+            least_gain=LEAST_GAIN,
+        )
+        best.append((values([theta])[0], theta))
     return min(best, key=lambda pair: pair[0])[1]
 
 
-@dataclass
-class Search:
-    """Rounds of Gauss-Newton under a loss."""
+def search(
+    theta: Tensor,
+    linearise: Linearise,
+    values: Callable[[Sequence[Tensor]], Iterable[float]],
+    *,
+    rounds: int,
+    choices: range,
+    coarse: range,
+    least_gain: float = 0.0,
+) -> tuple[Tensor, float]:
+    """The vector after some rounds of linearised steps, and its value, never a larger one.
 
-    student: Student
-    batches: Sequence[Batch]
-    judges: Sequence[Batch]
-    options: RefineOptions
-    report: Report
-    rounds: int = 0
-
-    def error(self, theta: Tensor, scale: float = math.inf) -> float:
-        """The root mean squared error over all ranks; infinite where it is not a number."""
-        if not bool(theta.isfinite().all()):
-            return math.inf
-        sampler = self.student.sampler(theta)
-        error, count, *_ = self.options.reduce(squared_error(sampler, self.judges, scale)).tolist()
-        return (error / count) ** 0.5 if math.isfinite(error) else math.inf
-
-    def scale(self, theta: Tensor, phase: float) -> float:
-        """A phase's scale: times the geometric mean of the squared errors; 0 is the plain loss."""
-        if not phase:
-            return math.inf
-        sampler = self.student.sampler(theta)
-        *_, logs, count = self.options.reduce(squared_error(sampler, self.batches)).tolist()
-        return phase * math.exp(logs / count)
-
-    def descend(self, theta: Tensor, rounds: int, phase: float) -> Tensor:
-        """The vector after some rounds under one loss."""
-        scale = self.scale(theta, phase)
-        best = self.error(theta, scale)
-        nudge = torch.full_like(theta, self.options.nudge)
-        failed, window = False, COARSE
-        for _ in range(rounds):
-            parts = (normal_products(self.student, theta, b, nudge, scale) for b in self.turn())
-            products = self.options.reduce(sum(parts, torch.zeros(())))
-            nudge = fitting_nudges(products)
-            steps = steps_of(products)
-            errors = {i: self.error(theta + steps[i], scale) for i in window}
-            at = min(errors, key=lambda i: errors[i])
-            self.rounds += 1
-            self.report(min(errors[at], best))
-            if errors[at] < best:
-                gain, failed = 1 - errors[at] / best, False
-                theta, best = theta + steps[at], errors[at]
-                window = range(max(0, at - 1), min(len(DAMPING), at + 2))
-                if gain < self.options.least_gain:
-                    break
-            elif failed:
+    A round tries the steps of the `coarse` choices, or of those near the last. A first round
+    without a better one is followed by another with nudges that fit.
+    """
+    (best,), nudge = values([theta]), torch.full_like(theta, NUDGE)
+    window, failed = coarse, False
+    for _ in range(rounds):
+        products, step = linearise(theta, nudge)
+        nudge = fitting_nudges(products)
+        moved = [theta + step(i) for i in window]
+        value, at = min(zip(values(moved), range(len(window)), strict=True))
+        if value >= best or math.isnan(value):
+            if failed:
                 break
-            else:
-                failed, window = True, COARSE
-        return theta
-
-    def turn(self) -> Iterator[Batch]:
-        """The batches of this round's Jacobian."""
-        count = min(self.options.per_round or len(self.batches), len(self.batches))
-        first = self.rounds * count
-        return (self.batches[(first + i) % len(self.batches)] for i in range(count))
-
-
-def enough(batches: Sequence[Batch]) -> int:
-    """How many batches a round's Jacobian needs."""
-    return -(-JACOBIAN_NUMBERS // batches[0].x.numel())
+            window, failed = coarse, True
+            continue
+        small = least_gain > 0 and value > (1 - least_gain) * best
+        theta, best, failed, near = moved[at], value, False, window[at]
+        window = choices[max(0, near - 1) : near + 2]
+        if small:
+            break
+    return theta, best
 
 
 def normal_products(
-    student: Student, theta: Tensor, batch: Batch, nudge: Tensor, scale: float = math.inf
+    student: Student, theta: Tensor, batch: Trajectories, nudge: Tensor, scale: float = math.inf
 ) -> Tensor:
     """Products [P + 1, P + 1] of the Jacobian's columns and, last, what is left to the target.
 
-    Samples weigh as the `scale` of `squared_error` has it. They are taken a few at a time where
-    the columns of all would fill the memory.
+    Samples weigh as the `scale` of `rmses` has it. They are taken a few at a time where the
+    columns of all would fill the memory.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for part in batch.parts(COLUMN_NUMBERS // (len(theta) * batch.x[0].numel())):
         moving = ends(student, theta, part, nudge)
         end = next(moving)
-        columns = [(x - end) / h for x, h in zip(moving, nudge, strict=True)]
+        columns = [(x - end) / h for x, h in zip(moving, nudge.tolist(), strict=True)]
         left = part.targets[-1] - end
         columns = [column.unsqueeze(1) for column in (*columns, left)]
         if scale < math.inf:
@@ -164,60 +162,49 @@ def normal_products(
     return total
 
 
-def ends(student: Student, theta: Tensor, batch: Batch, nudge: Tensor) -> Iterator[Tensor]:
-    """Where the student ends, [B, *], then where it ends with each of the P numbers nudged."""
-    cached = CachedDenoiser(batch.field.denoiser)
-    batch = dataclasses.replace(batch, field=dataclasses.replace(batch.field, denoiser=cached))
-    yield last_state(student.sampler(theta), batch)
-    for i in range(len(theta)):
-        moved = theta.clone()
-        moved[i] += nudge[i]
-        cached.again()
-        yield last_state(student.sampler(moved), batch)
+def ends(student: Student, theta: Tensor, batch: Trajectories, nudge: Tensor) -> Iterator[Tensor]:
+    """Where the student ends, [B, *], then where it ends with each of the P numbers nudged.
 
-
-@dataclass
-class CachedDenoiser:
-    """A denoiser that keeps the answers of one trajectory, and then computes only what differs.
-
-    So a change near the end of a trajectory costs only the end.
+    The answers of the first trajectory are kept, and only the rows that a number changes are
+    asked for again: a change near the end of a trajectory costs only the end.
     """
+    denoiser, calls = batch.field.denoiser, []
+    thetas = [theta, *(theta + row for row in torch.diag(nudge))]
+    samplers = sent([student.sampler(each) for each in thetas], batch.x)
 
-    denoiser: Denoiser
-    calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    at: int = 0
-    recording: bool = True
+    def recorded(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        calls.append(denoiser(x, sigma, cond))
+        return calls[-1]
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> x0 [B, *]."""
-        if self.recording:
-            x0 = self.denoiser(x, sigma, cond)
-            self.calls.append((x, sigma, x0))
-            return x0
-        old_x, old_sigma, cached = self.calls[self.at]
-        self.at += 1
-        new = ((x != old_x).flatten(1).any(1) | (sigma != old_sigma)).nonzero()[:, 0]
-        if not len(new):
-            return cached
-        if len(new) == len(x):
-            return self.denoiser(x, sigma, cond)
-        answers = self.denoiser(x[new], sigma[new], rows_of(cond, new))
-        return cached.index_copy(0, new, answers)
+    def end_by(i: int, network: Callable[[Tensor, Tensor, Condition | None], Tensor]) -> Tensor:
+        field = dataclasses.replace(batch.field, denoiser=network)
+        return last_state(samplers[i], dataclasses.replace(batch, field=field))
 
-    def again(self) -> None:
-        """From now on compare with what was recorded, from its start."""
-        self.at, self.recording = 0, False
+    yield end_by(0, recorded)
+    for i, changes in enumerate(student.changes, 1):
+        left = iter(zip(calls, changes, strict=True))
+
+        def asked(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+            x0, points = next(left)  # noqa: B023 (called before the next turn)
+            size = len(x) // len(points)
+            blocks = [slice(k * size, (k + 1) * size) for k in range(len(points))]
+            new = [block for block, changed in zip(blocks, points, strict=True) if changed]
+            if len(new) in (0, len(points)):
+                return denoiser(x, sigma, cond) if new else x0
+            fresh = denoiser(cut(x, new), cut(sigma, new), rows_of(cond, new)).split(size)
+            answers = iter(fresh)
+            pairs = zip(blocks, points, strict=True)
+            return torch.cat([next(answers) if changed else x0[b] for b, changed in pairs])
+
+        yield end_by(i, asked)
+
+
+def enough(batches: Sequence[Trajectories]) -> int:
+    """How many batches a round's Jacobian needs."""
+    return -(-JACOBIAN_NUMBERS // batches[0].x.numel())
 
 
 def fitting_nudges(products: Tensor) -> Tensor:
     """Nudges [P] that each move the end by a part of its distance to the target."""
     effect = (products.diagonal()[:-1] / products[-1, -1]).sqrt().nan_to_num(nan=0.0)
     return (REACH / effect.clamp(min=1e-9)).clamp(1e-5, 1e-1)
-
-
-def steps_of(products: Tensor) -> list[Tensor]:
-    """The solutions of (A + damping diag A) step = g, one for each damping."""
-    a, g = products[:-1, :-1], products[:-1, -1]
-    diagonal = a.diagonal()
-    floor = diagonal.max() * 1e-12 + 1e-300
-    return [torch.linalg.solve(a + torch.diag(d * diagonal + floor), g) for d in DAMPING]

@@ -7,7 +7,7 @@ Each field says its range and its help; `train_distill.py` makes its options of 
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe
 from solvers.sampler import SOLVERS, parse_name
 from solvers.schedules import one_of
 from src.files import nearest
-from src.options import Number
+from src.options import DTYPES, Number
 from training.distances import parse_terms
-from training.gradient import OBJECTIVES
 
 METHODS = ("fit", "gradient")
+OBJECTIVES = ("per-step", "final", "end-to-end")
+BACKENDS = ("auto", "edm", "analytic", "ldm", "sd3", "flux")
 TEACHERS = ("heun", "dpm2", "euler", "ipndm", "dpmpp", "edm")
 PUBLISHED = {("teacher", "dpm"): "dpm2", ("solver", "ipndm"): "epd-ipndm"}
 """What the published code calls a setting's value."""
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
 FLOW_SCHEDULES = ("flowmatch", "logit")
-"""The first is the usual one; a fit tries all of them."""
+"""The first is the usual one; `try_schedules` tries all of them."""
 GRADIENT_ALONE = ("objective", "lr", "coslr", "checkpointing", "published_loss")
 FIT_ALONE = ("rounds", "robust")
 MANY, SMALL = 1 << 26, 1 << 10
@@ -48,6 +49,31 @@ def setting(default: Any, kind: click.ParamType, about: str, *names: str) -> Any
     return dataclasses.field(
         default=default, metadata={"kind": kind, "help": about, "names": names}
     )
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The network that a command distils, what it is told, and what looks at its samples."""
+
+    preset: str | None = setting(None, TEXT, "A published predictor's settings (cifar10-5nfe).")
+    model: str = setting("fashion-mnist-32", TEXT, "Folder, EDM .pkl, or a shipped name.")
+    backend: str = setting("auto", click.Choice(BACKENDS), "What it must be.")
+    prompts: str | None = setting(
+        None, TEXT, "A text file, one prompt a line.", "--prompts", "--prompt_path"
+    )
+    negative_prompt: str | None = setting(None, TEXT, "What guidance leads away from.")
+    resolution: int | None = setting(None, COUNT, "Of text-to-image models, in pixels.")
+    model_config: str | None = setting(None, TEXT, "Diffusers folder with what a file lacks.")
+    label: int | None = setting(
+        None, click.IntRange(0), "Class; else drawn by the seed.", "--class"
+    )
+    features: str | None = setting(
+        None, TEXT, "Of their distances: efficientnet-lite0, a TorchScript file, KIND=FILE."
+    )
+    reward: str | None = setting(
+        None, TEXT, "Of its distance: a name of rewards/, or module:function."
+    )
+    dtype: str = setting("float32", click.Choice(list(DTYPES)), "")
 
 
 @dataclass(frozen=True)
@@ -72,9 +98,7 @@ class Settings:
     scale_time: float | None = setting(None, REACH, "How far time scales go; fit: free.")
     scale_time_ends: float | None = setting(None, REACH, "The same at both ends of the grid.")
     fcn: bool = setting(False, click.BOOL, "No direction scale in the last interval.")
-    schedule: str | None = setting(
-        None, TEXT, "How the grid is spaced; a fit tries several.", "--schedule_type"
-    )
+    schedule: str | None = setting(None, TEXT, "How the grid is spaced.", "--schedule_type")
     schedule_rho: float | None = setting(None, POSITIVE, "Its exponent.")
     sigma_min: float | None = setting(None, POSITIVE, "Last noise level; usual: the model's.")
     sigma_max: float | None = setting(None, POSITIVE, "First noise level; usual: the model's.")
@@ -162,32 +186,31 @@ def resolved(
 
     Raises ValueError in one line where they contradict each other or the model.
     """
-    settings = adopted(settings)
-    given = {n: v for n, v in vars(settings).items() if v is not None}
-    solver = settings.solver or ("epd-multistep" if settings.nfe else "epd")
-    settings = dataclasses.replace(settings, solver=solver)
-    usual = usual_grid(settings, flow)
-    usual["method"] = "gradient" if settings.lr or settings.objective else "fit"
-    settings = dataclasses.replace(settings, **{**usual, **given, "solver": solver})
-    assert settings.num_steps
-    calls = 1 if settings.multistep else 1 + SOLVERS[settings.base[0]].calls
-    nfe = calls * (settings.num_steps - 1) - bool(settings.afs)
-    gradient = settings.method == "gradient"
+    s = adopted(settings)
+    s = replace(s, solver=s.solver or ("epd-multistep" if s.nfe else "epd"))
+    s = with_usual(s, usual_grid(s, flow))
+    assert s.num_steps
+    calls = 1 if s.multistep else 1 + SOLVERS[s.base[0]].calls
+    nfe = calls * (s.num_steps - 1) - bool(s.afs)
+    gradient = s.method == "gradient"
     by_looks = features and not gradient and nfe <= FEW_CALLS
-    distance = settings.distance or ("distribution" if by_looks else "l2")
-    settings = dataclasses.replace(settings, nfe=nfe, distance=distance)
-    usual = usual_gradient(solver) if gradient else usual_fit(settings, shape)
-    usual |= {"last_distance": distance}
-    given |= {"nfe": nfe, "distance": distance}
-    settings = dataclasses.replace(settings, **{**usual, **given})
-    assert settings.batch
-    assert settings.samples
-    batch = min(settings.batch, settings.samples)
-    samples = max(1, round(settings.samples / batch)) * batch
-    judges = settings.judges or samples // 2 or 1
-    settings = dataclasses.replace(settings, batch=batch, samples=samples, judges=judges)
-    check(settings, flow)
-    return settings
+    distance = s.distance or ("distribution" if by_looks else "l2")
+    s = replace(s, nfe=nfe, distance=distance, last_distance=s.last_distance or distance)
+    if gradient and not s.multistep:
+        s = with_usual(s, {"scale_dir": 0.05, "scale_time": 0.05})
+    s = with_usual(s, PUBLISHED_WAY if gradient else usual_fit(s, shape))
+    assert s.batch
+    assert s.samples
+    batch = min(s.batch, s.samples)
+    samples = max(1, round(s.samples / batch)) * batch
+    s = replace(s, batch=batch, samples=samples, judges=s.judges or samples // 2 or 1)
+    check(s, flow)
+    return s
+
+
+def with_usual(settings: Settings, usual: dict[str, Any]) -> Settings:
+    """The settings with the usual values where there is none."""
+    return replace(settings, **{n: v for n, v in usual.items() if getattr(settings, n) is None})
 
 
 def adopted(settings: Settings) -> Settings:
@@ -206,54 +229,43 @@ def adopted(settings: Settings) -> Settings:
             raise ValueError(f"{name} {getattr(settings, name)}: {settings.init} has {value}")
     if settings.points < recipe.num_points:
         raise ValueError(f"points {settings.points}: {settings.init} has {recipe.num_points}")
-    return dataclasses.replace(settings, **own)
+    return replace(settings, **own)
 
 
 def usual_grid(settings: Settings, flow: bool) -> dict[str, Any]:
-    """Grid points, schedule, AFS and order where they were not given.
+    """Grid points, schedule, AFS, order and method where they were not given.
 
     Raises ValueError for a number of calls that the solver cannot make.
     """
-    base, order = settings.base
-    schedule = settings.schedule or (FLOW_SCHEDULES if flow else VE_SCHEDULES)[0]
-    afs, num_steps = settings.afs, settings.num_steps or 4
-    if settings.nfe and settings.multistep:
-        num_steps = settings.nfe + 1 + bool(afs)
-    elif settings.nfe:
+    s, (base, order) = settings, settings.base
+    schedule = s.schedule or (FLOW_SCHEDULES if flow else VE_SCHEDULES)[0]
+    afs, num_steps = s.afs, s.num_steps or 4
+    if s.nfe and s.multistep:
+        num_steps = s.nfe + 1 + bool(afs)
+    elif s.nfe:
         calls = 1 + SOLVERS[base].calls
         choices = [False, True] if flow else [True, False]
-        fitting = [a for a in choices if afs in (None, a) and not (settings.nfe + a) % calls]
-        if not fitting or settings.nfe + fitting[0] < calls:
-            said = f"{settings.solver} cannot make {settings.nfe} calls"
-            raise ValueError(f"{said}: change nfe by 1")
+        fitting = [a for a in choices if afs in (None, a) and not (s.nfe + a) % calls]
+        if not fitting or s.nfe + fitting[0] < calls:
+            raise ValueError(f"{s.solver} cannot make {s.nfe} calls: change nfe by 1")
         afs = fitting[0]
-        num_steps = (settings.nfe + afs) // calls + 1
-    if settings.nfe and settings.num_steps not in (None, num_steps):
-        raise ValueError(f"nfe {settings.nfe} needs num_steps {num_steps}: give one of them")
+        num_steps = (s.nfe + afs) // calls + 1
+    if s.nfe and s.num_steps not in (None, num_steps):
+        raise ValueError(f"nfe {s.nfe} needs num_steps {num_steps}: give one of them")
     several = len(SOLVERS[base].orders) > 1
     return {
         "num_steps": num_steps,
         "schedule": schedule,
         "schedule_rho": {"polynomial": 7.0}.get(schedule, 1.0),
-        "afs": not flow and not settings.multistep if afs is None else afs,
+        "afs": not flow and not s.multistep if afs is None else afs,
         "max_order": order or (SOLVERS[base].default_order if several else 3),
+        "method": "gradient" if s.lr or s.objective else "fit",
     }
 
 
-def usual_gradient(solver: str) -> dict[str, Any]:
-    """The published way, of what was not given."""
-    scales = {} if solver == "epd-multistep" else {"scale_dir": 0.05, "scale_time": 0.05}
-    return scales | {
-        **{
-            "samples": 10_000,
-            "batch": 32,
-            "fine_steps": 33,
-            "M": 3,
-            "objective": "per-step",
-            "lr": 0.2,
-        },
-        **{"coslr": True, "learn_grid": False, "try_schedules": False},
-    }
+PUBLISHED_WAY = {"samples": 10_000, "batch": 32, "fine_steps": 33, "M": 3, "objective": "per-step"}
+PUBLISHED_WAY |= {"lr": 0.2, "coslr": True, "learn_grid": False, "try_schedules": False}
+"""Of a gradient, where nothing else is given."""
 
 
 def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
@@ -266,72 +278,53 @@ def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
     """
     numbers = math.prod(shape) or 1
     small, squares = numbers < SMALL, settings.distance == "l2"
-    one = settings.schedule or settings.M is not None or settings.init
     return {
-        "samples": within(64 if squares else 96, MANY // numbers**2, 4096),
-        "batch": within(16, 1 << 15 >> (numbers - 1).bit_length(), 1024),
+        "samples": max(64 if squares else 96, min(MANY // numbers**2, 4096)),
+        "batch": max(16, min(1 << 15 >> (numbers - 1).bit_length(), 1024)),
         "fine_steps": 49 if small else 33,
         "rounds": 15 if small else 2 + (not squares),
         "robust": small,
         "learn_grid": True,
-        "try_schedules": small and not one,
+        "try_schedules": False,
     }
-
-
-def within(least: int, value: int, most: int) -> int:
-    """The value, held within bounds."""
-    return max(least, min(value, most))
 
 
 def check(settings: Settings, flow: bool) -> None:
     """ValueError for what cannot be served, before any work."""
-    s, afs_needs = settings, "flow matching has no analytic first step"
+    s, (_, order), fits = settings, settings.base, settings.method == "fit"
     schedules = FLOW_SCHEDULES if flow else (*VE_SCHEDULES, "discrete")
     if s.schedule in FLOW_SCHEDULES and not flow:
         raise ValueError(f"schedule {s.schedule} is not for a VE model: take {schedules[0]}")
     one_of("schedule", s.schedule or "", schedules)
-    _, order = s.base
-    multistep_scales = s.multistep and (s.fcn or s.scale_dir or s.scale_time_ends)
-    clashes = (
-        (order and order != s.max_order, f"{s.solver} and max_order {s.max_order} disagree"),
-        (s.afs and flow, f"afs is for VE models: {afs_needs}"),
-        (multistep_scales, f"{s.solver} has free scales: leave out fcn, scale_dir and ends"),
-        (
-            s.method == "fit" and s.fcn,
-            "fcn is for --method gradient: a fit has free weights there",
-        ),
-        (
-            s.method == "gradient" and (s.learn_grid or s.try_schedules),
-            "learn_grid and try_schedules need a fit: a gradient does not reach the time grid",
-        ),
-        (
-            s.try_schedules and s.M is not None,
-            "try_schedules has a teacher without M: leave one out",
-        ),
-        (
-            flow and (s.sigma_max or 0) > 1,
-            f"sigma_max {s.sigma_max} is out of range: flow matching starts at 1 or below",
-        ),
-    )
-    for clash, said in clashes:
+    calls, student = SOLVERS[s.teacher].calls * s.every, 1 if s.multistep else 2
+    no_afs = "afs is for VE models: flow matching has no analytic first step"
+    only_fit = "need a fit: a gradient does not reach the time grid"
+    finer = f"{s.teacher} with M {s.M} makes {calls} calls an interval, the student {student}: "
+    greedy, k = fits and not s.init, s.points
+    clashes = {
+        f"{s.solver} and max_order {s.max_order} disagree": order and order != s.max_order,
+        no_afs: s.afs and flow,
+        f"{s.solver} has free scales: leave out fcn, scale_dir and ends": s.multistep
+        and (s.fcn or s.scale_dir or s.scale_time_ends),
+        "fcn is for --method gradient: a fit has free weights there": fits and s.fcn,
+        f"learn_grid and try_schedules {only_fit}": not fits and (s.learn_grid or s.try_schedules),
+        "try_schedules has a teacher without M: leave one out": s.try_schedules
+        and s.M is not None,
+        f"sigma_max {s.sigma_max} is out of range: flow matching starts at 1 or below": flow
+        and (s.sigma_max or 0) > 1,
+        f"points {k} is out of range: a fit tries all sets of 1 to 4": greedy and k > 4,
+        f"positions {s.positions} must be above points {k}": greedy and s.positions <= k,
+        f"{finer}raise --M, the teacher must be finer": s.every and calls <= student,
+    }
+    for said, clash in clashes.items():
         if clash:
             raise ValueError(said)
-    for name in FIT_ALONE if s.method == "gradient" else GRADIENT_ALONE:
+    for name in GRADIENT_ALONE if fits else FIT_ALONE:
         if getattr(s, name) not in (None, False):
             raise ValueError(f"{name} {getattr(s, name)} does nothing in --method {s.method}")
-    if s.method == "fit":
+    if fits:
         parse_terms(s.distance or "l2")
-    check_teacher(s)
-    check_recipe(dataclasses.replace(recipe_of(s), process="flow" if flow else "ve"))
-
-
-def check_teacher(settings: Settings) -> None:
-    """ValueError for a teacher that is no finer than its student."""
-    calls = SOLVERS[settings.teacher].calls * settings.every
-    student = 1 if settings.multistep else 2
-    if settings.every and calls <= student:
-        said = f"{settings.teacher} with M {settings.M} makes {calls} calls an interval"
-        raise ValueError(f"{said}, the student {student}: raise --M, the teacher must be finer")
+    check_recipe(replace(recipe_of(s), process="flow" if flow else "ve"))
 
 
 def at_once(settings: Settings, ranks: int) -> int:
@@ -377,9 +370,6 @@ def recipe_of(settings: Settings) -> Recipe:
     )
 
 
-# --- the published settings ---------------------------------------------------------------
-
-
 def preset_names() -> list[str]:
     """The names of all presets: those of the shipped predictors that the papers' authors made."""
     paths = (Path(__file__).resolve().parent.parent / "exps").glob("*/*.pkl")
@@ -396,23 +386,17 @@ def preset(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        raise ValueError(
-            f"unknown preset {name[:200]!r}: did you mean {nearest(name[:200], names)}?"
-        )
+        name = name[:200]
+        raise ValueError(f"unknown preset {name!r}: did you mean {nearest(name, names)}?")
     recipe = load_predictor(find_predictor(name)).recipe
     pixels = recipe.backend == "edm"
-    return {
-        **{
-            n: getattr(recipe, n) for n in ("num_steps", "max_order", "teacher", "M", "afs", "fcn")
-        },
-        **{n: getattr(recipe, n) for n in ("scale_dir", "scale_time", "guidance_rate")},
+    same = ("num_steps", "max_order", "teacher", "M", "afs", "fcn", "scale_dir", "scale_time")
+    return {n: getattr(recipe, n) for n in (*same, "guidance_rate", "schedule_rho", "backend")} | {
         "method": "gradient",
-        "backend": recipe.backend,
         "points": recipe.num_points,
         "solver": "epd" if recipe.base == "euler" else f"epd-{recipe.base}",
         "teacher_substeps": 2,
         "schedule": recipe.schedule_type,
-        "schedule_rho": recipe.schedule_rho,
         "resolution": recipe.img_resolution if recipe.backend in FLOW_BACKENDS else None,
         "alpha": 10.0 if recipe.alpha is None else recipe.alpha,
         "last_distance": "inception" if pixels else "l2",

@@ -7,7 +7,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from solvers.integrate import Solver
 from solvers.process import VE, Process
 from solvers.sampler import Sampler
 from src.ranks import all_reduce_sum
-from training.table import Form, grid_to_raw, raw_to_grid
+from src.seeds import generator
+from training.table import HISTORY, Form, even_table, grid_to_raw, raw_to_grid
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(student [B, *], teacher [B, *]) -> one number per sample [B]."""
@@ -27,7 +29,7 @@ Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Trajectories:
     """Noise and where the teacher takes it: x [B, *] at sigmas[0], targets at later levels."""
 
     field: Field
@@ -35,16 +37,16 @@ class Batch:
     targets: tuple[Tensor, ...]  # [B, *] each
     numbers: tuple[int, ...] = ()  # of the samples, where they have any
 
-    def part(self, rows: slice) -> "Batch":
-        """Some samples of the batch."""
-        field = dataclasses.replace(self.field, cond=rows_of(self.field.cond, rows))
+    def part(self, rows: slice) -> "Trajectories":
+        """Some of the samples."""
+        field = dataclasses.replace(self.field, cond=rows_of(self.field.cond, [rows]))
         targets = tuple(target[rows] for target in self.targets)
-        return Batch(field, self.x[rows], targets, self.numbers[rows])
+        return Trajectories(field, self.x[rows], targets, self.numbers[rows])
 
-    def parts(self, count: int) -> Iterator["Batch"]:
-        """The batch, at most `count` samples at a time."""
-        firsts = range(0, len(self.x), max(1, count))
-        return (self.part(slice(i, i + max(1, count))) for i in firsts)
+    def parts(self, count: int) -> Iterator["Trajectories"]:
+        """The same, at most `count` samples at a time."""
+        count = max(1, count)
+        return (self.part(slice(i, i + count)) for i in range(0, len(self.x), count))
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Student:
     def intervals(self) -> int:
         """N."""
         return len(self.sigmas) - 1
+
+    def even_table(self) -> Table:
+        """A table by hand, of this student's kind."""
+        history = HISTORY if self.base is None else 0
+        return even_table(self.intervals, self.form.points, history)
 
     def encode(self, table: Table) -> Tensor:
         """All that is learned as one vector [P], in float64 on the CPU."""
@@ -95,16 +102,69 @@ class Student:
         assert self.base is not None
         return EPD(table, self.base)
 
+    @cached_property
+    def changes(self) -> list[list[list[bool]]]:
+        """Which points of which call each of the P numbers changes: [P, calls, K of the call].
 
-def rows_of(cond: Condition | None, index: Tensor | slice) -> Condition | None:
+        Seen on a network of one number, at numbers as good as any, so that no rows of the real
+        one are ever compared, for which a GPU would be waited for.
+        """
+        theta = self.encode(self.even_table())
+        noise = torch.empty_like(theta).normal_(0, 0.1, generator=generator(0, "changes"))
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def probe(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+            calls.append((x[:, 0], sigma))
+            return x.sin() / (1 + sigma[:, None])
+
+        def asked(theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+            calls.clear()
+            start = torch.full((1, 1), self.sigmas[0], dtype=torch.float64)
+            for _ in self.sampler(theta).states(Field(probe), start):
+                pass
+            return list(calls)
+
+        with torch.no_grad():
+            before = asked(theta + noise)
+            each = (asked(theta + noise + row) for row in 1e-3 * torch.eye(len(theta)).double())
+            return [
+                [
+                    ((x != y) | (s != t)).tolist()
+                    for (x, s), (y, t) in zip(one, before, strict=True)
+                ]
+                for one in each
+            ]
+
+
+def rows_of(cond: Condition | None, parts: Sequence[slice]) -> Condition | None:
     """Some rows of a condition."""
     if cond is None:
         return None
-    null = cond.null and {name: v[index] for name, v in cond.null.items()}
-    return Condition({name: v[index] for name, v in cond.given.items()}, null)
+    null = cond.null and {name: cut(v, parts) for name, v in cond.null.items()}
+    return Condition({name: cut(v, parts) for name, v in cond.given.items()}, null)
 
 
-def last_state(sampler: Sampler, batch: Batch) -> Tensor:
+def cut(tensor: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Some rows of a tensor, by no index that would have to be sent to it."""
+    return tensor[parts[0]] if len(parts) == 1 else torch.cat([tensor[part] for part in parts])
+
+
+def sent(samplers: Sequence[Sampler], like: Tensor) -> list[Sampler]:
+    """The samplers with their tables where `like` is, all sent at once."""
+    solvers: list[Any] = [sampler.solver for sampler in samplers]
+    tensors = [t for solver in solvers for t in solver.table.tensors()]
+    flat = torch.cat([t.flatten() for t in tensors]).to(like)
+    pieces = iter(flat.split([t.numel() for t in tensors]))
+    moved = []
+    for sampler, solver in zip(samplers, solvers, strict=True):
+        table = solver.table
+        table = type(table)(*(next(pieces).reshape(t.shape) for t in table.tensors()))
+        solver = dataclasses.replace(solver, table=table)
+        moved.append(dataclasses.replace(sampler, solver=solver))
+    return moved
+
+
+def last_state(sampler: Sampler, batch: Trajectories) -> Tensor:
     """Where a sampler ends, [B, *]."""
     *_, state = sampler.states(batch.field, batch.x)
     return state
@@ -116,27 +176,44 @@ def squared(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def squared_error(sampler: Sampler, batches: Sequence[Batch], scale: float = math.inf) -> Tensor:
-    """[summed squared error of the ends, how many numbers, sum of its logarithms, samples].
+def squared_errors(
+    samplers: Sequence[Sampler], batches: Sequence[Trajectories]
+) -> tuple[Tensor, int]:
+    """Squared errors [S, n] of the ends of this rank's n samples, and the numbers of a sample.
 
-    Below infinity `scale` is the squared error of a sample from which on it counts less and
-    less, as scale * log(1 + error / scale) (Cauchy's loss). Of this rank's batches alone.
+    In float64 on the CPU; a GPU is waited for once.
     """
-    total = torch.zeros(4, dtype=torch.float64)
+    parts, size = [], 0
     for batch in batches:
-        error = squared(last_state(sampler, batch), batch.targets[-1]).double().cpu()
-        logs = error.clamp(min=1e-30).log().sum()
-        if scale < math.inf:
-            error = scale * torch.log1p(error / scale)
-        counts = torch.tensor([batch.x.numel(), len(batch.x)], dtype=torch.float64)
-        total += torch.stack([error.sum(), counts[0], logs, counts[1]])
-    return total
+        ends = (last_state(sampler, batch) for sampler in sent(samplers, batch.x))
+        parts.append(torch.stack([squared(end, batch.targets[-1]) for end in ends]).double())
+        size = batch.x[0].numel()
+    empty = torch.zeros(len(samplers), 0, dtype=torch.float64)
+    return (torch.cat(parts, 1).cpu() if parts else empty), size
 
 
-def rmse(sampler: Sampler, batches: Sequence[Batch], reduce: Reduce = all_reduce_sum) -> float:
-    """The root mean squared error of the ends over the batches of all ranks.
+def rmses(
+    samplers: Sequence[Sampler],
+    batches: Sequence[Trajectories],
+    reduce: Reduce = all_reduce_sum,
+    scale: float = math.inf,
+) -> list[float]:
+    """The root mean squared errors of samplers' ends over the batches of all ranks.
 
-    It is infinite where an end is not a number, or the root of a number too large.
+    Infinite where an end is not a number, or the root of a number too large. Below infinity
+    `scale` is the squared error of a sample from which on it counts less and less, as
+    scale * log(1 + error / scale) (Cauchy's loss).
     """
-    error, count, *_ = reduce(squared_error(sampler, batches)).tolist()
-    return math.sqrt(error / count) if math.isfinite(error) else math.inf
+    error, size = squared_errors(samplers, batches)
+    if scale < math.inf:
+        error = scale * torch.log1p(error / scale)
+    count = torch.tensor([float(error.shape[1] * size)], dtype=torch.float64)
+    *sums, numbers = reduce(torch.cat([error.sum(1), count])).tolist()
+    return [math.sqrt(e / numbers) if math.isfinite(e) else math.inf for e in sums]
+
+
+def rmse(
+    sampler: Sampler, batches: Sequence[Trajectories], reduce: Reduce = all_reduce_sum
+) -> float:
+    """The same of one sampler."""
+    return rmses([sampler], batches, reduce)[0]

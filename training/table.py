@@ -6,30 +6,20 @@ differentiable) and gives the theta of a table (`encode`). N intervals, K points
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from solvers.epd import Directions, MultistepTable, Table
+from solvers.integrate import MAX_SLOPES
 
-T = TypeVar("T", Directions, MultistepTable)
+HISTORY = 1 + MAX_SLOPES
+"""H, as many slopes as the loop keeps, and the free one."""
 EDGE = 6.0
 """Positions are kept this near to 0 and 1 in log odds, so that they can come back."""
 LEAST_WEIGHT = 1e-4
 LEAST_STEP = 1e-2
-
-
-class Form(Protocol[T]):
-    """A way to write a table as a vector."""
-
-    def encode(self, table: T) -> Tensor:
-        """The vector [P] in float64 nearest to the table."""
-        ...
-
-    def decode(self, theta: Tensor) -> T:
-        """The table of any vector [P]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,12 +41,12 @@ class PublishedForm:
     @property
     def time_reach(self) -> Tensor | None:
         """The reach [N, 1] of the time scales; None where none is learned."""
-        reach = torch.full((self.intervals, 1), self.scale_time, dtype=torch.float64)
-        if self.time_at_ends is not None:
-            reach[[0, -1]] = self.time_at_ends
-        return reach if bool(reach.any()) else None
+        ends = self.scale_time if self.time_at_ends is None else self.time_at_ends
+        inner = [self.scale_time] * (self.intervals - 2)
+        reach = [ends, *inner, ends][: self.intervals]
+        return torch.tensor(reach, dtype=torch.float64)[:, None] if any(reach) else None
 
-    def encode(self, table: Directions) -> Tensor:
+    def encode(self, table: Any) -> Tensor:
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
         reach = self.time_reach
         parts = [logit(r), weight.clamp(min=LEAST_WEIGHT).log()]
@@ -83,7 +73,7 @@ class FreeForm:
     points: int
     time: bool = True
 
-    def encode(self, table: Directions) -> Tensor:
+    def encode(self, table: Any) -> Tensor:
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
         parts = [logit(r), weight * dir_scale, *([time_scale.log()] if self.time else [])]
         return torch.cat([part.flatten() for part in parts])
@@ -106,7 +96,6 @@ class MultistepForm:
 
     intervals: int
     points: int
-    history: int
     time: bool = True
     afs: bool = False
 
@@ -117,20 +106,19 @@ class MultistepForm:
         Before interval n there are the free slope and those of the calls so far, K each.
         """
         calls = (torch.arange(self.intervals) - int(self.afs)).clamp(min=0)
-        there = torch.arange(self.history) < (1 + self.points * calls)[:, None]
+        there = torch.arange(HISTORY) < (1 + self.points * calls)[:, None]
         calling = torch.ones(self.intervals, self.points, dtype=torch.bool)
         calling[: int(self.afs)] = False
         return there & calling[:, :1], calling, there
 
-    def encode(self, table: MultistepTable) -> Tensor:
+    def encode(self, table: Any) -> Tensor:
         a, r, weight, b, scale = (t.detach().double().cpu() for t in table.tensors())
         in_a, points, in_b = self.used
         time = [scale[points].log()] if self.time else []
         return torch.cat([a[in_a], logit(r)[points], weight[points], b[in_b], *time])
 
     def decode(self, theta: Tensor) -> MultistepTable:
-        masks = [mask.to(theta.device) for mask in self.used]
-        in_a, points, in_b = masks
+        in_a, points, in_b = self.used
         order = [in_a, points, points, in_b, *([points] if self.time else [])]
         parts = theta.split([int(mask.sum()) for mask in order])
         a, r, weight, b, *time = (
@@ -139,6 +127,10 @@ class MultistepForm:
         )
         scale = time[0].exp() if time else torch.ones_like(r)
         return MultistepTable(a, torch.where(points, r.sigmoid(), r), weight, b, scale)
+
+
+Form: TypeAlias = PublishedForm | FreeForm | MultistepForm
+"""A way to write a table as a vector."""
 
 
 def logit(r: Tensor) -> Tensor:
@@ -154,9 +146,6 @@ def around_one(raw: Tensor, reach: Tensor | float) -> Tensor:
 def around_one_raw(scale: Tensor, reach: Tensor | float) -> Tensor:
     """The number whose `around_one` is nearest to `scale`; 0 where the reach is 0."""
     return 2 * logit(((scale - 1) / (2 * reach)).nan_to_num(nan=0.0) + 0.5)
-
-
-# --- grids --------------------------------------------------------------------------------
 
 
 def grid_to_raw(sigmas: tuple[float, ...]) -> Tensor:
@@ -175,9 +164,6 @@ def raw_to_grid(raw: Tensor, first: float, last: float) -> tuple[float, ...]:
     way = shares.cumsum(0)[:-1]
     inner = (math.log(first) + way * math.log(last / first)).exp()
     return (first, *inner.tolist(), last)
-
-
-# --- starts -------------------------------------------------------------------------------
 
 
 def even_table(intervals: int, points: int, history: int = 0) -> Table:

@@ -20,9 +20,8 @@ from torch import Tensor
 from solvers.field import Field
 from solvers.sampler import Sampler
 from src.runs import read_sealed, write_sealed
-from training.student import Batch
+from training.student import Trajectories
 
-CHUNK = 1 << 20
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 
@@ -35,10 +34,11 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, slope: Field, x: Tensor) -> tuple[Tensor, ...]:
-        """The states [B, *] at the stops, from x at the first level; no graph."""
+        """The states [B, *] at the stops, on the CPU, from x at the first level; no graph."""
         states = self.sampler.states(slope, x)
         by_level = zip(self.sampler.sigmas[1:], states, strict=True)
-        return tuple(state for level, state in by_level if level in self.stops)
+        kept = [state for level, state in by_level if level in self.stops]
+        return torch.stack(kept).cpu().unbind()  # a GPU is waited for once
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,20 @@ class Cache:
         """The trajectory of this key, from the disk or made now; on the CPU."""
         key = json.dumps(about, sort_keys=True, allow_nan=False)
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.pt"
-        states = self.read(path, key)
-        if states is None:
-            states = tuple(state.cpu() for state in make())
-            write_sealed(path, {"key": key, "states": list(states)})
-            self.evict()
+        if path.exists():
+            try:
+                content = read_sealed(path)
+                if content.get("key") == key and isinstance(content.get("states"), list):
+                    with contextlib.suppress(FileNotFoundError):  # it may just have been dropped
+                        os.utime(path)
+                    return tuple(content["states"])
+                self.say(f"{path} is of another run: making it again")
+            except ValueError as error:
+                self.say(f"{error}: making it again")
+        states = make()
+        write_sealed(path, {"key": key, "states": list(states)})
+        self.evict()
         return states
-
-    def read(self, path: Path, key: str) -> tuple[Tensor, ...] | None:
-        """What a file holds; None where it is not there or not whole."""
-        if not path.exists():
-            return None
-        try:
-            content = read_sealed(path)
-        except ValueError as error:
-            self.say(f"{error}: making it again")
-            return None
-        if content.get("key") != key or not isinstance(content.get("states"), list):
-            self.say(f"{path} is of another run: making it again")
-            return None
-        with contextlib.suppress(FileNotFoundError):  # it may just have been dropped
-            os.utime(path)
-        return tuple(content["states"])
 
     def evict(self) -> None:
         """Drop what was not used for longest until the rest fits."""
@@ -107,7 +99,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Batches(Sequence[Batch]):
+class Batches(Sequence[Trajectories]):
     """Batches by their seeds, with where the teacher takes them.
 
     Targets are made when first asked for, then kept in the CPU's memory; with a cache they are
@@ -131,23 +123,23 @@ class Batches(Sequence[Batch]):
             return [self.one(part) for part in self.parts[index]]
         return self.one(self.parts[index])
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Trajectories]:
         return map(self.one, self.parts)
 
-    def one(self, seeds: tuple[int, ...]) -> Batch:
+    def one(self, seeds: tuple[int, ...]) -> Trajectories:
         """The batch of some seeds, its targets on the device of x."""
         slope, x = self.start(seeds)
-        targets = self.kept.get(seeds)
-        if targets is None and self.cache:
+        if self.cache:
             about = {**self.about, "seeds": list(seeds)}
             targets = self.cache.get(about, lambda: self.teacher.targets(slope, x))
-        elif targets is None:
-            targets = tuple(target.cpu() for target in self.teacher.targets(slope, x))
-            self.kept[seeds] = targets
+        else:
+            if seeds not in self.kept:
+                self.kept[seeds] = self.teacher.targets(slope, x)
+            targets = self.kept[seeds]
         if self.levels is not None:
             at = dict(zip(self.teacher.stops, targets, strict=True))
             targets = tuple(at[level] for level in self.levels)
-        return Batch(slope, x, tuple(target.to(x.device) for target in targets), seeds)
+        return Trajectories(slope, x, torch.stack(targets).to(x.device).unbind(), seeds)
 
 
 def in_parts(seeds: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
@@ -163,7 +155,7 @@ def fingerprint(path: Path) -> str:
         total.update(file.relative_to(path).as_posix().encode() + b"\0")
         digest = hashlib.sha256()
         with file.open("rb") as content:
-            while part := content.read(CHUNK):
+            while part := content.read(1 << 20):
                 digest.update(part)
         total.update(digest.digest())
     return total.hexdigest()

@@ -13,7 +13,7 @@ from solvers.field import Field
 from solvers.process import VE
 from solvers.sampler import Sampler
 from src.seeds import randn
-from training.student import Batch, Student
+from training.student import Student, Trajectories
 from training.table import PublishedForm, even_table
 from training.teacher import Batches, Cache, Teacher, in_parts
 
@@ -47,7 +47,7 @@ def batches(seeds: Sequence[int], size: int = 8, cache: Cache | None = None) -> 
     return Batches(begin, teacher, in_parts(seeds, size), {"teacher": "heun"}, cache)
 
 
-def batch(first: int = 0, count: int = 8) -> Batch:
+def batch(first: int = 0, count: int = 8) -> Trajectories:
     return batches(range(first, first + count), count)[0]
 
 

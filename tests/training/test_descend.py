@@ -14,9 +14,9 @@ from solvers.field import Condition, Field
 from solvers.sampler import Sampler
 from solvers.schedules import polynomial
 from training.api import Settings, distill, sample
-from training.descend import Lens, Linear, Objective
+from training.descend import Lens, Linearised, Objective
 from training.distances import energy, frechet, parse_terms
-from training.student import Batch
+from training.student import Trajectories
 
 POINTS = torch.tensor([[1.5, 0.0], [-1.0, 1.2], [-0.8, -1.4]])
 FEW = Settings(nfe=3, samples=160, judges=80, positions=7, rounds=2, fine_steps=17, robust=False)
@@ -97,14 +97,14 @@ def test_a_step_of_squares_is_that_of_gauss_newton() -> None:
     best = torch.tensor([0.5, -1.0, 2.0])
     targets = torch.einsum("npd,p->nd", moves, best)
     columns = torch.cat([moves, targets[:, None]], 1).transpose(0, 1).flatten(1).double()
-    linear = Linear(torch.zeros(40, 2), moves, targets, columns @ columns.T, 80)
+    linear = Linearised(torch.zeros(40, 2), moves, targets, columns @ columns.T, 80)
     for name in ("l2", "features"):
         objective = Objective(((1.0, name),), (2,), (1.0,))
         assert torch.allclose(linear.step(objective, 1e-9).float(), best, atol=1e-2)
 
 
 def test_a_lens_sees_the_teachers_samples_in_units_of_their_spread() -> None:
-    batch = Batch(Field(cloud), noise(), (noise(),))
+    batch = Trajectories(Field(cloud), noise(), (noise(),))
     lens = Lens(waves, near_first).on([batch])
     seen = lens(noise(), range(400))
     assert seen.shape == (400, 6 + 2 + 1)

@@ -11,16 +11,10 @@ from solvers.classic import IPNDM, Euler
 from solvers.epd import Directions, Table
 from solvers.field import Condition, Field
 from solvers.sampler import Sampler
-from training.fit import HISTORY, FitOptions, fit
-from training.gram import gram
-from training.refine import (
-    CachedDenoiser,
-    RefineOptions,
-    gauss_newton,
-    normal_products,
-    steps_of,
-)
-from training.student import Batch, Student, last_state, rmse
+from tests.pretend_gpu import pretend_gpu
+from training.fit import fit
+from training.refine import ends, gauss_newton, normal_products
+from training.student import Student, Trajectories, last_state, rmse
 from training.table import (
     FreeForm,
     MultistepForm,
@@ -39,26 +33,26 @@ def curved(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
     return torch.tanh(x / (1 + sigma)) * 0.9
 
 
-def data(count: int = 24, seed: int = 0) -> Batch:
+def data(count: int = 24, seed: int = 0) -> Trajectories:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 5, generator=generator, dtype=torch.float64) * SIGMAS[0]
     fine = torch.tensor([SIGMAS[0], SIGMAS[-1]], dtype=torch.float64).log()
     sigmas = torch.linspace(fine[0], fine[1], 200, dtype=torch.float64).exp().tolist()
     *_, end = Sampler(IPNDM(4), (*SIGMAS[:1], *sigmas[1:])).states(Field(curved), x)
-    return Batch(Field(curved), x, (end,) * N)
+    return Trajectories(Field(curved), x, (end,) * N)
 
 
 STUDENTS = [
     Student(SIGMAS, FreeForm(N, K), Euler(), afs=True),
     Student(SIGMAS, PublishedForm(N, K, 0.05, 0.2, time_at_ends=0.25), IPNDM(2)),
-    Student(SIGMAS, MultistepForm(N, K, HISTORY)),
+    Student(SIGMAS, MultistepForm(N, K)),
 ]
 EACH = pytest.mark.parametrize("student", STUDENTS, ids=["free", "published", "multistep"])
 
 
-def greedy(student: Student, batch: Batch) -> Table:
+def greedy(student: Student, batch: Trajectories) -> Table:
     reach = student.form.scale_dir if isinstance(student.form, PublishedForm) else None
-    return fit(student, [batch], FitOptions(K, 9, reach))
+    return fit(student, [batch], positions=9, scale_dir=reach)
 
 
 @EACH
@@ -76,14 +70,13 @@ def test_weights_of_any_sign_survive_the_free_form() -> None:
     one = torch.ones_like(mix)
     table = Directions(one / 2, mix.abs() / size, one, torch.where(mix < 0, -size, size))
     form = FreeForm(N, K)
-    found = form.decode(form.encode(table))
-    assert torch.allclose(found.weight * found.dir_scale, mix)
-    assert torch.allclose(found.weight.sum(-1), torch.ones(N, dtype=torch.float64))
+    again = form.decode(form.encode(table))
+    assert torch.allclose(again.weight * again.dir_scale, mix)
+    assert torch.allclose(again.weight.sum(-1), torch.ones(N, dtype=torch.float64))
 
 
-def test_multistep_leaves_out_slopes_that_are_not_known_yet() -> None:
-    known = MultistepForm(4, 1, HISTORY).used[0]
-    assert known.sum(1).tolist() == [1, 2, 3, 4]
+def test_multistep_leaves_out_slopes_that_are_not_there_yet() -> None:
+    assert MultistepForm(4, 1).used[0].sum(1).tolist() == [1, 2, 3, 4]
 
 
 def test_grids_survive_and_always_fall() -> None:
@@ -107,32 +100,40 @@ def test_difference_quotients_agree_with_the_gradient(student: Student) -> None:
     )
 
 
-def test_a_cached_denoiser_asks_only_for_rows_that_changed() -> None:
+@EACH
+def test_ends_are_those_of_whole_trajectories_by_the_rows_that_change_alone(
+    student: Student,
+) -> None:
     rows: list[int] = []
 
     def counted(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         rows.append(len(x))
         return curved(x, sigma, cond)
 
-    cached = CachedDenoiser(counted)
-    x, sigma = torch.randn(4, 3), torch.ones(4)
-    cond = Condition({"y": torch.arange(4)})
-    first = cached(x, sigma, cond)
-    cached.again()
-    other = x.clone()
-    other[2] += 1
-    assert torch.equal(cached(other, sigma, cond), curved(other, sigma, None))
-    cached.again()
-    assert torch.equal(cached(x, sigma, cond), first)
-    assert rows == [4, 1]
+    student, batch = replace(student, grid=True), replace(data(4), field=Field(counted))
+    theta = student.encode(greedy(student, data()))
+    nudge = torch.full_like(theta, 1e-3)
+    by_rows = list(ends(student, theta, batch, nudge))
+    asked = sum(rows)
+    moved = [theta, *(theta + row for row in torch.diag(nudge))]
+    whole = [last_state(student.sampler(each), batch) for each in moved]
+    assert all(map(torch.allclose, by_rows, whole))
+    assert asked < 0.7 * (sum(rows) - asked)
 
 
-def test_an_undamped_step_solves_a_linear_problem() -> None:
-    a = torch.randn(9, 3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    best = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    target = (a[:, :, 0] @ best).reshape(9, 1, 1)
-    step = steps_of(gram([a, target]))[0]
-    assert torch.allclose(step, best, atol=1e-4)
+def test_a_fit_and_its_refinement_wait_for_a_gpu_by_the_round_and_not_by_the_batch() -> None:
+    waits = []
+    for count in (2, 6):
+        with pretend_gpu() as seen:
+            whole = data(24)
+            x, end = (t.float().to("cuda") for t in (whole.x, whole.targets[-1]))
+            batches = [Trajectories(Field(curved), x, (end,) * N)] * count
+            table = fit(STUDENTS[0], batches, positions=5)
+            fitted = sum(seen.waits.values())
+            gauss_newton(STUDENTS[0], STUDENTS[0].encode(table), batches, rounds=2)
+        assert sum(seen.uploads.values()) < 40 * count
+        waits.append((fitted, sum(seen.waits.values()) - fitted))
+    assert waits == [(N, 1 + 2 * 2 + 2)] * 2, seen.waits
 
 
 @pytest.mark.parametrize(("grid", "robust"), [(False, ()), (True, (4.0,))])
@@ -142,14 +143,14 @@ def test_refinement_beats_the_greedy_table_on_fresh_noise(
 ) -> None:
     student, batch, fresh = replace(student, grid=grid), data(64), data(64, seed=9)
     start = student.encode(greedy(student, batch))
-    theta = gauss_newton(student, start, [batch], RefineOptions(rounds=4, robust=robust))
+    theta = gauss_newton(student, start, [batch], rounds=4, robust=robust)
     assert rmse(student.sampler(theta), [fresh]) < rmse(student.sampler(start), [fresh])
 
 
 def test_refinement_never_worsens_what_it_is_judged_by() -> None:
     student, batch, judges = STUDENTS[0], data(2), [data(32, seed=5)]
     theta = student.encode(greedy(student, batch))
-    better = gauss_newton(student, theta, [batch], RefineOptions(3), judges=judges)
+    better = gauss_newton(student, theta, [batch], rounds=3, judges=judges)
     assert rmse(student.sampler(better), judges) <= rmse(student.sampler(theta), judges)
 
 
@@ -157,7 +158,7 @@ def test_ranks_sum_to_one_run() -> None:
     student, whole = STUDENTS[2], data(16)
     halves = [whole.part(slice(8)), whole.part(slice(8, 16))]
     theta = student.encode(greedy(student, whole))
-    one, two = (gauss_newton(student, theta, b, RefineOptions(2)) for b in ([whole], halves))
+    one, two = (gauss_newton(student, theta, b, rounds=2) for b in ([whole], halves))
     assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
@@ -167,12 +168,13 @@ def test_a_table_that_runs_away_is_not_taken() -> None:
 
     batch = replace(data(16), field=Field(fragile))
     theta = STUDENTS[0].encode(greedy(STUDENTS[0], data(16)))
-    better = gauss_newton(STUDENTS[0], theta, [batch], RefineOptions(2))
+    better = gauss_newton(STUDENTS[0], theta, [batch], rounds=2)
     assert bool(better.isfinite().all())
 
 
 @pytest.mark.parametrize("student", [STUDENTS[0], STUDENTS[2]])
 def test_a_wider_table_takes_the_same_steps(student: Student) -> None:
-    table = fit(student, [data()], FitOptions(1, 9))
+    one = replace(student, form=replace(student.form, points=1))
+    table = fit(one, [data()], positions=9)
     ends = [last_state(student.holding(t), data()) for t in (table, widened(table, 2))]
     assert torch.allclose(ends[0], ends[1])

@@ -10,24 +10,24 @@ import torch
 from solvers.field import Field
 from tests.solvers.mixture import integrate
 from tests.training.students import EVERY, SHAPE, batch, batches, cached, model
-from training.student import Batch
+from training.student import Trajectories
 from training.teacher import Cache, fingerprint
 
 
 def through(
     folder: Path, seeds: range, said: list[str] | None = None, most: int = 1 << 30
-) -> Batch:
+) -> Trajectories:
     """A batch by way of a cache."""
     return batches(seeds, len(seeds), cached(folder, said, most))[0]
 
 
 def test_targets_are_the_states_at_the_students_levels() -> None:
-    made = batch(0, 4)
+    given = batch(0, 4)
     sampler = batches(range(4)).teacher.sampler
-    states = list(integrate(sampler.solver, Field(model().denoise), made.x, sampler.sigmas))
+    states = list(integrate(sampler.solver, Field(model().denoise), given.x, sampler.sigmas))
     wanted = states[EVERY - 1 :: EVERY]
-    assert len(made.targets) == 3
-    assert all(torch.equal(a, b) for a, b in zip(made.targets, wanted, strict=True))
+    assert len(given.targets) == 3
+    assert all(torch.equal(a, b) for a, b in zip(given.targets, wanted, strict=True))
 
 
 def test_targets_carry_no_graph_and_are_float32() -> None:
@@ -64,8 +64,8 @@ def test_a_damaged_entry_is_made_again_and_said_so(tmp_path: Path, damage: str) 
     content[-9] ^= 1
     half = bytes(content[: len(content) // 2])
     path.write_bytes({"cut": half, "bit": bytes(content), "empty": b""}[damage])
-    found = through(tmp_path, range(4), said)
-    assert torch.equal(found.targets[-1], wanted.targets[-1])
+    mended = through(tmp_path, range(4), said)
+    assert torch.equal(mended.targets[-1], wanted.targets[-1])
     assert len(said) == 1
     assert "making it again" in said[0]
     assert through(tmp_path, range(4), said).field.tally.calls == 0
