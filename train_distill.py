@@ -238,16 +238,16 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
     b, asked = backbone, f"{settings.distance}+{settings.last_distance}"
     if b.label is not None and b.prompts:
         raise ValueError("give either classes or prompts, not both")
-    if b.features is None and any(name in asked for name in OF_FEATURES):
-        raise ValueError(f"distance {settings.distance} needs its network: give --features")
-    if b.reward is None and "reward" in asked:
-        raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
     path, prompts = find_model(b.model), read_prompts(b.prompts) if b.prompts else ()
     size = (b.resolution, b.resolution) if b.resolution else None
     about = ModelOptions(size, b.negative_prompt, b.model_config)
     backend = load_backend(str(path), device=device, dtype=DTYPES[b.dtype], options=about)
     if b.backend not in ("auto", backend.family):
         raise ValueError(f"backend {b.backend} is not that of {path}: it is {backend.family}")
+    if b.features is None and any(name in asked for name in OF_FEATURES):
+        raise ValueError(f"distance {settings.distance} needs its network: give --features")
+    if b.reward is None and "reward" in asked:
+        raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
 
     def prompt_of(seed: int) -> Prompt:
         if prompts:

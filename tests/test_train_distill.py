@@ -101,13 +101,6 @@ def test_without_outdir_the_folder_is_numbered(
     assert again.exit_code == 0, again.output
 
 
-def test_a_fit_beats_the_published_gradient(distill: Distill, tmp_path: Path) -> None:
-    distill(*FIT, "--rounds", "6")
-    distill(*ADAM, outdir="adam")
-    fit, adam = untimed(tmp_path / "out")[-1], untimed(tmp_path / "adam")[-1]
-    assert fit["rmse_fine"] < adam["rmse_fine"]
-
-
 @pytest.mark.parametrize("solver", ["epd", "epd-ipndm", "epd-multistep"])
 def test_every_student_is_fitted_on_the_best_schedule(
     distill: Distill, tmp_path: Path, solver: str
@@ -161,13 +154,6 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
     assert same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_by_name_is_one_line(distill: Distill, tmp_path: Path) -> None:
-    distill(*ADAM)
-    newest = checkpoints(tmp_path / "out")[0]
-    newest.write_bytes(b"")
-    assert newest.name in refused(distill("--resume", str(newest)))
-
-
 def test_resume_refuses_other_settings_and_other_folders(distill: Distill, tmp_path: Path) -> None:
     distill(*FIT)
     out = str(tmp_path / "out")
@@ -186,36 +172,6 @@ def test_resume_refuses_other_settings_and_other_folders(distill: Distill, tmp_p
     ):
         config.write_text(wrong)
         assert says in refused(distill("--resume", out)), wrong
-
-
-def test_what_was_told_before_the_first_checkpoint_is_not_told_twice(
-    distill: Distill, tmp_path: Path
-) -> None:
-    """Killed between the metrics and the checkpoint of the first tick."""
-    distill(*FIT, "--rounds", "0", outdir="whole")
-    distill(*FIT, "--rounds", "0")
-    checkpoints(tmp_path / "out")[0].unlink()
-    assert distill("--resume", str(tmp_path / "out")).exit_code == 0
-    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")
-
-
-def test_latest_is_the_newest_run_even_without_a_checkpoint(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        CliRunner().invoke(main, ["--model", str(model), *FIT, "--rounds", "0"])
-    second = sorted((tmp_path / "exps").iterdir())[1]
-    checkpoints(second)[0].unlink()
-    assert CliRunner().invoke(main, ["--resume", "latest"]).exit_code == 0
-    assert len(checkpoints(second)) == 1
-
-
-def test_gradient_accumulation_changes_nothing(distill: Distill, tmp_path: Path) -> None:
-    distill(*ADAM, outdir="whole")
-    distill(*ADAM, "--batch_gpu", "2", "--checkpointing")
-    pairs = zip(table(tmp_path / "out"), table(tmp_path / "whole"), strict=True)
-    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-4
 
 
 def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
@@ -267,20 +223,6 @@ def test_bad_input_is_one_line_before_any_work(
         names = "backend ldm"
     assert names in refused(distill(*options))
     assert not (tmp_path / "out").exists()
-
-
-def test_afs_on_a_flow_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "flow").mkdir()
-    flow = mixture(tmp_path / "flow", "flow")
-    result = CliRunner().invoke(main, ["--model", str(flow), "--afs"])
-    assert "no analytic first step" in refused(result)
-    fitted = ["--model", str(flow), *FIT, "--outdir", str(tmp_path / "out")]
-    assert CliRunner().invoke(main, fitted).exit_code == 0
-
-
-def test_a_dry_run_touches_no_files(distill: Distill, tmp_path: Path) -> None:
-    assert distill("--dry-run", "--teacher-cache", str(tmp_path / "cache")).exit_code == 0
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_resolves_a_preset_without_its_weights() -> None:

@@ -67,18 +67,10 @@ def distill(
     Raises ValueError for settings that cannot be served, and for a network that gives NaN.
     """
     settings = settings or Settings()
-    backend = Backend(
-        family=OWN,
-        denoise=denoiser,
-        encode=lambda _prompts: None,
-        decode=lambda latents: latents,
-        guide=classifier_free,
-        levels=named_levels(levels),
-        shape=tuple(shape),
-        size=(0, 0),
-        device=torch.device(settings.device),
-        dtype=torch.float32,
-    )
+    device, dtype = torch.device(settings.device), torch.float32
+    ends: Any = (lambda _prompts: None, lambda latents: latents, classifier_free)
+    place = (named_levels(levels), tuple(shape), (0, 0), device, dtype)
+    backend = Backend(OWN, denoiser, *ends, *place)
     cond = conditions or (lambda _numbers: None)
     problem = make_problem(Model(backend, cond, features, reward), settings)
     state: dict[str, Any] = {}
@@ -145,22 +137,13 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
             theta = student.encode(start)
         elif what.startswith(BY):
             _, schedule, _, theta = best_of(candidates)
-            student, names = students[schedule], {name for _, name in terms}
-            lens = Lens(
-                problem.model.features if names & OF_FEATURES else None,
-                problem.model.reward if "reward" in names else None,
-            )
-            ends = ends_of(problem, student)
-            theta, metrics["objective"] = descend(
-                student,
-                theta,
-                ends,
-                [*ends, *judges],
-                terms,
-                lens,
-                rounds=s.rounds or 0,
-                reduce=problem.model.reduce,
-            )
+            names, reduce = {name for _, name in terms}, problem.model.reduce
+            features = problem.model.features if names & OF_FEATURES else None
+            lens = Lens(features, problem.model.reward if "reward" in names else None)
+            ends, rounds = ends_of(problem, students[schedule]), s.rounds or 0
+            how = (theta, ends, [*ends, *judges], terms, lens)
+            theta, value = descend(students[schedule], *how, rounds=rounds, reduce=reduce)
+            metrics["objective"] = value
         else:
             _, schedule, _, theta = best_of(candidates[: len(students)])
             theta = refined(problem, students[schedule], theta, ROBUST if what == ROBUSTLY else ())
@@ -171,21 +154,23 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
 
 def greedy(problem: Problem, student: Student) -> Table:
     """The greedy fit of a student."""
-    s, ends = problem.settings, problem.settings.scale_time_ends
+    s, batches = problem.settings, problem.learned
+    if not s.every:
+        batches = replace(batches, levels=student.sigmas[1:])
+
+    def scales(reach: float | None) -> tuple[float, ...]:
+        """The time scales to try within a reach."""
+        return tuple(1 + reach * part for part in PARTS) if reach else (1.0,)
+
     return fit(
         student,
-        problem.learned if s.every else replace(problem.learned, levels=student.sigmas[1:]),
+        batches,
         positions=s.positions,
         scale_dir=s.scale_dir,
         time_scales=scales(s.scale_time),
-        time_at_ends=None if ends is None else scales(ends),
+        time_at_ends=None if s.scale_time_ends is None else scales(s.scale_time_ends),
         reduce=problem.model.reduce,
     )
-
-
-def scales(reach: float | None) -> tuple[float, ...]:
-    """The time scales to try within a reach."""
-    return tuple(1 + reach * part for part in PARTS) if reach else (1.0,)
 
 
 def refined(

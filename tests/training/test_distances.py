@@ -1,6 +1,5 @@
 """Distances: what they are by hand, and what they refuse."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -30,11 +29,6 @@ def halves(x: Tensor) -> Tensor:
     return torch.stack([x.flatten(1).sum(1), x.flatten(1)[:, 0]], 1)
 
 
-def test_l2_is_the_sum_of_squares() -> None:
-    x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    assert distance_named("l2")(x, torch.zeros(2, 2)).tolist() == [25, 1]
-
-
 def test_huber_is_square_near_and_straight_far() -> None:
     c = HUBER * 2
     near = huber(torch.full((1, 4), 1e-6), torch.zeros(1, 4)).item()
@@ -62,14 +56,6 @@ def test_each_has_a_gradient_for_the_student_alone(name: str) -> None:
     (slope,) = torch.autograd.grad(loss.sum(), x)
     assert slope.isfinite().all()
     assert slope.abs().sum() > 0
-
-
-def test_a_network_comes_from_a_file(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(torch.nn.Linear(4, 2)), tmp_path / "f.pt")
-    network = load_network(tmp_path / "f.pt", CPU)
-    assert network(torch.ones(1, 4)).requires_grad is False
 
 
 def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from solvers.field import Condition, Field
 from solvers.process import FLOW
 from tests.solvers.mixture import integrate
 from training.fit import fit
-from training.gram import Normal, best_free, best_shares, gram
+from training.gram import Normal, best_free, best_shares
 from training.student import Student, Trajectories, last_state, rmse
 from training.table import FreeForm, MultistepForm
 
@@ -55,12 +55,6 @@ def error(student: Student, table: Table, batch: Trajectories) -> float:
     return rmse(student.holding(table), [batch])
 
 
-def test_gram_is_the_matrix_of_inner_products() -> None:
-    columns = torch.randn(11, 3, 4, 5), torch.randn(11, 1, 4, 5)
-    flat = torch.cat(columns, 1).transpose(0, 1).flatten(1).double()
-    assert torch.allclose(gram(columns), flat @ flat.T, rtol=1e-12)
-
-
 def test_free_choice_is_the_best_of_all_subsets() -> None:
     a = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     products = a.T @ a
@@ -84,13 +78,6 @@ def test_shares_are_on_the_simplex_and_beat_every_share_of_a_fine_grid() -> None
         for w in torch.linspace(0, 1, 101, dtype=torch.float64):
             left = a[:, 4] - w * a[:, i] - (1 - w) * a[:, j]
             assert mix.error <= left.square().sum().item() + 1e-9
-
-
-def test_sums_of_shares_stay_within_their_reach() -> None:
-    a = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    a[:, 4] = 3 * a[:, 0]  # free weights would be 3
-    mix = best_shares(Normal.of(a.T @ a), pairs(4), (0.95, 1.05))
-    assert mix.coefficients.sum().item() == pytest.approx(1.05)
 
 
 def test_held_columns_leave_what_least_squares_leaves() -> None:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers.field import Condition, Field
 from src.runs import read_sealed, write_sealed
-from tests.training.students import batch, model, start, student
+from tests.training.students import batch, start, student
 from training.gradient import GradientLearner, checkpointed
 from training.settings import OBJECTIVES
 from training.student import Trajectories, rmse
@@ -43,30 +42,10 @@ def test_a_batch_in_two_parts_teaches_the_same(objective: str) -> None:
     assert torch.allclose(whole.theta, parts.theta, atol=1e-4)
 
 
-def test_per_step_makes_an_update_an_interval_and_the_others_one_a_batch() -> None:
-    for objective, updates in zip(OBJECTIVES, (3, 1, 1), strict=True):
-        adam = learner(objective)
-        adam.learn([batch()], 8)
-        assert adam.updates == updates
-
-
 def test_checkpointing_changes_no_gradient() -> None:
     plain, again = learner("end-to-end"), learner("end-to-end")
     assert plain.learn([batch()], 8) == again.learn([checkpointed(batch())], 8)
     assert torch.equal(plain.theta, again.theta)
-
-
-def test_checkpointing_asks_the_network_again_on_the_way_back() -> None:
-    calls = []
-
-    def counting(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        calls.append(len(x))
-        return model().denoise(x, sigma, cond)
-
-    x = torch.ones(2, 1, 3, 3, requires_grad=True)
-    again = checkpointed(dataclasses.replace(batch(), field=Field(counting))).field.denoiser
-    again(x, torch.ones(2), None).sum().backward()
-    assert calls == [2, 2]
 
 
 def test_a_resumed_learner_is_the_same_to_the_bit(tmp_path: object) -> None:
@@ -90,15 +69,6 @@ def test_a_checkpoint_of_another_table_is_refused() -> None:
     other = GradientLearner(student(2), 8, start(2))
     with pytest.raises(ValueError, match="16 numbers, this run 24"):
         learner().load(other.state())
-
-
-def test_the_cosine_ends_at_nothing() -> None:
-    adam = learner(total=16)
-    assert adam.lr == 0.2
-    adam.seen = 8
-    assert adam.lr == pytest.approx(0.1)
-    adam.seen = 16
-    assert adam.lr == pytest.approx(0, abs=1e-12)
 
 
 def poisoned() -> Trajectories:
@@ -146,14 +116,3 @@ def test_what_was_given_stands_for_election_too() -> None:
         numbers.fill_(5.0)
     adam.judge(judges)
     assert torch.equal(adam.best, start())
-
-
-def test_a_state_stays_as_it_was_when_learning_goes_on() -> None:
-    adam = learner()
-    adam.learn([batch()], 8)
-    before, copy = adam.state(), adam.state()
-    adam.learn([batch(8)], 8)
-    moments = [state["adam"]["state"][0]["exp_avg"] for state in (before, copy)]
-    assert not torch.equal(adam.state()["adam"]["state"][0]["exp_avg"], moments[0])
-    adam.load(before)
-    assert torch.equal(adam.state()["adam"]["state"][0]["exp_avg"], moments[1])

@@ -30,14 +30,6 @@ def test_a_preset_makes_the_recipe_of_its_predictor(name: str) -> None:
     assert preset(name)["backend"] == published.backend
 
 
-def test_few_steps_of_pixels_learn_from_the_end_and_more_by_the_step() -> None:
-    assert preset("cifar10-7nfe")["objective"] == "final"
-    assert preset("cifar10-9nfe")["objective"] == "per-step"
-    assert preset("sd15-best")["objective"] == "per-step"
-    assert preset("sd3-512-best")["resolution"] == 512
-    assert preset("cifar10-5nfe")["resolution"] is None
-
-
 @pytest.mark.parametrize("name", ["cifar10-5nf", "../../etc/passwd", "fashion-mnist-32", ""])
 def test_an_unknown_preset_is_one_line_with_the_nearest(name: str) -> None:
     with pytest.raises(ValueError, match="did you mean") as caught:
@@ -88,11 +80,6 @@ def test_the_usual_student_follows_what_is_counted() -> None:
     assert (settings(nfe=4, solver="epd").afs, settings(nfe=5, solver="epd").afs) == (False, True)
     assert settings(solver="epd-ipndm-2").max_order == 2
     assert settings(solver="ipndm").solver == "epd-ipndm"
-
-
-def test_a_learning_rate_asks_for_a_gradient() -> None:
-    assert (settings().method, settings(lr=0.1).method) == ("fit", "gradient")
-    assert settings(solver="epd-multistep", method="gradient").scale_dir is None
 
 
 def test_a_flow_model_has_no_afs_and_its_own_schedule() -> None:

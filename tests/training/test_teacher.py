@@ -1,6 +1,5 @@
 """Trajectories of a teacher, and their cache."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import torch
 
 from solvers.field import Field
 from tests.solvers.mixture import integrate
-from tests.training.students import EVERY, SHAPE, batch, batches, cached, model
+from tests.training.students import EVERY, batch, batches, cached, model
 from training.student import Trajectories
-from training.teacher import Cache, fingerprint
+from training.teacher import fingerprint
 
 
 def through(
@@ -30,29 +29,12 @@ def test_targets_are_the_states_at_the_students_levels() -> None:
     assert all(torch.equal(a, b) for a, b in zip(given.targets, wanted, strict=True))
 
 
-def test_targets_carry_no_graph_and_are_float32() -> None:
-    target = batch(0, 2).targets[-1]
-    assert (target.dtype, target.requires_grad, target.shape) == (
-        torch.float32,
-        False,
-        (2, *SHAPE),
-    )
-
-
 def test_a_cache_gives_the_same_trajectories_without_the_network(tmp_path: Path) -> None:
     first = through(tmp_path, range(4))
     again = through(tmp_path, range(4))
     assert all(torch.equal(a, b) for a, b in zip(first.targets, again.targets, strict=True))
     assert again.field.tally.calls == 0
     assert first.field.tally.calls > 0
-
-
-def test_other_seeds_or_settings_are_other_entries(tmp_path: Path) -> None:
-    one = batches(range(2), 2, cached(tmp_path))
-    assert one[0].targets
-    assert one.one((1, 0)).targets
-    assert dataclasses.replace(one, about={"teacher": "dpm2"})[0].targets
-    assert len(list(tmp_path.glob("*.pt"))) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
@@ -90,29 +72,6 @@ def test_what_is_not_its_own_is_left_alone_by_a_full_cache(tmp_path: Path) -> No
         other.write_bytes(b"0" * 1000)
     through(tmp_path, range(1), most=1)
     assert sorted(tmp_path.iterdir()) == sorted(others)
-
-
-def test_a_foreign_pickle_in_the_cache_is_not_opened(tmp_path: Path) -> None:
-    said: list[str] = []
-    wanted = through(tmp_path, range(2))
-    (path,) = tmp_path.glob("*.pt")
-    path.write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
-    assert torch.equal(through(tmp_path, range(2), said).targets[-1], wanted.targets[-1])
-    assert "making it again" in said[0]
-
-
-def test_a_cache_that_is_a_file_is_refused_before_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file: give a folder"):
-        Cache(tmp_path / "file")
-
-
-def test_batches_ask_the_teacher_once() -> None:
-    six = batches(range(6), 4)
-    first, second = [b.targets[-1] for b in six], [b.targets[-1] for b in six]
-    assert [len(t) for t in first] == [4, 2]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert six[1].field.tally.calls == 0
 
 
 def test_a_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,7 @@ def key(
     of: Sequence[str] = (),
 ) -> Any:
     """A key's default with its bounds (`above` itself is out) or its choices."""
-    about = {"low": low, "above": above, "high": high, "of": tuple(of)}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={"low": low, "above": above, "high": high, "of": of})
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class BackendOptions:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """The backbone and the grid; what is given must be as in the predictor's recipe."""
 
     model: str | None = None  # folder, file, or name on the hub; None: the predictor's
@@ -192,7 +190,7 @@ class Config:
 
     data: Data
     reward: RewardSettings
-    model: Model = field(default_factory=Model)
+    model: ModelSettings = field(default_factory=ModelSettings)
     ppo: Ppo = field(default_factory=Ppo)
     logging: Logging = field(default_factory=Logging)
     run: RunSettings = field(default_factory=RunSettings)
@@ -212,39 +210,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         name, equals, _ = text.partition("=")
         if not equals or "." not in name or not all(name.split(".")):
             raise ValueError(f"--override {text!r} is not section.key=value: ppo.steps=100, say")
-    text = read_text(path)
-    layers = [parsed(partial(OmegaConf.create, text), f"{path} is not YAML that can be read")]
-    for text in overrides:
-        make = partial(OmegaConf.from_dotlist, [text])
-        layers.append(parsed(make, f"--override {text!r} cannot be read"))
+    text, layers, where = read_text(path), [], f"{path} is not YAML that can be read"
+    try:
+        layers.append(OmegaConf.create(text))
+        for override in overrides:
+            where = f"--override {override!r} cannot be read"
+            layers.append(OmegaConf.from_dotlist([override]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(layers[0]):
         raise ValueError(f"{path} holds no sections: see {EXAMPLE}")
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
-    config = build(Config, with_our_names(tree))
-    check_settings(config)
-    return config
-
-
-def parsed(make: Callable[[], Any], wrong: str) -> Any:
-    """A tree of OmegaConf; ValueError, which begins with `wrong`, where it is broken."""
-    try:
-        return make()
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{wrong}: {' '.join(str(error).split())}") from error
-
-
-def with_our_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with what PUBLISHED names at our places, where those are empty."""
     model: Any = tree.get("model")
     options: Any = model.get("backend_options") if isinstance(model, dict) else None
-    for name, place in PUBLISHED.items():
+    for name, place in PUBLISHED.items():  # stands at our place, where that is empty
         if isinstance(options, dict) and name in options:
             section = options if place.startswith("backend_options.") else model
             section.setdefault(place.rpartition(".")[2], options.pop(name))
-    return tree
+    config = build(Config, tree)
+    check_settings(config)
+    return config
 
 
 def build(kind: Any, tree: Any, above: str = "") -> Any:
@@ -287,28 +275,19 @@ def checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
     if isinstance(value, dict):
         return {str(k): checked(f"{name}.{k}", v, inner[1], about) for k, v in value.items()}
     if isinstance(value, str):
-        check_text(name, value, about.get("of") or [value])
+        of = about.get("of") or [value]
+        if value not in of:
+            said = f"did you mean {nearest(value, of)}? There are {', '.join(of)}"
+            raise ValueError(f"unknown {name} {value!r}: {said}")
+        if value == "" and name != "model.backend_options.negative_prompt":
+            raise ValueError(f"{name} is empty: give it, or leave the key out")
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        check_range(name, value, about)
+        low, above, high = (about.get(bound, end) for bound, end in UNBOUNDED.items())
+        if not (math.isfinite(value) and low <= value <= high and above < value):
+            least = f"above {above:g}" if above > -math.inf else f"{low:g} or more"
+            said = least if high == math.inf else f"{least}, {high:g} at most"
+            raise ValueError(f"{name} {value} is out of range: {said}")
     return value
-
-
-def check_text(name: str, value: str, of: Sequence[str]) -> None:
-    """ValueError for text that is none of the choices, or empty."""
-    if value not in of:
-        said = f"did you mean {nearest(value, of)}? There are {', '.join(of)}"
-        raise ValueError(f"unknown {name} {value!r}: {said}")
-    if value == "" and name != "model.backend_options.negative_prompt":
-        raise ValueError(f"{name} is empty: give it, or leave the key out")
-
-
-def check_range(name: str, value: float, about: Mapping[str, Any]) -> None:
-    """ValueError for a number outside of its bounds; NaN and infinity always are."""
-    low, above, high = (about.get(name, end) for name, end in UNBOUNDED.items())
-    if not (math.isfinite(value) and low <= value <= high and above < value):
-        least = f"above {above:g}" if above > -math.inf else f"{low:g} or more"
-        said = least if high == math.inf else f"{least}, {high:g} at most"
-        raise ValueError(f"{name} {value} is out of range: {said}")
 
 
 # --- what must fit ------------------------------------------------------------------------

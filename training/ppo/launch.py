@@ -27,16 +27,9 @@ from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand
 from src.runs import Stop, Stopped, find_run, new_run
 from src.text import read_prompts
-from training.ppo.config import (
-    MULTI,
-    Config,
-    check_ranks,
-    load_config,
-    resolved,
-    to_yaml,
-)
+from training.ppo.config import MULTI, Config, check_ranks, load_config, resolved, to_yaml
 from training.ppo.rollout import Task
-from training.ppo.trainer import SETTINGS, Outcome, run_of, train
+from training.ppo.trainer import SETTINGS, run_of, train
 
 CLASSES = ("edm", "analytic")
 """Backends whose prompts are class numbers."""
@@ -79,17 +72,23 @@ def main(
         return
     for line in lacking(config, predictor.recipe):
         raise ValueError(line)
-    device = ranks.init(device)
-    task = make_task(config, predictor, prompts, device)
+    task = make_task(config, predictor, prompts, ranks.init(device))
     if folder is None:
-        new = (
-            str(new_run(config.run.run_name, config.run.output_root, stamped=True))
-            if ranks.is_first()
-            else ""
-        )
-        folder = Path(ranks.gather_objects(new)[0])
+        first = ranks.is_first()
+        place = (config.run.run_name, config.run.output_root)
+        new = new_run(*place, stamped=True) if first else ""
+        folder = Path(ranks.gather_objects(str(new))[0])
+    stop, say = Stop(), partial(tqdm.write, file=sys.stderr)
+    run_of(folder, say, config.logging).write_settings(config)
+    start = Path(resume) if resume and Path(resume).is_file() else folder
     steps = min(max_steps or config.ppo.steps, config.ppo.steps)
-    outcome = run(config, steps, task, folder, resume)
+    ppo, start = dataclasses.replace(config.ppo, steps=steps), start if resume else None
+    try:
+        with stop.listening():
+            outcome = train(task, ppo, config.logging, folder, resume=start, stop=stop, say=say)
+    except Stopped:
+        ranks.close()
+        sys.exit(stop.exit_status)
     if ranks.is_first():
         click.echo(f"{outcome.steps} steps in {folder}; best: {outcome.best or 'not evaluated'}")
     ranks.close()
@@ -111,9 +110,6 @@ def settings(
     name = given.run.run_name if given else "*"
     folder = find_run(resume, root, settings=SETTINGS, name=name, checkpoints="checkpoints/*.pt")
     return given or load_config(folder / SETTINGS, changes), folder
-
-
-# --- prompts ------------------------------------------------------------------------------
 
 
 def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
@@ -145,9 +141,6 @@ def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
         said = f"model.backend {config.model.backend} takes class numbers for prompts"
         raise ValueError(f"{said}, not {wrong[0]!r}: mend {data.prompt_csv}")
     return tuple(map(int, prompts)), tuple(map(int, held_out))
-
-
-# --- weights ------------------------------------------------------------------------------
 
 
 def lacking(config: Config, recipe: Recipe) -> Iterator[str]:
@@ -185,9 +178,6 @@ def weight_paths(config: Config) -> dict[str, str]:
     if paths and name not in ADAPTERS:
         raise ValueError(f"reward.weights_path {paths!r} does nothing for {name}: leave it out")
     return {ADAPTERS[name].weights[0]: paths} if paths else {}
-
-
-# --- what is loaded -----------------------------------------------------------------------
 
 
 def make_task(
@@ -232,13 +222,14 @@ def open_backend(
     """The model; ValueError where it is of another family than the settings say."""
     texts = tuple(text for part in prompts for text in part if isinstance(text, str))
     given, side = config.model.backend_options, config.model.resolution
-    names = {f.name for f in dataclasses.fields(ModelOptions)}
-    same = {name: value for name, value in dataclasses.asdict(given).items() if name in names}
     options = ModelOptions(
         size=(side, side) if side else None,
+        negative_prompt=given.negative_prompt,
         config=given.model_config,
+        cpu_offload=given.cpu_offload,
+        vae_tiling=given.vae_tiling,
+        vae_slicing=given.vae_slicing,
         encode_first=texts if given.release_encoders else (),
-        **same,
     )
     name, dtype = model_of(config, recipe), DTYPES.get(given.dtype)
     if dtype == torch.float16 and device.type == "cpu":
@@ -248,24 +239,6 @@ def open_backend(
         said = f"model.backend {config.model.backend} is not that of {name}"
         raise ValueError(f"{said}, which is {backend.family}: choose another model or backend")
     return backend
-
-
-def run(config: Config, steps: int, task: Task, folder: Path, resume: str | None) -> Outcome:
-    """Train up to `steps`; a signal ends the process after a checkpoint."""
-    stop, logging = Stop(), config.logging
-    say = partial(tqdm.write, file=sys.stderr)
-    where = run_of(folder, say, logging)
-    where.write_settings(config)
-    start = Path(resume) if resume and Path(resume).is_file() else folder
-    ppo = dataclasses.replace(config.ppo, steps=steps)
-    try:
-        with stop.listening():
-            return train(
-                task, ppo, logging, folder, resume=start if resume else None, stop=stop, say=say
-            )
-    except Stopped:
-        ranks.close()
-        sys.exit(stop.exit_status)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ exported. B tables of a step, laid out prompt by prompt, k to each; P free numbe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import cma
@@ -49,15 +49,12 @@ class Clipped:
         taken = Taken(draws, log_prob, standardised(gains)).rows(valid)
         measured = []
         for epoch in range(ppo.ppo_epochs):
-            for index in self.minibatches(len(valid), f"order/{step}/{epoch}"):
-                value, numbers = loss(
-                    policy(),
-                    policy.initial(),
-                    taken.rows(index),
-                    clip=ppo.clip_range,
-                    kl_coef=ppo.kl_coef,
-                    entropy=self.entropy,
-                )
+            source = generator(self.seed, f"order/{step}/{epoch}")
+            order = torch.randperm(len(valid), generator=source)
+            for index in order.split(ppo.minibatch_size):
+                laws, taken_now = (policy(), policy.initial()), taken.rows(index)
+                how = (ppo.clip_range, ppo.kl_coef, self.entropy)
+                value, numbers = loss(*laws, taken_now, *how)
                 self.optimiser.zero_grad(set_to_none=True)
                 value.backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), ppo.max_grad_norm)
@@ -68,11 +65,6 @@ class Clipped:
                 measured.append(numbers)
         names = measured[0] if measured else {}
         return {name: sum(m[name] for m in measured) / len(measured) for name in names}
-
-    def minibatches(self, count: int, stream: str) -> Iterator[Tensor]:
-        """Indices of `count` images in a shuffled order, `minibatch_size` at a time."""
-        order = torch.randperm(count, generator=generator(self.seed, stream))
-        yield from order.split(self.ppo.minibatch_size)
 
     @torch.no_grad()
     def mean(self) -> Draws:
@@ -135,12 +127,8 @@ class Evolution:
         return {"scores": self.scores}
 
     def load(self, state: dict[str, Any]) -> None:
-        options = {
-            "popsize": self.ppo.rloo_k,
-            "seed": math.nan,
-            "randn": self.normal,
-            "verbose": -9,
-        }
+        options = {"popsize": self.ppo.rloo_k, "seed": math.nan, "randn": self.normal}
+        options |= {"verbose": -9}
         self.scores: list[list[float]] = []
         self.strategy = cma.CMAEvolutionStrategy([0.0] * self.start.size, 1.0, options)
         for scores in state["scores"]:
@@ -159,15 +147,11 @@ class Quotients:
         self.centre = torch.zeros(start.size, dtype=torch.float64)
         self.optimiser = torch.optim.Adam([self.centre], lr=ppo.learning_rate)
 
-    def signs(self, streams: Sequence[str]) -> Tensor:
-        """Each table's way from the centre [B, P], those of a pair opposite."""
+    def draw(self, step: int, streams: Sequence[str]) -> Draws:
         sources = (generator(self.seed, streams[i - i % 2]) for i in range(len(streams)))
         size = self.start.size
         ways = [2.0 * torch.randint(2, (size,), generator=source) - 1 for source in sources]
-        return torch.stack([-w if i % 2 else w for i, w in enumerate(ways)]).double()
-
-    def draw(self, step: int, streams: Sequence[str]) -> Draws:
-        self.ways = self.signs(streams)
+        self.ways = torch.stack([-w if i % 2 else w for i, w in enumerate(ways)]).double()
         return self.start.draws(self.centre + self.ways)
 
     def update(self, step: int, draws: Draws, rewards: Tensor, gains: Tensor) -> dict[str, float]:
@@ -194,8 +178,4 @@ class Quotients:
 
 Learner: TypeAlias = Clipped | Evolution | Quotients
 METHODS = {"ppo": Clipped, "cma": Evolution, "quotients": Quotients}
-
-
-def make_learner(start: Start, ppo: Ppo, seed: int) -> Learner:
-    """The learner that `ppo.method` names, at its beginning."""
-    return METHODS[ppo.method](start, ppo, seed)
+"""The learners that `ppo.method` names: (start, ppo, seed) -> one at its beginning."""

@@ -105,7 +105,7 @@ class Taken:
 
 
 def loss(
-    now: Law, first: Law, taken: Taken, *, clip: float, kl_coef: float, entropy: Tensor
+    now: Law, first: Law, taken: Taken, clip: float, kl_coef: float, entropy: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
     """-mean min(rho A, clip(rho) A) + kl_coef KL(pi || pi_0) - sum_n entropy_n H_n.
 

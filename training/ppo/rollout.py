@@ -127,7 +127,7 @@ def fixed_jobs(prompts: Sequence[Prompt], seed: int, count: int) -> list[Job]:
 # --- time ---------------------------------------------------------------------------------
 
 
-class Clock:
+class Stopwatch:
     """Seconds by what they were spent on; of a GPU by its own events, for which nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
@@ -161,7 +161,7 @@ class Clock:
         return {part: total[part] for part in PARTS}
 
 
-def timed(backend: Backend, clock: Clock, decode_batch: int) -> Backend:
+def timed(backend: Backend, clock: Stopwatch, decode_batch: int) -> Backend:
     """The backend, its ends timed; it decodes so many latents at once."""
 
     def encode(prompts: Sequence[Prompt]) -> Any:
@@ -198,7 +198,7 @@ def rows_of(sampler: Sampler, images: slice) -> Sampler:
 
 
 def batches(
-    task: Task, sampler: Sampler, jobs: Sequence[Job], clock: Clock, stop: Stop
+    task: Task, sampler: Sampler, jobs: Sequence[Job], clock: Stopwatch, stop: Stop
 ) -> Iterator[tuple[Sequence[Job], Tensor, Tensor]]:
     """The jobs, latents and images of each batch; tables [B, N, K] have a row for each job."""
     backend = timed(task.backend, clock, task.decode_batch)
@@ -213,7 +213,7 @@ def batches(
 
 def images_of(task: Task, sampler: Sampler, jobs: Sequence[Job]) -> Tensor:
     """The images of jobs, on this rank alone."""
-    clock = Clock(task.backend.device)
+    clock = Stopwatch(task.backend.device)
     return torch.cat([images for _, _, images in batches(task, sampler, jobs, clock, Stop())])
 
 
@@ -236,7 +236,7 @@ def measured_unit(task: Task, start: Start, effect: float) -> Tensor:
     still = {name: a / a.sum(-1, keepdim=True) for name, a in start.alpha.items()}
     many = {name: rows.expand(len(gauss) * NUDGED, *rows.shape) for name, rows in still.items()}
     sampler = start.sampler_of(Draws(many, gauss.repeat_interleave(NUDGED, 0)))
-    clock = Clock(task.backend.device)
+    clock = Stopwatch(task.backend.device)
     parts = [x for _, x, _ in batches(task, sampler, jobs * len(gauss), clock, Stop())]
     ends = torch.cat(parts).double().cpu().reshape(len(gauss), -1)
     moved = (ends[1:] - ends[:1]).square().mean(1).sqrt() / NUDGE
@@ -255,7 +255,7 @@ def score_jobs(
     any score.
     """
     own = rows_of(sampler, slice(ranks.rank(), None, ranks.world_size()))
-    clock = Clock(task.backend.device)
+    clock = Stopwatch(task.backend.device)
     parts: list[tuple[int, dict[str, Tensor]]] = []
     reasons: list[str] = []
     for mine, _, images in batches(task, own, ranks.share(jobs), clock, stop):

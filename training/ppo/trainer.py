@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.predictor import (
-    Predictor,
-    named_tensors,
-    save_predictor,
-    to_content,
-    validate,
-)
+from solvers.predictor import Predictor, named_tensors, save_predictor, to_content, validate
 from src import ranks
 from src.images import grid, save_png
 from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
@@ -36,18 +30,10 @@ from training.ppo.evaluate import (
     held_out_scores,
     pull_to_fine,
 )
-from training.ppo.learners import Learner, make_learner
+from training.ppo.learners import METHODS, Learner
 from training.ppo.objectives import advantages
 from training.ppo.policy import Start, start_of
-from training.ppo.rollout import (
-    Scored,
-    Task,
-    fixed_jobs,
-    images_of,
-    measured_unit,
-    score_jobs,
-    step_jobs,
-)
+from training.ppo.rollout import Task, fixed_jobs, images_of, measured_unit, score_jobs, step_jobs
 
 SETTINGS = "configs/resolved_config.yaml"
 SHOWN = 8
@@ -100,9 +86,8 @@ class Session:
         """A line of metrics.jsonl, and the same for TensorBoard."""
         finite = {n: v for n, v in numbers.items() if v is not None and math.isfinite(v)}
         self.run.measure(self.progress.step, finite)
-        if self.board is not None:
-            for name, value in finite.items():
-                self.board.add_scalar(name, value, self.progress.step)
+        for name, value in finite.items() if self.board is not None else ():
+            self.board.add_scalar(name, value, self.progress.step)
 
     def predictor(self) -> Predictor:
         """The mean of what is learned, as a predictor."""
@@ -150,105 +135,80 @@ def train(
     Raises ValueError, in one line, for a table or settings that cannot be trained, a checkpoint
     of another task, and more rewards that are no numbers than `ppo.nonfinite_budget`.
     """
-    run = run_of(folder, say, logging)
-    session = begin(task, ppo, logging, run, resume, stop or Stop())
-    if run.writes and logging.tensorboard:
-        session = replace(session, board=open_board(run, session.progress.step))
+    session = begin(task, ppo, logging, run_of(folder, say, logging), resume, stop or Stop())
+    run, progress, board = session.run, session.progress, session.board
     try:
-        return loop(session)
+        with ranks.progress(ppo.steps, "step", "ppo") as bar:
+            bar.update(progress.step)
+            while True:
+                evaluate(session)
+                early = 0 < ppo.early_stop <= progress.without_best
+                last = early or progress.step >= ppo.steps
+                if last or progress.step % logging.save_interval == 0:
+                    save(session)
+                if last:
+                    break
+                bar.set_postfix(reward=iterate(session))
+                bar.update()
     except Stopped:
-        run.save(session.progress.step, session.content())
-        run.log(f"stopped at step {session.progress.step} of {ppo.steps}: go on with --resume")
+        run.save(progress.step, session.content())
+        run.log(f"stopped at step {progress.step} of {ppo.steps}: go on with --resume")
         raise
     finally:
-        if session.board is not None:
-            session.board.close()
-
-
-def loop(session: Session) -> Outcome:
-    """Do what is left of a run."""
-    ppo, progress = session.ppo, session.progress
-    with ranks.progress(ppo.steps, "step", "ppo") as bar:
-        bar.update(progress.step)
-        while True:
-            evaluate(session)
-            early = 0 < ppo.early_stop <= progress.without_best
-            last = early or progress.step >= ppo.steps
-            if last or progress.step % session.logging.save_interval == 0:
-                save(session)
-            if last:
-                break
-            bar.set_postfix(reward=iterate(session))
-            bar.update()
+        if board is not None:
+            board.close()
     if early:
-        session.run.log(f"stopped early: no new best in {ppo.early_stop} evaluations")
-    best = export_path(session.run.folder, BEST) if progress.evaluated >= 0 else None
+        run.log(f"stopped early: no new best in {ppo.early_stop} evaluations")
+    best = export_path(run.folder, BEST) if progress.evaluated >= 0 else None
     return Outcome(progress.step, session.predictor(), best, early)
 
 
 def iterate(session: Session) -> float | None:
     """One iteration: draw tables, roll out, score, take advantages, update -> the mean reward.
 
-    Raises Stopped before anything has changed.
+    Raises Stopped before anything has changed, and ValueError for more images without a reward
+    than the budget.
     """
     task, ppo, learner, progress = session.task, session.ppo, session.learner, session.progress
     began, step, count, k = time.perf_counter(), progress.step, ppo.rollout_batch_size, ppo.rloo_k
-    jobs, streams = step_jobs(
-        task.prompts, task.seed, step, count=count, k=k, grouping=ppo.grouping
-    )
+    grouping, mixed = ppo.grouping, ppo.grouping == "mixed"
+    jobs, streams = step_jobs(task.prompts, task.seed, step, count=count, k=k, grouping=grouping)
     draws = learner.draw(step, streams)
     scorings = [by_prompt(task.score), *([pull_to_fine(task)] if ppo.pull_coef else [])]
     scored = score_jobs(task, session.start.sampler_of(draws), jobs, scorings, session.stop)
     rewards = scored.scores.get(task.reward, torch.full((count,), math.nan, dtype=torch.float64))
     rewards = rewards - (ppo.pull_coef * scored.scores["pull"] if ppo.pull_coef else 0)
-    check_budget(session, rewards, scored)
+    progress.nonfinite += int((~rewards.isfinite()).sum())
+    if progress.nonfinite > ppo.nonfinite_budget:
+        said = f"{progress.nonfinite} images had no finite reward, and ppo.nonfinite_budget is"
+        why = scored.reasons[0] if scored.reasons else f"no score is called {task.reward}"
+        raise ValueError(f"{said} {ppo.nonfinite_budget}: {why}")
     updating = time.perf_counter()
-    gains = advantages(rewards, k, "mixed" if ppo.grouping == "mixed" else ppo.baseline)
+    gains = advantages(rewards, k, "mixed" if mixed else ppo.baseline)
     measured = learner.update(step, draws, rewards, gains)
     ended = time.perf_counter()
     progress.step += 1
-    numbers = {
-        **spreads(scored, task.reward),
-        "advantage": finite_mean(gains.abs()),
-        **measured,
-        "nonfinite": float(progress.nonfinite),
-        "images_per_second": count / (ended - began),
-        **{f"seconds/{part}": spent for part, spent in scored.seconds.items()},
-        "seconds/update": ended - updating,
-        "seconds/step": ended - began,
-    }
+    numbers: dict[str, float | None] = {"reward": None, "reward_std": None}
+    for name, scores in scored.scores.items():
+        numbers |= spread(f"reward/{name}", scores)
+        numbers |= spread("reward", scores) if name == task.reward else {}
+    numbers["advantage"] = spread("advantage", gains.abs())["advantage"]
+    numbers |= measured
+    numbers["nonfinite"] = float(progress.nonfinite)
+    numbers["images_per_second"] = count / (ended - began)
+    numbers |= {f"seconds/{part}": spent for part, spent in scored.seconds.items()}
+    numbers |= {"seconds/update": ended - updating, "seconds/step": ended - began}
     if progress.step % session.logging.log_interval == 0:
         session.write(numbers)
     return numbers["reward"]
 
 
-def check_budget(session: Session, rewards: Tensor, scored: Scored) -> None:
-    """Count the images without a reward; ValueError where they are more than the budget."""
-    progress, budget = session.progress, session.ppo.nonfinite_budget
-    progress.nonfinite += int((~rewards.isfinite()).sum())
-    if progress.nonfinite > budget:
-        why = scored.reasons[0] if scored.reasons else f"no score is called {session.task.reward}"
-        raise ValueError(
-            f"{progress.nonfinite} images had no finite reward, and ppo.nonfinite_budget is "
-            f"{budget}: {why}"
-        )
-
-
-def spreads(scored: Scored, reward: str) -> dict[str, float | None]:
-    """Mean and standard deviation of the reward, and of each one that was scored."""
-    numbers: dict[str, float | None] = {"reward": None, "reward_std": None}
-    for name, scores in scored.scores.items():
-        finite = scores[scores.isfinite()]
-        numbers[f"reward/{name}"] = finite_mean(scores)
-        numbers[f"reward/{name}_std"] = finite.std(correction=0).item() if len(finite) else None
-    ours = {f"reward{e}": numbers.get(f"reward/{reward}{e}") for e in ("", "_std")}
-    return numbers | ours
-
-
-def finite_mean(values: Tensor) -> float | None:
-    """The mean of the finite ones, None without any."""
+def spread(name: str, values: Tensor) -> dict[str, float | None]:
+    """Mean and standard deviation of the finite ones, None without any."""
     finite = values[values.isfinite()]
-    return finite.mean().item() if len(finite) else None
+    if not len(finite):
+        return {name: None, f"{name}_std": None}
+    return {name: finite.mean().item(), f"{name}_std": finite.std(correction=0).item()}
 
 
 # --- evaluating and saving ----------------------------------------------------------------
@@ -330,13 +290,7 @@ def open_board(run: Run, step: int) -> Any:
 def run_of(folder: Path, say: Callable[[str], object], logging: Logging) -> Run:
     """A run's folder, in which the first rank writes."""
     return Run(
-        folder,
-        say,
-        writes=ranks.is_first(),
-        settings=SETTINGS,
-        logs="logs",
-        checkpoints="checkpoints",
-        keep=logging.keep_last,
+        folder, say, ranks.is_first(), SETTINGS, "logs", "checkpoints", keep=logging.keep_last
     )
 
 
@@ -347,17 +301,17 @@ def begin(
 
     Raises ValueError, with the checkpoint's name, where it is of other settings or another table.
     """
-    start = start_of(task.sampler, ppo, run.log)
+    start, progress = start_of(task.sampler, ppo, run.log), Progress()
     if resume is None:
         start = replace(start, unit=measured_unit(task, start, ppo.effect))
-        learner, progress = make_learner(start, ppo, task.seed), Progress()
+        learner = METHODS[ppo.method](start, ppo, task.seed)
     else:
         path, content = read_checkpoint(resume, run.log)
         check_content(content, about(task, ppo), numbers_of(start), str(path))
         try:
             start = replace(start, unit=content["start"]["unit"])
             learner, progress = (
-                make_learner(start, ppo, task.seed),
+                METHODS[ppo.method](start, ppo, task.seed),
                 Progress(**content["progress"]),
             )
             learner.load(content["learner"])
@@ -366,7 +320,8 @@ def begin(
             raise ValueError(f"{path} is no checkpoint of this policy: {said}") from error
         run.log(f"going on from {path} at step {progress.step}")
     run.rewind(progress.step)
-    return Session(task, ppo, logging, start, learner, progress, run, stop)
+    board = open_board(run, progress.step) if run.writes and logging.tensorboard else None
+    return Session(task, ppo, logging, start, learner, progress, run, stop, board)
 
 
 def numbers_of(start: Start) -> dict[str, Tensor]:
@@ -398,13 +353,13 @@ def check_content(
     for key, value in now.items():
         was = content["about"].get(key, value)
         if was != value:
-            said = f"{name} was made with {key} {was}, not {value}"
-            raise ValueError(f"{said}: set it back, or start anew")
+            said = f"{name} was made with {key} {was}, not {value}: set it back, or start anew"
+            raise ValueError(said)
     first = content["start"]["numbers"]
     for key, tensor in table.items():
         if key not in first or not torch.equal(tensor, first[key]):
-            said = f"{name} began with another table ({key} differs)"
-            raise ValueError(f"{said}: give its own predictor")
+            said = f"{name} began with another table ({key} differs): give its own predictor"
+            raise ValueError(said)
 
 
 def about(task: Task, ppo: Ppo) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from solvers.predictor import find_predictor, load_predictor
 from solvers.recipe import Recipe
 from src.text import read_prompts
-from training.ppo.config import Config, check_ranks, load_config, resolved, to_yaml
+from training.ppo.config import Config, load_config, resolved, to_yaml
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "training" / "ppo"
@@ -70,25 +70,11 @@ def test_the_published_layout_is_read_as_it_is(tmp_path: Path) -> None:
     assert config.reward.name == "hps"
 
 
-def test_what_a_file_leaves_out_is_the_predictors_own(tmp_path: Path) -> None:
-    text = "data: {predictor_snapshot: sd3-512-distilled}\nreward: {type: hps}\n"
-    (tmp_path / "c.yaml").write_text(text)
-    config = resolved(load_config(tmp_path / "c.yaml"), recipe(named("sd3_512")))
-    model = named("sd3_512").model
-    for name in ("num_steps", "guidance_rate", "resolution", "schedule_type"):
-        assert getattr(config.model, name) == getattr(model, name)
-
-
 @pytest.mark.parametrize("path", CFGS, ids=lambda path: path.stem)
 def test_resolved_settings_read_back_as_they_were(path: Path, tmp_path: Path) -> None:
     config = resolved(load_config(path), recipe(load_config(path)))
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "resolved.yaml") == config
-
-
-def test_the_last_override_counts() -> None:
-    config = load_config(SD3, ["ppo.steps=100", "ppo.learning_rate=1e-4", "ppo.steps=200"])
-    assert (config.ppo.steps, config.ppo.learning_rate) == (200, 1e-4)
 
 
 REFUSED = {
@@ -182,17 +168,6 @@ def test_what_the_recipe_says_otherwise_is_refused_with_both_values(
     config = load_config(SD3, [override])
     with pytest.raises(ValueError, match=words):
         resolved(config, recipe(config))
-
-
-def test_more_ranks_than_images_are_refused() -> None:
-    check_ranks(named("sd15").ppo, 8)
-    with pytest.raises(ValueError, match="9 ranks are more than"):
-        check_ranks(named("sd15").ppo, 9)
-
-
-def test_the_weights_of_multi_make_its_name() -> None:
-    config = load_config(SD3, ["reward.type=multi", "reward.multi.weights={hps: 1, mps: 0}"])
-    assert config.reward.name == "multi:hps=1.0,mps=0.0"
 
 
 def leaves(tree: dict[str, Any], above: str = "") -> Iterator[str]:

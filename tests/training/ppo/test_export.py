@@ -36,15 +36,6 @@ def test_a_folder_gives_the_predictor_of_its_newest_checkpoint(
     assert ours.recipe == theirs.recipe
 
 
-def test_a_checkpoint_gives_its_own_step(run: Path, tmp_path: Path) -> None:
-    first = min((run / "checkpoints").glob("checkpoint-*.pt"))
-    done = export(first, tmp_path / "ours.pkl")
-    assert f"of {first}" in done.output
-    step = load_predictor(tmp_path / "ours.pkl").recipe.training["ppo"]["step"]
-    assert f"step {step} of" in done.output
-    assert first.name == f"checkpoint-{step:08d}.pt"
-
-
 def test_the_published_spelling_writes_into_the_runs_own_folder(run: Path) -> None:
     arguments = [str(run), "--checkpoint", "checkpoints/checkpoint-00000001.pt"]
     done = CliRunner().invoke(export_epd_predictor.main, arguments)

@@ -113,14 +113,6 @@ def test_a_dry_run_prints_settings_that_read_back_and_what_is_missing(tmp_path: 
     assert [line.split(":")[2].strip() for line in done.stderr.splitlines()] == ["hps", "sd3"]
 
 
-def test_rewards_of_weight_zero_are_neither_loaded_nor_needed(twins: Path) -> None:
-    changes = ("reward.type=multi", "reward.multi.weights={hps: 1.0, mps: 0.0, clip: 0}")
-    paths = f"reward.weights_path={{hps: {twins / 'hps.pt'}}}"
-    config = load_config(SD3, [*changes, paths, f"model.model={twins / 'model'}"])
-    recipe = load_predictor(twins / "start.pkl").recipe
-    assert list(launch.lacking(config, recipe)) == []
-
-
 def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[Prompt, ...], ...]:
     (folder / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
     return prompts_of(config)
@@ -135,23 +127,9 @@ def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> N
     assert prompts_of(config) == (trained, kept)
 
 
-def test_held_out_prompts_are_taken_evenly_from_their_file(tmp_path: Path) -> None:
-    changes = [f"data.heldout_prompts={tmp_path / 'p.txt'}", "ppo.eval_prompts=4"]
-    _, kept = held_out(load_config(SD3, changes), tmp_path, 20)
-    assert kept == ("prompt 0", "prompt 5", "prompt 10", "prompt 15")
-
-
 def run_of(folder: Path, name: str) -> Path:
     (found,) = (folder / "runs").glob(f"*-{name}")
     return found
-
-
-def test_a_run_has_its_folder_of_five_parts(twins: Path) -> None:
-    folder = run_of(twins, "cut")
-    parts = {p.name for p in folder.iterdir()}
-    assert parts == {"configs", "logs", "checkpoints", "samples", "export"}
-    config = load_config(folder / "configs" / "resolved_config.yaml")
-    assert (config.run.run_name, config.ppo.steps) == ("cut", 3)
 
 
 def test_a_run_that_was_cut_goes_on_as_if_it_never_was(twins: Path) -> None:

@@ -10,7 +10,6 @@ from training.ppo.objectives import (
     advantages,
     diversity,
     frechet,
-    groups,
     james_stein,
     loss,
     rloo,
@@ -49,24 +48,6 @@ def test_the_james_stein_baseline_is_the_formula_by_hand() -> None:
         james_stein(rewards),
         [[(1 - a) * 3 + a * 4, (1 - a) * 1 + a * 4], [(1 - a) * 8 + a * 4, (1 - a) * 4 + a * 4]],
     )
-
-
-def test_james_stein_is_rloo_where_groups_are_quiet_and_the_overall_mean_where_all_is_noise() -> (
-    None
-):
-    quiet = double([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]])
-    assert torch.allclose(james_stein(quiet), rloo(quiet))
-    alike = double([[0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
-    assert torch.allclose(james_stein(alike), torch.ones(3, 2).double())
-    gaps = james_stein(double([[1.0, NAN, 2.0], [NAN, NAN, NAN], [3.0, 4.0, 5.0]]))
-    assert gaps.isfinite().tolist() == [[True, False, True], [False] * 3, [True] * 3]
-
-
-def test_groups_are_of_one_prompt_but_for_the_published_ones() -> None:
-    assert groups(8, 4, "rloo").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert groups(8, 4, "mixed").tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    rewards = double([1.0, 10.0, 2.0, 30.0])
-    assert same(advantages(rewards, 2, "mixed"), [-1, -20, 1, 20])
 
 
 def test_a_prompts_own_level_cancels_in_groups_of_one_prompt_and_not_in_mixed_ones() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Dirichlet, Normal, kl_divergence
+from torch.distributions import Dirichlet, Normal
 
 from solvers.classic import Euler
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
@@ -17,7 +17,6 @@ from src.seeds import generator, randn
 from tests.training.students import SHAPE, model
 from training.ppo.config import Ppo
 from training.ppo.policy import (
-    LEAST,
     REACH,
     Policy,
     Start,
@@ -163,18 +162,6 @@ def test_a_density_of_dirichlets_agrees_with_a_number_by_hand() -> None:
     assert one().log_prob(stacked([one().mean()])).item() == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_entropy_and_divergence_are_the_sums_of_those_of_torch() -> None:
-    one = moved(policy(actions=Ppo(train_scale_time=True, train_grid=True)))
-    now, first = one(), one.initial()
-    pairs = [*((now.simplex[n], first.simplex[n]) for n in now.simplex), (now.gauss, first.gauss)]
-    kl = sum(kl_divergence(p, q).sum().item() for p, q in pairs)
-    entropy = sum(p.entropy().sum().item() for p, _ in pairs)
-    assert now.kl(first).item() == pytest.approx(kl, rel=1e-12)
-    assert now.entropy().shape == (3,)
-    assert now.entropy().sum().item() == pytest.approx(entropy)
-    assert first.kl(first).item() == 0
-
-
 @pytest.mark.parametrize("mirrors", [(None,), (False, True)])
 def test_draws_have_the_means_and_spreads_of_their_law(mirrors: tuple[bool | None, ...]) -> None:
     one = policy(actions=Ppo(train_scale_dir=True))
@@ -186,35 +173,6 @@ def test_draws_have_the_means_and_spreads_of_their_law(mirrors: tuple[bool | Non
     assert torch.allclose(segments.var(0), mean * (1 - mean) / (c + 1), rtol=0.12)
     assert torch.allclose(draws.simplex["weight"].mean(0), table().weight, atol=0.01)
     assert draws.gauss.std().item() == pytest.approx(0.05, rel=0.03)
-
-
-def test_a_mirrored_draw_is_opposite() -> None:
-    law = policy(actions=Ppo(train_scale_dir=True))()
-    one, other = (law.draw(generator(4), mirror) for mirror in (False, True))
-    assert torch.allclose(one.gauss, -other.gauss)
-    both = [
-        draws.simplex["weight"][:, 0] - law.simplex["weight"].mean[:, 0] for draws in (one, other)
-    ]
-    assert bool((both[0] * both[1] < 0).all())
-
-
-def test_a_draw_hangs_on_its_generator_alone() -> None:
-    first = policy()().draw(generator(4, "table/0/1/2"))
-    torch.rand(3, generator=generator(4))
-    again = policy()().draw(generator(4, "table/0/1/2"))
-    other = policy()().draw(generator(4, "table/0/1/3"))
-    assert torch.equal(first.simplex["segments"], again.simplex["segments"])
-    assert not torch.equal(first.simplex["segments"], other.simplex["segments"])
-
-
-def test_draws_of_a_lopsided_law_stay_off_the_edge_and_likely() -> None:
-    r = torch.tensor([[1e-3], [0.5], [0.5]]).double()
-    one = torch.ones_like(r)
-    lopsided = policy(Directions(r, one, one, one))
-    draws = stacked([lopsided().draw(generator(i)) for i in range(50)])
-    assert draws.simplex["segments"].min().item() >= 0.9 * LEAST
-    assert bool(lopsided().log_prob(draws).isfinite().all())
-    assert bool((draws.simplex["weight"] == 1).all())
 
 
 def test_no_training_can_make_a_law_collapse() -> None:

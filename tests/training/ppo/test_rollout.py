@@ -6,18 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.generate import Job
 from solvers.sampler import Sampler
-from src.runs import Stop, Stopped
-from src.seeds import generator
+from src.runs import Stop
 from tests.pretend_gpu import pretend_gpu
 from tests.training.ppo.quadrature import quadrature, reward, task
 from training.ppo.config import Ppo
 from training.ppo.evaluate import by_prompt
-from training.ppo.learners import make_learner
+from training.ppo.learners import Clipped
 from training.ppo.policy import start_of
 from training.ppo.rollout import (
-    Clock,
     Scored,
     Scorer,
     Task,
@@ -26,7 +23,6 @@ from training.ppo.rollout import (
     prompt_at,
     score_jobs,
     step_jobs,
-    timed,
 )
 
 NAMES = tuple("abcde")
@@ -42,13 +38,6 @@ def test_every_round_of_the_stream_has_every_prompt_once_in_another_order() -> N
     assert all(sorted(map(str, names)) == list(NAMES) for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1
     assert rounds != [[prompt_at(NAMES, 8, 5 * i + j) for j in range(5)] for i in range(4)]
-
-
-def test_steps_take_the_stream_up_where_the_last_one_left_it() -> None:
-    steps = [step_jobs(NAMES, 2, step, count=4, k=2, grouping="crn") for step in range(5)]
-    prompts = [job.prompt for jobs, _ in steps for job in jobs[::2]]
-    assert prompts == [prompt_at(NAMES, 2, i) for i in range(10)]
-    assert len({stream for _, streams in steps for stream in streams}) == 20
 
 
 def test_a_group_of_common_random_numbers_has_one_prompt_and_one_noise() -> None:
@@ -75,7 +64,7 @@ def scored(of: Task, count: int, scorer: Scorer, sampler: Sampler | None = None)
 
 def test_an_image_does_not_depend_on_the_size_of_the_batch() -> None:
     start = start_of(task().sampler, Ppo(), print)
-    learner = make_learner(start, Ppo(), 0)
+    learner = Clipped(start, Ppo(), 0)
     sampler = start.sampler_of(learner.draw(0, [f"{i}" for i in range(7)]))
     results = [
         scored(replace(task(), batch=size), 7, reward, sampler).scores["mean"]
@@ -114,48 +103,6 @@ def test_an_image_that_holds_nan_has_no_score() -> None:
     assert "NaN" in result.reasons[0]
 
 
-def test_where_nothing_can_be_scored_the_reason_is_told() -> None:
-    with pytest.raises(ValueError, match="no image could be scored: hhh cannot be scored"):
-        scored(replace(task(), held_out=("hhh", "hhh")), 3, picky)
-
-
-def test_scores_may_be_rows_such_as_features() -> None:
-    def rows(images: Tensor, _jobs: Sequence[Job]) -> dict[str, Tensor]:
-        return {"features": images.flatten(1)[:, :2]}
-
-    jobs = fixed_jobs(task().held_out, 0, 7)
-    result = score_jobs(task(), task().sampler, jobs, [rows], Stop())
-    assert result.scores["features"].shape == (7, 2)
-
-
-def test_latents_are_decoded_so_many_at_a_time() -> None:
-    seen: list[int] = []
-
-    def watched(latents: Tensor) -> Tensor:
-        seen.append(len(latents))
-        return quadrature().decode(latents)
-
-    backend = timed(replace(quadrature(), decode=watched), Clock(torch.device("cpu")), 2)
-    latents = torch.randn(5, 3, 2, 2, generator=generator(0))
-    assert torch.equal(backend.decode(latents), quadrature().decode(latents))
-    assert seen == [2, 2, 1]
-
-
-def test_time_is_counted_once() -> None:
-    clock = Clock(torch.device("cpu"))
-    ticks = iter([0.0, 1.0, 3.0, 10.0])
-    clock.now = lambda: next(ticks)  # type: ignore[method-assign]
-    with clock.on("denoise"), clock.on("decode"):
-        pass
-    assert (clock.seconds()["decode"], clock.seconds()["denoise"]) == (2.0, 8.0)
-
-
-def test_a_signal_stops_a_rollout_between_batches() -> None:
-    jobs = fixed_jobs(task().held_out, 0, 5)
-    with pytest.raises(Stopped):
-        score_jobs(task(), task().sampler, jobs, [by_prompt(reward)], Stop(15))
-
-
 class Event:
     """A CUDA event that is over at once."""
 
@@ -175,7 +122,7 @@ def test_a_rollout_waits_for_the_gpu_once_a_batch(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     start = start_of(task().sampler, Ppo(train_scale_dir=True), print)
-    draws = make_learner(start, Ppo(), 0).draw(0, [f"{i}" for i in range(8)])
+    draws = Clipped(start, Ppo(), 0).draw(0, [f"{i}" for i in range(8)])
     with pretend_gpu() as seen:
         on_gpu = replace(quadrature(), device=torch.device("cuda"), dtype=torch.float32)
         whole = replace(task(), backend=on_gpu, batch=batch)
