@@ -1,14 +1,38 @@
-"""`mps` and `imagereward` beyond parity: files that must not run, tokens."""
+"""`mps`: its stack against recorded numbers, its pickled file, its mask."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rewards import imagereward, mps
+from rewards import mps
+from rewards.mps import Stack
 from rewards.states import read_state
-from tests.rewards.twins import BLIP, WORDS, PublishedMPS, imagereward_state
+from tests.rewards.twins import PublishedMPS, by_rule
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "mps_block.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_the_stack_gives_the_recorded_numbers_under_the_recorded_names(
+    case: dict[str, Any],
+) -> None:
+    stack = Stack(**{k: case[k] for k in ("dim", "layer_num", "dim_head", "heads", "ff_mult")})
+    state = {name: by_rule(name, v.shape) for name, v in stack.state_dict().items()}
+    assert {name: list(v.shape) for name, v in state.items()} == dict(case["names"])
+    stack.double().load_state_dict(state)
+    sizes = [2 * case[key] * case["dim"] for key in ("queries", "context")]
+    queries, context = (torch.arange(n, dtype=torch.float64) for n in sizes)
+    mask = torch.zeros(2, case["context"])
+    mask[:, case["masked_context"]] = float("-inf")
+    x = stack(
+        (0.13 * queries).sin().reshape(2, -1, case["dim"]),
+        (0.07 * context).cos().reshape(2, -1, case["dim"]),
+        mask,
+    )
+    assert x[:, 0].flatten().tolist() == pytest.approx(case["output_row0"], rel=1e-6)
 
 
 class Stranger:
@@ -39,17 +63,3 @@ def test_text_that_has_nothing_to_do_with_the_condition_is_not_looked_at() -> No
     tokens = torch.tensor([[[1.0, 0.0], [0.2, 0.0], [0.0, 1.0], [0.31, 0.0]]])
     condition = torch.tensor([[1.0, 0.0], [0.0, 0.29]])
     assert mps.relevant(tokens, condition).isinf().tolist() == [[False, True, True, False]]
-
-
-def test_prompts_of_imagereward_are_filled_and_cut_and_wrong_files_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither vocab\.txt nor tokenizer\.json"):
-        imagereward.tokenizer(tmp_path, 20, 9)
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    tokens = imagereward.tokenizer(tmp_path, 20, 9)(["A red fox", "cats " * 30])
-    assert tokens[0].tolist() == [[2, 5, 6, 7, 3, 0, 0, 0, 0], [1] * 5 + [0] * 4]
-    assert tokens[1, 0].tolist() == [2, *[9] * 7, 3]
-    with pytest.raises(ValueError, match="12 tokens, more than the 6 of the network"):
-        imagereward.tokenizer(tmp_path, 6, 9)
-    more = {**imagereward_state(), "blip.more": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r'^file: .*Unexpected key.*"blip\.more"'):
-        imagereward.load_state(more, BLIP, "file", torch.device("cpu"))
