@@ -67,10 +67,18 @@ def distill(
     Raises ValueError for settings that cannot be served, and for a network that gives NaN.
     """
     settings = settings or Settings()
-    device, dtype = torch.device(settings.device), torch.float32
-    ends: Any = (lambda _prompts: None, lambda latents: latents, classifier_free)
-    place = (named_levels(levels), tuple(shape), (0, 0), device, dtype)
-    backend = Backend(OWN, denoiser, *ends, *place)
+    backend = Backend(
+        family=OWN,
+        denoise=denoiser,
+        encode=lambda _prompts: None,
+        decode=lambda latents: latents,
+        guide=classifier_free,
+        levels=named_levels(levels),
+        shape=tuple(shape),
+        size=(0, 0),
+        device=torch.device(settings.device),
+        dtype=torch.float32,
+    )
     cond = conditions or (lambda _numbers: None)
     problem = make_problem(Model(backend, cond, features, reward), settings)
     state: dict[str, Any] = {}

@@ -86,8 +86,9 @@ class Session:
         """A line of metrics.jsonl, and the same for TensorBoard."""
         finite = {n: v for n, v in numbers.items() if v is not None and math.isfinite(v)}
         self.run.measure(self.progress.step, finite)
-        for name, value in finite.items() if self.board is not None else ():
-            self.board.add_scalar(name, value, self.progress.step)
+        if self.board is not None:
+            for name, value in finite.items():
+                self.board.add_scalar(name, value, self.progress.step)
 
     def predictor(self) -> Predictor:
         """The mean of what is learned, as a predictor."""
