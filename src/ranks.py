@@ -190,6 +190,10 @@ def torchrun(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:  # which says nothing itself
+                sys.stderr.write(f"Error: rank {rank} was killed by {failure.signal_name()}\n")
+                return 128 - failure.exitcode
         return error.get_first_failure()[1].exitcode
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,73 +15,119 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SAME = """
-import json, torch
-from backends.base import ModelOptions
+import json, random, torch
+import torch.distributed as dist
+from dataclasses import replace
+from datetime import timedelta
 from backends.generate import Job, generate
 from backends.mixture import Mixture, mixture_backend
 from backends.pipelines import wrap
 from backends.edm import pixel_backend
-from backends.spread import spread
-from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep
+from backends.spread import SpreadDenoiser, spread
+from eval.latency import even_points
+from solvers.epd import MultistepTable, ParallelMultistep
 from solvers.process import VE
-from solvers.sampler import Sampler, SolverOptions, make_solver
+from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, make_solver
 from solvers.schedules import NoiseLevels
 from src import ranks
 from tests import twins
 from tests.tiny import tiny_edm
 
-CPU = torch.device("cpu")
-DEGREE, FAMILIES = {degree}, {families}
+CPU, LIMIT = torch.device("cpu"), 300
+WAYS, FAMILIES, FUZZ = {ways}, {families}, {fuzz}
 ranks.init(CPU)
 torch.set_num_threads(1)
-mesh = ranks.point_mesh(DEGREE, CPU, 60)
-
-
-def solvers(n, process):
-    one = torch.ones(n, 3, dtype=torch.float64)
-    for k in (1, 2, 3):
-        r = torch.linspace(0.2, 0.8, k, dtype=torch.float64).repeat(n, 1)
-        yield f"epd {{k}}", EPD(Directions(r, one[:, :k] / k, one[:, :k], one[:, :k]))
-    table = MultistepTable(0.2 * one, 0.3 * one, one / 3, 0 * one, one)
-    yield "multistep 3", ParallelMultistep(table, process)
-    yield "unipc-2", make_solver("unipc-2", SolverOptions(process=process))
-
-
-def backends():
-    means = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    flat = torch.full((4,), 0.25).double()
-    yield "mixture", mixture_backend(Mixture(means, flat, flat), NoiseLevels(VE, 0.002, 80.0)), 3
-    yield "edm", pixel_backend(tiny_edm(), CPU), 1
-    yield "ldm", wrap(twins.sd(), CPU), "a"
-    yield "sd3", wrap(twins.sd3(), CPU), "a"
-    yield "flux", wrap(twins.flux(), CPU, ModelOptions(size=(32, 32))), "a"
-    yield "sd3 in bfloat16", wrap(twins.sd3().to(torch.bfloat16), CPU), "a"
-
-
-def latents(backend, sampler, batch, chunk=None):
-    jobs = [Job(seed, prompt) for seed in range(batch)]
-    return next(generate(backend, sampler, jobs, batch=batch, points_chunk=chunk)).latents
-
-
+dist.new_group(timeout=timedelta(seconds=LIMIT))
+meshes = {{"2x2": ranks.point_mesh(2, CPU, LIMIT)}} if "2x2" in WAYS else {{}}
+GROUPS = {{n: dist.new_group(range(n)) for n in range(1, ranks.world_size() + 1)}}
 results = {{}}
-for family, backend, prompt in backends():
-    if family not in FAMILIES:
-        continue
-    levels = backend.levels
-    grid = levels.grid("flowmatch" if levels.process.name == "flow" else "polynomial", 4)
-    rate = 3.0 if family != "flux" else 1.0
-    for name, solver in solvers(3, levels.process):
-        for batch in (1, 3) if name == "epd 2" else (3,):
-            sampler = Sampler(solver, grid, levels.process, guidance_rate=rate)
-            ours = latents(spread(backend, mesh), sampler, batch)
-            alone = latents(backend, sampler, batch)
+
+
+def multistep(levels):
+    one = torch.ones(3, 3, dtype=torch.float64)
+    table = MultistepTable(0.2 * one, 0.3 * one, one / 3, 0 * one, one)
+    usual = "flowmatch" if levels.process.name == "flow" else "polynomial"
+    grid = tuple(levels.grid(usual, 4).tolist())
+    return Sampler(ParallelMultistep(table, levels.process), grid, levels.process)
+
+
+def backend_of(name):
+    if name == "mixture":
+        means = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        flat = torch.full((4,), 0.25).double()
+        return mixture_backend(Mixture(means, flat, flat), NoiseLevels(VE, 0.002, 80.0)), 3
+    if name == "edm":
+        return pixel_backend(tiny_edm(), CPU), 1
+    kind, _, half = name.partition(" in ")
+    pipe = getattr(twins, dict(ldm="sd").get(kind, kind))()
+    return wrap(pipe.to(torch.bfloat16) if half else pipe, CPU), "a"
+
+
+def shared(backend, way):
+    if way in meshes:
+        return spread(backend, meshes[way])
+    if ranks.rank() >= way:
+        return None
+    how = GROUPS[way], backend.dtype, backend.dtype.itemsize < 4
+    return replace(backend, denoise=SpreadDenoiser(backend.denoise, *how))
+
+
+def compare(name, backend, prompt, sampler, batch, ways, chunk=None, alone_chunk=None):
+    def latents(on, chunk):
+        jobs = [Job(seed, prompt) for seed in range(batch)]
+        return next(generate(on, sampler, jobs, batch=batch, points_chunk=chunk)).latents
+
+    alone = latents(backend, alone_chunk or chunk) if ranks.is_first() else None
+    for way in ways:
+        on = shared(backend, way)
+        ours = on and latents(on, chunk)
+        all_of_them = ranks.gather_objects(ours)
+        if ranks.is_first():
+            assert all(x is None or x.equal(ours) for x in all_of_them), name
             error = (ours - alone).abs().max() / alone.abs().max()
-            results[f"{{family}}, {{name}}, batch {{batch}}"] = error.item()
-    epd = Sampler(dict(solvers(3, levels.process))["epd 2"], grid, levels.process)
-    if DEGREE == 2:  # each rank sees one row at a time, and so does one process with chunks
-        ours, alone = latents(spread(backend, mesh), epd, 1), latents(backend, epd, 1, chunk=1)
-        results[f"{{family}}, to the bit"] = float("16" not in family and not ours.equal(alone))
-print(json.dumps(results))
+            results[f"{{name}}, {{way}} ranks"] = error.item()
+
+
+for family in FAMILIES:
+    backend, prompt = backend_of(family)
+    levels = backend.levels
+    rate = 1.0 if family == "flux" else 3.0
+    samplers = {{f"epd {{k}}": even_points(levels, k, 4, rate) for k in (1, 2, 3)}}
+    samplers["multistep 3"] = replace(multistep(levels), guidance_rate=rate)
+    samplers["unipc-2"] = hand_made("unipc-2", levels, 4, guidance_rate=rate)
+    for name, sampler in samplers.items():
+        for batch in (1, 3) if name == "epd 2" else (3,):
+            case = f"{{family}}, {{name}}, batch {{batch}}"
+            compare(case, backend, prompt, sampler, batch, WAYS)
+    if "16" not in family:  # a rank sees one row at a time, and so does one process by chunks
+        unguided = replace(samplers["epd 2"], guidance_rate=1.0)
+        compare(f"{{family}}, bits", backend, prompt, unguided, 1, [2], alone_chunk=1)
+
+draw = random.Random(0)
+nets = {{name: backend_of(name) for name in ("edm", "sd3") if FUZZ}}
+for index in range(FUZZ):
+    family = draw.choice(list(nets))
+    backend, prompt = nets[family]
+    flow = family == "sd3"
+    n, k, batch = draw.randint(1, 4), draw.randint(1, 4), draw.randint(1, 5)
+    rate, chunk = draw.choice([1.0, 1.5, 4.0]), draw.choice([None, None, 1, 2])
+    solver = draw.choice(["epd", "epd", "multistep", *SOLVERS])
+    if solver == "epd":
+        sampler = even_points(backend.levels, k, 4, rate)
+    elif solver == "multistep":
+        sampler = replace(multistep(backend.levels), guidance_rate=rate)
+    else:
+        options = SolverOptions(s_churn=5.0 if solver == "edm" and not flow else 0.0)
+        afs = not flow and draw.random() < 0.3
+        sampler = hand_made(
+            solver, backend.levels, 4, afs=afs, guidance_rate=rate, options=options
+        )
+    if draw.random() < 0.2:
+        sampler = sampler.with_guidance("1,4,2")
+    name = f"{{index}}: {{family}} {{solver}} K={{k}} batch={{batch}} rate={{rate}} {{chunk}}"
+    compare(name, backend, prompt, sampler, batch, [n], chunk)
+if ranks.is_first():
+    print(json.dumps(results))
 ranks.close()
 """
 
@@ -131,38 +178,32 @@ def started(work: str, count: int) -> list[subprocess.Popen[str]]:
     ]
 
 
+def measured(count: int, **what: Any) -> dict[str, float]:
+    """The errors that so many ranks saw, by what was made how."""
+    ends = [p.communicate(timeout=900) for p in started(SAME.format(**what), count)]
+    assert ends[0][0], "".join(err[-2000:] for _, err in ends)
+    return json.loads(ends[0][0].splitlines()[-1])
+
+
 QUICK = ("mixture", "edm", "sd3")
 ALL = (*QUICK, "ldm", "flux", "sd3 in bfloat16")
-
-
-def results(count: int, degree: int, families: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What every rank measured."""
-    ends = [
-        p.communicate(timeout=300)
-        for p in started(SAME.format(degree=degree, families=families), count)
-    ]
-    assert all(out for out, _ in ends), ends[0][1][-2000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in ends]
+WAYS = {
+    "two ranks": (2, {"ways": [2], "families": QUICK, "fuzz": 0}),
+    "any ranks": (4, {"ways": [2, 3, 4, "2x2"], "families": ALL, "fuzz": 0}),
+    "fuzz": (4, {"ways": [], "families": (), "fuzz": 50}),
+}
 
 
 @pytest.mark.parametrize(
-    ("count", "degree", "families"),
-    [
-        (2, 2, QUICK),
-        pytest.param(2, 2, ALL, marks=pytest.mark.slow),
-        pytest.param(3, 3, ALL, marks=pytest.mark.slow),
-        pytest.param(4, 4, ALL, marks=pytest.mark.slow),
-        pytest.param(4, 2, ALL, marks=pytest.mark.slow),
-    ],
+    "name", ["two ranks", *(pytest.param(n, marks=pytest.mark.slow) for n in list(WAYS)[1:])]
 )
-def test_an_image_is_the_same_on_any_number_of_ranks(
-    count: int, degree: int, families: tuple[str, ...]
-) -> None:
-    ranks = results(count, degree, families)
-    assert all(rank == ranks[0] for rank in ranks)  # every rank holds the same image
-    for name, error in ranks[0].items():
-        assert error <= (2e-2 if "bfloat16" in name else 2e-5), f"{name}: {error}"
-        assert error == 0 or "bit" not in name, name
+def test_an_image_is_the_same_on_any_number_of_ranks(name: str) -> None:
+    count, what = WAYS[name]
+    errors = measured(count, **what)
+    assert len(errors) >= max(7 * len(what["ways"]) * len(what["families"]) - 4, what["fuzz"])
+    for case, error in errors.items():
+        assert error <= (2e-2 if "bfloat16" in case else 2e-5), f"{case}: {error}"
+        assert error == 0 or "bits" not in case, case
 
 
 @pytest.mark.parametrize("how", ["dead", "slow"])
@@ -178,3 +219,49 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_line(how: str) -> None:
     assert "network call 1" in out
     assert len(out.splitlines()) == 1
     assert time.monotonic() - began < 50
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    task = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in task.read_text().split()] if task.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(
+    tmp_path: Path, victim: int
+) -> None:
+    words = "-m src.ranks --standalone --nproc_per_node=2 sample.py --model mixture-3x4x4"
+    words += " --solver euler --points_degree 2 --timeout 20 --batch 2 --device cpu --seeds 0-"
+
+    def run(last: int) -> subprocess.Popen[str]:
+        command = [sys.executable, *f"{words}{last} --outdir {tmp_path / 'out'}".split()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
+
+    launcher = run(20000)
+    while len(list(tmp_path.glob("out/*.png"))) < 10:
+        assert launcher.poll() is None
+        time.sleep(0.2)
+    workers = children(launcher.pid)
+    ours = next(p for p in workers if f"RANK={victim}" in environment_of(p))
+    os.kill(ours, signal.SIGKILL)
+    began = time.monotonic()
+    _, err = launcher.communicate(timeout=120)
+    assert time.monotonic() - began < 40
+    assert launcher.returncode not in (0, None)
+    said = [line for line in err.splitlines() if "Error" in line]
+    assert 1 <= len(said) <= 2, err
+    assert said[-1] == err.splitlines()[-1]
+    assert f"rank {victim} was killed by SIGKILL" in said[-1]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    written = len(list(tmp_path.glob("out/*.png")))
+    assert run(written + 3).wait(timeout=300) == 0
+    assert len(list(tmp_path.glob("out/*.png"))) == written + 4
+
+
+def environment_of(pid: int) -> list[str]:
+    """The variables of a process."""
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
