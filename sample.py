@@ -93,9 +93,9 @@ def main(ctx: click.Context, **options: Any) -> None:
     say_notices(options, backend, sampler)
     rest, size = [job for job in jobs if job.seed in missing], options["batch"]
     parts = [rest[i : i + size] for i in range(0, len(rest), size)]
-    if ranks.is_first() and 0 < len(parts) < ranks.world_size() // options["points_degree"]:
+    if ranks.is_first() and 0 < len(parts) < ranks.world_size():
         click.echo(f"{len(parts)} batches leave ranks idle: lower --batch", err=True)
-    mine = [job for part in ranks.share(parts, mesh) for job in part]
+    mine = [job for part in ranks.share(parts) for job in part]
     more = {name: options[name] for name in ("trajectory", "points_chunk")}
     with ranks.progress(len(mine), "image") as bar, ThreadPoolExecutor(1) as writer:
         written = writer.submit(list)
@@ -103,7 +103,7 @@ def main(ctx: click.Context, **options: Any) -> None:
             strips = [backend.decode(state) for state in batch.states]
             written.result()  # one batch is written while the next is sampled
             names = [(job.seed, job.prompt) for job in batch.jobs]
-            if ranks.writes(mesh):
+            if ranks.writes():
                 written = writer.submit(samples.write, names, batch.images, strips)
             bar.update(len(batch.jobs))
         written.result()

@@ -222,7 +222,7 @@ def one_rank(device: torch.device) -> Table:
     """A group of one rank: whether its images are those of no group, and what a call takes."""
     backend = load_backend(MODELS[0], device=device)
     alone = sampled(backend, 4).latents
-    name = "nccl" if device.type == "cuda" else "gloo"
+    name = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(name, store=HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("data", "points"))
     same = sampled(spread(backend, mesh), 4).latents.equal(alone)

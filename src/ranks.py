@@ -1,10 +1,14 @@
 """torch.distributed in a few functions. Without torchrun, one process and nothing to do.
 
+Ranks that share the rows of each image (`point_mesh`) do the same work and count as one: shares,
+sums and gathers are over those.
+
 `python -m src.ranks` is torchrun, but that a rank's error stays the last line.
 """
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +25,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # one rank may score while the others wait
 EVERY = 5.0  # seconds between lines of progress in a log
+MESHES: list[DeviceMesh] = []  # the one of `point_mesh`, if any
 
 
 def init(device: torch.device) -> torch.device:
@@ -46,88 +51,103 @@ def init(device: torch.device) -> torch.device:
 
 def close() -> None:
     """Leave the group."""
+    MESHES.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """-> which process this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """-> which process this is, from 0; the same for all that share rows."""
+    return dist.get_rank() // degree() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """-> how many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """-> how many processes there are, those that share rows counting as one."""
+    return dist.get_world_size() // degree() if dist.is_initialized() else 1
+
+
+def degree() -> int:
+    """-> how many processes share the rows of an image."""
+    return MESHES[-1]["points"].size() if MESHES else 1
 
 
 def is_first() -> bool:
     """-> whether this is the process that prints and writes the common files."""
-    return rank() == 0
+    return rank() == 0 and writes()
 
 
-def share(items: Sequence[T], mesh: DeviceMesh | None = None) -> list[T]:
-    """-> this rank's part: every n-th item.
-
-    Without a mesh every item belongs to exactly one rank; with one to all ranks of one row of
-    it, who share the work of each item.
-    """
-    if mesh is None:
-        return list(items[rank() :: world_size()])
-    return list(items[mesh.get_local_rank("data") :: mesh["data"].size()])
+def writes() -> bool:
+    """-> whether this process, of those that share images, writes them."""
+    return not MESHES or MESHES[-1].get_local_rank("points") == 0
 
 
-def point_mesh(degree: int, device: torch.device, timeout: float = 600.0) -> DeviceMesh | None:
-    """-> the ranks as a mesh of `data` x `points`, `degree` of them sharing each image's rows.
+def share(items: Sequence[T]) -> list[T]:
+    """-> this rank's part: every n-th item."""
+    return list(items[rank() :: world_size()])
 
-    None for a degree of 1, or without other ranks. A gather over `points` that takes longer
-    than `timeout` seconds fails instead of waiting for ever. ValueError where the ranks do not
-    divide by the degree.
+
+def point_mesh(points: int, device: torch.device, timeout: float = 600.0) -> DeviceMesh | None:
+    """-> the ranks as a mesh of `data` x `points`, so many of them sharing each image's rows.
+
+    None for 1. From then on, until `close`, those count as one. A gather over `points` that takes
+    longer than `timeout` seconds fails instead of waiting for ever. ValueError where the ranks
+    do not divide by `points`.
     """
     world = world_size()
-    if world % degree:
-        hint = f"start a multiple of {degree} with --nproc_per_node"
-        raise ValueError(f"points_degree {degree} does not divide the {world} ranks: {hint}")
-    if degree == 1:
+    if world % points:
+        hint = f"start a multiple of {points} with --nproc_per_node"
+        raise ValueError(f"points_degree {points} does not divide the {world} ranks: {hint}")
+    if points == 1:
         return None
-    grid = torch.arange(world).reshape(-1, degree)
+    grid = torch.arange(world).reshape(-1, points)
     limit = timedelta(seconds=timeout)
     data = [dist.new_group(column, timeout=PATIENCE) for column in grid.T.tolist()]
-    points = [dist.new_group(row, timeout=limit) for row in grid.tolist()]
-    row, column = divmod(rank(), degree)
-    mine: Any = [data[column], points[row]]
-    return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("data", "points"))
-
-
-def writes(mesh: DeviceMesh | None) -> bool:
-    """-> whether this rank, of those that share images, writes them."""
-    return mesh is None or mesh.get_local_rank("points") == 0
+    rows = [dist.new_group(row, timeout=limit) for row in grid.tolist()]
+    row, column = divmod(rank(), points)
+    mine: Any = [data[column], rows[row]]
+    names = ("data", "points")
+    MESHES.append(DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=names))
+    return MESHES[-1]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """-> the sum over ranks, on every rank; `tensor` stays as it is."""
     total = tensor.clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=MESHES[-1].get_group("data") if MESHES else None)
     return total
 
 
+def any_of(here: bool) -> bool:
+    """-> whether it holds on any process, on every one."""
+    held = torch.tensor([float(here)])
+    if dist.is_initialized():
+        dist.all_reduce(held)
+    return held.item() > 0
+
+
 def barrier() -> None:
-    """Wait until every rank is here."""
-    all_reduce_sum(torch.zeros(1))
+    """Wait until every process is here."""
+    any_of(False)
 
 
 def gather_objects(item: Any) -> list[Any]:
     """-> the items of all ranks in their order, on every rank (pickled among our own ranks)."""
-    if world_size() == 1:
+    return gather_all(item)[:: degree()]
+
+
+def gather_all(item: Any) -> list[Any]:
+    """-> those of all processes."""
+    if not dist.is_initialized():
         return [item]
-    items: list[Any] = [None] * world_size()
+    items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
 
 
 def raise_together(failed: str) -> None:
     """ValueError on every rank, if any failed with a reason: no rank waits for one that went."""
-    reasons = [reason for reason in gather_objects(failed) if reason]
+    reasons = [reason for reason in gather_all(failed) if reason]
     if reasons:
         raise ValueError(reasons[0])
 
@@ -191,7 +211,7 @@ def torchrun(arguments: list[str]) -> int:
         run.main(arguments)
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            if failure.exitcode < 0:  # which says nothing itself
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # which is torchrun's
                 sys.stderr.write(f"Error: rank {rank} was killed by {failure.signal_name()}\n")
                 return 128 - failure.exitcode
         return error.get_first_failure()[1].exitcode

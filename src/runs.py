@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from src import ranks
 from src.files import append_jsonl, read_jsonl, to_json, write_atomically, write_text
-from src.ranks import all_reduce_sum
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBERED = re.compile(r"([0-9]{5,})-")
@@ -264,15 +264,15 @@ class Stop:
     def poll(self) -> None:
         """Raise Stopped where a signal came, once the other ranks are about to reduce.
 
-        Every reduction of a run begins with `agree`, which is what this one meets there.
+        Every reduction of a run begins with `agree`, which is what this one meets there. Ranks
+        that share the rows of a call wait for each other in it, and stop at a reduction alone.
         """
-        if self.signal is not None and not self.held:
+        if self.signal is not None and not self.held and ranks.degree() == 1:
             self.agree()
 
     def agree(self) -> None:
         """Raise Stopped on all ranks where one is asked to stop; all ranks must call this."""
-        asked = 0.0 if self.signal is None or self.held else 1.0
-        if all_reduce_sum(torch.tensor([asked])).item():
+        if ranks.any_of(self.signal is not None and not self.held):
             raise Stopped
 
     def hear(self, number: int, _frame: FrameType | None) -> None:

@@ -18,7 +18,6 @@ SAME = """
 import json, random, torch
 import torch.distributed as dist
 from dataclasses import replace
-from datetime import timedelta
 from backends.generate import Job, generate
 from backends.mixture import Mixture, mixture_backend
 from backends.pipelines import wrap
@@ -37,9 +36,8 @@ CPU, LIMIT = torch.device("cpu"), 300
 WAYS, FAMILIES, FUZZ = {ways}, {families}, {fuzz}
 ranks.init(CPU)
 torch.set_num_threads(1)
-dist.new_group(timeout=timedelta(seconds=LIMIT))
 meshes = {{"2x2": ranks.point_mesh(2, CPU, LIMIT)}} if "2x2" in WAYS else {{}}
-GROUPS = {{n: dist.new_group(range(n)) for n in range(1, ranks.world_size() + 1)}}
+GROUPS = {{n: dist.new_group(range(n)) for n in range(1, dist.get_world_size() + 1)}}
 results = {{}}
 
 
@@ -66,7 +64,7 @@ def backend_of(name):
 def shared(backend, way):
     if way in meshes:
         return spread(backend, meshes[way])
-    if ranks.rank() >= way:
+    if dist.get_rank() >= way:
         return None
     how = GROUPS[way], backend.dtype, backend.dtype.itemsize < 4
     return replace(backend, denoise=SpreadDenoiser(backend.denoise, *how))
@@ -81,7 +79,7 @@ def compare(name, backend, prompt, sampler, batch, ways, chunk=None, alone_chunk
     for way in ways:
         on = shared(backend, way)
         ours = on and latents(on, chunk)
-        all_of_them = ranks.gather_objects(ours)
+        all_of_them = ranks.gather_all(ours)
         if ranks.is_first():
             assert all(x is None or x.equal(ours) for x in all_of_them), name
             error = (ours - alone).abs().max() / alone.abs().max()
@@ -145,7 +143,7 @@ ranks.init(torch.device("cpu"))
 mesh = ranks.point_mesh(2, torch.device("cpu"), 3)
 backend = load_mixture(find_model("mixture-3x4x4"))
 sampler = Sampler(Euler(), backend.levels.grid("polynomial", 6))
-if ranks.rank() == 1:
+if not ranks.is_first():
     if "{how}" == "dead":
         sys.exit(3)
     time.sleep(8)

@@ -30,6 +30,10 @@ try:
     stop.agree()
 except Stopped:
     out["stopped"] = True
+ranks.point_mesh(2, torch.device("cpu"))  # from here on they share rows, and count as one
+out["as one"] = [ranks.rank(), ranks.world_size(), ranks.share("ab"), ranks.gather_objects("x")]
+out["own sum"], out["writes"] = ranks.all_reduce_sum(mine).tolist(), ranks.is_first()
+out["any"] = ranks.any_of(not out["writes"])
 ranks.close()
 print(json.dumps(out))
 """
@@ -57,6 +61,11 @@ def test_two_processes_split_the_work_add_up_and_stop_together() -> None:
     assert (first["first"], second["first"]) == (True, False)
     assert first["stopped"]
     assert second["stopped"]
+    assert first["as one"] == second["as one"] == [0, 1, ["a", "b"], ["x"]]
+    assert first["own sum"] == first["mine"]
+    assert (first["writes"], second["writes"]) == (True, False)
+    assert first["any"]
+    assert second["any"]
 
 
 def test_progress_in_a_log_is_a_few_lines(
