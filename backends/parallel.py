@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from backends import families
 from backends.base import Backend, ModelOptions
@@ -27,6 +28,7 @@ from backends.load import check_fit
 from backends.pipelines import wrap
 from backends.scheduler import EPDScheduler, chosen, opened
 from backends.sd3 import folding
+from backends.spread import SharedRows
 from solvers.predictor import Predictor
 from src.images import to_bytes
 from src.text import meet
@@ -40,13 +42,16 @@ def parallel(
     *,
     points: str | None = None,
     guidance: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> "Parallel":
     """A stock pipeline with a predictor, called like the pipeline with the pipeline's arguments.
 
     `points` is "rows" or "sequence" (one after another); None is rows where the pipeline takes
     them. guidance="rows" makes the negative prompt rows of the batch as well, mixed by the
     predictor's solver; "pipeline" leaves it to the pipeline. None is rows where the table guides
-    by itself. Raises ValueError, with the reason, for what the pipeline cannot do.
+    by itself. With a `mesh` the ranks of its dimension `points` share the rows of each call: each
+    calls this, and what it gives, with the same arguments. Raises ValueError, with the reason,
+    for what the pipeline cannot do.
     """
     learned = opened(predictor)
     guides = any(p.table.guidance is not None for p in learned)
@@ -68,7 +73,7 @@ def parallel(
         for why in (why for why, holds in refused.items() if holds):
             raise ValueError(f"{type(pipe).__name__} cannot take guidance as rows: {why}")
     EPDScheduler.from_predictor(learned, like=pipe.scheduler)
-    return Parallel(pipe, tuple(learned), CachedPrompts(pipe), points, guidance == "rows")
+    return Parallel(pipe, tuple(learned), CachedPrompts(pipe), points, guidance == "rows", mesh)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Parallel:
     prompts: CachedPrompts
     points: str = "rows"
     rows_of_guidance: bool = False
+    mesh: DeviceMesh | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline returns for these arguments; the solver is the predictor's."""
@@ -118,7 +124,9 @@ class Parallel:
             inputs = getattr(callback, "tensor_inputs", None)
             if inputs is not None:
                 given["callback_on_step_end_tensor_inputs"] = inputs
-        with installed(self.pipe, scheduler, self.prompts):
+        if self.mesh and given.get("generator") is None and given.get("latents") is None:
+            raise ValueError("ranks need the same noise: give generator=torch.Generator()")
+        with shared(self.pipe, self.mesh), installed(self.pipe, scheduler, self.prompts):
             return self.pipe(**given)
 
 
@@ -232,44 +240,81 @@ def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[.
 
 def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
     """Hooks by which a network sees one of an image's rows where they are alike."""
-    copies, cut = scheduler.copies, [False]
+    copies = scheduler.copies
+
+    def repeated(value: Any, _count: int) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(copies, 0)
+        return [row for row in value for _ in range(copies)]
+
+    def alike() -> bool:
+        return scheduler.running.alike
+
+    return fewer_rows(network, alike, lambda rows: rows[::copies], repeated)
+
+
+@contextmanager
+def shared(pipe: Any, mesh: DeviceMesh | None) -> Iterator[None]:
+    """A pipeline whose network's rows are shared by the ranks of `points`, if there is a mesh."""
+    handles: list[Any] = []
+    if mesh:
+        ranks = SharedRows(mesh.get_group("points"))
+
+        def all_of(value: Any, count: int) -> Any:
+            if isinstance(value, list):
+                return list(ranks.all_of(torch.stack(value), count))
+            return ranks.all_of(value, count)
+
+        network = pipe.components.get("transformer") or pipe.unet
+        handles = fewer_rows(network, lambda: True, ranks.own, all_of)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fewer_rows(
+    network: torch.nn.Module,
+    when: Callable[[], bool],
+    pick: Callable[[Any], Any],
+    restore: Callable[[Any, int], Any],
+) -> list[Any]:
+    """Hooks by which a network sees some of its rows, tensors or lists, and answers for all.
+
+    Those of a later call of this are around those of an earlier one.
+    """
+    rows = [0]  # of the call, 0 where it sees all
 
     def before(_module: Any, args: Any, kwargs: Any) -> Any:
-        cut[0] = scheduler.running.alike
-        if not cut[0]:
-            return None
         first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        thin = partial(thinned, rows=len(first), copies=copies, listed=isinstance(first, list))
+        rows[0] = len(first) if when() else 0
+        if not rows[0]:
+            return None
+        thin = partial(thinned, rows=rows[0], pick=pick, listed=isinstance(first, list))
         return thin(args), thin(kwargs)
 
     def after(_module: Any, _args: Any, output: Any) -> Any:
-        if not cut[0]:
+        if not rows[0]:
             return None
         if isinstance(output, tuple):
-            return (spread(output[0], copies), *output[1:])
-        return replace(output, sample=spread(output.sample, copies))
+            return (restore(output[0], rows[0]), *output[1:])
+        return replace(output, sample=restore(output.sample, rows[0]))
 
-    handles = [network.register_forward_pre_hook(before, with_kwargs=True)]
+    handles = [network.register_forward_pre_hook(before, with_kwargs=True, prepend=True)]
     return [*handles, network.register_forward_hook(after)]
 
 
-def thinned(value: Any, *, rows: int, copies: int, listed: bool) -> Any:
-    """Arguments of a network with one of the copies of each row, at any depth."""
-    thin = partial(thinned, rows=rows, copies=copies, listed=listed)
+def thinned(value: Any, *, rows: int, pick: Callable[[Any], Any], listed: bool) -> Any:
+    """Arguments of a network with some of their rows, at any depth."""
+    thin = partial(thinned, rows=rows, pick=pick, listed=listed)
     if isinstance(value, Tensor):
-        return value[::copies] if value.ndim and len(value) == rows else value
+        return pick(value) if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
         return {name: v if name in PLACES else thin(v) for name, v in value.items()}
     if listed and isinstance(value, list) and len(value) == rows:
-        return value[::copies]
+        return pick(value)
     return type(value)(map(thin, value)) if isinstance(value, list | tuple) else value
-
-
-def spread(value: Any, copies: int) -> Any:
-    """Rows of a network's output, each as often as it has copies."""
-    if isinstance(value, Tensor):
-        return value.repeat_interleave(copies, 0)
-    return [row for row in value for _ in range(copies)]
 
 
 # --- our own loop on a pipeline's parts ---------------------------------------------------

@@ -8,6 +8,7 @@ Shapes: R rows of a call, n ranks, * one latent.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,55 +23,37 @@ DIRECT = ("edm", "analytic")
 
 
 @dataclass
-class SpreadDenoiser:
-    """A denoiser whose rows are evaluated by the ranks of a group, each its share.
+class SharedRows:
+    """Rows of calls that the ranks of a group share.
 
-    Answers travel in `dtype`, the network's own. `as_slope` sends (x - x0) / sigma, what most
-    networks estimate, so that half precision loses nothing that the network gave. Every rank
-    must ask the same questions in the same order.
+    Every rank must ask the same questions in the same order.
     """
 
-    denoiser: Denoiser
     group: dist.ProcessGroup
-    dtype: torch.dtype
-    as_slope: bool = False
     calls: int = 0
     buffers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [R, *] at sigma [R] -> x0 [R, *], the same on every rank."""
-        self.calls += 1
-        ranks, mine = self.group.size(), self.group.rank()
-        share = -(-len(x) // ranks)
+    def own(self, rows: Any) -> Any:
+        """Rows [R, *] -> this rank's [R / n, *], rounded up; of a list of rows, a list."""
+        ranks = self.group.size()
+        own, last = rows[self.group.rank() :: ranks], rows[-1:]
+        if len(own) * ranks >= len(rows):
+            return own
+        # a rank without a last row takes another again: no rank is later for it
+        return own + last if isinstance(rows, list) else torch.cat([own, last])
 
-        def part(rows: Tensor) -> Tensor:
-            own = rows[mine::ranks]
-            # a rank without a last row takes another again: no rank is later for it
-            return own if len(own) == share else torch.cat([own, rows[-1:]])
-
-        own = None
-        if cond:
-            null = cond.null and {name: part(rows) for name, rows in cond.null.items()}
-            own = Condition({name: part(rows) for name, rows in cond.given.items()}, null)
-        wide = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        answer = self.denoiser(part(x), part(sigma), own)
-        if self.as_slope:
-            answer = (part(x) - answer) / part(wide)
-        rows = self.collect(answer.to(self.dtype).contiguous(), ranks)
-        rows = rows.transpose(0, 1).flatten(0, 1)[: len(x)].to(x.dtype, copy=True)
-        return x - wide * rows if self.as_slope else rows
-
-    def collect(self, answer: Tensor, ranks: int) -> Tensor:
-        """The answers of all ranks [n, R / n, *], from this one's [R / n, *].
+    def all_of(self, own: Tensor, count: int) -> Tensor:
+        """Own answers [R / n, *] -> those of all R = count rows, in their order.
 
         Raises ValueError where a rank has died or is behind by more than the time limit.
         """
-        shape = (ranks, *answer.shape)
+        self.calls += 1
+        shape = (self.group.size(), *own.shape)
         if shape not in self.buffers:
-            self.buffers[shape] = answer.new_empty(shape)
+            self.buffers[shape] = own.new_empty(shape)
         buffer = self.buffers[shape]
         try:
-            dist.all_gather_into_tensor(buffer.flatten(0, 1), answer, group=self.group)
+            dist.all_gather_into_tensor(buffer.flatten(0, 1), own.contiguous(), group=self.group)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise ValueError(
@@ -78,7 +61,35 @@ class SpreadDenoiser:
                 f"{self.calls}: one has died or is too slow for --timeout ({reason}); images "
                 "that are written stay, and the same command goes on"
             ) from error
-        return buffer
+        # never a view of the buffer, which the next call fills
+        return buffer.transpose(0, 1).reshape(-1, *own.shape[1:])[:count].clone()
+
+
+@dataclass
+class SpreadDenoiser:
+    """A denoiser whose rows are evaluated by the ranks of a group, each its share.
+
+    Answers travel in `dtype`, the network's own. `as_slope` sends (x - x0) / sigma, what most
+    networks estimate, so that half precision loses nothing that the network gave.
+    """
+
+    denoiser: Denoiser
+    rows: SharedRows
+    dtype: torch.dtype
+    as_slope: bool = False
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        """x [R, *] at sigma [R] -> x0 [R, *], the same on every rank."""
+        part, own = self.rows.own, None
+        if cond:
+            null = cond.null and {name: part(rows) for name, rows in cond.null.items()}
+            own = Condition({name: part(rows) for name, rows in cond.given.items()}, null)
+        wide = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        answer = self.denoiser(part(x), part(sigma), own)
+        if self.as_slope:
+            answer = (part(x) - answer) / part(wide)
+        rows = self.rows.all_of(answer.to(self.dtype), len(x)).to(x.dtype)
+        return x - wide * rows if self.as_slope else rows
 
 
 def spread(backend: Backend, mesh: DeviceMesh | None) -> Backend:
@@ -87,7 +98,7 @@ def spread(backend: Backend, mesh: DeviceMesh | None) -> Backend:
         return backend
     denoise = SpreadDenoiser(
         backend.denoise,
-        mesh.get_group("points"),
+        SharedRows(mesh.get_group("points")),
         backend.dtype,
         as_slope=backend.dtype.itemsize < 4 and backend.family not in DIRECT,
     )

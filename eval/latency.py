@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from backends.base import Backend
 from backends.generate import Job, generate
-from backends.spread import SpreadDenoiser, spread
+from backends.spread import SharedRows, spread
 from eval.machine import clock
 from solvers.epd import EPD, Directions
 from solvers.field import Condition
@@ -87,8 +87,7 @@ def time_shared(backend: Backend, mesh: DeviceMesh, repeats: int) -> Tables:
     """
     n, device, threads = mesh["points"].size(), backend.device, torch.get_num_threads()
     shared = spread(backend, mesh)
-    assert isinstance(shared.denoise, SpreadDenoiser)
-    collect = shared.denoise.collect
+    rows_of_all = SharedRows(mesh.get_group("points"))
 
     def timed(work: Callable[[], object]) -> float:
         ranks.barrier()
@@ -109,7 +108,7 @@ def time_shared(backend: Backend, mesh: DeviceMesh, repeats: int) -> Tables:
     @cache
     def gather(rows: int) -> float:
         own = torch.zeros(ceil(rows / n), *backend.shape, device=device, dtype=backend.dtype)
-        return median(timed(lambda: collect(own, n)) for _ in range(repeats))
+        return median(timed(lambda: rows_of_all.all_of(own, rows)) for _ in range(repeats))
 
     def combination(points: int, rate: float, batch: int) -> dict[str, Any]:
         sampler = even_points(backend.levels, points, NUM_STEPS, rate)
