@@ -187,7 +187,7 @@ def measured(count: int, **what: Any) -> dict[str, float]:
 
 QUICK = ("mixture", "edm", "sd3")
 ALL = (*QUICK, "ldm", "flux", "sd3 in bfloat16")
-WAYS = {
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks": (2, {"ways": [2], "families": QUICK, "fuzz": 0}),
     "any ranks": (4, {"ways": [2, 3, 4, "2x2"], "families": ALL, "fuzz": 0}),
     "fuzz": (4, {"ways": [], "families": (), "fuzz": 50}),
@@ -236,8 +236,10 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(
     def run(last: int) -> subprocess.Popen[str]:
         command = [sys.executable, *f"{words}{last} --outdir {tmp_path / 'out'}".split()]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=environment, cwd=ROOT, text=True, stdout=pipe, stderr=pipe
+        )
 
     launcher = run(20000)
     while len(list(tmp_path.glob("out/*.png"))) < 10:
