@@ -125,15 +125,13 @@ score() {
 
 # The same seeds by several methods at as many calls, the last one fine: pictures, and how far each is from the last.
 demo() {
-  local out=samples/demo calls=3 table
+  local out=samples/demo table
   setup
   rm -rf "$out"
   draw() { "$VENV_PYTHON" sample.py --outdir "$out/$1" "${@:2}"; }
   beside() {
     local name=$1 to=$out/$1
-    set -- "$name hand-made=$to/1" "$name EPD=$to/2" "$name ours=$to/3" "$name fine=$to/4"
-    [ -e "$to/3" ] || set -- "$1" "$2" "$4"
-    "$VENV_PYTHON" -m src.figures "$@" --output "$to.png"
+    "$VENV_PYTHON" -m src.figures "$name hand-made=$to/1" "$name EPD=$to/2" "$name ours=$to/3" "$name fine=$to/4" --output "$to.png"
   }
   printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then finely\n'
   draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --seeds 0-7 --grid "$@"
@@ -141,12 +139,11 @@ demo() {
   draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
   draw fashion/4 --solver ipndm-4 --num_steps 19 --seeds 0-7 "$@"
   table=$(beside fashion | sed '/^picture/d')
-  [ -e exps/tiny-sd3/epd-multistep-k2-3nfe.pkl ] || calls=6
-  printf 'Emoji by text in %s calls: the same\n' "$calls"
+  printf 'Emoji by text in 3 calls, but for EPD, which makes 4: the same\n'
   set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
-  draw emoji/1 --solver euler --num_steps "$((calls + 1))" --guidance_rate 4 "$@"
-  draw emoji/2 --predictor "tiny-sd3/epd-k2-${calls}nfe" "$@"
-  [ "$calls" = 6 ] || draw emoji/3 --predictor "tiny-sd3/epd-multistep-k2-${calls}nfe" "$@"
+  draw emoji/1 --solver euler --num_steps 4 --guidance_rate 4 "$@"
+  draw emoji/2 --predictor tiny-sd3/epd-k2-4nfe "$@"
+  draw emoji/3 --predictor tiny-sd3/epd-multistep-k2-3nfe "$@"
   draw emoji/4 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
   printf '%s\n' "$table"
   beside emoji | sed '1d; /^picture/d'

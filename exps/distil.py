@@ -31,6 +31,14 @@ def options(solver: str, points: int, calls: int, *more: str) -> tuple[str, tupl
     return f"{solver}-k{points}-{calls}nfe", (*own, *FEW, *more)
 
 
+def by_distribution(points: int, calls: int) -> tuple[str, tuple[str, ...]]:
+    """The same for a parallel multistep table that goes on by what sets of samples look like."""
+    start = f"epd-multistep-k{points}-{calls}nfe"
+    more = ("--features", "fashion-judge", "--distance", "distribution")
+    init = ("--init", f"exps/fashion-mnist-32/{start}.pkl", "--num_points", str(points))
+    return f"{start}-distribution", (*init, *more)
+
+
 SETS = {
     "fashion-mnist-32": dict(
         [
@@ -40,11 +48,11 @@ SETS = {
             for solver in ("epd", "epd-ipndm", "epd-multistep")
         ]
         + [options("epd-dpmpp", 2, calls, "--rounds", "2") for calls in (3, 5)]
+        + [by_distribution(points, calls) for points, calls in ((1, 3), (2, 3), (2, 5))]
     ),
     "tiny-sd3": dict(
-        [options("epd-multistep", k, calls, *EMOJI) for calls in (2, 3, 4, 5, 7) for k in (1, 2)]
-        + [options(s, 2, calls, *EMOJI) for calls in (2, 4) for s in ("epd", "epd-ipndm")]
-        + [options("epd", 2, calls, *EMOJI) for calls in (6, 10)]
+        [options("epd-multistep", 2, calls, *EMOJI) for calls in (2, 3, 4, 5)]
+        + [options("epd", 2, calls, *EMOJI) for calls in (4, 6, 10)]
         + [options("epd", 2, calls, *EMOJI, "--rounds", "1") for calls in (14, 20)]
     ),
 }

@@ -28,7 +28,8 @@ def by_prompt(scorer: Scorer) -> Scoring:
     """A scorer of texts as one of jobs."""
 
     def scoring(images: Tensor, jobs: Sequence[Job]) -> Mapping[str, Tensor]:
-        return scorer(images, ["" if job.prompt is None else str(job.prompt) for job in jobs])
+        texts = ["" if job.prompt is None else str(job.prompt) for job in jobs]
+        return scorer(images.expand(-1, 3, -1, -1), texts)
 
     return scoring
 

@@ -51,8 +51,8 @@ def thumbnails(images: Tensor) -> Tensor:
 class Task:
     """A predictor's sampler to start from, the model that it samples with, and what judges it.
 
-    Raises ValueError for no prompts, fewer than two held-out prompts, a prompt that is in both,
-    and batches below 1.
+    Raises ValueError for no prompts, fewer than two held-out prompts, a text that is in both,
+    and batches below 1. Classes may be in both: their noises are others.
     """
 
     backend: Backend
@@ -73,8 +73,8 @@ class Task:
         if not self.prompts or len(self.held_out) < 2:
             count = f"{len(self.prompts)} and {len(self.held_out)}"
             raise ValueError(f"training needs prompts and 2 or more held-out ones, not {count}")
-        both = set(self.prompts) & set(self.held_out)
-        if both:
+        both = {text for text in self.held_out if isinstance(text, str)} & set(self.prompts)
+        if both:  # of classes there are few: there, only noises are held out
             raise ValueError(f"{sorted(map(str, both))[0]!r} is trained on and held out: drop one")
         if self.batch < 1 or self.decode_batch < 1:
             raise ValueError(f"batch {self.batch}, decode_batch {self.decode_batch}: 1 or more")
