@@ -70,11 +70,14 @@ class FashionJudge:
         """What the last layer sees, [B, 128], for images [B, 1 or 3, H, W] in [0, 1]."""
         return self.network.features(self._grey(images))
 
+    def log_probabilities(self, images: Tensor) -> Tensor:
+        """ln p of each class, [B, 10]; as `features`, with a gradient."""
+        return F.log_softmax(self.network(self._grey(images)), -1)
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As Reward; a prompt is a class by number ("7") or by name ("Sneaker")."""
         rows = torch.tensor([class_of(prompt) for prompt in prompts], device=self.device)
-        log_p = F.log_softmax(self.network(self._grey(images)), -1)
-        return log_p.gather(1, rows[:, None])[:, 0].to(images.device)
+        return self.log_probabilities(images).gather(1, rows[:, None])[:, 0].to(images.device)
 
     def _grey(self, images: Tensor) -> Tensor:
         grey = images.to(self.device, torch.float32).mean(1, keepdim=True)

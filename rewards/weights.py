@@ -164,9 +164,11 @@ def inside(path: Path, weight: Weight) -> Path:
 
 def cached(weight: Weight) -> Iterator[Path]:
     """Where the hub's own cache has them whole; a model may be there as a file or a pipeline."""
+    if not weight.repo or not find_spec("huggingface_hub"):
+        return
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (it takes a second)
 
-    for name in dict.fromkeys((*weight.wanted, "model_index.json")) if weight.repo else ():
+    for name in dict.fromkeys((*weight.wanted, "model_index.json")):
         path = None if "*" in name else try_to_load_from_cache(weight.repo, name)
         if isinstance(path, str):
             folder = weight.is_folder or name == "model_index.json"

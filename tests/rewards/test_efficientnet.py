@@ -116,6 +116,7 @@ def test_the_judge_of_clothes_scores_classes_by_number_and_name_with_a_gradient(
     assert JUDGE.stat().st_size < 1_000_000
     log_p = torch.stack([judge(given, [str(i)] * 3) for i in range(10)], 1)
     assert log_p.exp().sum(1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    assert torch.equal(log_p, judge.log_probabilities(given))
     scores = judge(given, ["7", "sneaker", "T-shirt/top"])
     assert scores.tolist() == log_p[[0, 1, 2], [7, 7, 0]].tolist()
     assert has_gradient(judge, prompt="7")
