@@ -228,7 +228,7 @@ def page(
     meaning: Mapping[str, str],
     subjects: str,
 ) -> str:
-    """-> report.html.
+    """The text of report.html.
 
     strips: the same jobs under every candidate, the fine solution last; tables: drawn tables by
     name; facts, meaning: what is said of the comparison and of its figures, by name; subjects:

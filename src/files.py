@@ -48,7 +48,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """-> JSON that every reader takes: NaN, infinity and foreign objects are a ValueError."""
+    """JSON that every reader takes: NaN, infinity and foreign objects are a ValueError."""
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -56,7 +56,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def from_json(text: str, name: str) -> Any:
-    """-> the value of a JSON text; ValueError, naming the file `name`, where it is broken."""
+    """The value of a JSON text; ValueError, naming the file `name`, where it is broken."""
 
     def no_constant(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a JSON number")
@@ -71,12 +71,12 @@ def from_json(text: str, name: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """-> the value in a JSON file. ValueError if it is missing, unreadable or broken."""
+    """The value in a JSON file. ValueError if it is missing, unreadable or broken."""
     return from_json(read_text(path), str(path))
 
 
 def read_text(path: str | Path) -> str:
-    """-> the UTF-8 text of a file. ValueError if it is missing or unreadable."""
+    """The UTF-8 text of a file. ValueError if it is missing or unreadable."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -103,7 +103,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """-> the records of a JSON-lines file, but not a last line that was never finished.
+    """The records of a JSON-lines file, but not a last line that was never finished.
 
     ValueError if the file is missing or a whole line is broken.
     """
@@ -112,7 +112,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """-> the one of `names` (at least one) that is most like `name`, for "did you mean"."""
+    """The one of `names` (at least one) that is most like `name`, for "did you mean"."""
     by_lower = {n.lower(): n for n in names}
     assert by_lower, "nearest() needs a name to choose from"
     return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]

@@ -42,7 +42,7 @@ def save_png(path: str | Path, image: Tensor, text: Mapping[str, Any] | None = N
 
 
 def png_bytes(image: Tensor, text: Mapping[str, Any] | None = None) -> bytes:
-    """-> the content of a PNG file of one image [C, H, W] in [0, 1]; C = 1 makes a grey one.
+    """The content of a PNG file of one image [C, H, W] in [0, 1]; C = 1 makes a grey one.
 
     Each entry of `text` becomes a text chunk: a string as it is, anything else as JSON.
     ValueError for other shapes, NaN, and what `to_json` refuses.
@@ -60,7 +60,7 @@ def png_bytes(image: Tensor, text: Mapping[str, Any] | None = None) -> bytes:
 
 
 def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
-    """-> the image [C, H, W] (float32, C = 1 for grey, else 3) and its text chunks.
+    """The image [C, H, W] (float32, C = 1 for grey, else 3) and its text chunks.
 
     What is transparent shows white. ValueError for a file that is missing or no whole PNG.
     """
@@ -69,7 +69,7 @@ def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def png_text(path: str | Path) -> dict[str, str]:
-    """-> the text chunks of a PNG, its pixels unread; ValueError where it is missing or none."""
+    """The text chunks of a PNG, its pixels unread; ValueError where it is missing or none."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
@@ -80,7 +80,7 @@ def png_text(path: str | Path) -> dict[str, str]:
 def read_image(
     file: str | Path | IO[bytes], name: str, formats: tuple[str, ...] = FORMATS
 ) -> tuple[Tensor, dict[str, str]]:
-    """-> the image [C, H, W] in uint8 (C = 1 for grey, else 3) and its text chunks.
+    """The image [C, H, W] in uint8 (C = 1 for grey, else 3) and its text chunks.
 
     What is transparent shows white. ValueError, with `name`, for a file that is missing or no
     whole image of one of these formats.

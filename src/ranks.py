@@ -57,37 +57,37 @@ def close() -> None:
 
 
 def rank() -> int:
-    """-> which process this is, from 0; the same for all that share rows."""
+    """Which process this is, from 0; the same for all that share rows."""
     return dist.get_rank() // degree() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """-> how many processes there are, those that share rows counting as one."""
+    """How many processes there are, those that share rows counting as one."""
     return dist.get_world_size() // degree() if dist.is_initialized() else 1
 
 
 def degree() -> int:
-    """-> how many processes share the rows of an image."""
+    """How many processes share the rows of an image."""
     return MESHES[-1]["points"].size() if MESHES else 1
 
 
 def is_first() -> bool:
-    """-> whether this is the process that prints and writes the common files."""
+    """Whether this is the process that prints and writes the common files."""
     return rank() == 0 and writes()
 
 
 def writes() -> bool:
-    """-> whether this process, of those that share images, writes them."""
+    """Whether this process, of those that share images, writes them."""
     return not MESHES or MESHES[-1].get_local_rank("points") == 0
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """-> this rank's part: every n-th item."""
+    """The part of this rank: every n-th item."""
     return list(items[rank() :: world_size()])
 
 
 def point_mesh(points: int, device: torch.device, timeout: float = 600.0) -> DeviceMesh | None:
-    """-> the ranks as a mesh of `data` x `points`, so many of them sharing each image's rows.
+    """The ranks as a mesh of `data` x `points`, so many of them sharing each image's rows.
 
     None for 1. From then on, until `close`, those count as one. A gather over `points` that takes
     longer than `timeout` seconds fails instead of waiting for ever. ValueError where the ranks
@@ -111,7 +111,7 @@ def point_mesh(points: int, device: torch.device, timeout: float = 600.0) -> Dev
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """-> the sum over ranks, on every rank; `tensor` stays as it is."""
+    """The sum over ranks, on every rank; `tensor` stays as it is."""
     total = tensor.clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         dist.all_reduce(total, group=MESHES[-1].get_group("data") if MESHES else None)
@@ -119,7 +119,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def any_of(here: bool) -> bool:
-    """-> whether it holds on any process, on every one."""
+    """Whether it holds on any process, on every one."""
     held = torch.tensor([float(here)])
     if dist.is_initialized():
         dist.all_reduce(held)
@@ -132,12 +132,12 @@ def barrier() -> None:
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """-> the items of all ranks in their order, on every rank (pickled among our own ranks)."""
+    """The items of all ranks in their order, on every rank (pickled among our own ranks)."""
     return gather_all(item)[:: degree()]
 
 
 def gather_all(item: Any) -> list[Any]:
-    """-> those of all processes."""
+    """Those of all processes."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()

@@ -97,7 +97,7 @@ class Samples:
 
 
 def usual_folder(about: Mapping[str, Any]) -> Path:
-    """-> samples/MODEL/METHOD; a dot may be of a name (3.5-medium), and not of a suffix."""
+    """The place samples/MODEL/METHOD; a dot may be of a name (3.5-medium), and not of a suffix."""
     model, method = (
         path.stem if path.suffix in (".pkl", ".json", ".ckpt", ".safetensors") else path.name
         for path in (Path(about["model"]), Path(about["predictor"] or about["solver"]))
@@ -106,11 +106,11 @@ def usual_folder(about: Mapping[str, Any]) -> Path:
 
 
 def recipe_in(path: Path) -> dict[str, Any]:
-    """-> what a PNG says of itself, nothing if it says nothing; ValueError if it is no PNG."""
+    """What a PNG says of itself, nothing if it says nothing; ValueError if it is no PNG."""
     recipe = from_json(png_text(path).get("recipe", "{}"), str(path))
     return recipe if isinstance(recipe, dict) else {}
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """-> the value as it is read again from a file: tuples have become lists."""
+    """The value as it is read again from a file: tuples have become lists."""
     return from_json(to_json(value), INDEX)

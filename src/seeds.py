@@ -44,7 +44,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def generator(seed: int, stream: int | str = 0) -> torch.Generator:
-    """-> a CPU generator for one sample and one purpose.
+    """A CPU generator for one sample and one purpose.
 
     Stream 0 below 2^32 is `manual_seed(seed)`, the numbers that others know a seed by. torch's
     CPU generator reads no more than 32 bits of its seed, so larger seeds and the other streams
