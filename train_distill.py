@@ -99,7 +99,7 @@ def main(
     device = torch.device("cpu") if dry_run else ranks.init(options["device"])
     if settings.name == Settings.name:
         settings = replace(settings, name=backbone.model.rstrip("/").rpartition("/")[2])
-    with ranks.progress(None, "call") as bar, stop.listening():
+    with ranks.progress(None, "call") as bar:
 
         def poll() -> None:
             """Before a call of the network: count it, and stop here where that is asked for."""
@@ -112,14 +112,19 @@ def main(
             return ranks.all_reduce_sum(tensor)
 
         model = opened(backbone, settings, device)
-        problem = make_problem(replace(model, cache=cache, poll=poll, reduce=agreed), settings)
+        if cache:
+            path = find_model(backbone.model)
+            key = fingerprint(path) if path.exists() else backbone.model
+            model = replace(model, cache=cache, about={**model.about, "model": key})
+        problem = make_problem(replace(model, poll=poll, reduce=agreed), settings)
         if dry_run:
             levels = {"backend": model.backend.family, "sigmas": problem.student.sigmas}
             click.echo(to_json(vars(backbone) | vars(problem.settings) | levels, 2))
             return
         run = open_run(backbone, problem.settings, folder, outdir)
         try:
-            distil(problem, run, stop, resume)
+            with stop.listening():
+                distil(problem, run, stop, resume)
         except Stopped:
             run.log("stopped: go on with --resume")
             sys.exit(stop.exit_status)
@@ -262,7 +267,7 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
         texts = [str(prompt_of(number)) for number in numbers]
         return scorer(backend.decode(x).expand(-1, 3, -1, -1), texts)
 
-    key = {"model": fingerprint(path), "dtype": str(backend.dtype), "prompts": list(prompts)}
+    key = {"dtype": str(backend.dtype), "prompts": list(prompts)}
     key |= {"class": b.label, "negative_prompt": b.negative_prompt}
     return Model(
         backend,
