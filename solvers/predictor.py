@@ -138,7 +138,7 @@ def validate(predictor: Predictor) -> Predictor:
         limits, values["sum of weight"] = LIMITS | WEIGHTS, table.weight.double().sum(-1)
     for name, tensor in values.items():
         low, high = limits.get(name, (-math.inf, math.inf))
-        wrong = ~(tensor.isfinite() & (tensor >= low) & (tensor <= high))
+        wrong = ~(tensor.isfinite() & (tensor.double() >= low) & (tensor <= high))
         if wrong.any():
             place = wrong.nonzero()[0].tolist()
             value = f"{name}{place} is {tensor[tuple(place)].item():.9g}"

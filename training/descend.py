@@ -163,7 +163,8 @@ def descend(
         if not bool(theta.isfinite().all()):
             return math.inf
         y, error = looks(theta)
-        return objective(y, targets, error).item() if bool(y.isfinite().all()) else math.inf
+        seen = objective(y, targets, error).item() if bool(y.isfinite().all()) else math.inf
+        return seen if math.isfinite(seen) else math.inf
 
     def linearise(theta: Tensor, nudge: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
         linear = linearised(student, theta, batches, lens, nudge, reduce)
