@@ -120,8 +120,11 @@ def state_of_encoders(pipe: Any) -> Any:
     adapters = [repr([own[name] for name in ADAPTERS if name in own]) for own in layers]
     words = [len(part) for n, part in parts.items() if n.startswith("tokenizer") and part]
     # which tensor, how often it was changed in place, and a number, as `.data` is not counted
-    numbers = [(id(t), t._version, t.detach()[(0,) * t.ndim].item()) for t in tensors]
-    return [id(part) for part in parts.values()], adapters, words, numbers
+    versions, firsts = [(id(t), t._version) for t in tensors], dict[Any, list[Tensor]]()
+    for t in tensors:
+        firsts.setdefault((t.device, t.dtype), []).append(t.detach()[(0,) * t.ndim])
+    numbers = [torch.stack(each).double().tolist() for each in firsts.values()]  # one wait each
+    return [id(part) for part in parts.values()], adapters, words, versions, numbers
 
 
 def joined(parts: list[Any]) -> Any:

@@ -83,6 +83,7 @@ def calls_of(sampler: Sampler, copies: int) -> list[Call]:
     """A sampler's calls in order, seen by running it on nothing."""
     calls: list[Call] = []
     loop, slopes = Loop.start(torch.zeros(1, 1)), []
+    sampler = sampler.at(loop.x)  # its table may be on a GPU already
     while loop.index < len(sampler.sigmas) - 1:
         try:
             loop, slopes = advanced(sampler, loop, slopes), []
