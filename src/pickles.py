@@ -447,6 +447,13 @@ def tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Te
     return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
 
 
+def tensor_of_dtype(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """`torch._utils._rebuild_tensor_v3`: as v2, with the dtype apart from the storage."""
+    if not isinstance(storage, Tensor) or torch.bool in (rest[2], storage.dtype):
+        raise ValueError("a tensor has no storage that holds its dtype")
+    return tensor(storage.view(rest[2]), offset, size, stride)
+
+
 def encoded(text: Any, encoding: Any = "latin1") -> bytes:
     """`_codecs.encode`: how protocols 0 to 2 write bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
@@ -467,12 +474,12 @@ def first(value: Any, *_rest: Any) -> Any:
     return value
 
 
-WRAPPERS = ("intlist", "doublelist", "boollist", "tensorlist")
 INSTANCES = {"copyreg._reconstructor": 2, "copyreg.__newobj__": 1}
 """How protocols 0 and 1 write instances: the class first, its arguments from there on."""
 TENSORS: dict[Global, Callable[..., Tensor]] = {
     Global("torch._utils._rebuild_tensor"): tensor,
     Global("torch._utils._rebuild_tensor_v2"): tensor,
+    Global("torch._utils._rebuild_tensor_v3"): tensor_of_dtype,
     Global("torch._utils._rebuild_parameter"): first,
     Global("torch._utils._rebuild_parameter_with_state"): first,
 }
@@ -481,7 +488,7 @@ MAKERS: dict[str, Callable[..., object]] = {
     "torch._tensor._rebuild_from_type_v2": lambda make, _kind, args, _state: TENSORS[make](*args),
     "torch.storage._load_from_bytes": load_from_bytes,
     "torch.Size": lambda sizes=(): tuple(whole(n) for n in sizes),
-    **{f"torch.jit._pickle.build_{wrapper}": first for wrapper in WRAPPERS},
+    **{f"torch.jit._pickle.build_{n}list": first for n in ("int", "double", "bool", "tensor")},
     "torch.jit._pickle.restore_type_tag": first,
     "collections.OrderedDict": dict_of,
     "dnnlib.util.EasyDict": dict_of,

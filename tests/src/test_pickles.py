@@ -326,6 +326,7 @@ def test_both_layouts_of_torch_save_read_bit_for_bit(as_zip: bool, tmp_path: Pat
     vars(tagged)["tag"] = 1
     tensors = {
         **{str(kind): torch.tensor([0, 1, 3]).to(kind) for kind in kinds},
+        "uint16": torch.tensor([1, 65535]).to(torch.uint16),
         "complex": torch.tensor([1 + 2j]),
         "transposed": base.reshape(3, 4).t(),
         "part": base[3:7],
