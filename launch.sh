@@ -136,11 +136,11 @@ demo() {
   printf 'Fashion-MNIST in 3 calls, one after another: the best hand-made solver, EPD, ours; then finely\n'
   draw fashion/1 --solver ipndm_v-3 --num_steps 5 --afs --schedule_type time_uniform --seeds 0-7 --grid "$@"
   draw fashion/2 --predictor fashion-mnist-32/epd-k2-3nfe --seeds 0-7 "$@"
-  draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe --seeds 0-7 "$@"
+  draw fashion/3 --predictor fashion-mnist-32/epd-multistep-k2-3nfe-distribution --seeds 0-7 "$@"
   draw fashion/4 --solver ipndm-4 --num_steps 19 --seeds 0-7 "$@"
   table=$(beside fashion | sed '/^picture/d')
   printf 'Emoji by text in 3 calls, but for EPD, which makes 4: the same\n'
-  set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 0-5 "$@"
+  set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 35,53,94,101,134,158 "$@"
   draw emoji/1 --solver euler --num_steps 4 --guidance_rate 4 "$@"
   draw emoji/2 --predictor tiny-sd3/epd-k2-4nfe "$@"
   draw emoji/3 --predictor tiny-sd3/epd-multistep-k2-3nfe "$@"

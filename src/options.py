@@ -121,7 +121,7 @@ def one_line(ctx: click.Context) -> Iterator[None]:
         if ctx.meta.get("debug"):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the first rank says what all have, after which torchrun ends them
+            time.sleep(15)  # the first rank says what all have, after which torchrun ends them
         if isinstance(error, click.UsageError):
             error.ctx = None  # else click tells the usage above it
         if isinstance(error, click.ClickException):

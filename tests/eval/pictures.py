@@ -1,5 +1,6 @@
 """Pictures on disk; cheap features and rewards of them, by a dotted name."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,9 +78,12 @@ def sampled(folder: Path, count: int, *, prompt: str = "a", seed: int = 0) -> Pa
     return folder
 
 
+PROGRESS = re.compile(r"[^:]*: \d+/\d+ images in |\d+/\d+ images in ")
+
+
 def refused(done: Result, words: str) -> None:
     """A command that ended with one line that holds these words."""
     assert done.exit_code != 0
-    lines = [line for line in done.output.strip().splitlines() if " images in " not in line]
+    lines = [line for line in done.output.strip().splitlines() if not PROGRESS.match(line)]
     assert words in lines[-1], done.output
     assert len(lines) == 1, done.output
