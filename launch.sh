@@ -140,7 +140,8 @@ demo() {
   draw fashion/4 --solver ipndm-4 --num_steps 19 --seeds 0-7 "$@"
   table=$(beside fashion | sed '/^picture/d')
   printf 'Emoji by text in 3 calls, but for EPD, which makes 4: the same\n'
-  set -- --model tiny-sd3 --prompt-file src/prompts/emoji-heldout.txt --seeds 35,53,94,101,134,158 "$@"
+  set -- --model tiny-sd3 --prompt "red apple" --prompt rocket --prompt "dog face" --prompt snail \
+    --prompt strawberry --prompt octopus --seeds 0-5 "$@"
   draw emoji/1 --solver euler --num_steps 4 --guidance_rate 4 "$@"
   draw emoji/2 --predictor tiny-sd3/epd-k2-4nfe "$@"
   draw emoji/3 --predictor tiny-sd3/epd-multistep-k2-3nfe "$@"

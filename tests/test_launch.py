@@ -190,5 +190,6 @@ def test_the_demos_commands_are_those_that_people_type(venv: Path, tmp_path: Pat
     lines = [line for line in result.stdout.splitlines() if line.startswith("sample.py")]
     assert len(lines) == 8
     for line in lines:
-        done = CliRunner().invoke(sample.main, [*line.split()[1:], "--dry-run"])
+        words = line.replace("red apple", "red_apple").replace("dog face", "dog_face").split()
+        done = CliRunner().invoke(sample.main, [*words[1:], "--dry-run"])
         assert done.exit_code == 0, done.output
