@@ -144,7 +144,7 @@ demo() {
     --prompt strawberry --prompt octopus --seeds 0-5 "$@"
   draw emoji/1 --solver euler --num_steps 4 --guidance_rate 4 "$@"
   draw emoji/2 --predictor tiny-sd3/epd-k2-4nfe "$@"
-  draw emoji/3 --predictor tiny-sd3/epd-multistep-k2-3nfe "$@"
+  draw emoji/3 --predictor tiny-sd3/epd-multistep-k2-3nfe-emoji "$@"
   draw emoji/4 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
   printf '%s\n' "$table"
   beside emoji | sed '1d; /^picture/d'
