@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import find_model, load_backend
+from backends.spread import spread
 from eval.features import load_space
 from rewards.efficientnet import load_features, prepared
 from rewards.registry import Setup, load_reward
@@ -70,6 +71,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--cache_gb", type=Number(0, min_open=True), default=4.0, help="Its largest size.")
 @click.option("--resume", help="A run's folder, a checkpoint, or latest.")
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: exps/00001-WHAT.")
+@click.option("--points_degree", type=click.IntRange(1), default=1, help="Ranks for a call.")
 @click.option("--device", type=Device(), default="auto")
 @click.option("--dry-run", is_flag=True, help="Print the resolved settings, and do nothing.")
 @click.pass_context
@@ -97,6 +99,7 @@ def main(
         say = functools.partial(click.echo, err=True)
         cache = Cache(options["teacher_cache"], int(options["cache_gb"] * 1e9), say)
     device = torch.device("cpu") if dry_run else ranks.init(options["device"])
+    mesh = None if dry_run else ranks.point_mesh(options["points_degree"], device)
     if settings.name == Settings.name:
         settings = replace(settings, name=backbone.model.rstrip("/").rpartition("/")[2])
     with ranks.progress(None, "call") as bar:
@@ -112,11 +115,14 @@ def main(
             return ranks.all_reduce_sum(tensor)
 
         model = opened(backbone, settings, device)
+        model = replace(model, backend=spread(model.backend, mesh))
         if cache:
             path = find_model(backbone.model)
             key = fingerprint(path) if path.exists() else backbone.model
             model = replace(model, cache=cache, about={**model.about, "model": key})
         problem = make_problem(replace(model, poll=poll, reduce=agreed), settings)
+        if mesh and (cache or problem.settings.method != "fit"):
+            raise ValueError("--points_degree is for --method fit without --teacher-cache")
         if dry_run:
             levels = {"backend": model.backend.family, "sigmas": problem.student.sigmas}
             click.echo(to_json(vars(backbone) | vars(problem.settings) | levels, 2))

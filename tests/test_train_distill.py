@@ -311,17 +311,21 @@ def test_a_signal_costs_at_most_a_tick(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [ADAM, pytest.param(FIT, marks=pytest.mark.slow)],
-    ids=["adam", "fit"],
+    ("options", "more"),
+    [
+        (ADAM, []),
+        pytest.param(FIT, [], marks=pytest.mark.slow),
+        pytest.param(FIT, ["--points_degree", "2"], marks=pytest.mark.slow),
+    ],
+    ids=["adam", "fit", "points"],
 )
 def test_two_ranks_learn_the_table_of_one(
-    distill: Distill, model: Path, tmp_path: Path, options: list[str]
+    distill: Distill, model: Path, tmp_path: Path, options: list[str], more: list[str]
 ) -> None:
     distill(*options, outdir="one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "--nproc_per_node=2", *command(model, tmp_path / "two", *options)],
+        [*launcher, "--nproc_per_node=2", *command(model, tmp_path / "two", *options, *more)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend
+from backends.spread import spread
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
@@ -41,6 +42,7 @@ CLASSES = ("edm", "analytic")
 @click.option("--run-name", "--run_name", help="Instead of run.run_name.")
 @click.option("--max-steps", "--max_steps", type=click.IntRange(1), help="Stop there this time.")
 @click.option("--resume", help="A checkpoint, a run's folder, or latest.")
+@click.option("--points_degree", type=click.IntRange(1), default=1, help="Ranks for an image.")
 @click.option("--device", type=Device(), default="auto")
 @click.option("--dry-run", is_flag=True, help="Check, print the settings, and do nothing.")
 def main(
@@ -49,6 +51,7 @@ def main(
     run_name: str | None,
     max_steps: int | None,
     resume: str | None,
+    points_degree: int,
     device: torch.device,
     dry_run: bool,
 ) -> None:
@@ -61,7 +64,7 @@ def main(
     """  # noqa: D301
     changes = (*override, *([f"run.run_name={to_json(run_name)}"] if run_name else []))
     config, folder = settings(file, changes, resume)
-    check_ranks(config.ppo, int(os.environ.get("WORLD_SIZE", "1")))
+    check_ranks(config.ppo, int(os.environ.get("WORLD_SIZE", "1")) // points_degree)
     predictor = load_predictor(find_predictor(config.data.predictor_snapshot))
     config = resolved(config, predictor.recipe)
     prompts = prompts_of(config)
@@ -72,7 +75,10 @@ def main(
         return
     for line in lacking(config, predictor.recipe):
         raise ValueError(line)
-    task = make_task(config, predictor, prompts, ranks.init(device))
+    device = ranks.init(device)
+    mesh = ranks.point_mesh(points_degree, device)
+    task = make_task(config, predictor, prompts, device)
+    task = dataclasses.replace(task, backend=spread(task.backend, mesh))
     if folder is None:
         first = ranks.is_first()
         place = (config.run.run_name, config.run.output_root)

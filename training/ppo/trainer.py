@@ -258,11 +258,13 @@ def evaluate(session: Session) -> None:
 def save(session: Session) -> None:
     """Write the export, pictures and, last of all, the checkpoint."""
     task, run, step = session.task, session.run, session.progress.step
-    if not run.writes:
+    if ranks.rank():
         return
-    save_predictor(session.predictor(), export_path(run.folder, step))
     sampler = session.start.sampler_of(session.learner.mean())
     images = images_of(task, sampler, fixed_jobs(task.held_out, task.seed, SHOWN))
+    if not run.writes:  # one that shares the rows of the images
+        return
+    save_predictor(session.predictor(), export_path(run.folder, step))
     shown = grid(images.float().cpu().nan_to_num(0.0), gap=2)
     save_png(run.folder / "samples" / f"step{step:06d}.png", shown)
     run.save(step, session.content())

@@ -172,11 +172,16 @@ def test_a_run_that_is_not_there_is_not_resumed(arguments: tuple[str, ...], said
 
 
 @pytest.mark.slow
-def test_two_ranks_write_one_folder_and_the_export_of_one(twins: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("degree", ["1", "2"])
+def test_two_ranks_write_one_folder_and_the_export_of_one(
+    twins: Path, tmp_path: Path, degree: str
+) -> None:
     reward = "reward.type=tests.training.ppo.small:brightness"
     changes = (reward, "reward.weights_path=null", f"run.output_root={tmp_path}")
+    changes += ("model.backend_options.dtype=float32",)  # half an answer travels, in half
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     given = ["-m", "training.ppo.launch", *told("sd3_512", twins, *changes), "--run-name", "two"]
+    given += ["--points_degree", degree]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *command, *given], cwd=ROOT, env=environment, check=True)
     assert start(*told("sd3_512", twins, *changes), "--run-name", "one").exit_code == 0
