@@ -207,9 +207,9 @@ def configured(
 
 def split(values: Mapping[str, Any]) -> tuple[Backbone, Settings]:
     """Values by their names as those of the backbone and those of the settings."""
-    known, own = {n: v for n, v in values.items() if n in DEFAULTS}, vars(Backbone())
-    settings = Settings(**{n: v for n, v in known.items() if n not in own})
-    return Backbone(**{n: v for n, v in known.items() if n in own}), settings
+    own = vars(Backbone())
+    settings = Settings(**{n: v for n, v in values.items() if n in DEFAULTS and n not in own})
+    return Backbone(**{n: v for n, v in values.items() if n in own}), settings
 
 
 def read_config(path: Path) -> dict[str, Any]:
