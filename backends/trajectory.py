@@ -180,7 +180,8 @@ class Trajectory:
 
     def level(self) -> tuple[float, ...]:
         """The level of x in the next call, for each copy of an image."""
-        if self.loop is None or self.now.blank:
+        unbegun = self.loop is None and self.index == self.first
+        if unbegun or self.now.blank:
             return (self.sampler.sigmas[self.now.interval],) * self.copies
         return self.now.sigma
 
