@@ -223,3 +223,30 @@ def test_two_ranks_make_the_images_of_one(sample: Sample, model: Path, tmp_path:
     assert len(two) == 12
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert json.loads((tmp_path / "two" / "samples.json").read_text())["images"][11]["seed"] == 11
+
+
+def test_a_seed_that_diverges_is_named(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(len(x)).reshape(-1, 1, 1, 1) == 1, torch.nan, x)
+
+    monkeypatch.setattr("backends.edm.pixels", decode)
+    result = sample("--num_steps", "2", "--seeds", "7,8,9")
+    assert "seed 8 became NaN" in result.output.splitlines()[-1]
+
+
+def test_subdirs_hold_a_thousand_seeds_each(sample: Sample, tmp_path: Path) -> None:
+    sample("--num_steps", "2", "--seeds", "999,1000", "--subdirs")
+    assert (tmp_path / "out" / "000000" / "000999.png").exists()
+    assert (tmp_path / "out" / "001000" / "001000.png").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_dtype_gives_nearly_the_same_picture(
+    sample: Sample, tmp_path: Path, dtype: str
+) -> None:
+    sample("--num_steps", "4", "--seeds", "0-3")
+    reference = images(tmp_path / "out")
+    sample("--num_steps", "4", "--seeds", "0-3", "--dtype", dtype, "--outdir", str(tmp_path / "d"))
+    other = images(tmp_path / "d")
+    worst = max((other[n] - reference[n]).abs().max().item() for n in reference)
+    assert worst <= (1 / 255 if dtype == "float64" else 0.3)

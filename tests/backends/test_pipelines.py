@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from backends import latents
 from backends.any_pipeline import any_backend
 from backends.base import Backend, ModelOptions
 from backends.flux import pack, unpack
@@ -413,3 +414,36 @@ def test_few_zeros_and_attention_of_ones_own_are_left_alone() -> None:
     assert not fold_zeros(transformer, 256, 4096 + 77)
     transformer.set_attn_processor(dict.fromkeys(transformer.attn_processors, torch.nn.Identity()))
     assert not fold_zeros(transformer, 256, 64)
+
+
+def test_a_vae_in_float16_decodes_in_float32_where_its_config_says_so() -> None:
+    vae, x = twins.vae(4, force_upcast=True), randn([0], (4, 8, 8))
+    exact = latents.decode(vae, x)
+    near = latents.decode(vae.half(), x)
+    assert vae.dtype == torch.float16
+    assert 0 < (near - exact).abs().max() < 2e-3  # its weights alone are rounded
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (["weight"], "of no model that is known"),
+        (
+            ["model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"],
+            "--model_config",
+        ),
+        (
+            [
+                "model.diffusion_model.input_blocks.0.0.weight",
+                "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
+            ],
+            "of 'xl_base' is not served: give its diffusers folder",
+        ),
+    ],
+)
+def test_single_files_of_other_models_are_one_line(
+    tensors: list[str], words: str, tmp_path: Path
+) -> None:
+    save_file({name: torch.zeros(1, 4, 3, 3) for name in tensors}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        load_backend(str(tmp_path / "model.safetensors"))

@@ -169,3 +169,15 @@ def test_features_of_another_shape_are_refused() -> None:
         space(images(2))
     with pytest.raises(ValueError, match="1 or 3"):
         space(torch.zeros(1, 4, 8, 8))
+
+
+def test_an_edited_function_is_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "own_features.py"
+    source.write_text("def f(images):\n    return images.mean((2, 3))\n")
+    before = load_space("own_features:f", CPU)
+    assert before(images(2)).shape == (2, 3)
+    source.write_text("def f(images):\n    return images.amax((2, 3))\n")
+    assert load_space("own_features:f", CPU).version != before.version

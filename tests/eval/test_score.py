@@ -1,6 +1,7 @@
 """A folder scored under its prompts, stopped and gone on with; two folders pair by pair."""
 
 import csv
+import importlib
 import json
 import os
 import socket
@@ -245,3 +246,34 @@ def test_two_ranks_score_what_one_does_and_go_on_with_it(tmp_path: Path) -> None
     assert len(list((two / "scores").glob("cache-*.jsonl"))) == 2
     assert run(two, "--reward", BRIGHT).exit_code == 0
     assert read_csv(two / "scores") == read_csv(one / "scores")
+
+
+def test_an_edited_reward_and_other_weights_are_scored_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = sampled(tmp_path / "a", 3), tmp_path / "own_reward.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    means = []
+    for factor in (1, 100):
+        source.write_text(
+            f"def f(images, prompts):\n    return images.mean((1, 2, 3)) * {factor}\n"
+        )
+        sys.modules.pop("own_reward", None)
+        importlib.invalidate_caches()
+        done = run(folder, "--reward", "own_reward:f")
+        assert done.exit_code == 0, done.output
+        summary = json.loads((folder / "scores/summary.json").read_text())
+        means.append(summary["rewards"]["own_reward:f"]["mean"])
+    assert means[1] == pytest.approx(100 * means[0], rel=1e-5)
+
+
+def test_a_mislabelled_picture_is_scored_under_its_own_prompt(tmp_path: Path) -> None:
+    """As sampling anew into a folder with other seeds leaves them."""
+    folder = sampled(tmp_path / "a", 4)
+    index = json.loads((folder / "samples.json").read_text())
+    index["images"][1]["prompt"] = "somebody else's"
+    index["images"].pop()
+    (folder / "samples.json").write_text(json.dumps(index))
+    done = run(folder, "--reward", BRIGHT)
+    assert "samples.json gives 1 of 4 images another seed or prompt" in done.stderr
+    assert [row["prompt"] for row in read_csv(folder / "scores")] == ["a", "aa", "aaa", "a"]

@@ -1,6 +1,8 @@
 """`clip`, `hps`, `pickscore` and `aesthetic` on twins in the published layouts."""
 
 import json
+import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 from rewards import clip
 from rewards.base import score
 from rewards.clip import TextCache
-from rewards.registry import Setup
+from rewards.registry import Setup, load_rewards
 from tests.rewards.twins import (
     OPEN_CLIP,
     PROMPTS,
@@ -153,3 +155,22 @@ def test_wrong_folders_and_files_are_refused_in_a_line(tmp_path: Path) -> None:
     refused(tmp_path, r"neither open_clip_model\.safetensors nor")
     (tmp_path / "open_clip_config.json").write_text("{}")
     refused(tmp_path, "it has no object 'model_cfg'")
+
+
+def test_half_precision_is_off_on_a_cpu_and_a_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_open_clip_folder(tmp_path / "clip")
+    with caplog.at_level(logging.WARNING):
+        rewards: Any = load_rewards(["clip"], Setup(amp=True, paths={"clip": folder}))
+    assert not rewards["clip"].towers.amp
+    assert caplog.messages == ["rewards: half precision is off on a CPU: slower there"]
+
+
+def test_a_library_that_is_not_installed_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(open_clip_state(), tmp_path / "hps.pt")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match="hps needs the package open_clip: pip install"):
+        load_rewards(["hps"], Setup(paths={"hps": tmp_path / "hps.pt"}))

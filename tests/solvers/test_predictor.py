@@ -480,3 +480,11 @@ def test_the_module_runs_as_a_command() -> None:
     )
     assert "20 sequential, 30 evaluations" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_nan_in_published_parameters_is_refused_by_its_place(tmp_path: Path) -> None:
+    entry = GOLDEN[SAMPLED[0]]
+    parameters = {**entry["parameters"], "r_params": [[0.0, float("nan")], *[[0.0, 0.0]] * 4]}
+    path = tmp_path / "published.pkl"
+    path.write_bytes(files.predictor_bytes(parameters, entry["metadata"]))
+    assert "r[0, 1] is nan" in refused(lambda: load_predictor(path))

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copyreg
 import functools
 import io
 import logging
@@ -390,3 +391,11 @@ def test_the_tensors_of_a_checkpoint_come_out_by_name(layout: str, tmp_path: Pat
     torch.save({"a": 1}, path)
     with pytest.raises(ValueError, match="holds a dict and no tensors by name"):
         read_tensors(path)
+
+
+def test_registered_extension_codes_are_not_looked_up(write: Write) -> None:
+    copyreg.add_extension("posix", "system", 240)
+    try:
+        assert "extension" in refusal(write(pickle.dumps(os.system, 2)))
+    finally:
+        copyreg.remove_extension("posix", "system", 240)

@@ -133,3 +133,11 @@ def test_a_network_that_breaks_on_the_way_crashes_nothing(calls: int) -> None:
 
     with contextlib.suppress(ValueError):
         assert all(bool(t.isfinite().all()) for t in quick(breaking).table.tensors())
+
+
+def test_a_network_that_gives_nan_is_refused() -> None:
+    def broken(x: Tensor, _sigma: Tensor, _cond: Condition | None) -> Tensor:
+        return x * torch.nan
+
+    with pytest.raises(ValueError, match="not finite"):
+        distill(broken, "ve", shape=(3,), settings=SMALL)

@@ -83,3 +83,12 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({one, two, fingerprint(tmp_path)}) == 3
     assert fingerprint(tmp_path / "b") != two
+
+
+def test_a_foreign_pickle_in_the_cache_is_not_opened(tmp_path: Path) -> None:
+    said: list[str] = []
+    wanted = through(tmp_path, range(2))
+    (path,) = tmp_path.glob("*.pt")
+    path.write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
+    assert torch.equal(through(tmp_path, range(2), said).targets[-1], wanted.targets[-1])
+    assert "making it again" in said[0]
