@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,31 @@ def test_sd3_has_its_presets(
 )
 def test_what_does_not_fit_is_one_line(options: tuple[str, ...], words: str, run: Run) -> None:
     assert words in refused(run(*options))
+
+
+@pytest.mark.parametrize("option", ["--channels_last", "--compile"])
+def test_a_way_to_be_faster_is_the_same_picture(
+    option: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled by dynamo, but without a C++ compiler."""
+    asked: list[str] = []
+    compiled, moved = torch.compile, torch.nn.Module.to
+
+    def compiling(network: Any) -> Any:
+        asked.append("--compile")
+        return compiled(network, backend="eager")
+
+    def moving(network: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        asked.extend(["--channels_last"] if "memory_format" in kwargs else [])
+        return moved(network, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(torch.nn.Module, "to", moving)
+    given = (*EULER, "--seeds", "0-1", "--guidance_rate", "4", "--prompt", "a red fox")
+    assert run(*given, out="plain").exit_code == 0
+    assert not asked
+    assert run(*given, option, out="fast").exit_code == 0
+    assert set(asked) == {option}
+    for name in ("000000.png", "000001.png"):
+        one, other = (read_png(tmp_path / out / name)[0] for out in ("plain", "fast"))
+        assert (one - other).abs().max() <= 1.01 / 255
