@@ -89,7 +89,7 @@ def main(ctx: click.Context, **options: Any) -> None:
         click.echo(to_json(about | {"outdir": str(samples.folder), "images": len(jobs)}, 2))
         return
     wanted = [(job.seed, job.prompt) for job in jobs]
-    missing = ranks.gather_objects(samples.missing(wanted) if ranks.is_first() else None)[0]
+    missing = ranks.of_each_rank(samples.missing(wanted) if ranks.is_first() else None)[0]
     say_notices(options, backend, sampler)
     rest, size = [job for job in jobs if job.seed in missing], options["batch"]
     parts = [rest[i : i + size] for i in range(0, len(rest), size)]
@@ -100,7 +100,7 @@ def main(ctx: click.Context, **options: Any) -> None:
     with ranks.progress(len(mine), "image") as bar, ThreadPoolExecutor(1) as writer:
         written = writer.submit(list)
         for batch in generate(backend, sampler, mine, batch=size, **more):
-            strips = [backend.decode(state) for state in batch.states]
+            strips = [backend.decode(state) for state in batch.trajectory]
             written.result()  # one batch is written while the next is sampled
             names = [(job.seed, job.prompt) for job in batch.jobs]
             if ranks.writes():

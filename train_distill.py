@@ -237,7 +237,7 @@ def open_run(
         folder = outdir or new_run(what)
         values = vars(backbone) | {n: v for n, v in vars(settings).items() if n != "device"}
         write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(values)))
-    place = ranks.gather_objects(str(folder))[0]
+    place = ranks.of_each_rank(str(folder))[0]
     return Run(Path(place), functools.partial(tqdm.write, file=sys.stderr), ranks.is_first())
 
 

@@ -31,7 +31,7 @@ class ImageBatch:
     jobs: tuple[Job, ...]
     latents: Tensor  # [B, *]
     images: Tensor  # [B, C, H, W] in [0, 1]
-    states: tuple[Tensor, ...]  # every x on the way, if asked for; else empty
+    trajectory: tuple[Tensor, ...]  # every x on the way, if asked for; else empty
     tally: Tally
 
 
@@ -77,9 +77,9 @@ def sample(
             return drawn.to(x).unsqueeze(1)
 
         sampler = replace(sampler, solver=replace(sampler.solver, noise=noise))
-    states: list[Tensor] = []
+    kept: list[Tensor] = []
     for state in sampler.states(field, x):
         x = state
         if trajectory:
-            states.append(x)
-    return ImageBatch(jobs, x, backend.decode(x), tuple(states), field.tally)
+            kept.append(x)
+    return ImageBatch(jobs, x, backend.decode(x), tuple(kept), field.tally)

@@ -21,7 +21,7 @@ from rewards.fashion import WEIGHTS as JUDGE
 from rewards.fashion import load_judge
 from rewards.fingerprint import source_hash
 from rewards.registry import own_function
-from rewards.states import fill, read_state
+from rewards.state_dicts import fill, read_state
 from rewards.weights import require, sha256
 from src.files import nearest
 from src.images import to_bytes

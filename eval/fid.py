@@ -231,7 +231,7 @@ def measure_pictures(
     except ValueError as error:
         failed = str(error)
     ranks.raise_together(failed)
-    shares = ranks.gather_objects((mine, kept))
+    shares = ranks.of_each_rank((mine, kept))
     if len(pictures.items) < 2:
         raise ValueError(f"{pictures.place} has fewer than 2 images to measure")
     total = reduce(merged, [share for share, _ in shares if share])

@@ -52,10 +52,10 @@ def law(
     rows: Sequence[int],
     devices: int,
     seconds: Callable[[int], float],
-    gather: Callable[[int], float],
+    answers: Callable[[int], float],
 ) -> float:
-    """Seconds of calls of so many rows each, from those of a call and of a gather by its rows."""
-    return sum(seconds(ceil(r / devices)) + (gather(r) if devices > 1 else 0.0) for r in rows)
+    """Seconds of calls of so many rows, from those of a call and of joining its answers."""
+    return sum(seconds(ceil(r / devices)) + (answers(r) if devices > 1 else 0.0) for r in rows)
 
 
 def simulated(name: str, row_seconds: float, gigabytes: float) -> Table:
@@ -71,10 +71,10 @@ def simulated(name: str, row_seconds: float, gigabytes: float) -> Table:
         line: dict[str, Any] = {"model": name, "K": points, "images": images}
         for n in DEVICES:
 
-            def gather(r: int, n: int = n) -> float:
+            def answers(r: int, n: int = n) -> float:
                 return ceil(r / n) * (n - 1) * size / gigabytes / 1e9
 
-            line[f"on {n}"] = law(rows, n, lambda r: r * row_seconds, gather)
+            line[f"on {n}"] = law(rows, n, lambda r: r * row_seconds, answers)
         lines.append(line)
     return lines
 
@@ -106,7 +106,7 @@ def time_shared(backend: Backend, mesh: DeviceMesh, repeats: int) -> Tables:
         return median(times[1:])
 
     @cache
-    def gather(rows: int) -> float:
+    def answers(rows: int) -> float:
         own = torch.zeros(ceil(rows / n), *backend.shape, device=device, dtype=backend.dtype)
         return median(timed(lambda: rows_of_all.all_of(own, rows)) for _ in range(repeats))
 
@@ -136,14 +136,14 @@ def time_shared(backend: Backend, mesh: DeviceMesh, repeats: int) -> Tables:
         kinds = "+".join(str(r) for r in sorted(set(rows)))
         line = {"K": points, "guidance": rate, "batch": batch, "rows": kinds, "alone": one}
         line |= {"n threads": wide[0] if wide else None, "shared": many}
-        return line | {"law": law(rows, n, seconds, gather), "shared / alone": many / one}
+        return line | {"law": law(rows, n, seconds, answers), "shared / alone": many / one}
 
     cond = backend.encode([backend.usual_prompt(0)])
     rates = (1.0, RATE) if cond and cond.null else (1.0,)
     samplers = [combination(k, rate, b) for k in POINTS for rate in rates for b in IMAGES]
     calls: Table = []
     for rows in ROWS:
-        whole, part, gathered = seconds(rows), seconds(ceil(rows / n)), gather(rows)
-        pays = {"pays": part + gathered < whole}
-        calls.append({"rows": rows, "t": whole, "t of a share": part, "gather": gathered} | pays)
+        whole, part, together = seconds(rows), seconds(ceil(rows / n)), answers(rows)
+        pays = {"pays": part + together < whole}
+        calls.append({"rows": rows, "t": whole, "t of a share": part, "gather": together} | pays)
     return {"samplers": samplers, "calls": calls}

@@ -191,7 +191,7 @@ def score_pictures(task: Scoring, folder: Path) -> tuple[list[ScoredPicture], di
     except ValueError as error:
         failed = str(error)
     ranks.raise_together(failed)
-    shares = ranks.gather_objects((done, bad))
+    shares = ranks.of_each_rank((done, bad))
     left_out = {name: why for _, reasons in shares for name, why in reasons.items()}
     everything = {at: scores for share, _ in shares for at, scores in share.items()}
     if not everything:
@@ -213,7 +213,7 @@ def items_of(task: Scoring) -> tuple[dict[int, ScoredPicture], dict[str, str]]:
     items: dict[int, ScoredPicture] = {}
     bad: dict[str, str] = {}
     mine = identities(task.pictures, ranks.share(range(len(task.pictures.items))))
-    each = [pair for share in ranks.gather_objects(mine) for pair in share.items()]
+    each = [pair for share in ranks.of_each_rank(mine) for pair in share.items()]
     disagreeing = 0
     for at, one in sorted(each, key=lambda pair: pair[0]):
         name = task.pictures.items[at].name

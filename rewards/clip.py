@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rewards.pixels import Preprocess, by_open_clip, by_transformers
 from rewards.registry import Setup
-from rewards.states import State, fill, read_state, renamed
+from rewards.state_dicts import State, fill, read_state, renamed
 from src.files import read_json
 
 VIT_L, VIT_H = "ViT-L-14-quickgelu", "ViT-H-14"
@@ -54,7 +54,7 @@ def load_hps(setup: Setup, config: Mapping[str, Any] | None = None) -> "Cosine":
     As CLIP does, it looks at the centre square; the package hpsv2 puts a picture that is not
     square between black bars.
     """
-    path, sections = setup.path("hps"), config or known_config(VIT_H)
+    path, sections = setup.path("hps"), config or config_named(VIT_H)
     state = read_state(path)
     return Cosine(open_clip_towers(state, sections, str(path), setup.device, setup.amp))
 
@@ -193,7 +193,7 @@ def load_towers(
         of_folder = open_clip_folder if (path / OPEN_CLIP).is_file() else clip_folder
         return of_folder(path, device, amp)
     state = renamed(read_state(path), {}, UNUSED)
-    return open_clip_towers(state, config or known_config(VIT_L), str(path), device, amp)
+    return open_clip_towers(state, config or config_named(VIT_L), str(path), device, amp)
 
 
 def open_clip() -> Any:
@@ -203,7 +203,7 @@ def open_clip() -> Any:
     return module
 
 
-def known_config(name: str) -> dict[str, Any]:
+def config_named(name: str) -> dict[str, Any]:
     """The sections of a model that open_clip knows by name."""
     return open_clip().get_model_config(name)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.states import fill, read_state
+from rewards.state_dicts import fill, read_state
 from rewards.weights import require
 
 SIDE = 224

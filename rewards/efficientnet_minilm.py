@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rewards.clip import TextCache, autocast, config_in, half_for, transformers
 from rewards.efficientnet import SIZE, load_features
 from rewards.registry import Setup
-from rewards.states import fill, read_state, renamed
+from rewards.state_dicts import fill, read_state, renamed
 
 MATRIX = Path(__file__).parents[1] / "src/models/efficientnet-minilm/model.safetensors"
 WIDTH = 384

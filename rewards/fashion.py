@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards.registry import Setup
-from rewards.states import fill, read_state
+from rewards.state_dicts import fill, read_state
 
 WEIGHTS = Path(__file__).parents[1] / "src/models/fashion-mnist-judge/model.safetensors"
 SIDE, SIZE = 32, 128

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewards.clip import LinearStack, TextCache, Tokenise, autocast, half_for, transformers
 from rewards.pixels import Preprocess
 from rewards.registry import Setup
-from rewards.states import State, fill, read_state, renamed
+from rewards.state_dicts import State, fill, read_state, renamed
 from rewards.weights import VOCABULARIES
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

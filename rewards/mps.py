@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewards.clip import TextCache, autocast, half_for, tokenizer_for, transformers
 from rewards.pixels import Preprocess
 from rewards.registry import Setup
-from rewards.states import State, fill, read_state, renamed
+from rewards.state_dicts import State, fill, read_state, renamed
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "

@@ -131,12 +131,12 @@ def barrier() -> None:
     any_of(False)
 
 
-def gather_objects(item: Any) -> list[Any]:
+def of_each_rank(item: Any) -> list[Any]:
     """The items of all ranks in their order, on every rank (pickled among our own ranks)."""
-    return gather_all(item)[:: degree()]
+    return of_each_process(item)[:: degree()]
 
 
-def gather_all(item: Any) -> list[Any]:
+def of_each_process(item: Any) -> list[Any]:
     """Those of all processes."""
     if not dist.is_initialized():
         return [item]
@@ -147,7 +147,7 @@ def gather_all(item: Any) -> list[Any]:
 
 def raise_together(failed: str) -> None:
     """ValueError on every rank, if any failed with a reason: no rank waits for one that went."""
-    reasons = [reason for reason in gather_all(failed) if reason]
+    reasons = [reason for reason in of_each_process(failed) if reason]
     if reasons:
         raise ValueError(reasons[0])
 

@@ -177,7 +177,7 @@ def descend(
 
 def gathered(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all parts of all ranks, on the CPU."""
-    return torch.cat(ranks.gather_objects(torch.cat(list(parts)).cpu()))
+    return torch.cat(ranks.of_each_rank(torch.cat(list(parts)).cpu()))
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ def arrive(student: Student, table: Table, batch: Trajectories, n: int, visit: V
         return step.now.x
 
     sampler = dataclasses.replace(student.holding(table), solver=visiting)
-    states = sampler.states(batch.field, batch.x, detach=True)
+    trajectory = sampler.states(batch.field, batch.x, detach=True)
     for _ in range(n + 1):
-        next(states)
+        next(trajectory)
     return products[0]
 
 

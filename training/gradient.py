@@ -99,11 +99,11 @@ class GradientLearner:
 
     def trajectory_loss(self, part: Trajectories) -> Tensor:
         """The loss [B] of the end, or of all states."""
-        states = list(self.student.sampler(self.theta).states(part.field, part.x))
+        trajectory = list(self.student.sampler(self.theta).states(part.field, part.x))
         if self.objective == "final":
-            return self.distance_at(True)(states[-1], part.targets[-1])
-        pairs = enumerate(zip(states, part.targets, strict=True), 1)
-        losses = [self.distance_at(i == len(states))(x, target) for i, (x, target) in pairs]
+            return self.distance_at(True)(trajectory[-1], part.targets[-1])
+        pairs = enumerate(zip(trajectory, part.targets, strict=True), 1)
+        losses = [self.distance_at(i == len(trajectory))(x, target) for i, (x, target) in pairs]
         return torch.stack(losses).sum(0)
 
     def distance_at(self, is_end: bool) -> Distance:

@@ -35,8 +35,8 @@ class Teacher:
     @torch.no_grad()
     def targets(self, slope: Field, x: Tensor) -> tuple[Tensor, ...]:
         """The states [B, *] at the stops, on the CPU, from x at the first level; no graph."""
-        states = self.sampler.states(slope, x)
-        by_level = zip(self.sampler.sigmas[1:], states, strict=True)
+        trajectory = self.sampler.states(slope, x)
+        by_level = zip(self.sampler.sigmas[1:], trajectory, strict=True)
         kept = [state for level, state in by_level if level in self.stops]
         return torch.stack(kept).cpu().unbind()  # a GPU is waited for once
 
@@ -76,10 +76,10 @@ class Cache:
                 self.say(f"{path} is of another run: making it again")
             except ValueError as error:
                 self.say(f"{error}: making it again")
-        states = make()
-        write_sealed(path, {"key": key, "states": list(states)})
+        targets = make()
+        write_sealed(path, {"key": key, "states": list(targets)})
         self.evict()
-        return states
+        return targets
 
     def evict(self) -> None:
         """Drop what was not used for longest until the rest fits."""

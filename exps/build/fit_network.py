@@ -96,9 +96,9 @@ def fit_network(
                 append_jsonl(outdir / "metrics.jsonl", line | {"loss": mean})
                 losses.clear()
             if step % plan.save_every == 0 or step == plan.steps:
-                states = {name: part.state_dict() for name, part in parts.items()}
+                state = {name: part.state_dict() for name, part in parts.items()}
                 with write_atomically(outdir / CHECKPOINT) as part:
-                    torch.save(states | {"step": step, "seconds": seconds}, part)
+                    torch.save(state | {"step": step, "seconds": seconds}, part)
                 export(deepcopy(average), step)
     return average
 

@@ -92,7 +92,7 @@ def test_openais_own_file_is_read_as_tensors_alone(
         traced = torch.jit.trace_module(network, given, check_trace=False)
         torch.jit.save(traced, tmp_path / "ViT-L-14.pt")
     monkeypatch.setattr(torch.jit, "load", None)
-    monkeypatch.setattr(clip, "known_config", lambda _: config)
+    monkeypatch.setattr(clip, "config_named", lambda _: config)
     ours = score(clip.load_clip(at(clip=tmp_path)), images(), PROMPTS)
     near(ours, by_open_clip(state, by_pillow(images(), 32), config))
 

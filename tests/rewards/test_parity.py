@@ -19,10 +19,10 @@ from eval.features import load_space
 from eval.fid import frechet_distance, kernel_distance, statistics_of
 from rewards import clip, imagereward, mps
 from rewards.base import Reward, score
-from rewards.clip import clip_model, known_config, open_clip_towers
+from rewards.clip import clip_model, config_named, open_clip_towers
 from rewards.mps import Stack
 from rewards.registry import Setup
-from rewards.states import fill
+from rewards.state_dicts import fill
 from src.files import read_json, write_json
 from src.images import read_png, save_png
 from tests.eval.test_features import drawn
@@ -208,8 +208,8 @@ def test_our_numbers_are_the_references(name: str, ours: Callable[[str], Numbers
 
 State = dict[str, Tensor]
 LOADERS: dict[str, Callable[[State], object]] = {
-    "hps": lambda s: open_clip_towers(s, known_config(clip.VIT_H), "full", META),
-    "clip": lambda s: open_clip_towers(s, known_config(clip.VIT_L), "full", META),
+    "hps": lambda s: open_clip_towers(s, config_named(clip.VIT_H), "full", META),
+    "clip": lambda s: open_clip_towers(s, config_named(clip.VIT_L), "full", META),
     "aesthetic": lambda s: fill(lambda: clip.LinearStack(768), s, "full", META),
     "imagereward": lambda s: imagereward.load_state(s, imagereward.PUBLISHED, "full", META),
     "pickscore": lambda s: clip_model(s, transformers.CLIPConfig(**mps.CLIP_H), "full", META),

@@ -19,7 +19,7 @@ ranks.init(torch.device("cpu"))
 ranks.barrier()
 mine = torch.tensor([ranks.rank() + 1.0, 10.0])
 out = {
-    "share": ranks.gather_objects(ranks.share(list("abcde"))),
+    "share": ranks.of_each_rank(ranks.share(list("abcde"))),
     "sum": ranks.all_reduce_sum(mine).tolist(),
     "mine": mine.tolist(),
     "first": ranks.is_first(),
@@ -31,7 +31,7 @@ try:
 except Stopped:
     out["stopped"] = True
 ranks.point_mesh(2, torch.device("cpu"))  # from here on they share rows, and count as one
-out["as one"] = [ranks.rank(), ranks.world_size(), ranks.share("ab"), ranks.gather_objects("x")]
+out["as one"] = [ranks.rank(), ranks.world_size(), ranks.share("ab"), ranks.of_each_rank("x")]
 out["own sum"], out["writes"] = ranks.all_reduce_sum(mine).tolist(), ranks.is_first()
 out["any"] = ranks.any_of(not out["writes"])
 ranks.close()

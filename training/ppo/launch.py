@@ -83,7 +83,7 @@ def main(
         first = ranks.is_first()
         place = (config.run.run_name, config.run.output_root)
         new = new_run(*place, stamped=True) if first else ""
-        folder = Path(ranks.gather_objects(str(new))[0])
+        folder = Path(ranks.of_each_rank(str(new))[0])
     stop, say = Stop(), partial(tqdm.write, file=sys.stderr)
     run_of(folder, say, config.logging).write_settings(config)
     start = Path(resume) if resume and Path(resume).is_file() else folder

@@ -266,7 +266,7 @@ def score_jobs(
         parts.append((len(mine), on_host(images, columns, reasons)))
     stop.agree()
     whole = {name: v.where(v != NONE, math.nan) for name, v in joined(parts).items()}
-    gathered = ranks.gather_objects((whole, reasons, clock.seconds()))
+    gathered = ranks.of_each_rank((whole, reasons, clock.seconds()))
     why = tuple(reason for _, some, _ in gathered for reason in some)
     scores: dict[str, Tensor] = {}
     for rank, (mine, _, _) in enumerate(gathered):

@@ -36,7 +36,7 @@ SMALL = {
 def small_hps(patch: pytest.MonkeyPatch) -> None:
     """HPS is of the twin's size for a while."""
     sections: Any = lambda _name: OPEN_CLIP  # noqa: E731
-    patch.setattr(clip, "known_config", sections)
+    patch.setattr(clip, "config_named", sections)
 
 
 def write_twins(name: str, folder: Path) -> None:
