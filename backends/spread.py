@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from backends.base import Backend
 from solvers.field import Condition, Denoiser
+from src.ranks import at_call
 
 DIRECT = ("edm", "analytic")
 """Families whose network estimates x0 rather than a slope."""
@@ -48,6 +49,7 @@ class SharedRows:
         Raises ValueError where a rank has died or is behind by more than the time limit.
         """
         self.calls += 1
+        at_call(self.calls)
         shape = (self.group.size(), *own.shape)
         if shape not in self.buffers:
             self.buffers[shape] = own.new_empty(shape)
@@ -56,9 +58,11 @@ class SharedRows:
             dist.all_gather_into_tensor(buffer.flatten(0, 1), own.contiguous(), group=self.group)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
+            own = dist.get_rank()
+            others = [f"rank {r}" for r in dist.get_process_group_ranks(self.group) if r != own]
             raise ValueError(
-                f"rank {dist.get_rank()} waited in vain for the other ranks at network call "
-                f"{self.calls}: one has died or is too slow for --timeout ({reason}); images "
+                f"rank {own} waited in vain for {' or '.join(others)} at network call "
+                f"{self.calls}: it has died or is too slow for --timeout ({reason}); images "
                 "that are written stay, and the same command goes on"
             ) from error
         # never a view of the buffer, which the next call fills

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from click.core import ParameterSource
 
 from src.files import from_json, nearest
+from src.ranks import await_launcher
 from src.seeds import parse_seeds
 
 P = ParamSpec("P")
@@ -120,8 +120,7 @@ def one_line(ctx: click.Context) -> Iterator[None]:
     except Exception as error:
         if ctx.meta.get("debug"):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(15)  # the first rank says what all have, after which torchrun ends them
+        await_launcher()
         if isinstance(error, click.UsageError):
             error.ctx = None  # else click tells the usage above it
         if isinstance(error, click.ClickException):

@@ -3,16 +3,19 @@
 Ranks that share the rows of each image (`point_mesh`) do the same work and count as one: shares,
 sums and gathers are over those.
 
-`python -m src.ranks` is torchrun, but that a rank's error stays the last line.
+`python -m src.ranks` is torchrun, but that what ends a run is one line: a rank's error, or which
+rank was killed, and at which network call.
 """
 
 import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +28,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # one rank may score while the others wait
 EVERY = 5.0  # seconds between lines of progress in a log
+CALLS = "EPD_CALLS"  # in the environment: the folder where ranks write which call they are at
 MESHES: list[DeviceMesh] = []  # the one of `point_mesh`, if any
 
 
@@ -164,18 +168,15 @@ def on_first(work: Callable[[], None]) -> None:
 
 
 class Lines:
-    """A file for tqdm where there is no terminal: the bar's state as a line, now and then."""
+    """A file for tqdm where there is no terminal: each new state of the bar as a line."""
 
-    def __init__(self) -> None:
-        self.state, self.said, self.last = "", "", time.monotonic()
+    said = ""
 
     def write(self, text: str) -> None:
-        """Take a new state, and say it if the last is old; an end of line says it at any rate."""
-        self.state = text.strip() or self.state
-        late = text == "\n" or time.monotonic() - self.last >= EVERY
-        if late and self.state != self.said:
-            sys.stderr.write(self.state + "\n")
-            self.said, self.last = self.state, time.monotonic()
+        """Say a state, unless it is the last one again."""
+        if text.strip() not in ("", self.said):
+            self.said = text.strip()
+            sys.stderr.write(self.said + "\n")
 
     def flush(self) -> None:
         """Let others see it."""
@@ -194,8 +195,26 @@ def progress(total: int | None, unit: str, desc: str | None = None) -> tqdm:
         disable=not is_first(),
         bar_format=f"{{desc}}{count}{{unit}} in {{elapsed}}{{postfix}}",
         file=Lines(),
+        mininterval=EVERY,
         delay=0.1,
     )
+
+
+def at_call(number: int) -> None:
+    """Let the launcher know at which network call this rank is, should it be killed."""
+    if folder := os.environ.get(CALLS):
+        Path(folder, os.environ["RANK"]).write_text(f" at network call {number}")
+
+
+def await_launcher() -> None:
+    """Before a rank's error is told: wait until the run ends, if that is for another's sake.
+
+    The first rank says what all have, and the launcher which was killed: others are ended by it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(15)
+    elif CALLS in os.environ:
+        time.sleep(4)
 
 
 def torchrun(arguments: list[str]) -> int:
@@ -207,14 +226,19 @@ def torchrun(arguments: list[str]) -> int:
     from torch.distributed import run  # noqa: PLC0415 (slow, and for this alone)
 
     logging.disable(logging.ERROR)
-    try:
-        run.main(arguments)
-    except ChildFailedError as error:
-        for rank, failure in error.failures.items():
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # which is torchrun's
-                sys.stderr.write(f"Error: rank {rank} was killed by {failure.signal_name()}\n")
-                return 128 - failure.exitcode
-        return error.get_first_failure()[1].exitcode
+    with tempfile.TemporaryDirectory() as calls:
+        os.environ[CALLS] = calls
+        try:
+            run.main(arguments)
+        except ChildFailedError as error:
+            for rank, failure in error.failures.items():
+                if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # torchrun's own
+                    place = Path(calls, str(rank))
+                    where = place.read_text() if place.exists() else ""
+                    ended = f"rank {rank} was killed by {failure.signal_name()}{where}"
+                    sys.stderr.write(f"Error: {ended}; what is written stays\n")
+                    return 128 - failure.exitcode
+            return error.get_first_failure()[1].exitcode
     return 0
 
 
