@@ -21,7 +21,7 @@ from src import ranks
 from src.files import to_json
 from src.options import BoolFlag, Number, OneLineCommand, SeedList, check_decided, model_options
 from src.samples import Samples, usual_folder
-from src.text import chosen_prompts, digest, meet
+from src.text import chosen_prompts, digest, guidance_rates, meet
 
 NUMBERED = click.Choice(["seed", "order"])
 OF_RECIPE = ("num_steps", "schedule_type", "schedule_rho", "max_order", "afs", "guidance_rate")
@@ -152,7 +152,8 @@ def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) 
             guidance_rate=options["guidance_rate"],
             options=SolverOptions(order=options["max_order"], **churn),
         )
-    sampler = sampler.with_guidance(options["guidance"]) if options["guidance"] else sampler
+    if options["guidance"]:
+        sampler = sampler.with_rates(guidance_rates(options["guidance"], sampler.sigmas[:-1]))
     return replace(sampler, sigmas=(*sampler.sigmas, *[0.0] * options["denoise_to_zero"]))
 
 

@@ -23,7 +23,8 @@ from eval.machine import clock
 from rewards.base import Reward
 from rewards.scorer import score_all
 from solvers.predictor import find_predictor, load_predictor
-from solvers.sampler import Sampler, hand_made, make_solver, num_steps_for
+from solvers.sampler import SOLVERS as ALL_SOLVERS
+from solvers.sampler import Sampler, hand_made, make_solver, parse_name
 from solvers.schedules import SCHEDULES as ALL_SCHEDULES
 from src import ranks
 from src.stats import Estimate, mean_of
@@ -122,15 +123,16 @@ def rivals_for(
     rivals: list[Candidate] = []
     for solver in solvers:
         make_solver(solver)
+        calls = ALL_SOLVERS[parse_name(solver)[0]].calls
         for nfe in map(int, nfes):
             cell: list[Candidate] = []
             for afs in (False, True) if levels.process.name == "ve" else (False,):
                 if cell and len(schedules) == 1:
                     break
-                try:
-                    num_steps = num_steps_for(solver, nfe, afs)
-                except ValueError:
+                intervals, odd = divmod(nfe + afs, calls)
+                if odd or intervals < 1:
                     continue
+                num_steps = intervals + 1
                 cell += [
                     by_hand(solver, num_steps, one, levels, afs=afs, guidance_rate=guidance_rate)
                     for one in schedules

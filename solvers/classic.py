@@ -120,11 +120,9 @@ class IPNDM:
 class IPNDMv:
     """Adams-Bashforth for steps as they are (arXiv:2204.13902, iPNDM with variable steps).
 
-    The formulas are the published ones (DEIS and diff-sampler). Order 3, whose second difference
-    has its ratio inside the bracket, keeps its order where neighbouring steps are nearly equal.
-    Order 4 does not reach 4: the sign inside its third difference makes it converge as order 3,
-    and its oldest weight, with h1 / h2 for h2 / h3, as order 2 on grids not even in log sigma;
-    prefer DEIS(4). Raises ValueError for an order other than 1 to 4.
+    The formulas are the published ones (DEIS and diff-sampler). Order 3 keeps its order where
+    neighbouring steps are nearly equal; order 4 converges as order 3, and off grids even in log
+    sigma as order 2: prefer DEIS(4). Raises ValueError for an order other than 1 to 4.
     """
 
     order: int = 3
@@ -142,8 +140,7 @@ class IPNDMv:
 def variable_weights(h: Level, gaps: Sequence[float]) -> list[Level]:
     """Weights of the newest slopes for a step h after the earlier steps `gaps` (newest first).
 
-    In the backward differences of the slopes, scaled to the newest earlier step: the first
-    difference has the weight h / (2 gaps[0]), the second `second`, the third `third`.
+    `first`, `second` and `third` weigh the backward differences, scaled to the newest gap.
     """
     if not gaps:
         return [1.0]

@@ -34,7 +34,9 @@ class Directions:
 
     def to(self, like: Tensor) -> "Directions":
         """The table on the device and in the dtype of `like`."""
-        return Directions(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
+        return Directions(
+            *(t.to(like) for t in self.tensors()), guidance=moved(self.guidance, like)
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors r, weight, time_scale and dir_scale."""
@@ -58,7 +60,9 @@ class MultistepTable:
 
     def to(self, like: Tensor) -> "MultistepTable":
         """The table on the device and in the dtype of `like`."""
-        return MultistepTable(*(t.to(like) for t in self.tensors()), guidance=moved(self, like))
+        return MultistepTable(
+            *(t.to(like) for t in self.tensors()), guidance=moved(self.guidance, like)
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors a, r, weight, b and time_scale."""
@@ -126,14 +130,8 @@ class ParallelMultistep:
 
 
 def earlier_slopes(step: Step, process: Process) -> tuple[Tensor, ...]:
-    """The slopes [B, 1, *] that cost no call: the free one, then earlier calls', newest first.
-
-    The free slope is x / sqrt(alpha^2 + sigma^2): at the first level that is the analytic slope
-    of VE (AFS, arXiv:2210.05475) and x / sigma of flow matching, and further on it is a direction
-    like any other.
-    """
-    now = step.now
-    return (now.x / (process.alpha(now.sigma) ** 2 + now.sigma**2) ** 0.5, *step.slopes)
+    """The slopes [B, 1, *] that cost no call: the free one, then earlier calls', newest first."""
+    return (process.free_slope(step.now.x, step.now.sigma), *step.slopes)
 
 
 def combined(coefficients: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
@@ -158,9 +156,8 @@ def rows_at(tensors: tuple[Tensor, ...], i: int, ndim: int) -> tuple[Tensor, ...
     return tuple(t[..., i, :].reshape(-1, t.shape[-1], *one) for t in tensors)
 
 
-def moved(table: Table, like: Tensor) -> Tensor | None:
+def moved(rates: Tensor | None, like: Tensor) -> Tensor | None:
     """A table's guidance: each image's own goes to its device, what all share stays on the CPU."""
-    rates = table.guidance
     return rates.to(like) if rates is not None and rates.ndim == 3 else rates
 
 

@@ -22,8 +22,7 @@ Rates: TypeAlias = tuple[float, ...] | Tensor
 class Condition:
     """What a network is told besides x: tensors of B rows, and the same for "nothing".
 
-    `rates` are those of this call, where they are not the denoiser's own: floats for as many
-    equal blocks of the rows, or a tensor [B] of each row's.
+    `rates` are this call's, if not the denoiser's own: of equal blocks of the rows, or [B].
     """
 
     given: dict[str, Tensor]
@@ -97,19 +96,15 @@ class Field:
         chunk = self.points_chunk or k
         x0 = []
         for p in (slice(i, i + chunk) for i in range(0, k, chunk)):
+            n, rows = levels[:, p].shape[1], x[:, p].transpose(0, 1).flatten(0, 1)
             cut = rates[:, p] if isinstance(rates, Tensor) else rates and rates[p]
-            x0.append(self.evaluate(x[:, p], levels[:, p], cut))
+            cond = self.cond and self.cond.repeat(n, cut)
+            answer = self.denoiser(rows, levels[:, p].t().reshape(n * b), cond)
+            x0.append(answer.unflatten(0, (n, b)).transpose(0, 1))
         d = (x - (torch.cat(x0, 1) if len(x0) > 1 else x0[0])) / sigma
         if self.record:
             self.record(d)
         return d
-
-    def evaluate(self, x: Tensor, levels: Tensor, rates: Rates | None) -> Tensor:
-        """One network call: x [B, K, *] at levels [B, K] -> x0 [B, K, *]."""
-        b, k = levels.shape
-        rows, cond = x.transpose(0, 1).flatten(0, 1), self.cond and self.cond.repeat(k, rates)
-        x0 = self.denoiser(rows, levels.t().reshape(k * b), cond)
-        return x0.unflatten(0, (k, b)).transpose(0, 1)
 
 
 def of_points(rates: Rates | None, k: int) -> Rates | None:

@@ -72,8 +72,7 @@ class Solver(Protocol):
 class Loop:
     """Where a trajectory stands: all that its next step depends on, as a value.
 
-    Whoever cannot call the network from inside (a pipeline that calls its scheduler) takes the
-    same step again with one more answer each time; an edit of x is `replace(loop, x=...)`.
+    Who cannot call the network from inside takes a step again with one more answer each time.
     """
 
     x: Tensor  # [B, 1, *] at sigmas[index]

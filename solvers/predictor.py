@@ -20,7 +20,6 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from solvers.published import from_published
 from solvers.recipe import Recipe, check_recipe, for_flow, plain, recipe_from_plain
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels
-from src.files import from_json, read_text, write_atomically, write_text
+from src.files import find_predictor, from_json, read_text, write_atomically, write_text
 from src.pickles import read_pickle
 
 FORMAT, VERSION = "epd-predictor", 2
@@ -43,9 +42,6 @@ TABLES = {"epd": Directions, "epd-multistep": MultistepTable}
 LIMITS = {"r": (0, 1), "time_scale": (5e-324, math.inf), "guidance": (0, math.inf)}
 WEIGHTS = {"weight": (0, math.inf), "sum of weight": (1 - 1e-4, 1 + 1e-4)}
 MAX_JSON = 64 << 20
-IN_RUN = ("predictor.pkl", "export/*-best.pkl", "network-snapshot-*.pkl", "export/network-*.pkl")
-"""Where a run of stage 1 or 2, ours or the published code's, keeps its best or last predictor."""
-EXPS = Path(__file__).resolve().parent.parent / "exps"
 
 
 @dataclass(frozen=True)
@@ -108,18 +104,17 @@ def levels_of(recipe: Recipe) -> NoiseLevels | None:
         return NoiseLevels(FLOW, low, 1.0, shift=shift)
     if recipe.sigmas is not None:
         high, *_, low = recipe.sigmas
-    return (
-        NoiseLevels(VE, low, high) if low and high and recipe.schedule_type != "discrete" else None
-    )
+    if low and high and recipe.schedule_type != "discrete":
+        return NoiseLevels(VE, low, high)
+    return None
 
 
 def validate(predictor: Predictor) -> Predictor:
     """The predictor itself, if its table and its recipe can be sampled with.
 
-    Raises ValueError in one line with the value: a table of another kind than the recipe's
-    solver, a shape that is not [num_steps - 1, num_points], NaN, r outside [0, 1], a time_scale
-    that is not positive, or a recipe that cannot be served; and for EPD a negative weight, and
-    weights that do not sum to 1 (within 1e-4).
+    Raises ValueError in one line with the value: a table of another kind, a shape that is not
+    [num_steps - 1, num_points], NaN, r outside [0, 1], a time_scale <= 0, or a recipe that cannot
+    be served; and for EPD weights that are negative, or do not sum to 1 (within 1e-4).
     """
     recipe, table = predictor.recipe, predictor.table
     check_recipe(recipe)
@@ -184,10 +179,8 @@ def named_tensors(table: Table) -> dict[str, Tensor]:
 def load_predictor(path: str | Path) -> Predictor:
     """The predictor of a file of ours (.pkl or .json) or of a published pickle, checked.
 
-    Nothing that the file holds is executed (`src.pickles`).
-
-    Raises ValueError in one line with the path: not there, not a predictor, broken, hostile, of a
-    future version, or with a table or a recipe that `validate` refuses.
+    Nothing that the file holds is executed (`src.pickles`). Raises ValueError in one line with the
+    path: not there, no predictor, broken, hostile, of a future version, or not to be served.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -203,10 +196,7 @@ def load_predictor(path: str | Path) -> Predictor:
 
 
 def from_content(content: Any) -> Predictor:
-    """The predictor of a file's content, ours or published.
-
-    Raises ValueError where it is neither, of a future version, or its recipe or table is broken.
-    """
+    """The predictor of a file's content, ours or published; ValueError where it is neither."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a predictor")
     if "format" not in content:
@@ -230,55 +220,13 @@ def from_content(content: Any) -> Predictor:
 def numbers(name: str, values: Any) -> Tensor:
     """A tensor of floats, or rows of numbers, in float64."""
     try:
-        tensor = (
-            values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
-        )
+        given = isinstance(values, Tensor)
+        tensor = values if given else torch.tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, ArithmeticError, RuntimeError):
         tensor = torch.tensor(0)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is not a table of numbers with rows of one length")
     return tensor.double()
-
-
-def find_predictor(name: str, exps: Path = EXPS) -> Path:
-    """The file of a predictor: a path, a run's folder or its number, or a name within exps/.
-
-    `cifar10-5nfe` and `cifar10/cifar10-5nfe` find exps/cifar10/cifar10-5nfe.pkl, `2` the best or
-    last predictor of the run exps/00002-...
-
-    Raises ValueError where there is none, with the nearest names, or several have that name.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    runs = sorted(exps.glob(f"{int(name):05d}-*/")) if re.fullmatch("[0-9]{1,9}", name) else []
-    if len(runs) > 1:
-        raise ValueError(f"run {name} may be {' or '.join(run.name for run in runs)}: say which")
-    for pattern in IN_RUN:
-        if files := sorted((runs[0] if runs else Path(name)).glob(pattern)):
-            return files[-1]
-    shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("*.pkl")}
-    wanted = name.removesuffix(".pkl").removeprefix("exps/").rstrip("/")
-    matches = [k for k in shipped if k in (wanted, f"{wanted}/predictor")]
-    matches = matches or [k for k in shipped if k.endswith(f"/{wanted}")]
-    if len(matches) > 1:
-        raise ValueError(f"{name!r} may be {' or '.join(sorted(matches))}: say which")
-    if matches:
-        return shipped[matches[0]]
-    names = sorted({k.rpartition("/")[2] for k in shipped} | {*shipped})
-    near = ", ".join(get_close_matches(wanted, names, 3, 0.4) or names[:3])
-    hint = f"the nearest are {near}" if near else f"{exps} has none"
-    raise ValueError(f"no file and no shipped predictor {name[:200]!r}: {hint}")
-
-
-def described(predictor: Predictor) -> str:
-    """The settings and the table as text for people."""
-    settings = plain("recipe", vars(predictor.recipe))
-    lines = [f"{name:18} {json.dumps(v)}" for name, v in settings.items() if v not in (None, {})]
-    lines.append(f"{'nfe':18} {predictor.nfe} sequential, {predictor.evaluations} evaluations")
-    for name, values in named_tensors(predictor.table).items():
-        rows = values.reshape(len(values), -1).tolist()
-        lines += [f"\n{name}, by interval", *("".join(f"{v:13.6f}" for v in row) for row in rows)]
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -298,7 +246,15 @@ def main(arguments: list[str] | None = None) -> int:
             save_predictor(predictor, options.target)
             text = f"wrote {options.target}"
         elif not options.sigmas:
-            text = described(predictor)
+            entries = plain("recipe", vars(predictor.recipe)).items()
+            lines = [f"{name:18} {json.dumps(v)}" for name, v in entries if v not in (None, {})]
+            cost = f"{predictor.nfe} sequential, {predictor.evaluations} evaluations"
+            lines.append(f"{'nfe':18} {cost}")
+            for name, values in named_tensors(predictor.table).items():
+                lines.append(f"\n{name}, by interval")
+                rows = values.reshape(len(values), -1).tolist()
+                lines += ["".join(f"{v:13.6f}" for v in row) for row in rows]
+            text = "\n".join(lines)
         elif levels := levels_of(predictor.recipe):
             text = ", ".join(f"{sigma:.6g}" for sigma in predictor.sampler(levels).sigmas)
         else:

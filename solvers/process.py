@@ -34,10 +34,13 @@ class Process:
         """The clock log(alpha / sigma) of DPM-Solver++ (arXiv:2211.01095) and UniPC."""
         return log(clamp_low(self.alpha(sigma), NEAREST_TO_NOISE)) - log(sigma)
 
-    def first_slope(self, x: Tensor, sigma: float) -> Tensor:
-        """The slope where noise drowns the data: AFS (Dockhorn et al. 2022, arXiv:2210.05475)."""
-        assert self.name == "ve", "the first slope of flow matching depends on the data"
-        return x / math.sqrt(1 + sigma**2)
+    def free_slope(self, x: Tensor, sigma: Level) -> Tensor:
+        """x / sqrt(alpha^2 + sigma^2), without a call.
+
+        The slope where noise drowns the data: at the first level that of VE (AFS, Dockhorn et al.
+        2022, arXiv:2210.05475), and x / sigma of flow matching; further on any direction.
+        """
+        return x / (self.alpha(sigma) ** 2 + sigma**2) ** 0.5
 
 
 VE, FLOW = Process("ve"), Process("flow")

@@ -33,7 +33,9 @@ PIXEL_RANGE = {"sigma_min": 0.002, "sigma_max": 80.0}  # of the EDM networks
 def from_published(content: Mapping[Any, Any]) -> tuple[Table, Recipe]:
     """The table and the recipe of a published file's content.
 
-    Raises ValueError where it is not that of a published predictor, or a setting cannot be served.
+    Students become bases (`epd`: euler), the teacher `dpm` is our dpm2, and a guidance_type of
+    None is a guidance_rate of 1; what the file says word for word stays in "training". Raises
+    ValueError where it is no published predictor, or a setting cannot be served.
     """
     model = content.get("model", content.get("predictor"))
     if not isinstance(model, Inert):
@@ -47,21 +49,12 @@ def from_published(content: Mapping[Any, Any]) -> tuple[Table, Recipe]:
         return from_dyweight(metadata, raw)
     if "r_params" not in raw:
         raise ValueError(f"its {model.class_name} has no parameters of EPD-Solver or DyWeight")
-    return translate(metadata, raw)
-
-
-def translate(metadata: Mapping[str, Any], raw: Mapping[str, Tensor]) -> tuple[Directions, Recipe]:
-    """Our table and recipe for EPD-Solver's settings and raw parameters.
-
-    Students become bases (`epd`: euler), the teacher `dpm` is our dpm2, and a guidance_type of
-    None is a guidance_rate of 1. What the file says word for word stays in "training".
-    """
     student = str(metadata.get("sampler_stu", "epd"))
     if student not in ("epd", "ipndm"):
         raise ValueError(f"sampler_stu {student[:80]!r} is unknown: epd or ipndm")
     if metadata.get("schedule_type") is None:
         raise ValueError("the predictor does not say its schedule_type")
-    entries = {"num_points": raw["r_params"].shape[-1]} | entries_of(metadata)
+    entries = {"num_points": raw["r_params"].shape[-1:].numel()} | entries_of(metadata)
     entries |= {"base": student.replace("epd", "euler"), "source": "a published EPD predictor"}
     recipe = recipe_from_plain(entries)
     reaches = {"scale_dir": recipe.scale_dir, "scale_time": recipe.scale_time}
@@ -73,10 +66,9 @@ def decode(
 ) -> Directions:
     """The table that EPD-Solver's raw parameters [N, K] stand for, in float64.
 
-    r = sigmoid(r_params), weight = softmax(weight_s) over K, and each scale is
-    2 sigmoid(p / 2) reach + 1 - reach, so within (1 - reach, 1 + reach). `scale_dir` and
-    `scale_time` are the reaches, 0 switches a scale off; `fcn` does so for the direction
-    scale of the last interval. Raises ValueError for missing or misshapen parameters.
+    Scales lie within 1 - reach and 1 + reach; `scale_dir` and `scale_time` are the reaches, and
+    `fcn` leaves the last interval without a direction scale. Raises ValueError for missing or
+    misshapen parameters.
     """
     shape = raw["r_params"].shape
     needed = {"r_params": 1, "weight_s": shape[-1] - 1 if shape else 1}
@@ -85,9 +77,7 @@ def decode(
     for name, need in needed.items():
         if need and name not in raw:
             raise ValueError(f"the predictor has no parameter {name}")
-        wide.append(
-            raw[name].detach().double().cpu() if name in raw else torch.zeros(shape).double()
-        )
+        wide.append(raw.get(name, torch.zeros(shape)).detach().double().cpu())
         if wide[-1].shape != shape or len(shape) != 2:
             shapes = f"{list(wide[-1].shape)} beside r_params {list(shape)}"
             raise ValueError(f"{name} has the shape {shapes}: both must be [num_steps - 1, K]")
@@ -149,15 +139,10 @@ def from_dyweight(
 
 
 def entries_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a recipe: settings, backend, teacher and range of levels, in our names.
-
-    The range is the predictor's own, else its backend's, else that of the EDM networks.
-    """
+    """A recipe's entries in our names; levels are its own, its backend's, or EDM's."""
     entries = {n: metadata[n] for n in SETTINGS if metadata.get(n) is not None}
-    dataset, config = (
-        str(metadata.get("dataset_name") or "unknown"),
-        metadata.get("backend_config"),
-    )
+    dataset = str(metadata.get("dataset_name") or "unknown")
+    config = metadata.get("backend_config")
     is_latent = dataset.endswith("_ldm") or dataset == "ms_coco"
     backend = metadata.get("backend") or ("ldm" if is_latent else "edm")
     for source in (PIXEL_RANGE if backend == "edm" else {}, config, metadata):

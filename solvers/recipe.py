@@ -64,23 +64,20 @@ def for_flow(recipe: Recipe) -> bool:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Nothing for a recipe that can be served.
-
-    Raises ValueError for any other, with the setting's name, its value and what would do.
-    """
+    """ValueError, with the setting, its value and what would do, unless it can be served."""
     one_of("solver", recipe.solver, KINDS)
     one_of("base", recipe.base, BASES)
     one_of("process", recipe.process or "ve", ("ve", "flow"))
     one_of("schedule_type", recipe.schedule_type, (*SCHEDULES, "custom"))
     orders, order = SOLVERS[recipe.base].orders, recipe.max_order
-    low, high, sigmas = recipe.sigma_min, recipe.sigma_max, recipe.sigmas
+    low, high, sigmas, n = recipe.sigma_min, recipe.sigma_max, recipe.sigmas, recipe.num_steps
     custom = (recipe.schedule_type == "custom") == (sigmas is not None)
     positive = ("schedule_rho", "flowmatch_shift", "sigma_min", "sigma_max")
     given = {name: getattr(recipe, name) for name in positive}
     rules: list[tuple[str, bool, str]] = [
         ("format_version", 1 <= recipe.format_version <= 2, "1 or 2"),
         ("max_order", order >= 1 and (len(orders) == 1 or order in orders), f"one of {orders}"),
-        ("num_steps", recipe.num_steps >= 2, "2 grid points or more"),
+        ("num_steps", n >= 2, "2 grid points or more"),
         ("num_points", recipe.num_points >= 1, "1 or more"),
         ("flowmatch_mu", math.isfinite(recipe.flowmatch_mu or 0), "a number"),
         ("guidance_rate", math.isfinite(recipe.guidance_rate), "a number"),
@@ -90,17 +87,12 @@ def check_recipe(recipe: Recipe) -> None:
         ("sigma_min", not low or not high or low < high, f"below sigma_max {high}"),
         ("afs", not (recipe.afs and for_flow(recipe)), "off, as flow matching has no such step"),
         ("sigmas", custom, "a list for the custom schedule, and for it alone"),
-        (
-            "sigmas",
-            sigmas is None or len(sigmas) == recipe.num_steps,
-            f"{recipe.num_steps} levels",
-        ),
+        ("sigmas", sigmas is None or len(sigmas) == n, f"{n} levels"),
     ]
     for name, is_good, wanted in rules:
         if not is_good:
-            raise ValueError(
-                f"{name} {getattr(recipe, name)} is out of range: it must be {wanted}"
-            )
+            value = f"{name} {getattr(recipe, name)}"
+            raise ValueError(f"{value} is out of range: it must be {wanted}")
     if sigmas is not None and levels(sigmas)[-1] == 0:
         raise ValueError(f"sigmas {sigmas} must end above 0")
     plain("recipe", vars(recipe))

@@ -93,16 +93,6 @@ def make_solver(name: str, options: SolverOptions | None = None) -> Solver:
     return entry.kind(**{name: value for name, value in given.items() if name in taken})
 
 
-def num_steps_for(name: str, nfe: int, afs: bool) -> int:
-    """The grid size with which a solver makes `nfe` sequential calls; ValueError if none does."""
-    calls = SOLVERS[parse_name(name)[0]].calls
-    intervals, odd = divmod(nfe + afs, calls)
-    if odd or intervals < 1:
-        cost = f"{calls} calls an interval{', the first less one by afs' * afs}"
-        raise ValueError(f"{name} makes {cost}: {nfe} is not to be had")
-    return intervals + 1
-
-
 @dataclass(frozen=True)
 class Sampler:
     """A solver on its grid: everything between noise and sample but the network.
@@ -148,7 +138,7 @@ class Sampler:
         own = rates[min(i, len(rates) - 1)] if rates else field.rates
         field = replace(field, record=answers.append, rates=own)
         (sigma, sigma_next), last = grid[i : i + 2], self.sigmas[i + 1] == 0
-        slope: Callable[..., Tensor] = self.process.first_slope if self.afs and i == 0 else field
+        slope: Callable[..., Tensor] = self.process.free_slope if self.afs and i == 0 else field
         now = Point(sigma, x, partial(slope, x, sigma))
         if isinstance(self.solver, UniPC) and loop.step:
             now = self.solver.correct(loop.step, now)
@@ -216,29 +206,11 @@ class Sampler:
             list(sampler.states(field, torch.zeros(images, 1)))
         return Tally(field.tally.calls, field.tally.rows // images)
 
-    def with_guidance(self, text: str) -> "Sampler":
-        """The sampler at rates by hand: "4", one a step "1,4,6,4", or "4@0.2-0.8".
-
-        The last is rate 4 at the levels of an interval and none elsewhere (Kynkaanniemi et al.
-        2024, arXiv:2404.07724). Raises ValueError for anything else.
-        """
-        before = [level for level in self.sigmas if level > 0][: len(self.sigmas) - 1]
-        before = before[: self.table.r.shape[-2]] if self.table else before
-        rate, at, interval = text.partition("@")
-        try:
-            rates = [float(part) for part in rate.split(",")]
-            low, high = map(float, interval.split("-")) if at else (0.0, math.inf)
-        except ValueError:
-            rates, low, high = [], 0.0, math.inf
-        if len(rates) == 1:
-            rates = [rates[0] if low <= level <= high else 1.0 for level in before]
-        wrong = len(rates) != len(before) or (at and "," in rate)
-        if wrong or not all(0 <= rate < math.inf for rate in rates):
-            forms = f"one rate, {len(before)} with commas between, or RATE@LOW-HIGH"
-            raise ValueError(f"guidance {text!r}: write {forms}")
+    def with_rates(self, rates: tuple[float, ...]) -> "Sampler":
+        """The sampler at these guidance rates, one a step."""
         if self.table:
             return self.with_table(replace(self.table, guidance=torch.tensor(rates).double()))
-        return replace(self, rates=tuple(rates))
+        return replace(self, rates=rates)
 
 
 def hand_made(

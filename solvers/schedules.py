@@ -16,20 +16,26 @@ VP_FIRST_TIME = 1e-3
 
 
 def polynomial(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7) -> Tensor:
-    """Equal steps in sigma^(1/rho) (Karras et al. 2022, arXiv:2206.00364, Eq. 5)."""
-    return spaced(num_steps, sigma_max, sigma_min, rho)
+    """Equal steps in sigma^(1/rho) (Karras et al. 2022, arXiv:2206.00364, Eq. 5).
 
-
-def log_snr(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """Equal steps in log sigma (Lu et al. 2022, arXiv:2206.00927)."""
-    return spaced(num_steps, sigma_max, sigma_min, math.inf)
+    For an infinite rho in log sigma (Lu et al. 2022, arXiv:2206.00927). Both ends are exact.
+    Raises ValueError for fewer than 2 levels, levels that do not fall, or a rho <= 0.
+    """
+    lowest = 0 if rho < math.inf else 1e-300
+    if num_steps < 2 or not lowest <= sigma_min < sigma_max < math.inf or not rho > 0:
+        given = f"{num_steps}, {sigma_min} to {sigma_max}, {rho}"
+        raise ValueError(f"a grid needs num_steps >= 2, 0 < low < high and rho > 0, not {given}")
+    in_logs = math.isinf(rho)
+    ends = [math.log(s) if in_logs else s ** (1 / rho) for s in (sigma_max, sigma_min)]
+    even = torch.linspace(ends[0], ends[1], num_steps, dtype=torch.float64)
+    return with_ends(even.exp() if in_logs else even**rho, sigma_max, sigma_min)
 
 
 def time_uniform(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1) -> Tensor:
     """Equal steps in t^(1/rho), t in [1e-3, 1] of the VP process with these end levels."""
     clock = VPClock.between(sigma_min, sigma_max)
-    sigmas = torch.as_tensor(clock.sigma(spaced(num_steps, 1.0, VP_FIRST_TIME, rho)))
-    return with_ends(sigmas, sigma_max, sigma_min)
+    times = polynomial(num_steps, VP_FIRST_TIME, 1.0, rho)
+    return with_ends(torch.as_tensor(clock.sigma(times)), sigma_max, sigma_min)
 
 
 def flowmatch(num_steps: int, *, shift: float = 1.0, mu: float | None = None) -> Tensor:
@@ -37,9 +43,8 @@ def flowmatch(num_steps: int, *, shift: float = 1.0, mu: float | None = None) ->
 
     The static `shift` (Esser et al. 2024, arXiv:2403.03206, Eq. 23) maps s to
     shift s / (1 + (shift - 1) s). The scheduler applies it twice: to the ends of the range that
-    it spaces evenly, and to the levels themselves. With dynamic shifting (`mu`, by resolution,
-    FLUX) the ends stay as they are, and exp(mu) is the shift of the levels. Like the
-    scheduler's, the levels are rounded to float32. Raises ValueError for a shift <= 0.
+    it spaces evenly, and to the levels themselves, which are float32 as there. With dynamic
+    shifting (`mu`, FLUX) the ends stay, and exp(mu) is the shift. ValueError for a shift <= 0.
     """
     factor = shift if mu is None else math.exp(mu)
     if num_steps < 2 or not 0 < factor < math.inf:
@@ -58,21 +63,8 @@ def shifted(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def spaced(num_steps: int, start: float, end: float, rho: float) -> Tensor:
-    """Values even in their 1/rho-th power, for an infinite rho in their logarithm; exact ends."""
-    lowest = 0 if rho < math.inf else 1e-300
-    if num_steps < 2 or not lowest <= end < start < math.inf or not rho > 0:
-        given = f"{num_steps}, {end} to {start}, {rho}"
-        raise ValueError(f"a grid needs num_steps >= 2, 0 < low < high and rho > 0, not {given}")
-    if math.isinf(rho):
-        ends = (math.log(start), math.log(end))
-        return with_ends(torch.linspace(*ends, num_steps, dtype=torch.float64).exp(), start, end)
-    ends = (start ** (1 / rho), end ** (1 / rho))
-    return with_ends(torch.linspace(*ends, num_steps, dtype=torch.float64) ** rho, start, end)
-
-
 def with_ends(values: Tensor, start: float, end: float) -> Tensor:
-    """The same values with these ends, which powers and logarithms miss by a rounding."""
+    """Values with these ends, which powers and logarithms miss by a rounding."""
     return torch.cat([values.new_tensor([start]), values[1:-1], values.new_tensor([end])])
 
 
@@ -154,11 +146,11 @@ class NoiseLevels:
             case "polynomial":
                 return polynomial(num_steps, low, high, 7 if rho is None else rho)
             case "logsnr":
-                return log_snr(num_steps, low, high)
+                return polynomial(num_steps, low, high, math.inf)
             case "time_uniform":
                 return time_uniform(num_steps, low, high, 1 if rho is None else rho)
             case "discrete" if t:
-                times = spaced(num_steps, t.last, t.first, 1 if rho is None else rho)
+                times = polynomial(num_steps, t.first, t.last, 1 if rho is None else rho)
                 return t.sigma_of(times).double()
             case "flowmatch" if self.own:
                 return torch.tensor(self.own(num_steps, self.mu), dtype=torch.float64)

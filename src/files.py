@@ -1,13 +1,18 @@
-"""Files written whole or not at all, JSON, and the nearest name to a misspelt one."""
+"""Files written whole or not at all, JSON, names that are near, and predictors by name."""
 
 import difflib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+EXPS = Path(__file__).resolve().parent.parent / "exps"
+IN_RUN = ("predictor.pkl", "export/*-best.pkl", "network-snapshot-*.pkl", "export/network-*.pkl")
+"""Where a run of stage 1 or 2, ours or the published code's, keeps its best or last predictor."""
 
 
 @contextmanager
@@ -116,3 +121,32 @@ def nearest(name: str, names: Iterable[str]) -> str:
     by_lower = {n.lower(): n for n in names}
     assert by_lower, "nearest() needs a name to choose from"
     return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+
+
+def find_predictor(name: str, exps: Path = EXPS) -> Path:
+    """The file of a predictor: a path, a run's folder or its number, or a name within exps/.
+
+    `cifar10-5nfe` and `cifar10/cifar10-5nfe` find exps/cifar10/cifar10-5nfe.pkl, `2` the best or
+    last predictor of the run exps/00002-...
+    Raises ValueError where there is none, with the nearest names, or several have that name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    runs = sorted(exps.glob(f"{int(name):05d}-*/")) if re.fullmatch("[0-9]{1,9}", name) else []
+    if len(runs) > 1:
+        raise ValueError(f"run {name} may be {' or '.join(run.name for run in runs)}: say which")
+    for pattern in IN_RUN:
+        if files := sorted((runs[0] if runs else Path(name)).glob(pattern)):
+            return files[-1]
+    shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("*.pkl")}
+    wanted = name.removesuffix(".pkl").removeprefix("exps/").rstrip("/")
+    matches = [k for k in shipped if k in (wanted, f"{wanted}/predictor")]
+    matches = matches or [k for k in shipped if k.endswith(f"/{wanted}")]
+    if len(matches) > 1:
+        raise ValueError(f"{name!r} may be {' or '.join(sorted(matches))}: say which")
+    if matches:
+        return shipped[matches[0]]
+    names = sorted({k.rpartition("/")[2] for k in shipped} | {*shipped})
+    near = ", ".join(difflib.get_close_matches(wanted, names, 3, 0.4) or names[:3])
+    hint = f"the nearest are {near}" if near else f"{exps} has none"
+    raise ValueError(f"no file and no shipped predictor {name[:200]!r}: {hint}")

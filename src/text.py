@@ -1,8 +1,9 @@
-"""Lists of prompts, and which image gets which."""
+"""What people write: lists of prompts, which image gets which, and rates of guidance."""
 
 import csv
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -86,3 +87,24 @@ def meet(seeds: Sequence[int], prompts: Sequence[str]) -> list[tuple[int, str]]:
 def digest(prompts: Sequence[str]) -> str:
     """A short name for these prompts in this order."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+
+
+def guidance_rates(text: str, sigmas: Sequence[float]) -> tuple[float, ...]:
+    """A guidance rate for the step at each of the levels `sigmas`, from a text.
+
+    "4"; one a step, "1,4,6,4"; or "4@0.2-0.8", rate 4 at the levels of an interval and none
+    elsewhere (Kynkaanniemi et al. 2024, arXiv:2404.07724). ValueError for anything else.
+    """
+    rate, at, interval = text.partition("@")
+    try:
+        rates = tuple(float(part) for part in rate.split(","))
+        low, high = map(float, interval.split("-")) if at else (0.0, math.inf)
+    except ValueError:
+        rates, low, high = (), 0.0, math.inf
+    if len(rates) == 1:
+        rates = tuple(rates[0] if low <= sigma <= high else 1.0 for sigma in sigmas)
+    wrong = len(rates) != len(sigmas) or (at and "," in rate)
+    if wrong or not all(0 <= rate < math.inf for rate in rates):
+        forms = f"one rate, {len(sigmas)} with commas between, or RATE@LOW-HIGH"
+        raise ValueError(f"guidance {text!r}: write {forms}")
+    return rates

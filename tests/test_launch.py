@@ -81,11 +81,8 @@ def test_it_lists_its_sub_commands_from_any_folder(tmp_path: Path) -> None:
     assert all(f" {name}" in branches for name in listed if name != "options")
 
 
-def test_an_unknown_sub_command_names_the_nearest() -> None:
+def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path) -> None:
     assert "did you mean 'test'?" in refused("tset")
-
-
-def test_a_python_without_venv_is_told_so(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\ncase "$2" in *venv*) exit 1;; esac\n')
     fake.chmod(0o755)
@@ -93,9 +90,6 @@ def test_a_python_without_venv_is_told_so(tmp_path: Path) -> None:
     assert "apt install python3-venv" in error
     error = refused("setup", EPD_VENV=str(tmp_path / "v"), EPD_PYTHON="/no/python")
     assert "no Python 3.10 or newer" in error
-
-
-def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     assert "no virtual environment" in refused("setup", EPD_VENV=str(tmp_path / "home"))
@@ -159,16 +153,15 @@ def test_training_takes_its_file_and_hands_options_on(command: str, name: str, v
     assert (ROOT / "training" / "ppo" / "cfgs" / f"{name}.yaml").is_file()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3-1024", "flux"])
-def test_sampling_options_are_those_of_sample_py(name: str, venv: Path) -> None:
-    words = asked(venv, f"sample-{name}", "--predictor", "ours.pkl").split()
-    assert words[:3] == ["sample.py", "--predictor", f"{name}-best"]
-    assert words[-2:] == ["--predictor", "ours.pkl"]
-    done = CliRunner().invoke(sample.main, [*words[1:], "--dry-run"])
-    assert "no file and no shipped predictor 'ours.pkl'" in done.output
-
-
-def test_a_model_is_taken_from_where_weights_put_it(venv: Path) -> None:
+def test_sampling_and_scoring_hand_on_options_and_take_models_from_where_weights_put_them(
+    venv: Path,
+) -> None:
+    for name in ("sd15", "sd3-1024", "flux"):
+        words = asked(venv, f"sample-{name}", "--predictor", "ours.pkl").split()
+        assert words[:3] == ["sample.py", "--predictor", f"{name}-best"]
+        assert words[-2:] == ["--predictor", "ours.pkl"]
+        done = CliRunner().invoke(sample.main, [*words[1:], "--dry-run"])
+        assert "no file and no shipped predictor 'ours.pkl'" in done.output
     hub = "--model stabilityai/stable-diffusion-3-medium-diffusers "
     assert hub in asked(venv, "sample-sd3-512")
     (venv / "stable-diffusion-3-medium-diffusers").mkdir()

@@ -123,7 +123,7 @@ for index in range(FUZZ):
             solver, backend.levels, 4, afs=afs, guidance_rate=rate, options=options
         )
     if draw.random() < 0.2:
-        sampler = sampler.with_guidance("1,4,2")
+        sampler = sampler.with_rates((1.0, 4.0, 2.0))
     name = f"{{index}}: {{family}} {{solver}} K={{k}} batch={{batch}} rate={{rate}} {{chunk}}"
     compare(name, backend, prompt, sampler, batch, [n], chunk)
 if ranks.is_first():

@@ -1,7 +1,9 @@
 """Denoisers known in closed form: the Gaussian mixture of the recorded cases, and one Gaussian."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from solvers.exponential import UniPC
 from solvers.field import Condition, Denoiser, Field
 from solvers.integrate import Solver
 from solvers.sampler import Sampler
+from solvers.schedules import polynomial
 
 RECORDED: dict[str, Any] = json.loads(
     (Path(__file__).resolve().parents[1] / "data" / "solvers.json").read_text()
@@ -50,6 +53,28 @@ def gauss(x: Tensor, sigma: Tensor, _cond: Condition | None = None) -> Tensor:
     """The denoiser of normal data with variance 1/4, in any shape [B, *]."""
     gain = GAUSS_VARIANCE / (GAUSS_VARIANCE + sigma**2)
     return gain.reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """A denoiser clipped to its 99.5 % quantile s and divided by it, where s > 1, below a level.
+
+    Imagen's (Saharia et al. 2022, arXiv:2205.11487, Sec. 2.3): the published comparisons have it.
+    """
+
+    denoiser: Denoiser
+    below: float = math.inf
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Tensor:
+        x0 = self.denoiser(x, sigma, cond)
+        s = torch.quantile(x0.flatten(1).abs(), 0.995, dim=-1).clamp(min=1)
+        s = s.where(sigma < self.below, math.inf).reshape(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-s, s) / s.where(s < math.inf, 1)
+
+
+def log_snr(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Equal steps in log sigma."""
+    return polynomial(num_steps, sigma_min, sigma_max, math.inf)
 
 
 def integrate(

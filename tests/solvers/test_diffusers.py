@@ -21,8 +21,8 @@ from solvers.exponential import DEIS, DPMpp, UniPC, gauss_legendre, quadrature
 from solvers.field import Denoiser, Field
 from solvers.integrate import Step
 from solvers.process import FLOW, VE
-from solvers.schedules import flowmatch, log_snr, polynomial
-from tests.solvers.mixture import LATENTS, distance, flow, integrate, ve
+from solvers.schedules import flowmatch, polynomial
+from tests.solvers.mixture import LATENTS, Thresholded, distance, flow, integrate, log_snr, ve
 
 schedulers: Any = pytest.importorskip("diffusers.schedulers")
 pytestmark = pytest.mark.filterwarnings(
@@ -70,8 +70,8 @@ def theirs_flow(scheduler: Any, sigmas: Tensor) -> Tensor:
     return x
 
 
-def ours_ve(solver: Any, sigmas: Tensor, corrected: bool = False) -> Tensor:
-    *_, end = integrate(solver, Field(ve), LATENTS * sigmas[0], sigmas, correct=corrected)
+def ours_ve(solver: Any, sigmas: Tensor, corrected: bool = False, denoiser: Any = ve) -> Tensor:
+    *_, end = integrate(solver, Field(denoiser), LATENTS * sigmas[0], sigmas, correct=corrected)
     return end
 
 
@@ -99,58 +99,42 @@ def unipc(order: int, variant: str, predict_x0: bool = True, **options: Any) -> 
 
 
 @pytest.mark.parametrize("grid", [GRID, with_0(GRID)], ids=["to_sigma_min", "to_0"])
-def test_euler_is_euler_discrete(grid: Tensor) -> None:
+def test_euler_and_heun_are_euler_discrete_and_heun_discrete(grid: Tensor) -> None:
+    """Heun's levels repeat, one for each of the two slopes; the step to 0 is Euler's."""
     scheduler = prepared(schedulers.EulerDiscreteScheduler(), grid)
     x = LATENTS * grid[0]
     for sigma, t in zip(grid, scheduler.timesteps, strict=False):
         scheduler.scale_model_input(x, t)
         x = scheduler.step((x - denoised(ve, x, sigma)) / sigma, t, x).prev_sample
     assert distance(x, ours_ve(Euler(), grid)) < SINGLE
-
-
-@pytest.mark.parametrize("grid", [GRID, with_0(GRID)], ids=["to_sigma_min", "to_0"])
-def test_heun_is_heun_discrete(grid: Tensor) -> None:
-    """Its levels repeat, one for each of the two slopes of a step; the step to 0 is Euler's."""
     repeated = torch.cat([grid[:1], grid[1:].repeat_interleave(2)])
     scheduler = prepared(
         schedulers.HeunDiscreteScheduler(), repeated[: -1 if grid[-1] == 0 else None]
     )
-    scheduler.sigmas = repeated
-    x = LATENTS * grid[0]
+    scheduler.sigmas, x = repeated, LATENTS * grid[0]
     asked = [grid[0], *grid[1:-1].repeat_interleave(2)] + [grid[-1]] * bool(grid[-1] > 0)
     for sigma, t in zip(asked, scheduler.timesteps, strict=True):
         x = scheduler.step((x - denoised(ve, x, sigma)) / sigma, t, x).prev_sample
     assert distance(x, ours_ve(Heun(), grid)) < EXACT
 
 
+@pytest.mark.parametrize("final", [False, True], ids=["", "lower_order_final"])
 @pytest.mark.parametrize("predict_x0", [True, False], ids=["data", "noise"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_dpmpp_is_dpmsolver_multistep(order: int, predict_x0: bool) -> None:
-    ours = DPMpp(order, predict_x0, lower_order_final=False)  # pyright: ignore[reportArgumentType]
-    assert distance(theirs_ve(dpm(order, predict_x0), GRID), ours_ve(ours, GRID)) < SINGLE
+def test_dpmpp_is_dpmsolver_multistep(order: int, predict_x0: bool, final: bool) -> None:
+    """The last steps are those of diffusers below 15 steps."""
+    theirs = theirs_ve(dpm(order, predict_x0, lower_order_final=final), GRID)
+    assert distance(theirs, ours_ve(DPMpp(order, predict_x0, final), GRID)) < SINGLE
 
 
-@pytest.mark.parametrize("predict_x0", [True, False], ids=["data", "noise"])
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_the_last_steps_of_dpmpp_are_those_of_diffusers_below_15_steps(
-    order: int, predict_x0: bool
-) -> None:
-    ours = DPMpp(order, predict_x0, lower_order_final=True)  # pyright: ignore[reportArgumentType]
-    scheduler = dpm(order, predict_x0, lower_order_final=True)
-    assert distance(theirs_ve(scheduler, GRID), ours_ve(ours, GRID)) < SINGLE
-
-
-def test_euler_at_final_is_lower_order_final_of_order_2() -> None:
-    scheduler = dpm(2, euler_at_final=True)
-    assert distance(theirs_ve(scheduler, LONG), ours_ve(DPMpp(2), LONG)) < SINGLE
-
-
-def test_a_step_to_0_is_diffusers_last_step_and_lowers_no_order_before_it() -> None:
+def test_the_ends_of_dpmpp_to_sigma_min_and_to_0() -> None:
     """Ours counts the steps left on the levels above 0, diffusers counts the step to 0 as well.
 
     So its default for order 2 is ours without `lower_order_final`: the last step of the two is the
     one to 0, which is of order 1 by itself.
     """
+    at_final = theirs_ve(dpm(2, euler_at_final=True), LONG)
+    assert distance(at_final, ours_ve(DPMpp(2), LONG)) < SINGLE
     scheduler = dpm(2, lower_order_final=True, final_sigmas_type="zero")
     theirs = theirs_ve(scheduler, with_0(GRID))
     assert distance(theirs, ours_ve(DPMpp(2, True, False), with_0(GRID))) < SINGLE
@@ -171,12 +155,10 @@ def test_unipc_is_unipc_multistep(
         assert distance(theirs_ve(scheduler, grid), ours_ve(ours, grid, corrected=True)) < EXACT
 
 
-def test_unip_is_unipc_multistep_with_every_correction_disabled() -> None:
+def test_unipc_without_corrections_and_to_0() -> None:
+    """It counts the step to 0 among the last ones, and ours does not."""
     scheduler = unipc(3, "bh2", disable_corrector=list(range(20)))
     assert distance(theirs_ve(scheduler, GRID), ours_ve(UniPC(3), GRID)) < EXACT
-
-
-def test_unipc_counts_the_step_to_0_among_the_last_ones_and_ours_does_not() -> None:
     theirs = theirs_ve(unipc(2, "bh2", final_sigmas_type="zero"), with_0(GRID))
     ours = UniPC(2, lower_order_final=False)
     assert distance(theirs, ours_ve(ours, with_0(GRID), corrected=True)) < EXACT
@@ -228,22 +210,15 @@ FLOWS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_dpmpp_on_flow_matching_is_dpmsolver_multistep_with_flow_sigmas(order: int) -> None:
+def test_dpmpp_and_unipc_on_flow_matching_are_those_with_flow_sigmas(order: int) -> None:
     scheduler = dpm(order)
     scheduler.register_to_config(**FLOWS)
-    ours = DPMpp(order, lower_order_final=False, process=FLOW)  # pyright: ignore[reportArgumentType]
+    ours: Any = DPMpp(order, lower_order_final=False, process=FLOW)
     assert distance(theirs_flow(scheduler, NEARLY_NOISE), ours_flow(ours, NEARLY_NOISE)) < SINGLE
-
-
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc_on_flow_matching_is_unipc_multistep_with_flow_sigmas(
-    order: int, variant: str
-) -> None:
-    scheduler = unipc(order, variant, **FLOWS)
-    ours = UniPC(order, variant, process=FLOW)  # pyright: ignore[reportArgumentType]
-    theirs = theirs_flow(scheduler, NEARLY_NOISE)
-    assert distance(theirs, ours_flow(ours, NEARLY_NOISE, corrected=True)) < EXACT
+    for variant in ("bh1", "bh2"):
+        theirs = theirs_flow(unipc(order, variant, **FLOWS), NEARLY_NOISE)
+        ours = UniPC(order, variant, process=FLOW)
+        assert distance(theirs, ours_flow(ours, NEARLY_NOISE, corrected=True)) < EXACT
 
 
 def test_a_start_at_pure_noise_is_where_diffusers_moves_it_to() -> None:
@@ -263,10 +238,10 @@ def test_a_start_at_pure_noise_is_where_diffusers_moves_it_to() -> None:
 
 def test_dynamic_thresholding_is_that_of_diffusers() -> None:
     """Up to its `sample_max_value`, which bounds the threshold too; ours leaves it free."""
-    options = {"thresholding": True, "sample_max_value": 1e6}
-    ours = DPMpp(2, lower_order_final=False, thresholding=True)
-    assert distance(theirs_ve(dpm(2, **options), GRID), ours_ve(ours, GRID)) < SINGLE
-    assert distance(ours_ve(ours, GRID), ours_ve(DPMpp(2, True, False), GRID)) > 1e-3
+    options, ours = {"thresholding": True, "sample_max_value": 1e6}, DPMpp(2, True, False)
+    thresholded = ours_ve(ours, GRID, denoiser=Thresholded(ve))
+    assert distance(theirs_ve(dpm(2, **options), GRID), thresholded) < SINGLE
+    assert distance(thresholded, ours_ve(ours, GRID)) > 1e-3
 
 
 def test_the_clock_is_that_of_diffusers_in_both_processes() -> None:
@@ -278,35 +253,27 @@ def test_the_clock_is_that_of_diffusers_in_both_processes() -> None:
         assert torch.allclose(clock, alpha.log() - sigma.log(), atol=1e-14)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-@pytest.mark.parametrize("n", [2, 4, 7, 9, 11, 28, 51])
-def test_flowmatch_is_diffusers_to_the_last_bit(n: int, shift: float) -> None:
-    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(n)
-    assert torch.equal(flowmatch(n, shift=shift).float(), scheduler.sigmas[:-1])
-
-
-@pytest.mark.parametrize("mu", [0.5, 0.8, 1.15, 2.0])
-@pytest.mark.parametrize("n", [2, 5, 9, 28])
-def test_flowmatch_with_a_dynamic_shift_is_diffusers_to_the_last_bit(n: int, mu: float) -> None:
-    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    scheduler.set_timesteps(n, mu=mu)
-    assert torch.equal(flowmatch(n, mu=mu).float(), scheduler.sigmas[:-1])
+@pytest.mark.parametrize("n", [2, 4, 5, 7, 9, 11, 28, 51])
+def test_grids_are_those_of_diffusers(n: int) -> None:
+    """Flow matching's to the last bit."""
+    kind = schedulers.FlowMatchEulerDiscreteScheduler
+    for shift in (1.0, 3.0, 6.0):
+        scheduler = kind(shift=shift)
+        scheduler.set_timesteps(n)
+        assert torch.equal(flowmatch(n, shift=shift).float(), scheduler.sigmas[:-1])
+    for mu in (0.5, 0.8, 1.15, 2.0):
+        scheduler = kind(shift=3.0, use_dynamic_shifting=True)
+        scheduler.set_timesteps(n, mu=mu)
+        assert torch.equal(flowmatch(n, mu=mu).float(), scheduler.sigmas[:-1])
+    for ours, name in ((polynomial, "use_karras_sigmas"), (log_snr, "use_exponential_sigmas")):
+        options = {"sigma_min": 0.002, "sigma_max": 80.0, name: True}
+        scheduler = schedulers.EulerDiscreteScheduler(**options)
+        scheduler.set_timesteps(n)
+        assert torch.allclose(ours(n, 0.002, 80.0).float(), scheduler.sigmas[:-1], rtol=3e-7)
 
 
 @given(n=st.integers(2, 60), shift=st.floats(0.2, 20))
 def test_flowmatch_is_diffusers_for_any_shift(n: int, shift: float) -> None:
     scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(n)
-    ours = flowmatch(n, shift=shift)
-    assert torch.allclose(ours.float(), scheduler.sigmas[:-1], rtol=2e-7)
-
-
-@pytest.mark.parametrize("n", [5, 18, 40])
-def test_polynomial_of_rho_7_and_log_snr_are_diffusers_karras_and_exponential(n: int) -> None:
-    for ours, name in ((polynomial, "use_karras_sigmas"), (log_snr, "use_exponential_sigmas")):
-        scheduler = schedulers.EulerDiscreteScheduler(
-            sigma_min=0.002, sigma_max=80.0, **{name: True}
-        )
-        scheduler.set_timesteps(n)
-        assert torch.allclose(ours(n, 0.002, 80.0).float(), scheduler.sigmas[:-1], rtol=3e-7)
+    assert torch.allclose(flowmatch(n, shift=shift).float(), scheduler.sigmas[:-1], rtol=2e-7)

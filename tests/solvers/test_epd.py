@@ -1,9 +1,11 @@
 """EPD: its step by hand, its table, the bases that it may stand on, and what it costs."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solvers.classic import DPM2, EDM, IPNDM, Euler, Heun, IPNDMv
@@ -12,8 +14,11 @@ from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Condition, Field
 from solvers.integrate import Solver
 from solvers.process import FLOW
-from solvers.schedules import flowmatch, log_snr
+from solvers.schedules import flowmatch
+from tests.solvers import mixture
 from tests.solvers.mixture import LATENTS, directions, distance, flow, integrate, learned, run, ve
+
+log_snr = mixture.log_snr
 
 GRID = log_snr(4, 0.1, 20.0)
 STEPS = len(GRID) - 1
@@ -34,35 +39,32 @@ def test_a_step_by_hand() -> None:
     assert distance(end, x + (s - t) * total) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "base",
-    [Euler(), Heun(), DPM2(), IPNDM(4), IPNDMv(4), DPMpp(3), DEIS(4), DEIS(3, "rhoab")],
-    ids=repr,
-)
+BASES: list[Solver] = [Heun(), IPNDM(4), IPNDMv(4), DPMpp(2), DPMpp(3), DPMpp(3, False), DEIS(4)]
+BASES += [DEIS(3, "rhoab"), DPM2(), Euler()]
+
+
+@pytest.mark.parametrize("base", BASES, ids=repr)
 def test_epd_stands_on_any_solver_whose_step_is_a_path(base: Solver) -> None:
-    """Halfway points of a better path bring Euler's and the base's error down."""
-    grid = log_snr(9, 0.1, 20.0)
-    exact = run(Heun(), log_snr(400, 0.1, 20.0))
-    error = distance(run(EPD(directions([[0.5]] * 8), base), grid), exact)
-    assert error < 0.5 * distance(run(Euler(), grid), exact)
+    """Halfway points of a better path bring Euler's and the base's error down.
+
+    At r = 0 the step is Euler's and its gradient is finite, whatever the base.
+    """
+    grid, x = log_snr(9, 0.1, 20.0), LATENTS * 20
+    error = distance(run(EPD(directions([[0.5]] * 8), base), grid), exact())
+    assert error < 0.5 * distance(run(Euler(), grid), exact())
+    for dtype in (torch.float32, torch.float64):
+        table = directions([[0.0]] * 8)
+        r = table.r.requires_grad_()
+        end = run(EPD(table, base), grid, x=x.to(dtype))
+        end.sum().backward()
+        assert distance(end, run(Euler(), grid, x=x.to(dtype))) < 1e-5
+        assert r.grad is not None
+        assert r.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "base",
-    [IPNDM(4), IPNDMv(4), DPMpp(2), DPMpp(3), DPMpp(3, False), DEIS(4), DEIS(3, "rhoab"), Heun()],
-    ids=repr,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_point_that_does_not_move_needs_no_base(base: Solver, dtype: torch.dtype) -> None:
-    """At r = 0 the step is Euler's and its gradient is finite, whatever the base."""
-    grid, x = log_snr(6, 0.1, 20.0), (LATENTS * 20).to(dtype)
-    table = directions([[0.0]] * 5)
-    r = table.r.requires_grad_()
-    end = run(EPD(table, base), grid, x=x)
-    end.sum().backward()
-    assert distance(end, run(Euler(), grid, x=x)) < 1e-5
-    assert r.grad is not None
-    assert r.grad.isfinite().all()
+@functools.cache
+def exact() -> Tensor:
+    return run(Heun(), log_snr(400, 0.1, 20.0))
 
 
 def test_epd_samples_flow_matching_from_pure_noise() -> None:
@@ -84,16 +86,13 @@ def test_a_base_that_cannot_serve_is_refused(base: Solver) -> None:
         EPD(learned(STEPS), base)
 
 
-@pytest.mark.parametrize("rows", [STEPS - 1, STEPS + 1])
-def test_a_table_for_another_number_of_steps_is_refused(rows: int) -> None:
-    with pytest.raises(ValueError, match=f"a table of {rows} steps cannot take {STEPS} steps"):
-        run(EPD(learned(rows)), GRID)
-
-
-def test_the_table_is_taken_in_the_type_of_the_samples() -> None:
+def test_a_table_is_taken_in_the_type_of_the_samples_and_has_a_row_for_each_step() -> None:
     single = Directions(*(t.float() for t in learned(STEPS).tensors()))
     assert run(EPD(learned(STEPS)), GRID, x=LATENTS.float() * 20).dtype == torch.float32
     assert run(EPD(single), GRID).dtype == torch.float64
+    for rows in (STEPS - 1, STEPS + 1):
+        with pytest.raises(ValueError, match=f"a table of {rows} steps cannot take {STEPS} steps"):
+            run(EPD(learned(rows)), GRID)
 
 
 VIEWS = {"view", "_unsafe_view", "select", "split", "squeeze", "transpose", "t", "expand", "alias"}
@@ -130,14 +129,8 @@ def operations(points: int, batch: int = 1, base: Solver | None = None) -> int:
 
 
 def test_a_step_of_two_points_takes_15_tensor_operations() -> None:
-    """The step that the published code takes in 24 to 39."""
+    """The step that the published code takes in 24 to 39; a batch adds two, which lay out rows."""
     assert operations(points=2) <= 15
-
-
-def test_a_batch_adds_two_copies_that_lay_out_the_rows() -> None:
     assert operations(points=2, batch=2) == operations(points=2) + 2
-
-
-@pytest.mark.parametrize("points", [1, 3, 8])
-def test_more_points_take_no_more_operations(points: int) -> None:
-    assert operations(points) == operations(2)
+    for points in (1, 3, 8):  # more points take no more operations
+        assert operations(points) == operations(2)

@@ -1,6 +1,4 @@
-"""The slope: its formula, its rows, its conditions, its count."""
-
-from collections.abc import Iterator
+"""The slope: its formula, its rows, its conditions, its count; and guidance by a scale."""
 
 import pytest
 import torch
@@ -29,17 +27,10 @@ def points(k: int, like: Tensor = LATENTS) -> tuple[Tensor, Tensor]:
     return x, sigma
 
 
-def one_by_one(field: Field, x: Tensor, sigma: Tensor) -> Iterator[Tensor]:
-    for k in range(x.shape[1]):
-        yield field(x[:, k : k + 1], sigma[:, k : k + 1])
-
-
-def test_the_slope_is_x_less_the_clean_estimate_over_sigma() -> None:
+def test_the_slope_by_its_formula_of_flow_matching_the_velocity() -> None:
     d = Field(ve)(LATENTS[:, None], 2.0)[:, 0]
     assert torch.allclose(d, (LATENTS - ve(LATENTS, torch.tensor([2.0, 2.0]))) / 2, atol=1e-15)
 
-
-def test_the_slope_of_flow_matching_is_the_velocity() -> None:
     def denoiser(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
         return x - sigma.reshape(-1, 1, 1, 1) * torch.cos(x)
 
@@ -47,70 +38,46 @@ def test_the_slope_of_flow_matching_is_the_velocity() -> None:
     assert torch.allclose(d, torch.cos(LATENTS), atol=1e-14)
 
 
-def test_points_in_one_call_equal_points_one_by_one() -> None:
+def test_points_in_one_call_in_chunks_and_one_by_one_are_the_same() -> None:
     x, sigma = points(5)
     for denoiser in (ve, flow, gauss):
-        field = Field(denoiser)
-        at_once = field(x, sigma)
-        assert torch.allclose(at_once, torch.cat(list(one_by_one(field, x, sigma)), 1), atol=1e-13)
+        at_once = Field(denoiser)(x, sigma)
+        single = (Field(denoiser)(x[:, k : k + 1], sigma[:, k : k + 1]) for k in range(5))
+        assert torch.allclose(at_once, torch.cat(list(single), 1), atol=1e-13)
+        for chunk in (1, 2, 3, 5, 9):
+            chunked = Field(denoiser, points_chunk=chunk)
+            assert torch.allclose(chunked(x, sigma), at_once, atol=1e-13)
+            assert chunked.tally == Tally(calls=1, rows=10)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 9])
-def test_chunking_the_points_changes_no_number(chunk: int) -> None:
-    x, sigma = points(5)
-    assert torch.allclose(Field(ve, points_chunk=chunk)(x, sigma), Field(ve)(x, sigma), atol=1e-13)
-
-
-def test_all_samples_stand_at_the_first_point_before_any_stands_at_the_second() -> None:
-    recorder, (x, sigma) = Recorder(), points(3)
-    Field(recorder)(x, sigma)
-    rows, levels, _ = recorder.asked[0]
-    assert torch.equal(rows, torch.cat([x[:, 0], x[:, 1], x[:, 2]]))
-    assert torch.equal(levels, torch.cat([sigma[:, 0], sigma[:, 1], sigma[:, 2]]).flatten())
-
-
-def test_the_network_may_be_told_another_level_than_the_slope_divides_by() -> None:
-    recorder, (x, sigma) = Recorder(), points(2)
-    d = Field(recorder)(x, sigma, 1.1 * sigma)
-    assert torch.equal(
-        recorder.asked[0][1], torch.cat([1.1 * sigma[:, 0], 1.1 * sigma[:, 1]]).flatten()
-    )
-    assert torch.equal(d, x / sigma)
-
-
-def test_conditions_are_repeated_as_the_rows_are() -> None:
+def test_rows_are_tiled_with_their_levels_and_conditions() -> None:
+    """All samples stand at the first point before any stands at the second."""
     recorder, (x, sigma) = Recorder(), points(3)
     cond = Condition({"text": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, {"text": torch.zeros(2, 2)})
-    Field(recorder, cond)(x, sigma)
-    seen = recorder.asked[0][2]
+    field = Field(recorder, cond)
+    d = field(x, sigma, 1.1 * sigma)  # the network may be told another level
+    rows, levels, seen = recorder.asked[0]
+    assert torch.equal(rows, torch.cat([x[:, 0], x[:, 1], x[:, 2]]))
+    assert torch.equal(levels, torch.cat([1.1 * sigma[:, k] for k in range(3)]).flatten())
+    assert torch.equal(d, x / sigma)
     assert seen is not None
     assert seen.given["text"].tolist() == [[1, 2], [3, 4]] * 3
     assert seen.null is not None
     assert seen.null["text"].shape == (6, 2)
-
-
-def test_calls_and_rows_are_counted_apart() -> None:
-    field, (x, sigma) = Field(ve), points(3)
-    field(x, sigma)
     field(x[:, :1], 1.0)
     assert field.tally == Tally(calls=2, rows=8)
-
-
-def labelled(x: Tensor, _sigma: Tensor, cond: Condition | None) -> Tensor:
-    """The label times x."""
-    assert cond is not None
-    return cond.given["label"].reshape(-1, 1, 1, 1) * x
 
 
 COND = Condition({"label": torch.tensor([1.0, 2.0])}, {"label": torch.tensor([0.5, 0.5])})
 
 
-def test_guidance_by_hand() -> None:
+def test_guidance_by_hand_takes_one_call_of_twice_the_rows_nothing_first() -> None:
+    def labelled(x: Tensor, _sigma: Tensor, cond: Condition | None) -> Tensor:
+        assert cond is not None
+        return cond.given["label"].reshape(-1, 1, 1, 1) * x
+
     x0 = Guided(labelled, 3.0)(torch.ones(2, 1, 1, 1), torch.ones(2), COND)
     assert x0.flatten().tolist() == [0.5 + 3 * 0.5, 0.5 + 3 * 1.5]
-
-
-def test_guidance_takes_one_call_of_twice_the_rows_nothing_first() -> None:
     recorder = Recorder()
     Guided(recorder, 3.0)(LATENTS, torch.ones(2), COND)
     ((rows, levels, cond),) = recorder.asked
@@ -125,8 +92,7 @@ def test_guidance_of_1_or_without_a_nothing_leaves_the_network_alone(
     cond: Condition | None,
 ) -> None:
     recorder = Recorder()
-    scale = 1.0 if cond is COND else 4.0
-    Guided(recorder, scale)(LATENTS, torch.ones(2), cond)
+    Guided(recorder, 1.0 if cond is COND else 4.0)(LATENTS, torch.ones(2), cond)
     assert recorder.asked[0][0] is LATENTS
     assert recorder.asked[0][2] is cond
 

@@ -17,6 +17,7 @@ from solvers.predictor import Predictor, load_predictor, save_predictor
 from solvers.process import VE
 from solvers.recipe import Recipe
 from solvers.sampler import Sampler
+from src.text import guidance_rates
 
 SIGMAS = (10.0, 3.0, 1.0, 0.2)
 B = 3
@@ -125,21 +126,13 @@ def test_hand_made_solvers_take_a_rate_for_each_step() -> None:
     [("4", [4, 4, 4]), ("1,4,6", [1, 4, 6]), ("4@0.5-5", [1, 4, 4]), ("4@9-99", [4, 1, 1])],
 )
 def test_rates_by_hand_are_one_one_a_step_or_those_of_an_interval(text: str, rates: list) -> None:
-    for solver in (Euler(), EPD(directions()), ParallelMultistep(multistep())):
-        by_hand = Sampler(solver, SIGMAS, VE, guidance_rate=2.0).with_guidance(text)
-        wanted = Sampler(Euler(), SIGMAS, VE, rates=tuple(map(float, rates)))
-        if isinstance(solver, EPD | ParallelMultistep):
-            guided = replace(solver.table, guidance=torch.tensor(rates).double())
-            wanted = Sampler(replace(solver, table=guided), SIGMAS, VE)  # type: ignore[arg-type]
-        assert torch.equal(end(by_hand), end(wanted))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "1,2", "1,2,3,4", "a", "-1", "nan", "4@1", "4@a-b", "1,2,3@0-1"]
-)
-def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"guidance .*: write one rate, 3 with commas between"):
-        Sampler(Euler(), SIGMAS, VE).with_guidance(text)
+    assert guidance_rates(text, SIGMAS[:-1]) == tuple(rates)
+    wanted = [Sampler(Euler(), SIGMAS, rates=tuple(map(float, rates)))]
+    wanted += [sampler(make(torch.tensor(rates).double())) for make in (directions, multistep)]
+    plain = (Sampler(Euler(), SIGMAS), sampler(directions()), sampler(multistep()))
+    for own, guided in zip(plain, wanted, strict=True):
+        by_hand = replace(own, guidance_rate=2.0).with_rates(guidance_rates(text, SIGMAS[:-1]))
+        assert torch.equal(end(by_hand), end(guided))
 
 
 def test_images_of_their_own_grids_are_those_of_each_alone() -> None:
@@ -153,32 +146,23 @@ def test_images_of_their_own_grids_are_those_of_each_alone() -> None:
             assert torch.allclose(together[i], alone[i], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("ending", ["pkl", "json"])
-@pytest.mark.parametrize("shape", [(3,), (3, 2)])
-def test_guidance_is_saved_as_version_2_and_files_without_stay_version_1(
-    tmp_path: Path, ending: str, shape: tuple
-) -> None:
-    path, recipe = tmp_path / f"p.{ending}", Recipe(4, 2)
-    rates = torch.linspace(1, 3, math.prod(shape)).double().reshape(shape)
-    save_predictor(Predictor(directions(rates), recipe), path)
-    guidance = load_predictor(path).table.guidance
-    assert guidance is not None
-    assert torch.equal(guidance, rates)
-    if ending == "json":
-        assert '"format_version": 2' in path.read_text()
-        save_predictor(Predictor(directions(), recipe), path)
-        assert '"format_version": 1' in path.read_text().partition("table")[0]
-
-
-@pytest.mark.parametrize(
-    ("rates", "words"),
-    [
+def test_guidance_is_saved_as_version_2_and_files_without_stay_version_1(tmp_path: Path) -> None:
+    recipe = Recipe(4, 2)
+    for path in (tmp_path / "p.pkl", tmp_path / "p.json"):
+        for shape in ((3,), (3, 2)):
+            rates = torch.linspace(1, 3, math.prod(shape)).double().reshape(shape)
+            save_predictor(Predictor(directions(rates), recipe), path)
+            guidance = load_predictor(path).table.guidance
+            assert guidance is not None
+            assert torch.equal(guidance, rates)
+    assert '"format_version": 2' in path.read_text()
+    save_predictor(Predictor(directions(), recipe), path)
+    assert '"format_version": 1' in path.read_text().partition("table")[0]
+    for rates, words in (
         (torch.ones(2), "guidance has the shape"),
         (torch.ones(3, 4), "guidance has the shape"),
         (torch.tensor([1.0, math.nan, 1.0]), "must be finite"),
         (torch.tensor([1.0, -1.0, 1.0]), "finite and 0 to inf"),
-    ],
-)
-def test_guidance_that_cannot_be_is_refused(rates: Tensor, words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        save_predictor(Predictor(directions(rates), Recipe(4, 2)), tmp_path / "p.pkl")
+    ):
+        with pytest.raises(ValueError, match=words):
+            save_predictor(Predictor(directions(rates), recipe), tmp_path / "p.pkl")

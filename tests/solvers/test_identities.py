@@ -32,42 +32,32 @@ def same(a: Solver, b: Solver, grid: Tensor = GRID) -> bool:
     return distance(run(a, grid), run(b, grid)) < EXACT
 
 
-@pytest.mark.parametrize(
-    "first_order",
-    [
-        IPNDM(1),
-        IPNDMv(1),
-        DEIS(1),
-        DEIS(1, "rhoab"),
-        DPMpp(1),
-        DPMpp(1, predict_x0=False),
-        UniPC(1),
-        UniPC(1, "bh1", predict_x0=False),
-        EPD(directions([[0.0]] * STEPS)),
-    ],
-    ids=repr,
-)
-def test_order_1_is_euler(first_order: Solver) -> None:
-    assert same(first_order, Euler())
+WEIGHTS = torch.tensor([[-2 / 3, 5 / 3]], dtype=torch.float64).expand(STEPS, 2)
+EVEN = torch.linspace(4, 0.5, 9, dtype=torch.float64)
+SAME: list[tuple[Solver, Solver, Tensor]] = [
+    *((s, Euler(), GRID) for s in (IPNDM(1), IPNDMv(1), DEIS(1), DEIS(1, "rhoab"), DPMpp(1))),
+    *((s, Euler(), GRID) for s in (DPMpp(1, predict_x0=False), UniPC(1))),
+    (UniPC(1, "bh1", predict_x0=False), Euler(), GRID),
+    (EPD(directions([[0.0]] * STEPS)), Euler(), GRID),
+    (EPD(directions([[0.5]] * STEPS)), DPM2(), GRID),
+    (EPD(directions([[0.0, 1.0]] * STEPS)), Heun(), GRID),
+    (EPD(directions([[0.0, 0.3]] * STEPS, weight=WEIGHTS)), DPM2(0.3), GRID),
+    (EDM(noise, s_churn=0.0), Heun(), GRID),
+    (DPMpp(2), UniPC(2), GRID),  # without its corrector
+    *((IPNDMv(order), IPNDM(order), EVEN) for order in (1, 2, 3)),
+    *((DEIS(order, "rhoab"), IPNDM(order), EVEN) for order in (2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "grid"), SAME, ids=lambda v: type(v).__name__)
+def test_two_methods_are_the_same(one: Solver, other: Solver, grid: Tensor) -> None:
+    assert same(one, other, grid)
 
 
 @pytest.mark.parametrize("solver", [DPMpp(1, process=FLOW), UniPC(1, process=FLOW)], ids=repr)
 def test_order_1_is_euler_on_flow_matching_too(solver: Solver) -> None:
     grid = flowmatch(7, shift=3.0)
     assert distance(run(solver, grid, flow), run(Euler(), grid, flow)) < EXACT
-
-
-def test_epd_with_one_point_halfway_is_dpm2() -> None:
-    assert same(EPD(directions([[0.5]] * STEPS)), DPM2())
-
-
-def test_epd_with_a_point_at_either_end_is_heun() -> None:
-    assert same(EPD(directions([[0.0, 1.0]] * STEPS)), Heun())
-
-
-def test_dpm2_is_epd_with_its_weights_on_two_points() -> None:
-    weight = torch.tensor([[-2 / 3, 5 / 3]], dtype=torch.float64).expand(STEPS, 2)
-    assert same(EPD(directions([[0.0, 0.3]] * STEPS, weight=weight)), DPM2(0.3))
 
 
 def test_amed_is_epd_with_one_point_and_a_scaled_slope() -> None:
@@ -81,20 +71,6 @@ def test_amed_is_epd_with_one_point_and_a_scaled_slope() -> None:
         return now.x + step.h * float(scale[step.index, 0]) * d
 
     assert same(EPD(directions(r.tolist(), dir_scale=scale)), amed)
-
-
-def test_edm_without_churn_is_heun() -> None:
-    assert same(EDM(noise, s_churn=0.0), Heun())
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_ipndm_v_on_equal_steps_is_ipndm(order: int) -> None:
-    assert same(IPNDMv(order), IPNDM(order), torch.linspace(4, 0.5, 9, dtype=torch.float64))
-
-
-def test_deis_in_sigma_on_equal_steps_is_ipndm() -> None:
-    grid = torch.linspace(4, 0.5, 9, dtype=torch.float64)
-    assert all(same(DEIS(order, "rhoab"), IPNDM(order), grid) for order in (2, 3, 4))
 
 
 def test_ipndm_v_of_order_4_as_published_misses_adams_bashforth_by_a_twelfth() -> None:
@@ -124,10 +100,6 @@ def test_dpmpp_2m_is_the_formula_of_k_diffusion() -> None:
     assert distance(run(DPMpp(2, lower_order_final=False), GRID), x) < EXACT
 
 
-def test_dpmpp_2_is_unipc_2_without_its_corrector() -> None:
-    assert same(DPMpp(2), UniPC(2))
-
-
 @pytest.mark.parametrize("predict_x0", [True, False])
 def test_the_variants_of_unipc_differ_only_below_order_3(predict_x0: bool) -> None:
     """From three points on, the order conditions have one solution, whatever B(h) is."""
@@ -139,19 +111,14 @@ def test_the_variants_of_unipc_differ_only_below_order_3(predict_x0: bool) -> No
     assert distance(one(Field(ve), step), two(Field(ve), step)) > 1e-3
 
 
-def test_each_sample_follows_its_own_table() -> None:
+def test_each_sample_follows_its_own_table_and_the_order_of_points_does_not_matter() -> None:
     tables = [learned(STEPS, seed=seed) for seed in (1, 2)]
     each = Directions(*(torch.stack(t) for t in zip(*(t.tensors() for t in tables), strict=True)))
     both = run(EPD(each), GRID)
     for i, table in enumerate(tables):
         alone = run(EPD(table), GRID, x=LATENTS[i : i + 1] * GRID[0])
         assert distance(both[i : i + 1], alone) < EXACT
-
-
-def test_the_order_of_the_points_does_not_matter() -> None:
-    table = learned(STEPS, 3)
-    turned = Directions(*(t.flip(-1) for t in table.tensors()))
-    assert same(EPD(turned), EPD(table))
+        assert same(EPD(Directions(*(t.flip(-1) for t in table.tensors()))), EPD(table))
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])

@@ -49,22 +49,15 @@ def ends(solver: object, x: Tensor) -> list[Tensor]:
     return list(integrate(solver, Field(gaussian), x, SIGMAS))  # pyright: ignore[reportArgumentType]
 
 
-def test_one_point_at_the_start_of_each_interval_is_euler() -> None:
-    x = noise(3, 4, 2)
-    pairs = zip(ends(ParallelMultistep(table()), x), ends(Euler(), x), strict=True)
-    for ours, euler in pairs:
-        assert torch.allclose(ours, euler, rtol=1e-12)
-
-
-def test_adams_bashforth_is_a_table() -> None:
+def test_euler_and_adams_bashforth_are_tables() -> None:
     new = rows([1], [3 / 2], [23 / 12], [55 / 24])
     old = rows([0] * 5, [0, -1 / 2, 0, 0, 0], [0, -16 / 12, 5 / 12, 0, 0])
     old = torch.cat([old, rows([0, -59 / 24, 37 / 24, -9 / 24, 0])])
-    t = table()
-    solver = ParallelMultistep(MultistepTable(t.a, t.r, new, old, t.time_scale))
-    x = noise(2, 5)
-    for ours, ipndm in zip(ends(solver, x), ends(IPNDM(4), x), strict=True):
-        assert torch.allclose(ours, ipndm, rtol=1e-12)
+    t, x = table(), noise(3, 4, 2)
+    bashforth = MultistepTable(t.a, t.r, new, old, t.time_scale)
+    for own, other in ((t, Euler()), (bashforth, IPNDM(4))):
+        for a, b in zip(ends(ParallelMultistep(own), x), ends(other, x), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12)
 
 
 def test_an_interval_costs_one_call_of_k_rows() -> None:
@@ -115,13 +108,10 @@ def test_with_afs_the_first_step_is_free() -> None:
     assert (sampler.calls, sampler.rows) == (free.nfe, free.evaluations)
 
 
-def test_a_predictor_of_too_many_slopes_is_refused() -> None:
+def test_tables_of_too_many_slopes_or_of_another_kind_are_refused() -> None:
     t = table(0.5, 2)
     wide = MultistepTable(torch.zeros(N, 6), t.r, t.weight, t.b, t.time_scale)
     with pytest.raises(ValueError, match=r"a has the shape \[4, 6\]"):
         validate(Predictor(wide, predictor().recipe))
-
-
-def test_a_table_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="epd cannot read a table of MultistepTable"):
         validate(predictor(solver="epd"))

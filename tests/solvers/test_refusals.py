@@ -9,82 +9,87 @@ import torch
 from torch import Tensor
 
 from solvers.classic import DPM2, EDM, IPNDM, IPNDMv
-from solvers.exponential import DEIS, DPMpp, UniPC, dynamic_threshold
+from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Field
 from solvers.process import FLOW, VE, Process
-from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, num_steps_for, parse_name
-from solvers.schedules import NoiseLevels, Timesteps, flowmatch, log_snr, polynomial, time_uniform
-from tests.solvers.mixture import LATENTS, integrate, ve
+from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, parse_name
+from solvers.schedules import NoiseLevels, Timesteps, flowmatch, polynomial, time_uniform
+from src.text import guidance_rates
+from tests.solvers.mixture import LATENTS, integrate, log_snr, ve
 
-ORDERED: Any = (IPNDM, IPNDMv, DEIS, DPMpp, UniPC)
-REFUSED: list[tuple[Callable[[], object], str]] = [
-    *(
-        (lambda kind=kind, order=order: kind(order), f"{kind.__name__} has the orders 1 to")
-        for kind in ORDERED
-        for order in (0, 5, "3", 2.0, None, True)
-    ),
-    (lambda: DPMpp(4), "1 to 3"),
-    *((lambda r=r: DPM2(r), f"not {r}") for r in (0.0, 1.1, math.nan)),
-    *(
-        (lambda churn=churn: EDM(lambda _i, x: x, **churn), "s_churn, s_noise >= 0")
-        for churn in ({"s_churn": -1.0}, {"s_churn": math.nan}, {"s_noise": math.inf})
-    ),
-    (lambda: EDM(lambda _i, x: x, s_min=2.0, s_max=1.0), "s_min <= s_max"),
-    (lambda: UniPC(2, "bh3"), "unknown variant of UniPC 'bh3'"),
-    (lambda: UniPC(2, predict_x0=False, process=FLOW), "it needs predict_x0"),
-    (lambda: DEIS(2, "rho"), "unknown mode of DEIS 'rho'"),
-    (lambda: Process("vp"), "unknown process 'vp'"),
-    *(
-        (lambda name=name: parse_name(name), f"unknown solver {name!r}")
-        for name in ("rk45", "euler-", "ipndm-x", "", "IPNDM", "dpmpp-3-2")
-    ),
-    *(
-        (lambda name=name: make_solver(name), "has the orders")
-        for name in ("ipndm-0", "ipndm-5", "euler-2", "dpmpp-4", "heun-1")
-    ),
-    (lambda: make_solver("ipndm-2", SolverOptions(order=3)), "'ipndm-2' and order 3 disagree"),
-    (lambda: num_steps_for("heun", 5, False), "heun makes 2 calls an interval: 5"),
-    (lambda: num_steps_for("heun", 4, True), "4 is not to be had"),
-    (lambda: Sampler(IPNDM(3), (1.0, 0.5), FLOW, afs=True), "afs is for VE models"),
-    *(
-        (lambda grid=grid: Sampler(IPNDM(3), grid), "two or more falling levels")
-        for grid in ((), (1.0,), (1.0, 2.0), (2.0, 1.0, 1.0), (1.0, -0.1), (2.0, 0.0, 0.0))
-    ),
-    *(
-        (lambda grid=grid: Sampler(IPNDM(3), grid), "two or more falling levels")
-        for grid in ((math.nan, 1.0), (2.0, math.nan), (math.inf, 1.0))
-    ),
-    *(
-        (lambda kind=kind, ends=ends: kind(5, *ends), "sigma_min|low")
-        for kind in (polynomial, log_snr, time_uniform)
-        for ends in ((1.0, 1.0), (80.0, 0.002), (-1.0, 80.0), (math.nan, 80.0), (0.1, math.inf))
-    ),
-    *(
-        (lambda kind=kind, n=n: kind(n, 0.002, 80.0), f"num_steps >= 2.* not {n}")
-        for kind in (polynomial, log_snr, time_uniform)
-        for n in (1, -3)
-    ),
-    *(
-        (lambda kind=kind, rho=rho: kind(5, 0.002, 80.0, rho), "rho > 0")
-        for kind in (polynomial, time_uniform)
-        for rho in (0.0, -1.0, math.nan)
-    ),
-    (lambda: log_snr(5, 0.0, 80.0), "0 < low"),
-    (lambda: time_uniform(5, 1.0, 2.0), "no VP process has the ends"),
-    *(
-        (lambda ends=ends: discrete(*ends), "a grid needs")
-        for ends in ((5, 5), (9, 3), (-1, 999), (0, math.inf))
-    ),
-    (lambda: NoiseLevels(VE, 0.1, 1.0).grid("cosine", 5), "unknown schedule 'cosine'"),
-    (lambda: NoiseLevels(VE, 0.1, 1.0).grid("discrete", 5), "no 'discrete' schedule"),
-    *((lambda s=s: flowmatch(5, shift=s), "shift above 0") for s in (0.0, -3.0, math.nan)),
-    (lambda: flowmatch(5, mu=math.nan), "shift above 0"),
-    (lambda: flowmatch(1), "num_steps >= 2"),
-]
+NAN, INF = math.nan, math.inf
+GRIDS: tuple[Callable[..., Tensor], ...] = (polynomial, log_snr, time_uniform)
+
+
+def each(make: Callable[..., object], words: str, *values: Any) -> list[tuple[Any, str]]:
+    """A row of REFUSED for every value."""
+    return [(lambda v=v: make(*v) if isinstance(v, tuple) else make(v), words) for v in values]
+
+
+def edm(options: dict[str, float]) -> EDM:
+    return EDM(lambda _i, x: x, **options)  # pyright: ignore[reportArgumentType]
 
 
 def discrete(first: float, last: float) -> Tensor:
     return NoiseLevels(VE, 0.1, 1.0, Timesteps(first, last, lambda t: t)).grid("discrete", 5)
+
+
+def level_grid(name: str) -> Tensor:
+    return NoiseLevels(VE, 0.1, 1.0).grid(name, 5)
+
+
+def sampler(*grid: float) -> Sampler:
+    return Sampler(IPNDM(3), grid)
+
+
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    *(
+        row
+        for kind in (IPNDM, IPNDMv, DEIS, DPMpp, UniPC)
+        for row in each(kind, f"{kind.__name__} has the orders 1 to", 0, 5, "3", 2.0, None, True)
+    ),
+    *each(DPMpp, "1 to 3", 4),
+    *each(DPM2, "r of DPM2 must be above 0", 0.0, 1.1, NAN),
+    *each(edm, "s_churn, s_noise >= 0", {"s_churn": -1.0}, {"s_churn": NAN}, {"s_noise": INF}),
+    *each(edm, "s_min <= s_max", {"s_min": 2.0, "s_max": 1.0}),
+    *each(UniPC, "unknown variant of UniPC 'bh3'", (2, "bh3")),
+    *each(UniPC, "it needs predict_x0", (2, "bh2", False, True, FLOW)),
+    *each(DEIS, "unknown mode of DEIS 'rho'", (2, "rho")),
+    *each(Process, "unknown process 'vp'", "vp"),
+    *each(parse_name, "unknown solver", "rk45", "euler-", "ipndm-x", "", "IPNDM", "dpmpp-3-2"),
+    *each(make_solver, "has the orders", "ipndm-0", "ipndm-5", "euler-2", "dpmpp-4", "heun-1"),
+    *each(make_solver, "'ipndm-2' and order 3 disagree", ("ipndm-2", SolverOptions(order=3))),
+    *each(Sampler, "afs is for VE models", (IPNDM(3), (1.0, 0.5), FLOW, True)),
+    *each(sampler, "two or more falling levels", (), (1.0,), (1.0, 2.0), (2.0, 1.0, 1.0)),
+    *each(sampler, "two or more falling levels", (1.0, -0.1), (2.0, 0.0, 0.0)),
+    *each(sampler, "two or more falling levels", (NAN, 1.0), (2.0, NAN), (INF, 1.0)),
+    *(
+        row
+        for kind in GRIDS
+        for row in (
+            *each(kind, "sigma_min|low", (5, 1.0, 1.0), (5, 80.0, 0.002), (5, -1.0, 80.0)),
+            *each(kind, "sigma_min|low", (5, NAN, 80.0), (5, 0.1, INF)),
+            *each(kind, "num_steps >= 2", (1, 0.002, 80.0), (-3, 0.002, 80.0)),
+        )
+    ),
+    *(
+        row
+        for kind in (polynomial, time_uniform)
+        for row in each(kind, "rho > 0", *((5, 0.002, 80.0, rho) for rho in (0.0, -1.0, NAN)))
+    ),
+    *each(log_snr, "0 < low", (5, 0.0, 80.0)),
+    *each(time_uniform, "no VP process has the ends", (5, 1.0, 2.0)),
+    *each(discrete, "a grid needs", (5, 5), (9, 3), (-1, 999), (0, INF)),
+    *each(level_grid, "unknown schedule 'cosine'", "cosine"),
+    *each(level_grid, "no 'discrete' schedule", "discrete"),
+    *((lambda s=s: flowmatch(5, shift=s), "shift above 0") for s in (0.0, -3.0, NAN)),
+    (lambda: flowmatch(5, mu=NAN), "shift above 0"),
+    *each(flowmatch, "num_steps >= 2", 1),
+    *(
+        (lambda text=text: guidance_rates(text, (10.0, 3.0, 1.0)), "write one rate, 3 with commas")
+        for text in ("", "1,2", "1,2,3,4", "a", "-1", "nan", "4@1", "4@a-b", "1,2,3@0-1")
+    ),
+]
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED, ids=[w for _, w in REFUSED])
@@ -92,11 +97,6 @@ def test_what_cannot_be_is_refused_in_one_line(make: Callable[[], object], words
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
-
-
-def test_thresholding_goes_by_each_sample_and_point() -> None:
-    x0 = torch.stack([torch.full((2, 7), 5.0), torch.full((2, 7), 0.5)])
-    assert dynamic_threshold(x0)[:, :, 0].tolist() == [[1, 1], [0.5, 0.5]]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -112,19 +112,9 @@ def test_a_name_makes_its_solver_in_every_order_and_it_makes_the_calls_it_claims
     assert make_solver(name) == make_solver(f"{name}-{entry.default_order}")
 
 
-@pytest.mark.parametrize(
-    ("name", "nfe", "afs", "num_steps"),
-    [("euler", 5, False, 6), ("euler", 5, True, 7), ("heun", 6, False, 4), ("heun", 5, True, 4)],
-)
-def test_the_grid_for_a_number_of_calls(name: str, nfe: int, afs: bool, num_steps: int) -> None:
-    assert num_steps_for(name, nfe, afs) == num_steps
-
-
 def test_the_processes_by_hand() -> None:
     assert (VE.alpha(3.0), FLOW.alpha(0.25)) == (1, 0.75)
     assert math.isclose(float(VE.half_log_snr(2.0)), -math.log(2))
     assert math.isclose(float(FLOW.half_log_snr(0.25)), math.log(3))
-    level = torch.tensor([0.25, 1.0], dtype=torch.float64)
-    clock = FLOW.half_log_snr(level)
-    assert isinstance(clock, Tensor)
+    clock = torch.as_tensor(FLOW.half_log_snr(torch.tensor([0.25, 1.0], dtype=torch.float64)))
     assert torch.allclose(clock, torch.tensor([math.log(3), math.log(1e-6)]).double())
