@@ -13,11 +13,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import torch
@@ -60,25 +61,6 @@ COMMANDS = {
 """What the suite for a GPU runs as a whole; the last where there are several."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One method at one batch size; seconds are medians, ratios medians of adjacent pairs."""
-
-    name: str
-    batch: int
-    calls: int
-    sample: float  # seconds of generate(), latents left undecoded
-    network: float  # seconds of the same network calls alone
-    ratio: float  # sample / network, 1 being no overhead; a small difference of large times
-    rest: float  # seconds of generate() on a network that answers at once: all but the network
-    one_by_one: float | None = None  # sampling with a call a point / all K in one call
-
-
-def instant(x: Tensor, _sigma: Tensor, _cond: Condition | None) -> Tensor:
-    """A network that takes no time: x itself for the clean sample."""
-    return x
-
-
 def with_network(backend: Backend, network: Callable[..., Tensor]) -> Backend:
     """The backend with this network in place of its own, guided already."""
     return replace(backend, denoise=network, guide=lambda denoise, _rate, _cond: denoise)
@@ -101,8 +83,12 @@ def paired(
 
 def time_sampler(
     name: str, backend: Backend, sampler: Sampler, batch: int, repeats: int, points: int = 1
-) -> Timing:
-    """One sampler at one batch size; points is the K of its table."""
+) -> dict[str, Any]:
+    """One sampler at one batch size; points is the K of its table.
+
+    sample: seconds of generate(); network: of the same calls alone; rest: of generate() on a
+    network that answers at once; one_by_one: with a call a point, over all K in one.
+    """
     jobs = [Job(seed, backend.usual_prompt(seed)) for seed in range(batch)]
     cond = backend.encode([job.prompt for job in jobs])
     network = backend.guided(sampler.guidance_rate, cond)
@@ -121,20 +107,20 @@ def time_sampler(
             network(*call)
 
     sample(with_network(backend, record))
-    device, quick = backend.device, with_network(backend, instant)
+    device, quick = backend.device, with_network(backend, lambda x, _sigma, _cond: x)
     pairs = paired(sample, replay, repeats, device)
     nothing = paired(lambda: sample(quick), lambda: None, repeats, device)
     apart = paired(lambda: sample(chunk=1), sample, repeats, device) if points > 1 else []
-    return Timing(
-        name=name,
-        batch=batch,
-        calls=sampler.calls,
-        sample=median(a for a, _ in pairs),
-        network=median(b for _, b in pairs),
-        ratio=median(a / b for a, b in pairs),
-        rest=median(a for a, _ in nothing),
-        one_by_one=median(a / b for a, b in apart) if apart else None,
-    )
+    return {
+        "name": name,
+        "batch": batch,
+        "calls": sampler.calls,
+        "sample": median(a for a, _ in pairs),
+        "network": median(b for _, b in pairs),
+        "ratio": median(a / b for a, b in pairs),
+        "rest": median(a for a, _ in nothing),
+        "one_by_one": median(a / b for a, b in apart) if apart else None,
+    }
 
 
 def bench_solvers(backend: Backend, predictor: str, repeats: int) -> Tables:
@@ -143,15 +129,14 @@ def bench_solvers(backend: Backend, predictor: str, repeats: int) -> Tables:
     points = table.recipe.num_points
     samplers = {name: (hand_made(name, backend.levels, NUM_STEPS), 1) for name in SOLVERS}
     samplers[f"epd K={points}"] = table.sampler(backend.levels), points
-    timings: list[Timing] = []
-    bar = ranks.progress(len(BATCHES) * len(samplers), "solver")
-    for batch in BATCHES:
-        for name, (sampler, k) in samplers.items():
-            turns = max(3, repeats // batch)
-            timings.append(time_sampler(name, backend, sampler, batch, turns, k))
-            bar.update()
-    bar.close()
-    return {"timings": list(map(asdict, timings))}
+    lines: Table = []
+    with ranks.progress(len(BATCHES) * len(samplers), "solver") as bar:
+        for batch in BATCHES:
+            for name, (sampler, k) in samplers.items():
+                turns = max(3, repeats // batch)
+                lines.append(time_sampler(name, backend, sampler, batch, turns, k))
+                bar.update()
+    return {"timings": lines}
 
 
 def bench_gpu(device: torch.device, repeats: int) -> Tables:
@@ -212,9 +197,8 @@ def gpu_times(device: torch.device, repeats: int) -> Table:
         for batch in GPU_BATCHES:
             given = [(name, backend, s, batch, repeats, k) for name, (s, k) in samplers.items()]
             timings = [time_sampler(*each) for each in given]
-            for timing in timings:
-                ratio = {"over dpm2": timing.sample / timings[0].sample}
-                lines.append({"model": model, **asdict(timing), **ratio})
+            dpm2 = timings[0]["sample"]
+            lines += [{"model": model, **t, "over dpm2": t["sample"] / dpm2} for t in timings]
     return lines
 
 
@@ -271,17 +255,7 @@ def as_text(tables: Tables) -> str:
 @click.option("--suite", type=click.Choice(["solvers", "gpu"]), default="solvers")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/bench.json")
 @click.option("--device", type=Device(), default="auto")
-def main(
-    model: str,
-    predictor: str,
-    repeats: int,
-    points_degree: int,
-    simulate: tuple[tuple[str, float], ...],
-    gather_gbs: float,
-    suite: str,
-    out: Path,
-    device: torch.device,
-) -> None:
+def main(device: torch.device, out: Path, **options: Any) -> None:
     """Time sampling against its own network calls, replayed, at batch 1 and 16.
 
     "ratio" is sampling over the bare calls, the difference of two large times; "rest" is sampling
@@ -292,21 +266,23 @@ def main(
     1 to 64 devices would take. --suite gpu checks and times a GPU in under 5 minutes.
     Prints tables in seconds, and writes them with JSON beside.
     """
-    device = ranks.init(device)
-    if simulate:
-        lines = [line for name, t in simulate for line in simulated(name, t, gather_gbs)]
+    device, repeats = ranks.init(device), options["repeats"]
+    if options["simulate"]:
+        given, speed = options["simulate"], options["gather_gbs"]
+        lines = [line for name, t in given for line in simulated(name, t, speed)]
         tables = {"seconds of 10 calls, by devices": lines}
-    elif suite == "gpu":
+    elif options["suite"] == "gpu":
         tables = bench_gpu(device, min(repeats, 5))
     else:
-        backend = replace(load_backend(model, device=device), decode=lambda latents: latents)
-        mesh = ranks.point_mesh(points_degree, device)
+        backend = load_backend(options["model"], device=device)
+        backend = replace(backend, decode=lambda latents: latents)
+        mesh = ranks.point_mesh(options["points_degree"], device)
         tables = time_shared(backend, mesh, repeats) if mesh else None
-        tables = tables or bench_solvers(backend, predictor, repeats)
+        tables = tables or bench_solvers(backend, options["predictor"], repeats)
     if ranks.is_first():
         click.echo(as_text(tables))
         click.echo("Medians of turns in one run; only the ratios mean something elsewhere.")
-        about = {"model": model, "predictor": predictor, "repeats": repeats}
+        about = {name: options[name] for name in ("model", "predictor", "repeats")}
         write_json(out, {"about": about | provenance(device), **tables})
         write_text(out.with_suffix(".txt"), as_text(tables))
         click.echo(f"wrote {out}")

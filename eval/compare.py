@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -31,7 +31,7 @@ from eval.measure import (
     measure,
     rivals_for,
 )
-from eval.report import Strip, curves, metrics_of, page, ratios, table, write_csv
+from eval.report import curves, metrics_of, page, ratios, table, write_csv
 from eval.score import NamedPath, reads_texts
 from rewards.fingerprint import source_hash, stamp
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
@@ -245,8 +245,8 @@ def main(**options: Any) -> None:
             benchmark, results, references, sets, outdir / "cache", about
         )
         settings["frechet"] = f"of {images} images in {len(sets)} disjoint sets of seeds"
-    result = Comparison(benchmark, candidates, fine_score, scores)
-    write_results(outdir, result, settings, options["shown"])
+    compared = (benchmark, candidates, fine_score, scores)
+    write_results(outdir, *compared, settings=settings, shown=options["shown"])
     click.echo((outdir / "results.txt").read_text(encoding="utf-8").rstrip())
     click.echo(f"report.html, results.txt, .csv, .json and .png are in {outdir}")
 
@@ -280,21 +280,17 @@ def references_for(
     return references
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What was compared, and the scores of the fine solution and of all candidates."""
-
-    benchmark: Benchmark
-    candidates: Sequence[Candidate]
-    fine: Score
-    scores: Sequence[Score]
-
-
 def write_results(
-    outdir: Path, result: Comparison, settings: Mapping[str, Any], shown: int
+    outdir: Path,
+    benchmark: Benchmark,
+    candidates: Sequence[Candidate],
+    fine: Score,
+    scores: Sequence[Score],
+    *,
+    settings: Mapping[str, Any],
+    shown: int,
 ) -> None:
     """report.html, results.txt, .csv, .json and .png of a comparison."""
-    benchmark, scores, fine = result.benchmark, result.scores, result.fine
     count = len(benchmark.jobs)
     steps = len(benchmark.fine.sampler.sigmas) - 1
     finely = f"{fine.name} in {steps} steps on {fine.schedule} ({fine.nfe} calls)"
@@ -318,16 +314,16 @@ def write_results(
     save(figure, outdir / "results.png")
     jobs = benchmark.jobs[:shown]
     strips = []
-    for candidate in (*result.candidates, benchmark.fine):
+    for candidate in (*candidates, benchmark.fine):
         (batch,) = generate(benchmark.backend, candidate.sampler, jobs, batch=len(jobs))
-        strips.append(Strip(candidate.name, candidate.nfe, batch.images))
+        strips.append((candidate.name, candidate.nfe, batch.images))
     facts = {"images": str(count), "fine solution": finely}
     facts |= {name: str(value) for name, value in about.items() if value and name != "meaning"}
     text = page(
         scores,
         fine,
         strips,
-        {f"{c.name}, {c.nfe} calls": figure for c in result.candidates if (figure := drawn(c))},
+        {f"{c.name}, {c.nfe} calls": figure for c in candidates if (figure := drawn(c))},
         figure,
         title=f"{settings['model']}: solvers by the number of calls",
         facts=facts,

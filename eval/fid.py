@@ -58,6 +58,42 @@ class Statistics:
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
+def measure_pictures(
+    pictures: Pictures, space: FeatureSpace, *, batch: int, keep: bool
+) -> Statistics:
+    """The statistics of all pictures, on every rank; `keep` keeps their features.
+
+    Otherwise memory does not grow with the pictures. Raises ValueError, on every rank, for
+    pictures that cannot be read or have features that are not finite, and for fewer than 2.
+    """
+    mine: Statistics | None = None
+    kept: dict[int, Tensor] = {}
+    failed = ""
+    which = ranks.share(range(len(pictures.items)))
+    try:
+        with ranks.progress(len(which), "image") as bar:
+            for alike in read_batches(pictures, which, batch=batch):
+                features = space(alike.images / 255)
+                for at in (~features.isfinite().all(1)).nonzero()[:1, 0].tolist():
+                    name = pictures.place / pictures.items[alike.which[at]].name
+                    raise ValueError(f"the features of {name} are not finite (NaN or infinity)")
+                new = statistics_of(features)
+                mine = merged(mine, new) if mine else new
+                kept |= dict(zip(alike.which, features, strict=True)) if keep else {}
+                bar.update(len(alike.which))
+    except ValueError as error:
+        failed = str(error)
+    ranks.raise_together(failed)
+    shares = ranks.of_each_rank((mine, kept))
+    if len(pictures.items) < 2:
+        raise ValueError(f"{pictures.place} has fewer than 2 images to measure")
+    total = reduce(merged, [share for share, _ in shares if share])
+    rows = {i: row for _, some in shares for i, row in some.items()}
+    features = torch.stack([rows[i] for i in sorted(rows)]) if keep else None
+    about = {"features": space.about, "version": space.version, "images": str(pictures.place)}
+    return replace(total, about=about, features=features)
+
+
 def statistics_of(features: Tensor) -> Statistics:
     """The statistics of features [N, D], N >= 1. ValueError for NaN and infinity."""
     if features.ndim != 2 or not len(features):
@@ -203,42 +239,6 @@ def check_space(path: Path, statistics: Statistics, space: FeatureSpace) -> None
     if statistics.about.get("version", space.version) != space.version:
         fix = "make it again by python -m eval.fid ref"
         raise ValueError(f"{path} is of {space.name} as it was with other weights or code: {fix}")
-
-
-def measure_pictures(
-    pictures: Pictures, space: FeatureSpace, *, batch: int, keep: bool
-) -> Statistics:
-    """The statistics of all pictures, on every rank; `keep` keeps their features.
-
-    Otherwise memory does not grow with the pictures. Raises ValueError, on every rank, for
-    pictures that cannot be read or have features that are not finite, and for fewer than 2.
-    """
-    mine: Statistics | None = None
-    kept: dict[int, Tensor] = {}
-    failed = ""
-    which = ranks.share(range(len(pictures.items)))
-    try:
-        with ranks.progress(len(which), "image") as bar:
-            for alike in read_batches(pictures, which, batch=batch):
-                features = space(alike.images / 255)
-                for at in (~features.isfinite().all(1)).nonzero()[:1, 0].tolist():
-                    name = pictures.place / pictures.items[alike.which[at]].name
-                    raise ValueError(f"the features of {name} are not finite (NaN or infinity)")
-                new = statistics_of(features)
-                mine = merged(mine, new) if mine else new
-                kept |= dict(zip(alike.which, features, strict=True)) if keep else {}
-                bar.update(len(alike.which))
-    except ValueError as error:
-        failed = str(error)
-    ranks.raise_together(failed)
-    shares = ranks.of_each_rank((mine, kept))
-    if len(pictures.items) < 2:
-        raise ValueError(f"{pictures.place} has fewer than 2 images to measure")
-    total = reduce(merged, [share for share, _ in shares if share])
-    rows = {i: row for _, some in shares for i, row in some.items()}
-    features = torch.stack([rows[i] for i in sorted(rows)]) if keep else None
-    about = {"features": space.about, "version": space.version, "images": str(pictures.place)}
-    return replace(total, about=about, features=features)
 
 
 def reference_of(place: Path, space: FeatureSpace, *, batch: int, keep: bool) -> Statistics:

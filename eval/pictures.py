@@ -31,6 +31,7 @@ INDEX = "samples.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THREADS = 4
 AHEAD = 256  # pictures whose texts are read at once
+LARGEST = 1 << 28  # bytes of a picture in a zip, which may claim any number
 UNREADABLE = (
     *(OSError, ValueError, KeyError, RuntimeError, SyntaxError, NotImplementedError),
     *(EOFError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
@@ -83,11 +84,12 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
         except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{place} is no whole zip: {error}") from error
         images = (n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
-        items = [Picture(n) for n in sorted(images) if not n.startswith("__MACOSX/")]
+        images = (n for n in images if not n.startswith("__MACOSX/") and not n.endswith("/"))
+        items = [Picture(n) for n in sorted(images)]
     elif place.is_file():
         items = _listed(place)
     else:
-        files = (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
         items = [Picture(name) for name in sorted(p.relative_to(place).as_posix() for p in files)]
         if (place / INDEX).is_file():
             listed = _listed(place / INDEX)
@@ -221,6 +223,8 @@ def _each(
             picture = pictures.items[i]
             where = pictures.place / picture.name
             try:
+                if archive and archive.getinfo(picture.name).file_size > LARGEST:
+                    raise ValueError(f"it claims more than {LARGEST} bytes")
                 return work(picture, archive.read(picture.name) if archive else where.read_bytes())
             except FileNotFoundError:
                 return f"no such file: {where}"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeAlias
 
 import jinja2
 from matplotlib.axes import Axes
@@ -36,30 +37,39 @@ class Metric:
     value: Callable[[Score], float | None]
     less: bool = True
 
-    def best(self, scores: Sequence[Score]) -> float | None:
-        """The best value there is; what is no number is never the best."""
-        values = [v for s in scores if (v := self.value(s)) is not None and not math.isnan(v)]
-        return (min if self.less else max)(values, default=None)
+    def values(self, scores: Sequence[Score]) -> list[tuple[float, Score]]:
+        """The scores that have a number, each behind it."""
+        return [(v, s) for s in scores if (v := self.value(s)) is not None and not math.isnan(v)]
+
+    def best(self, scores: Sequence[Score]) -> tuple[float, Score] | None:
+        """The best score behind its number; what is no number is never the best."""
+        pick = min if self.less else max
+        return pick(self.values(scores), key=lambda pair: pair[0], default=None)
 
 
 def metrics_of(scores: Sequence[Score]) -> list[Metric]:
     """What was measured: the error, Frechet distances, rewards."""
     spaces = list(dict.fromkeys(name for s in scores for name in s.frechets))
-    metrics = [Metric("RMSE", error_of, lambda s: s.rmse)]
-    for name in spaces:
+    rewards = list(dict.fromkeys(name for s in scores for name in s.rewards))
 
-        def distance(s: Score, n: str = name) -> float | None:
-            return s.frechets[n].value if n in s.frechets else None
-
+    def distance(name: str) -> Metric:
         title = "Frechet" if len(spaces) == 1 else f"Frechet {name}"
-        metrics.append(Metric(title, lambda s, n=name: distance_of(s.frechets.get(n)), distance))
-    for name in dict.fromkeys(name for s in scores for name in s.rewards):
+        return Metric(
+            title,
+            lambda s: distance_of(s.frechets.get(name)),
+            lambda s: s.frechets[name].value if name in s.frechets else None,
+        )
 
-        def reward(s: Score, n: str = name) -> float | None:
-            return s.rewards[n].value if n in s.rewards else None
+    def reward(name: str) -> Metric:
+        return Metric(
+            name,
+            lambda s: str(s.rewards.get(name, "-")),
+            lambda s: s.rewards[name].value if name in s.rewards else None,
+            less=False,
+        )
 
-        metrics.append(Metric(name, lambda s, n=name: str(s.rewards.get(n, "-")), reward, False))
-    return metrics
+    error = Metric("RMSE", error_of, lambda s: s.rmse)
+    return [error, *map(distance, spaces), *map(reward, rewards)]
 
 
 def error_of(score: Score) -> str:
@@ -100,19 +110,17 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
     head = ("NFE", "best learned", "rows", "best of K=1", "rows", "best hand-made", "rows")
     lines: list[tuple[str, ...]] = []
     for n in sorted({s.nfe for s in scores}):
-        values = [(v, s) for s in scores if s.nfe == n and (v := metric.value(s)) is not None]
-        kinds = (
-            [(v, s) for v, s in values if s.source],
-            [(v, s) for v, s in values if s.source and s.points == 1],
-            [(v, s) for v, s in values if not s.source],
-        )
-        numbers = [[pair for pair in kind if not math.isnan(pair[0])] for kind in kinds]
-        best = [min(kind, key=lambda pair: pair[0], default=None) for kind in numbers]
-        if best[0] and best[2]:
-            cells = [f"{b[1].name} {number(b[0])}" if b else "-" for b in best]
-            rows = [f"{b[1].rows:g}" if b else "-" for b in best]
-            pairs = [cell for pair in zip(cells, rows, strict=True) for cell in pair]
-            lines.append((str(n), *pairs, f"{best[0][0] / best[2][0]:.3f}"))
+        learned = [s for s in scores if s.nfe == n and s.source]
+        by_hand = metric.best([s for s in scores if s.nfe == n and not s.source])
+        ours, single = metric.best(learned), metric.best([s for s in learned if s.points == 1])
+        if ours and by_hand:
+            cells: list[str] = []
+            for best in (ours, single, by_hand):
+                named = (
+                    (f"{best[1].name} {number(best[0])}", f"{best[1].rows:g}") if best else None
+                )
+                cells += named or ("-", "-")
+            lines.append((str(n), *cells, f"{ours[0] / by_hand[0]:.3f}"))
     return aligned([(*head, f"{metric.name}: learned / hand-made"), *lines]) if lines else ""
 
 
@@ -167,10 +175,10 @@ def best_names(scores: Sequence[Score], metrics: Sequence[Metric]) -> list[str]:
     """The solvers that are the best of their kind at some calls, those most often so first."""
     wins: Counter[str] = Counter()
     for metric in metrics:
-        for nfe, is_learned in {(s.nfe, bool(s.source)) for s in scores}:
-            there = [s for s in scores if (s.nfe, bool(s.source)) == (nfe, is_learned)]
-            best = metric.best(there)
-            wins.update(s.name for s in there if best is not None and metric.value(s) == best)
+        for kind in {(s.nfe, bool(s.source)) for s in scores}:
+            values = metric.values([s for s in scores if (s.nfe, bool(s.source)) == kind])
+            best = metric.best([s for _, s in values])
+            wins.update(s.name for v, s in values if best and v == best[0])
     return [name for name, _ in wins.most_common(COLOURED)]
 
 
@@ -207,13 +215,8 @@ def _draw(
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-@dataclass(frozen=True)
-class Strip:
-    """The images of the first jobs under one solver."""
-
-    name: str
-    nfe: int
-    images: Tensor  # [n, C, H, W] in [0, 1]
+Strip: TypeAlias = tuple[str, int, Tensor]
+"""A solver, its calls, and its images [n, C, H, W] in [0, 1] of the first jobs."""
 
 
 def page(
@@ -242,7 +245,7 @@ def page(
         caption = f"{metric.name}: {better} is better."
         if metric.value(fine):
             caption += f" The fine solution has {metric.cell(fine)}."
-        top = {n: metric.best([s for s in scores if s.nfe == n]) for n in calls}
+        top = {n: (metric.best([s for s in scores if s.nfe == n]) or (None,))[0] for n in calls}
         cells = {(s.name, s.nfe): (metric.cell(s), metric.value(s) == top[s.nfe]) for s in scores}
         matrices.append((caption, cells))
     for name in dict.fromkeys(name for s in scores for name in s.gains):
@@ -255,8 +258,8 @@ def page(
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=folder, autoescape=True).get_template("report.html")
     *others, last = [
-        (s.name, s.nfe, _data(png_bytes(grid(s.images.cpu().float(), len(s.images), 2))))
-        for s in strips
+        (name, nfe, _data(png_bytes(grid(images.cpu().float(), len(images), 2))))
+        for name, nfe, images in strips
     ]
     return template.render(
         calls=calls,

@@ -52,6 +52,7 @@ BROKEN = (
     *(EOFError, MemoryError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
     struct.error,
 )
+"""What reading raises on a file that is none, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tens
         if isinstance(content, dict) and inside in content:
             content = content[inside]
     kind = type(content).__name__
+    if isinstance(content, Inert) and content.items:  # a dict of a class of its own
+        content = content.items
     if isinstance(content, dict):
         content = Inert("dict", state=content)
-    elif isinstance(content, Inert) and content.items:  # a dict of a class of its own
-        content = Inert("dict", state=content.items)
     tensors = module_tensors(content) if isinstance(content, Inert) else {}
     if not tensors:
         raise ValueError(f"{path}: it holds a {kind} and no tensors by name")
@@ -362,8 +363,7 @@ class Reader(pickle._Unpickler):
             raise ValueError(f"it sets entries of a {type(target).__name__}")
 
     def load_setitem(self) -> None:
-        pair = [self.stack.pop(), self.stack.pop()]
-        self.fill(pair[::-1])
+        self.fill([self.stack.pop(-2), self.stack.pop()])  # key and value
 
     def load_setitems(self) -> None:
         self.fill(self.pop_mark())

@@ -10,11 +10,9 @@ it is read by `torch.load(weights_only=True)`, and only where the checksum holds
 import dataclasses
 import hashlib
 import io
-import pickle
 import re
 import signal
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,12 +26,13 @@ from omegaconf import OmegaConf
 
 from src import ranks
 from src.files import append_jsonl, read_jsonl, to_json, write_atomically, write_text
+from src.pickles import BROKEN
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBERED = re.compile(r"([0-9]{5,})-")
 LATEST = "latest"
 MARK = b"epd-sealed-1 "
-CHECKPOINT = re.compile(r"checkpoint-([0-9]{8,})\.pt")
+CHECKPOINT = re.compile(r"checkpoint-[0-9]{8,}\.pt")
 KEPT = 2  # checkpoints: the newest, and one more should that be damaged
 
 
@@ -228,7 +227,7 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its checksum does not hold")
     try:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} holds what is not read: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
@@ -242,9 +241,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint; -1 for any other file."""
-    match = CHECKPOINT.fullmatch(checkpoint.name)
-    return int(match[1]) if match else -1
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.stem.partition("-")[2])
 
 
 # --- signals ------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
-"""Pictures on disk; cheap features and rewards of them, by a dotted name."""
+"""Pictures on disk; cheap features and rewards of them, by a dotted name; two ranks at once."""
 
+import multiprocessing
+import os
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import click
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 from torch import Tensor
 
 from src.files import write_json
@@ -19,6 +23,11 @@ def features(images: Tensor) -> Tensor:
     flat = images.flatten(1)
     extremes = [flat.amax(1), flat.amin(1), flat.median(1).values]
     return torch.stack([flat.mean(1), flat.std(1), *extremes], 1)
+
+
+def moments(images: Tensor) -> Tensor:
+    """The first two of those."""
+    return features(images)[:, :2]
 
 
 def nan_features(images: Tensor) -> Tensor:
@@ -87,3 +96,27 @@ def refused(done: Result, words: str) -> None:
     lines = [line for line in done.output.strip().splitlines() if not PROGRESS.match(line)]
     assert words in lines[-1], done.output
     assert len(lines) == 1, done.output
+
+
+def on_two_ranks(command: click.Command, options: Callable[[int], Sequence[object]]) -> list[str]:
+    """A command as two processes of one group run it, each with its options -> what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")  # all is imported already
+    said = fork.Queue()
+
+    def work(rank: int) -> None:
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        done = CliRunner().invoke(command, [*map(str, options(rank))])
+        said.put((rank, done.exit_code, done.stdout if not done.exit_code else done.output))
+
+    workers = [fork.Process(target=work, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    ends = sorted(said.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert [code for _, code, _ in ends] == [0, 0], ends
+    return [text for *_, text in ends]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tests.tiny import tiny_model
 FEW = ("--solvers", "euler,heun", "--nfe", "2,3", "--fine", "4", "--seeds", "0-3", "--batch", "2")
 TEXT = ("--model", "sd3", "--prompts", "p.txt", "--guidance_rate", "2", "--schedules", "flowmatch")
 CLIP = ("--reward", "clip", "--weights", "clip=clip")
+FREE = "tests.eval.pictures:moments"
 RED = "tests.eval.pictures:redness"
 PROMPTS = ("a red fox", "two cats")
 
@@ -40,6 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     twins.saved(folder / "sd3", twins.sd3())
     write_open_clip_folder(folder / "clip")
     (folder / "p.txt").write_text("\n".join(PROMPTS))
+    others = replace(statistics_of(torch.rand(9, 7)), about={"features": "others"})
+    save_statistics(folder / "others.npz", others)
     return folder
 
 
@@ -58,45 +62,44 @@ def results(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "out/results.json").read_text())
 
 
-def test_the_command_leaves_a_page_csv_json_and_a_plot(run, tmp_path: Path) -> None:  # noqa: ANN001
-    path = save(tmp_path, "mine", k=3)
-    done = run("--predictor", str(tmp_path / "*.pkl"))
-    assert done.exit_code == 0, done.output
-    content = results(tmp_path)
-    assert [(s["name"], s["nfe"], s["source"]) for s in content["scores"]] == [
-        *(("euler", 2, None), ("euler", 3, None), ("heun", 2, None), ("heun", 3, None)),
-        ("epd K=3", 3, from_here(path)),
-    ]
-    assert content["about"]["seeds"] == "0-3"
-    assert {"commit", "cpu", "threads", "torch", "fine", "meaning"} <= content["about"].keys()
-    with (tmp_path / "out/results.csv").open(encoding="utf-8", newline="") as file:
-        errors = [float(row["rmse"]) for row in csv.DictReader(file)]
-    assert errors == [s["rmse"] for s in content["scores"]]
-    assert (tmp_path / "out/results.png").stat().st_size > 5000
-    assert "epd K=3, 3 calls" in (tmp_path / "out/report.html").read_text()
-    assert "learned / hand-made" in done.output
-    assert "4 images. Fine solution: heun in 4 steps on polynomial-7 (8 calls)" in done.output
-
-
-def test_frechet_distances_by_sets_of_many_images(run, tmp_path: Path) -> None:  # noqa: ANN001
+def test_the_command_leaves_its_files_and_distances_by_sets_of_many_images(
+    run,  # noqa: ANN001
+    tmp_path: Path,
+) -> None:
     """Each set's distance as measured by itself; found again; marked where trained on."""
-    path = save(tmp_path, "mine")
+    path = save(tmp_path, "mine", k=3)
     drawn = torch.rand(9, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    save_statistics(tmp_path / "r.npz", statistics_of(features(drawn)))
-    options = ["--features", CHEAP, "--reference", tmp_path / "r.npz", "--images", 6]
-    options += ["--sets", 2, "--nfe", 3, "--solvers", "euler", "--predictor", path]
+    to = replace(statistics_of(features(drawn)), about={"features": CHEAP})
+    save_statistics(tmp_path / "r.npz", to)
+    options = ["--features", CHEAP, "--reference", tmp_path / "r.npz", "--features", FREE]
+    options += ["--images", 6, "--sets", 2, "--nfe", 3, "--predictor", tmp_path / "*.pkl"]
     done = run(*options)
     assert done.exit_code == 0, done.output
-    first = results(tmp_path)
-    euler, fitted = first["scores"]
-    assert fitted["frechets"][CHEAP]["trained_on"] is True
     assert "trained on" in done.output
-    backend = load_backend("classes")
+    assert "learned / hand-made" in done.output
+    assert "4 images. Fine solution: heun in 4 steps on polynomial-7 (8 calls)" in done.output
+    content = results(tmp_path)
+    scores, about = content["scores"], content["about"]
+    assert [(s["name"], s["nfe"], s["source"]) for s in scores] == [
+        *(("euler", 3, None), ("heun", 3, None), ("epd K=3", 3, from_here(path))),
+    ]
+    assert about["seeds"] == "0-3"
+    assert {"commit", "cpu", "threads", "torch", "fine", "meaning"} <= about.keys()
+    with (tmp_path / "out/results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["rmse"]) for row in rows] == [s["rmse"] for s in scores]
+    assert {"name", "nfe", "rmse_low", "rows", f"frechet {FREE} spread"} <= rows[0].keys()
+    assert [r[f"frechet {CHEAP} trained_on"] for r in rows] == ["False", "False", "True"]
+    assert (tmp_path / "out/results.png").stat().st_size > 5000
+    assert "epd K=3, 3 calls" in (tmp_path / "out/report.html").read_text()
+    assert [s["frechets"][CHEAP]["trained_on"] for s in scores] == [False, False, True]
+    assert content["fine"]["frechets"][FREE]["value"] == pytest.approx(0, abs=1e-6)
+    assert all(s["frechets"][FREE]["value"] > 0 for s in scores)  # held against the fine one's
+    backend, euler = load_backend("classes"), scores[0]
+    schedules = ["polynomial", "logsnr", "time_uniform"]
     (candidate,) = (
         c
-        for c in rivals_for(
-            ["euler"], [3], ["polynomial", "logsnr", "time_uniform"], backend.levels
-        )
+        for c in rivals_for(["euler"], [3], schedules, backend.levels)
         if (c.schedule, c.sampler.afs) == (euler["schedule"], euler["afs"])
     )
     values = []
@@ -105,28 +108,15 @@ def test_frechet_distances_by_sets_of_many_images(run, tmp_path: Path) -> None: 
         assert [job.prompt for job in jobs] == [0, 1, 2, 0, 1, 2]
         images = next(generate(backend, candidate.sampler, jobs, batch=6)).images
         mine = statistics_of(features(((images * 255).round() / 255).expand(-1, 3, -1, -1)))
-        values.append(statistics_of(features(drawn)).distance(mine))
+        values.append(to.distance(mine))
     assert euler["frechet"] == pytest.approx(sum(values) / 2, rel=1e-3)
     spread = abs(values[0] - values[1]) / 2**0.5
     assert euler["frechets"][CHEAP]["spread"] == pytest.approx(spread, rel=0.05)
-    cache = sorted((tmp_path / "out/cache").iterdir())
-    stamps = [path.stat().st_mtime_ns for path in cache]
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cache").iterdir()}
     assert run(*options).exit_code == 0
-    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/cache").iterdir())] == stamps
-    again = results(tmp_path)
-    assert [s["frechets"] for s in again["scores"]] == [s["frechets"] for s in first["scores"]]
-
-
-def test_without_a_reference_images_are_held_against_the_fine_solutions(
-    run,  # noqa: ANN001
-    tmp_path: Path,
-) -> None:
-    for more in ((), ("--images", 4)):
-        done = run("--features", CHEAP, *more)
-        assert done.exit_code == 0, done.output
-        content = results(tmp_path)
-        assert content["fine"]["frechet"] == pytest.approx(0, abs=1e-6)
-        assert all(s["frechet"] > 0 for s in content["scores"])
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out/cache").iterdir()} == stamps
+    again = results(tmp_path)["scores"]
+    assert [s["frechets"] for s in again] == [s["frechets"] for s in scores]
 
 
 def test_each_solver_takes_its_best_schedule() -> None:
@@ -147,18 +137,28 @@ def test_rewards_come_with_intervals_and_paths_from_here(
     place: Path,
     tmp_path: Path,
 ) -> None:
-    done = run(*TEXT, *CLIP, "--reward", RED, "--model", place / "sd3")
+    done = run(*TEXT, *CLIP, "--reward", RED, "--model", place / "sd3", "--features", CHEAP)
     assert done.exit_code == 0, done.output
     assert str(place) not in (tmp_path / "out/results.json").read_text()
     content = results(tmp_path)
-    about = content["about"]
+    about, fine = content["about"], content["fine"]
     assert (about["model"], about["prompts"]) == ("sd3", "p.txt")
     assert (about["rewards"], about["weights"]) == (["clip", RED], {"clip": "clip"})
-    for one in (*content["scores"], content["fine"]):
+    for one in (*content["scores"], fine):
         for reward in ("clip", RED):
             estimate = one["rewards"][reward]
             assert estimate["low"] <= estimate["value"] <= estimate["high"]
         assert one["rmse_low"] <= one["rmse"] <= one["rmse_high"]
+    assert fine["frechet"] == pytest.approx(0, abs=1e-6)  # there is no reference
+    assert all(s["frechet"] > 0 for s in content["scores"])
+    with (tmp_path / "out/results.csv").open(encoding="utf-8", newline="") as file:
+        ends = [
+            [float(row[f"clip{end}"]) for end in ("_low", "", "_high")]
+            for row in csv.DictReader(file)
+        ]
+    assert ends == [
+        [s["rewards"]["clip"][n] for n in ("low", "value", "high")] for s in content["scores"]
+    ]
     page = (tmp_path / "out/report.html").read_text()
     assert "0: a red fox; 1: two cats; 2: a red fox" in page
     assert "cosine of image and prompt in a CLIP" in page
@@ -190,6 +190,7 @@ def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: 
         (("--predictor", "none/*.pkl"), "no predictor is named"),
         (("--predictor", "cifar10-3nfe"), "32 pixels"),
         (("--reference", "none.npz"), "no reference statistics at none.npz"),
+        (("--features", CHEAP, "--reference", "others.npz"), "is of other features (others)"),
         (("--features", "inceptoin"), "did you mean inception"),
         (CLIP, "clip judges images by their prompts: this model takes none"),
         (("--prompts", "p.txt"), "this model takes no texts"),
@@ -208,14 +209,6 @@ def test_what_cannot_be_compared_is_an_error_of_one_line(
     done = run(*options)
     assert done.exit_code != 0
     assert words in done.output.strip().splitlines()[-1]
-
-
-def test_statistics_of_other_features_are_refused(run, tmp_path: Path) -> None:  # noqa: ANN001
-    drawn = statistics_of(torch.rand(9, 7))
-    drawn.about["features"] = "others"  # pyright: ignore[reportIndexIssue]
-    save_statistics(tmp_path / "r.npz", drawn)
-    done = run("--features", CHEAP, "--reference", tmp_path / "r.npz")
-    assert "r.npz is of other features (others)" in done.output
 
 
 @given(st.sets(st.integers(0, 60), min_size=1).map(sorted))

@@ -1,7 +1,6 @@
 """Feature spaces: torch-fidelity's Inception from a local file, CLIP, DINOv2, one's own."""
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,13 @@ import pytest
 import torch
 import torch_fidelity
 import transformers as library
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.inception import Inception3
 
 from eval.features import EFFICIENTNET, load_space
+from eval.fid import main
 from rewards.clip import load_towers
 from rewards.efficientnet import load_features
 from src.images import read_png, to_bytes
@@ -24,7 +25,6 @@ transformers: Any = library
 CPU = torch.device("cpu")
 
 
-@cache
 def drawn() -> dict[str, Tensor]:
     """Tensors of the published names and shapes, that keep the size of what goes through."""
     generator = torch.Generator().manual_seed(0)
@@ -41,30 +41,22 @@ def drawn() -> dict[str, Tensor]:
     return state
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
-    torch.save(drawn(), path)
-    return path
-
-
 def images(count: int, height: int = 32, width: int = 27) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_number_is_torch_fidelitys(weights: Path, tmp_path: Path) -> None:
+def test_the_number_is_torch_fidelitys(tmp_path: Path) -> None:
     """Of two folders of PNGs, its command beside ours."""
-    a, b = fill(tmp_path / "a", 5), fill(tmp_path / "b", 5, 100)
-    for odd in (a / "000004.png", b / "000104.png"):
-        odd.unlink()  # it takes one size alone
+    weights = tmp_path / "pt_inception.pth"
+    torch.save(drawn(), weights)
+    a, b = fill(tmp_path / "a", 3), fill(tmp_path / "b", 3, 100)  # it takes one size alone
     theirs = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), fid=True, cuda=False, verbose=False, cache=False,
         feature_extractor_weights_path=str(weights), save_cpu_ram=True,
     )  # fmt: skip
-    from tests.eval.test_fid import run  # noqa: PLC0415
-
     options = ["calc", "--images", a, "--ref", b, "--weights", weights, "--device", "cpu"]
-    done = run(*options, "--out", tmp_path / "out.json")
+    options += ["--out", tmp_path / "out.json"]
+    done = CliRunner().invoke(main, [*map(str, options)])
     assert done.exit_code == 0, done.output
     ours = json.loads((tmp_path / "out.json").read_text())["fid"]
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
@@ -149,26 +141,21 @@ def test_dinov2_gives_its_class_token(tmp_path: Path) -> None:
         load_space("dinov2", CPU, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("inceptoin", "did you mean inception"),
-        ("tests.eval.pictures:none", "cannot be imported"),
-        ("tests.eval.pictures:CHEAP", "is no function"),
-        ("efficientnet", "is of no use"),
-    ],
-)
-def test_spaces_that_there_are_not(name: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        load_space(name, CPU, tmp_path if name == "efficientnet" else None)
-
-
-def test_features_of_another_shape_are_refused() -> None:
+def test_spaces_that_there_are_not_and_features_of_another_shape_are_refused(
+    tmp_path: Path,
+) -> None:
+    names = {"inceptoin": "did you mean inception", "efficientnet": "is of no use"}
+    names |= {"tests.eval.pictures:none": "cannot be imported"}
+    for name, words in (names | {"tests.eval.pictures:CHEAP": "is no function"}).items():
+        with pytest.raises(ValueError, match=words):
+            load_space(name, CPU, tmp_path if name == "efficientnet" else None)
     space = load_space("tests.eval.pictures:shapeless_features", CPU)
-    with pytest.raises(ValueError, match=r"must return \[2, D\]"):
-        space(images(2))
-    with pytest.raises(ValueError, match="1 or 3"):
-        space(torch.zeros(1, 4, 8, 8))
+    for given, words in (
+        (images(2), r"must return \[2, D\]"),
+        (torch.zeros(1, 4, 8, 8), "1 or 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            space(given)
 
 
 def test_an_edited_function_is_another_version(

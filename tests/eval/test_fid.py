@@ -1,10 +1,6 @@
 """The Frechet distance, KID, precision and recall against others' arithmetic; the two commands."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +23,13 @@ from eval.fid import (
     statistics_of,
 )
 from src.images import read_png, save_png
-from tests.eval.pictures import CHEAP, features, fill, refused
+from tests.eval.pictures import CHEAP, features, fill, on_two_ranks, refused
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "src/models/fashion-mnist-32/test-features.npz"
-GENERATOR = torch.Generator().manual_seed(0)
+SHIPPED = Path(__file__).parents[2] / "src/models/fashion-mnist-32/test-features.npz"
 
 
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+def points(count: int, seed: int, shift: float = 0.0, size: int = 4) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 def pytorch_fids(a: np.ndarray, b: np.ndarray) -> float:
@@ -51,29 +45,25 @@ def pytorch_fids(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("count", [200, 40])  # more and fewer images than features
 def test_the_distance_is_that_of_pytorch_fid_and_of_torch_fidelity(count: int) -> None:
-    a = normal(count, 64) @ normal(64, 64)
-    b = normal(150, 64) @ normal(64, 64) + 0.3
-    x, y = statistics_of(a), statistics_of(b)
+    mixes = points(64, 0, size=64).double(), points(64, 1, size=64).double()
+    a = points(count, 2, size=64).double() @ mixes[0]
+    b = points(150, 3, size=64).double() @ mixes[1] + 0.3
     both = [fid_features_to_statistics(t) for t in (a, b)]
     theirs = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
-    assert x.distance(y) == pytest.approx(theirs, rel=1e-6)
-    assert x.distance(y) == pytest.approx(pytorch_fids(a.numpy(), b.numpy()), rel=1e-6)
+    distance = statistics_of(a).distance(statistics_of(b))
+    assert distance == pytest.approx(theirs, rel=1e-6)
+    assert distance == pytest.approx(pytorch_fids(a.numpy(), b.numpy()), rel=1e-6)
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=8))
 def test_any_split_into_batches_gives_the_same_statistics(sizes: list[int]) -> None:
     drawn = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(3)) * 3 + 1000
-    whole, (first, *rest) = statistics_of(drawn), map(statistics_of, drawn.split(sizes))
-    total = first
+    total, *rest = map(statistics_of, drawn.split(sizes))
     for part in rest:
         total = merged(total, part)
-    assert total.count == whole.count
+    assert total.count == len(drawn)
     assert torch.allclose(total.mean, drawn.double().mean(0), rtol=1e-12)
     assert torch.allclose(total.covariance, drawn.double().T.cov(), rtol=1e-8, atol=1e-8)
-
-
-def points(count: int, seed: int, shift: float = 0.0) -> Tensor:
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 def by_pairs(x: Tensor, y: Tensor) -> float:
@@ -168,21 +158,25 @@ def test_a_reference_is_edms_file_and_edms_file_a_reference(tmp_path: Path) -> N
     assert (by_file["count"], by_file["ref_count"]) == (12, None)
 
 
-def test_all_metrics_against_a_folder_and_a_kept_reference(tmp_path: Path) -> None:
+def test_all_metrics_against_a_folder_and_a_kept_reference_on_one_rank_and_on_two(
+    tmp_path: Path,
+) -> None:
     a, b = fill(tmp_path / "a", 12), fill(tmp_path / "b", 15, 100)
     done = cheap("ref", "--data", b, "--dest", tmp_path / "b.npz", "--keep_features")
     assert done.exit_code == 0, done.output
-    kid, (precision, recall) = (
-        kernel_distance(seen(a), seen(b)),
-        precision_recall(seen(a), seen(b)),
-    )
-    for batch, place in ((1, b), (7, tmp_path / "b.npz")):
-        options = ["--images", a, "--ref", place, "--metrics", "fid,kid,pr", "--batch", batch]
-        one = calc(tmp_path, *options)
-        assert one["fid"] == pytest.approx(statistics_of(seen(a)).distance(statistics_of(seen(b))))
+    x, y = seen(a), seen(b)
+    kid, shares = kernel_distance(x, y), precision_recall(x, y)
+    options = ["--images", a, "--metrics", "fid,kid,pr", "--ref"]
+    results = [calc(tmp_path, *options, b, "--batch", 1)]
+    results += [calc(tmp_path, *options, tmp_path / "b.npz", "--batch", 7)]
+    cheaply = ["--features", CHEAP, "--device", "cpu", "--batch", 2, "--out"]
+    on_two_ranks(main, lambda rank: ["calc", *options, b, *cheaply, tmp_path / f"{rank}.json"])
+    assert not (tmp_path / "1.json").exists()
+    for one in (*results, json.loads((tmp_path / "0.json").read_text())):
+        assert one["fid"] == pytest.approx(statistics_of(x).distance(statistics_of(y)))
         assert one["kid"] == pytest.approx(kid.value, rel=1e-4)
         assert one["kid_95"] == pytest.approx([kid.low, kid.high], rel=1e-4)
-        assert (one["precision"], one["recall"]) == (precision, recall)
+        assert (one["precision"], one["recall"], one["count"]) == (*shares, 12)
 
 
 def test_num_draws_a_subset_by_the_seed(tmp_path: Path) -> None:
@@ -194,47 +188,14 @@ def test_num_draws_a_subset_by_the_seed(tmp_path: Path) -> None:
     assert some[0]["fid"] == some[1]["fid"] != some[2]["fid"]
 
 
-def test_bad_pictures_and_features_are_refused_by_name(tmp_path: Path) -> None:
-    a, b = fill(tmp_path / "a", 9), fill(tmp_path / "b", 9)
-    broken = a / "000002.png"
-    broken.write_bytes(broken.read_bytes()[:70])
-    save_png(a / "000003.png", torch.zeros(3, 8, 8))
-    options = ["calc", "--images", a, "--ref", b, "--device", "cpu"]
-    options += ["--features", "tests.eval.pictures:nan_features"]
-    refused(run(*options), "000002.png is not a readable")
-    broken.unlink()
-    refused(run(*options), "the features of " + str(a / "000003.png") + " are not finite")
-
-
-def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    a, b = fill(tmp_path / "a", 11), fill(tmp_path / "b", 9, 50)
-    alone = calc(tmp_path, "--images", a, "--ref", b, "--metrics", "fid,kid,pr")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "eval.fid", "calc", "--images", str(a), "--ref", str(b)]
-    command += ["--features", CHEAP, "--device", "cpu", "--batch", "2", "--metrics", "fid,kid,pr"]
-    processes = [
-        subprocess.Popen(
-            [*command, "--out", str(tmp_path / f"{rank}.json")],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
-    assert [p.wait(timeout=120) for p in processes] == [0, 0]
-    together = json.loads((tmp_path / "0.json").read_text())
-    for name in ("fid", "kid", "precision", "recall", "count"):
-        assert together[name] == pytest.approx(alone[name], rel=1e-6)
-    assert not (tmp_path / "1.json").exists()
-
-
 def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EPD_INCEPTION", "EPD_CLIP"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path))
-    a = fill(tmp_path / "a", 6)
+    a, broken, black = (fill(tmp_path / n, 6) for n in ("a", "broken", "black"))
+    cut = broken / "000002.png"
+    cut.write_bytes(cut.read_bytes()[:70])
+    save_png(black / "000003.png", torch.zeros(3, 8, 8))
     none, text, nan, single = (tmp_path / n for n in ("no.npz", "t.npz", "nan.npz", "one.npz"))
     text.write_text("no reference")
     np.savez(nan, mu=np.full(5, np.nan), sigma=np.eye(5))
@@ -246,8 +207,10 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     images = ["calc", "--images", a, "--ref"]
-    other = ["--features", "tests.eval.pictures:nan_features"]
+    other = ["--features", "tests.eval.pictures:nan_features", "--device", "cpu"]
     table = (
+        (cheap("calc", "--images", broken, "--ref", a), "000002.png is not a readable"),
+        (run("calc", "--images", black, "--ref", a, *other), "000003.png are not finite"),
         (cheap(*images, none), "no reference statistics at"),
         (cheap(*images, text), "holds no reference statistics"),
         (cheap(*images, tmp_path / "cut.npz"), "holds no reference statistics"),
@@ -261,7 +224,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (cheap("calc", "--images", tmp_path / "none", "--ref", a), "no such folder"),
         (cheap("ref", "--data", a, "--dest", tmp_path / "ref.txt"), "must end in .npz"),
         (run("calk"), "No such command 'calk'"),
-        (run(*images, tmp_path / "a.npz", *other, "--device", "cpu"), "holds other features"),
+        (run(*images, tmp_path / "a.npz", *other), "holds other features"),
         (run(*images, a, "--features", "inceptoin"), "did you mean inception?"),
         (run(*images, a, "--weights", none), "inception: no such file or folder"),
         (run(*images, a), "missing weights: inception"),

@@ -27,7 +27,7 @@ from src.images import to_bytes
 from tests.eval.pictures import CHEAP, features
 from tests.eval.small import benchmark, exact, reference, save, save_multistep
 
-BENCHMARK = benchmark()
+BENCHMARK = benchmark(steps=40)
 LEVELS = BENCHMARK.backend.levels
 
 
@@ -35,9 +35,9 @@ def heun(steps: int) -> Candidate:
     return by_hand("heun", steps + 1, "polynomial", LEVELS)
 
 
-def epd(k: int, afs: bool = True) -> Candidate:
+def epd(k: int) -> Candidate:
     """EPD that is Euler: all its points at x itself."""
-    euler = by_hand("euler", 4, "polynomial", LEVELS, afs=afs)
+    euler = by_hand("euler", 4, "polynomial", LEVELS, afs=True)
     ones = torch.ones(3, k, dtype=torch.float64)
     solver = EPD(Directions(0 * ones, ones / k, ones, ones))
     return replace(euler, name="epd", sampler=replace(euler.sampler, solver=solver), points=k)
@@ -46,23 +46,19 @@ def epd(k: int, afs: bool = True) -> Candidate:
 # --- candidates ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nfe", [3, 4, 5, 9])
-def test_every_variant_makes_the_calls_that_it_should(nfe: int) -> None:
+def test_every_variant_makes_the_calls_that_it_should_with_afs_where_it_is_tried() -> None:
     for solver in SOLVERS:
-        assert {c.nfe for c in rivals_for([solver], [nfe], SCHEDULES["ve"], LEVELS)} == {nfe}
+        for nfe in (3, 4, 5, 9):
+            assert {c.nfe for c in rivals_for([solver], [nfe], SCHEDULES["ve"], LEVELS)} == {nfe}
     assert fine_solution(LEVELS, 64).nfe == 128
-
-
-def test_afs_is_tried_beside_none_but_on_a_single_schedule_only_where_calls_need_it() -> None:
-    kinds = {
-        (c.schedule, c.sampler.afs) for c in rivals_for(["euler"], [5], SCHEDULES["ve"], LEVELS)
-    }
     schedules = ("polynomial-7", "logsnr", "time_uniform-1")
-    assert kinds == {(s, afs) for s in schedules for afs in (False, True)}
-    for nfe, afs in ((4, False), (5, True)):
-        assert [c.sampler.afs for c in rivals_for(["heun"], [nfe], ["polynomial"], LEVELS)] == [
-            afs
-        ]
+    five = rivals_for(["euler"], [5], SCHEDULES["ve"], LEVELS)
+    assert {(c.schedule, c.sampler.afs) for c in five} == {
+        (s, afs) for s in schedules for afs in (False, True)
+    }
+    for nfe, afs in ((4, False), (5, True)):  # on a single schedule where calls need it alone
+        rivals = rivals_for(["heun"], [nfe], ["polynomial"], LEVELS)
+        assert [c.sampler.afs for c in rivals] == [afs]
     flow = exact("flow").levels
     assert rivals_for(["heun"], [5], SCHEDULES["flow"], flow) == []
     assert not any(c.sampler.afs for c in rivals_for(["euler"], [5], SCHEDULES["flow"], flow))
@@ -70,28 +66,33 @@ def test_afs_is_tried_beside_none_but_on_a_single_schedule_only_where_calls_need
 
 
 def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = [
-        save(tmp_path, "a", steps=4),
-        save(tmp_path, "b", base="ipndm"),
-        save(tmp_path, "c", k=1),
-        save_multistep(tmp_path / "d.pkl", 3),
+    """By paths and patterns, each once; two of a kind are told apart by their files."""
+    monkeypatch.chdir(tmp_path)
+    save(Path(), "a", steps=4), save(Path(), "b", base="ipndm"), save(Path(), "c", k=1)
+    save_multistep(Path("d.pkl"), 3)
+    each = learned(["a.pkl", str(tmp_path / "*.pkl"), "?.pkl"], exact())
+    names = sorted({(c.name, c.nfe, c.points) for c in each[:-2]})
+    assert [name.split(" (")[0] for name, *_ in names] == [
+        *("epd K=1", "epd-ipndm K=2", "epd-multistep K=3"),
     ]
-    paths = list(map(str, saved))
-    names = [(c.name, c.nfe, c.points) for c in learned(paths, exact())]
-    assert sorted(names[:3]) == [
-        ("epd K=1", 3, 1),
-        ("epd-ipndm K=2", 3, 2),
-        ("epd-multistep K=3", 3, 3),
-    ]
-    assert names[3:] == [("epd K=2", 5, 2)]
-    assert [c.fitted_on for c in learned(paths[:1], exact())] == [(CHEAP,)]
-    assert [
-        space_name(n) for n in ("efficientnet-lite0=112", "dinov2=here", "w/inception.pt")
-    ] == [
-        *("efficientnet", "dinov2", "inception"),
-    ]
+    assert [(c.name, c.nfe) for c in each[-2:]] == [("epd K=2 (a.pkl)", 5)] * 2
+    assert [c.fitted_on for c in learned(["a.pkl"], exact())] == [(CHEAP,)]
+    save(Path(), "e", k=1)
+    one, two = (c.name for c in learned(["c.pkl", "e.pkl"], exact()))
+    assert (one, two) == ("epd K=1 (c.pkl)", "epd K=1 (e.pkl)")
+    networks = ("efficientnet-lite0=112", "dinov2=here", "w/inception.pt")
+    assert [*map(space_name, networks)] == ["efficientnet", "dinov2", "inception"]
+    save_multistep(Path("flow.pkl"), process="flow")
+    for name, words in (
+        ("flow.pkl", "is not for a ve model"),
+        ("cifar10-3nfe", "32 pixels"),
+        ("nowhere/*.pkl", "no predictor"),
+        ("no-such-predictor", "no predictor|no file"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            learned([name], exact())
 
 
 @pytest.mark.parametrize("points", [1, 3])
@@ -108,43 +109,19 @@ def test_parallel_multistep_on_levels_of_its_own_makes_a_call_an_interval(
     assert 0 < score.rmse < 5
 
 
-def test_predictors_that_do_not_belong_here_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not for a ve model"):
-        learned([str(save_multistep(tmp_path / "p.pkl", process="flow"))], exact())
-    with pytest.raises(ValueError, match="32 pixels"):
-        learned(["cifar10-3nfe"], exact())
-
-
-def test_patterns_and_paths_find_predictors_once_and_two_of_a_kind_are_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save(Path(), "first"), save(Path(), "second")
-    both = learned(["first.pkl", str(tmp_path / "*.pkl"), "*.pkl"], exact())
-    assert [c.name for c in both][:2] == ["epd K=2 (first.pkl)", "epd K=2 (first.pkl)"]
-    assert [c.name for c in learned(["*.pkl"], exact())][1] == "epd K=2 (second.pkl)"
-    for pattern in ("nowhere/*.pkl", "no-such-predictor"):
-        with pytest.raises(ValueError, match=r"no predictor|no file"):
-            learned([pattern], exact())
-
-
 # --- measuring ----------------------------------------------------------------------------
 
 
 def test_the_error_is_the_root_of_the_mean_square_whatever_the_batch() -> None:
     def latents(candidate: Candidate) -> Tensor:
-        return next(
-            generate(BENCHMARK.backend, candidate.sampler, BENCHMARK.jobs, batch=8)
-        ).latents
+        batches = generate(BENCHMARK.backend, candidate.sampler, BENCHMARK.jobs, batch=8)
+        return next(batches).latents
 
     expected = (latents(heun(5)) - latents(BENCHMARK.fine)).square().mean().sqrt().item()
     for batch in (1, 3, 8):
         fine, (same, one) = measure(replace(BENCHMARK, batch=batch), [BENCHMARK.fine, heun(5)])
         assert fine.rmse == same.rmse == 0
         assert one.rmse == pytest.approx(expected, rel=1e-9)
-
-
-def test_calls_and_evaluations_are_counted_apart() -> None:
     _, scores = measure(BENCHMARK, [heun(3), epd(1), epd(3)])
     assert [(s.nfe, s.rows, s.points) for s in scores] == [(6, 6, 1), (5, 5, 1), (5, 11, 3)]
     assert all(s.time > 0 for s in scores)

@@ -37,20 +37,37 @@ def identity(place: Path) -> list[Identity]:
 def zipped(folder: Path) -> Path:
     target = folder.with_suffix(".zip")
     with zipfile.ZipFile(target, "w") as archive:
-        for path in sorted(folder.rglob("*.png")):
+        for path in sorted(folder.rglob("0*.png")):
             archive.write(path, path.relative_to(folder).as_posix())
         archive.writestr("dataset.json", "{}")
         archive.writestr("__MACOSX/000000.png", "no picture")
+        archive.writestr("folder.png/", "")
     return target
 
 
-def test_a_zip_holds_what_its_folder_holds(tmp_path: Path) -> None:
+def test_a_zip_holds_what_its_folder_holds_and_a_damaged_one_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = fill(tmp_path / "images", 7)
-    here, there = find_pictures(folder), find_pictures(zipped(folder))
+    (folder / "folder.png").mkdir()
+    path = zipped(folder)
+    here, there = find_pictures(folder), find_pictures(path)
     assert here.items == there.items
     mine, others = read(here), read(there)
     assert sorted(mine) == sorted(others) == list(range(7))
     assert all(torch.equal(mine[i], others[i]) for i in mine)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + bytes(255 - b for b in whole[60:90]) + whole[90:])
+    with pytest.raises(ValueError, match=r"000000\.png"):
+        read(find_pictures(path))
+    path.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="no whole zip"):
+        find_pictures(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("a.png", bytes(100_000))
+    monkeypatch.setattr("eval.pictures.LARGEST", 99_999)
+    with pytest.raises(ValueError, match=r"a\.png is not a readable image: it claims more"):
+        read(find_pictures(path))
 
 
 def test_every_kind_of_picture_becomes_three_channels_on_white(tmp_path: Path) -> None:
@@ -83,17 +100,6 @@ def test_bad_pictures_are_refused_by_name_or_left_out(tmp_path: Path) -> None:
     bad: dict[str, str] = {}
     assert sorted(read(find_pictures(tmp_path), 2, bad)) == [0, 2, 3, 5]
     assert sorted(bad) == ["000001.png", "000004.png"]
-
-
-def test_a_damaged_zip_is_an_error_of_one_line(tmp_path: Path) -> None:
-    path = zipped(fill(tmp_path / "images", 2))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:60] + bytes(255 - b for b in whole[60:90]) + whole[90:])
-    with pytest.raises(ValueError, match=r"000000\.png"):
-        read(find_pictures(path))
-    path.write_bytes(whole[:50])
-    with pytest.raises(ValueError, match="no whole zip"):
-        find_pictures(path)
 
 
 def test_the_subset_is_the_one_that_edm_draws(tmp_path: Path) -> None:

@@ -1,17 +1,15 @@
 """Tables, CSV, curves and the page of a comparison."""
 
-import csv
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
-import pytest
 import torch
 from matplotlib.figure import Figure
 
 from eval.measure import Frechet, Score
-from eval.report import Strip, best_names, curves, metrics_of, page, ratios, table, write_csv
+from eval.report import best_names, curves, metrics_of, page, ratios, table
 from src.figures import png
 from src.images import read_png
 from src.stats import Estimate, number
@@ -67,23 +65,6 @@ def test_the_ratios_name_the_best_of_each_kind_and_what_it_evaluates() -> None:
     assert ratios(SCORES[:2], rmse) == ratios(SCORES[2:], rmse) == ratios([], rmse) == ""
 
 
-def test_the_csv_holds_every_field_and_three_columns_a_reward_and_a_space(tmp_path: Path) -> None:
-    marked = replace(SCORES[1], frechets={"cheap": Frechet(20.0, 0.5, True)})
-    write_csv(tmp_path / "r.csv", [SCORES[0], with_reward(marked, 0.25)])
-    with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    plain = asdict(SCORES[0]).keys() - {"rewards", "gains", "frechets"}
-    rewards = ["clip", "clip_low", "clip_high"]
-    spaces = ["frechet cheap", "frechet cheap spread", "frechet cheap trained_on"]
-    assert set(rows[0]) == {*plain, *rewards, *spaces}
-    assert [float(row["rmse"]) for row in rows] == [0.5, 0.2]
-    assert [rows[0][n] for n in (*rewards, *spaces)] == ["", "", "", "30.0", "", "False"]
-    assert [rows[1][n] for n in (*rewards, *spaces)] == [
-        *("0.25", "0.15", "0.35"),
-        *("20.0", "0.5", "True"),
-    ]
-
-
 def test_the_curves_are_a_picture_with_few_colours(tmp_path: Path) -> None:
     many = [score(f"solver-{i}", n, 0.6 + i / 10, 40.0 + i) for i in range(12) for n in (3, 5)]
     names = best_names([*SCORES, *many], metrics_of(SCORES))
@@ -97,16 +78,15 @@ def test_the_curves_are_a_picture_with_few_colours(tmp_path: Path) -> None:
     assert sorted(labels) == ["epd K=2", "euler", "fine solution", "others"]
 
 
-@pytest.fixture
-def html() -> str:
+def test_every_figure_is_in_the_page_and_what_comes_from_outside_is_text() -> None:
     scores = [
         replace(with_reward(s, 0.2 + 0.01 * s.nfe), rmse_low=s.rmse / 2, rmse_high=s.rmse * 2)
         for s in SCORES
     ]
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    strips = [*(Strip(s.name, s.nfe, images) for s in scores), Strip("heun", 64, images)]
+    strips = [*((s.name, s.nfe, images) for s in scores), ("heun", 64, images)]
     drawing = Figure((1, 1))
-    return page(
+    html = page(
         scores[:3],
         replace(scores[0], name="heun", rewards={"clip": Estimate(0.3, 0.29, 0.31)}),
         strips,
@@ -117,9 +97,6 @@ def html() -> str:
         meaning={"clip": "a cosine"},
         subjects="0: a red fox; 1: <script>alert(1)</script>",
     )
-
-
-def test_every_figure_is_in_the_page_and_what_comes_from_outside_is_text(html: str) -> None:
     text = unescape(re.sub(r"<[^>]*>", "", html))
     for error in ("0.5000 [0.2500, 1.000]", "0.2000 [0.1000, 0.4000]", "0.1000 [0.05000, 0.2000]"):
         assert error in text

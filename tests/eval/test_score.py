@@ -4,8 +4,6 @@ import csv
 import importlib
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,10 +19,9 @@ from eval.pictures import find_pictures
 from eval.score import ScoredPicture, Scoring, main, pairs, score_pictures
 from rewards.base import Reward
 from src.images import read_png, save_png
-from tests.eval.pictures import brightness, image, redness, refused, sampled
+from tests.eval.pictures import brightness, image, on_two_ranks, redness, refused, sampled
 from tests.rewards.twins import write_open_clip_folder
 
-ROOT = Path(__file__).parents[2]
 BRIGHT, RED = "tests.eval.pictures:brightness", "tests.eval.pictures:redness"
 CPU = torch.device("cpu")
 
@@ -34,8 +31,12 @@ def run(*options: object) -> Result:
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:
-    with (folder / "scores.csv").open(newline="") as file:
+    with (folder / "scores/scores.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "scores/summary.json").read_text())
 
 
 def expected(folder: Path, reward: Reward) -> list[float]:
@@ -52,16 +53,15 @@ def test_every_image_is_scored_under_the_prompt_that_sample_py_wrote(
     folder, both = sampled(tmp_path / "a", 11), f"multi:{BRIGHT}=1,{RED}=3"
     done = run(folder, "--reward", both, "--reward", BRIGHT, "--batch", batch)
     assert done.exit_code == 0, done.output
-    rows = read_csv(folder / "scores")
-    assert [row["file"] for row in rows] == [f"{i:06d}.png" for i in range(11)]
-    assert [row["seed"] for row in rows] == [str(i) for i in range(11)]
-    assert [row["prompt"] for row in rows] == ["a" * (1 + i % 3) for i in range(11)]
-    summary = json.loads((folder / "scores/summary.json").read_text())
+    rows = read_csv(folder)
+    assert [(row["file"], row["seed"], row["prompt"]) for row in rows] == [
+        (f"{i:06d}.png", str(i), "a" * (1 + i % 3)) for i in range(11)
+    ]
     for name, reward in ((BRIGHT, brightness), (RED, redness), (both, None)):
         scores = [float(row[name]) for row in rows]
         if reward:
             assert scores == pytest.approx(expected(folder, reward), rel=1e-5)
-        values, numbers = torch.tensor(scores).double(), summary["rewards"][name]
+        values, numbers = torch.tensor(scores).double(), summary_of(folder)["rewards"][name]
         assert numbers["mean"] == pytest.approx(values.mean().item(), rel=1e-5)
         assert numbers["std"] == pytest.approx(values.std().item(), rel=1e-5)
         assert numbers["low"] < numbers["mean"] < numbers["high"]
@@ -74,7 +74,9 @@ def task(folder: Path, reward: Reward, **more: Any) -> Scoring:
     return Scoring(find_pictures(folder), (), {"it": reward}, {"it": "it 1"}, CPU, **more)
 
 
-def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None:
+def test_nothing_that_was_scored_is_lost_or_scored_again_and_what_changed_is(
+    tmp_path: Path,
+) -> None:
     folder, out = sampled(tmp_path / "a", 11), tmp_path / "out"
     seen: list[int] = []
 
@@ -92,25 +94,20 @@ def test_nothing_that_was_scored_is_lost_or_scored_again(tmp_path: Path) -> None
     before = sum(seen)
     with (out / "cache-0.jsonl").open("a") as file:
         file.write('{"picture": "half a li')
-    scored, bad = score_pictures(task(folder, counting, batch=3), out)
+    first, bad = score_pictures(task(folder, counting, batch=3), out)
     assert 5 < before < sum(seen) == 11
     assert bad == {}
-    assert [one.scores["it"] for one in scored] == pytest.approx(
-        expected(folder, brightness), rel=1e-5
-    )
-
-
-def test_a_changed_picture_and_a_changed_prompt_are_scored_anew(tmp_path: Path) -> None:
-    folder, out = sampled(tmp_path / "a", 4), tmp_path / "out"
-    first, _ = score_pictures(task(folder, brightness), out)
-    old = (folder / "000001.png").stat()
-    recipe = {"recipe": {"seed": 1, "prompt": "aa"}}
-    save_png(folder / "000001.png", image(77, height=12), recipe)
-    os.utime(folder / "000001.png", ns=(old.st_atime_ns, old.st_mtime_ns))
-    second, _ = score_pictures(task(folder, brightness), out)
+    values = [one.scores["it"] for one in first]
+    assert values == pytest.approx(expected(folder, brightness), rel=1e-5)
+    path = folder / "000001.png"  # another picture in its place, as old as that
+    old = path.stat()
+    save_png(path, image(77, height=12), {"recipe": {"seed": 1, "prompt": "aa"}})
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    second, _ = score_pictures(task(folder, counting), out)
     same = [a.scores == b.scores for a, b in zip(first, second, strict=True)]
-    assert same == [True, False, True, True]
-    given = replace(task(folder, brightness), prompts=("long prompt",) * 4)
+    assert same == [i != 1 for i in range(11)]
+    assert sum(seen) == 12
+    given = replace(task(folder, brightness), prompts=("long prompt",) * 11)
     third, _ = score_pictures(given, out)
     assert all(one.prompt == "long prompt" and one.scores["it"] > 11 for one in third)
 
@@ -131,7 +128,7 @@ def test_a_picture_of_a_class_is_scored_under_its_number(tmp_path: Path) -> None
     save_png(tmp_path / "a.png", image(0), {"recipe": {"seed": 3, "class": 7}})
     done = run(tmp_path, "--reward", "fashion-judge", "--reward", BRIGHT)
     assert done.exit_code == 0, done.output
-    (row,) = read_csv(tmp_path / "scores")
+    (row,) = read_csv(tmp_path)
     assert (row["seed"], row["prompt"]) == ("3", "7")
     assert float(row["fashion-judge"]) < 0
     clip = f"clip={write_open_clip_folder(tmp_path / 'w')}"
@@ -139,31 +136,21 @@ def test_a_picture_of_a_class_is_scored_under_its_number(tmp_path: Path) -> None
     refused(done, "does not say its prompt")
 
 
-def test_bad_pictures_are_one_line_or_counted_and_listed(tmp_path: Path) -> None:
-    folder = sampled(tmp_path / "a", 6)
+def test_bad_pictures_and_scores_are_one_line_or_counted_and_listed(tmp_path: Path) -> None:
+    folder, undefined = sampled(tmp_path / "a", 6), "tests.eval.pictures:undefined"
+    save_png(folder / "000003.png", torch.zeros(3, 8, 8))
+    refused(run(folder, "--reward", undefined), "gave nan for image 3 of 5 (and 0 more)")
     broken = folder / "000002.png"
     broken.write_bytes(broken.read_bytes()[:60])
     refused(run(folder, "--reward", BRIGHT), "000002.png is not a readable")
-    done = run(folder, "--reward", BRIGHT, "--skip-bad")
+    done = run(folder, "--reward", undefined, "--skip-bad")
     assert done.exit_code == 0, done.output
-    assert "1 images left out" in done.stderr
-    summary = json.loads((folder / "scores/summary.json").read_text())
-    assert summary["count"] == 5
-    assert list(summary["left_out"]) == ["000002.png"]
-    assert "000002.png" not in [row["file"] for row in read_csv(folder / "scores")]
-
-
-def test_a_picture_without_a_finite_score_is_one_line_or_listed(tmp_path: Path) -> None:
-    folder = sampled(tmp_path / "a", 6)
-    save_png(folder / "000003.png", torch.zeros(3, 8, 8))
-    options = [folder, "--reward", "tests.eval.pictures:undefined"]
-    refused(run(*options), "gave nan for image 3 of 5 (and 0 more)")
-    done = run(*options, "--skip-bad")
-    assert done.exit_code == 0, done.output
-    summary = json.loads((folder / "scores/summary.json").read_text())
-    assert summary["count"] == 5
-    assert list(summary["left_out"]) == ["000003.png"]
-    done = run(folder, "--reward", "tests.eval.pictures:shapeless", "--skip-bad")
+    assert "2 images left out" in done.stderr
+    summary = summary_of(folder)
+    assert (summary["count"], sorted(summary["left_out"])) == (4, ["000002.png", "000003.png"])
+    assert not {"000002.png", "000003.png"} & {row["file"] for row in read_csv(folder)}
+    whole = sampled(tmp_path / "b", 2)
+    done = run(whole, "--reward", "tests.eval.pictures:shapeless", "--skip-bad")
     assert "could be scored: tests.eval.pictures:shapeless must return" in done.output
 
 
@@ -205,65 +192,42 @@ def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
 
 
 def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> None:
-    first = [
-        ScoredPicture("000001.png", 1, "fox", {"it": 1.0}),
-        ScoredPicture("000002.png", 2, "owl", {}),
-    ]
-    second = [
-        ScoredPicture("000000/000001.png", 1, "fox", {"it": 4.0}),
-        ScoredPicture("2.png", 2, "cat", {}),
-    ]
-    both = pairs(first, second)
-    assert both == [(first[0], second[0])]
+    fox, owl = (
+        ScoredPicture(f"00000{i}.png", i, text, {}) for i, text in ((1, "fox"), (2, "owl"))
+    )
+    same = ScoredPicture("000000/000001.png", 1, "fox", {"it": 4.0})
+    second = [same, ScoredPicture("2.png", 2, "cat", {})]
+    assert pairs([fox, owl], second) == [(fox, same)]
     with pytest.raises(ValueError, match="nothing to compare"):
-        pairs(first[1:], second)
+        pairs([owl], second)
     with pytest.raises(ValueError, match="have one seed and prompt"):
-        pairs([first[0], ScoredPicture("other/1.png", 1, "fox", {})], second)
+        pairs([fox, replace(fox, name="other/1.png")], second)
 
 
 def test_two_ranks_score_what_one_does_and_go_on_with_it(tmp_path: Path) -> None:
     one, two = sampled(tmp_path / "one", 9), sampled(tmp_path / "two", 9)
     assert run(one, "--reward", BRIGHT).exit_code == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "eval.score", str(two), "--reward", BRIGHT]
-    processes = [
-        subprocess.Popen(
-            [*command, "--device", "cpu", "--batch", "2"],
-            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    output = [p.communicate(timeout=120)[0] for p in processes]
-    assert "9 images of" in output[0]
-    assert output[1] == ""
-    assert read_csv(two / "scores") == read_csv(one / "scores")
+    options = [two, "--reward", BRIGHT, "--device", "cpu", "--batch", 2]
+    first, second = on_two_ranks(main, lambda _rank: options)
+    assert "9 images of" in first
+    assert second == ""
+    assert read_csv(two) == read_csv(one)
     assert len(list((two / "scores").glob("cache-*.jsonl"))) == 2
     assert run(two, "--reward", BRIGHT).exit_code == 0
-    assert read_csv(two / "scores") == read_csv(one / "scores")
+    assert read_csv(two) == read_csv(one)
 
 
-def test_an_edited_reward_and_other_weights_are_scored_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_edited_reward_is_scored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, source = sampled(tmp_path / "a", 3), tmp_path / "own_reward.py"
     monkeypatch.syspath_prepend(tmp_path)
     means = []
     for factor in (1, 100):
-        source.write_text(
-            f"def f(images, prompts):\n    return images.mean((1, 2, 3)) * {factor}\n"
-        )
+        source.write_text(f"def f(images, _):\n    return images.mean((1, 2, 3)) * {factor}\n")
         sys.modules.pop("own_reward", None)
         importlib.invalidate_caches()
         done = run(folder, "--reward", "own_reward:f")
         assert done.exit_code == 0, done.output
-        summary = json.loads((folder / "scores/summary.json").read_text())
-        means.append(summary["rewards"]["own_reward:f"]["mean"])
+        means.append(summary_of(folder)["rewards"]["own_reward:f"]["mean"])
     assert means[1] == pytest.approx(100 * means[0], rel=1e-5)
 
 
@@ -276,4 +240,4 @@ def test_a_mislabelled_picture_is_scored_under_its_own_prompt(tmp_path: Path) ->
     (folder / "samples.json").write_text(json.dumps(index))
     done = run(folder, "--reward", BRIGHT)
     assert "samples.json gives 1 of 4 images another seed or prompt" in done.stderr
-    assert [row["prompt"] for row in read_csv(folder / "scores")] == ["a", "aa", "aaa", "a"]
+    assert [row["prompt"] for row in read_csv(folder)] == ["a", "aa", "aaa", "a"]

@@ -30,35 +30,33 @@ def draw(_: int, g: Generator) -> tuple[Tensor, Tensor]:
     return x, x.sum(1, keepdim=True)
 
 
+def failing(step: int, g: Generator) -> tuple[Tensor, Tensor]:
+    if step == 25:
+        raise KeyboardInterrupt
+    return draw(step, g)
+
+
 def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (network(x) - y).square().mean()
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    plan = Plan(40, 8, 0.05, part=3, cooldown=0.5, save_every=10)
-    whole, parts = line(), line()
-    fit_network(whole, draw, loss, plan, tmp_path / "whole", lambda *_: None)
-
-    def failing(step: int, g: Generator) -> tuple[Tensor, Tensor]:
-        if step == 25:
-            raise KeyboardInterrupt
-        return draw(step, g)
-
-    with pytest.raises(KeyboardInterrupt):
-        fit_network(line(), failing, loss, plan, tmp_path / "parts", lambda *_: None)
-    fit_network(parts, draw, loss, plan, tmp_path / "parts", lambda *_: None)
-    assert torch.equal(whole.weight, parts.weight)
-    held_out = draw(0, Generator().manual_seed(9))
-    assert loss(whole, *held_out).detach() < loss(line(), *held_out).detach()
-
-
-def test_more_steps_change_nothing_that_came_before(tmp_path: Path) -> None:
-    short, long = line(), line()
-    for steps in (20, 40):
-        plan = Plan(steps, 8, 0.05, cooldown=0, save_every=20)
-        fit_network(short, draw, loss, plan, tmp_path / "short", lambda *_: None)
-    fit_network(long, draw, loss, plan, tmp_path / "long", lambda *_: None)
-    assert torch.equal(short.weight, long.weight)
+def test_a_stopped_run_and_one_of_more_steps_go_on_as_if_they_had_not_stopped(
+    tmp_path: Path,
+) -> None:
+    for cooldown in (0.0, 0.5):  # with none, more steps can be asked for later
+        plan = Plan(40, 8, 0.05, part=3, cooldown=cooldown, save_every=10)
+        whole, parts, folder = line(), line(), tmp_path / f"parts-{cooldown}"
+        fit_network(whole, draw, loss, plan, tmp_path / f"whole-{cooldown}", lambda *_: None)
+        if cooldown:
+            with pytest.raises(KeyboardInterrupt):
+                fit_network(line(), failing, loss, plan, folder, lambda *_: None)
+        else:
+            short = Plan(20, 8, 0.05, part=3, cooldown=0, save_every=20)
+            fit_network(line(), draw, loss, short, folder, lambda *_: None)
+        fit_network(parts, draw, loss, plan, folder, lambda *_: None)
+        assert torch.equal(whole.weight, parts.weight)
+        held_out = draw(0, Generator().manual_seed(9))
+        assert loss(whole, *held_out).detach() < loss(line(), *held_out).detach()
 
 
 @pytest.mark.parametrize("part", [1, 3, 8])

@@ -44,11 +44,6 @@ def refused(*arguments: str) -> str:
     return result.output
 
 
-def test_auto_is_a_gpu_where_there_is_one_and_the_models_own_dtype() -> None:
-    assert f"device={'cuda' if torch.cuda.is_available() else 'cpu'} " in run().output
-    assert "dtype=None" in run("--dtype", "auto").output
-
-
 @pytest.mark.parametrize(
     ("arguments", "afs", "grid"),
     [
@@ -84,14 +79,15 @@ def test_what_cannot_be_is_one_line_that_names_it(arguments: list[str], says: st
     assert says in refused(*arguments)
 
 
-def test_an_error_of_a_library_names_its_kind_and_the_file(tmp_path: Path) -> None:
+def test_defaults_hang_on_the_machine_and_an_error_of_a_library_names_its_kind_and_file(
+    tmp_path: Path,
+) -> None:
+    assert f"device={'cuda' if torch.cuda.is_available() else 'cpu'} " in run().output
+    assert "dtype=None" in run("--dtype", "auto").output
     path = tmp_path / "half.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     line = refused("--path", str(path))
     assert line.startswith("Error: SafetensorError: ")
     assert str(path) in line
     assert "--debug" in line
-
-
-def test_debug_raises_the_error_as_it_is() -> None:
     assert str(run("--fail", "--debug").exception) == "13 is\nunlucky"

@@ -55,17 +55,11 @@ def test_two_processes_split_the_work_add_up_and_stop_together() -> None:
         for r in range(2)
     ]
     first, second = (json.loads(p.communicate(timeout=300)[0]) for p in processes)
-    assert first["share"] == second["share"] == [["a", "c", "e"], ["b", "d"]]
-    assert first["sum"] == second["sum"] == [3.0, 20.0]
-    assert first["mine"] == [1.0, 10.0]
-    assert (first["first"], second["first"]) == (True, False)
-    assert first["stopped"]
-    assert second["stopped"]
-    assert first["as one"] == second["as one"] == [0, 1, ["a", "b"], ["x"]]
-    assert first["own sum"] == first["mine"]
-    assert (first["writes"], second["writes"]) == (True, False)
-    assert first["any"]
-    assert second["any"]
+    both = {"share": [["a", "c", "e"], ["b", "d"]], "sum": [3.0, 20.0], "stopped": True}
+    both |= {"as one": [0, 1, ["a", "b"], ["x"]], "any": True}
+    for one, leads, mine in ((first, True, [1.0, 10.0]), (second, False, [2.0, 10.0])):
+        own = {"mine": mine, "own sum": mine, "first": leads, "writes": leads}
+        assert one == both | own
 
 
 def test_progress_in_a_log_is_a_few_lines(
@@ -84,12 +78,8 @@ def test_progress_in_a_log_is_a_few_lines(
 def test_an_error_of_a_rank_stays_the_last_line(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(
-        "import click\n"
-        "from src.options import OneLineCommand\n"
-        "@click.command(cls=OneLineCommand)\n"
-        "def main() -> None:\n"
-        "    raise MemoryError\n"
-        "main()\n"
+        "import click\nfrom src.options import OneLineCommand\n"
+        "@click.command(cls=OneLineCommand)\ndef main():\n    raise MemoryError\nmain()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "src.ranks", "--standalone", "--nproc_per_node=2", str(script)],

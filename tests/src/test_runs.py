@@ -1,5 +1,6 @@
 """Folders of runs, their numbers, sealed checkpoints, and signals."""
 
+import hashlib
 import os
 import signal
 from dataclasses import replace
@@ -25,56 +26,48 @@ def quiet(folder: Path) -> Run:
     return Run(folder, lambda _text: None)
 
 
-def test_the_next_number_is_above_the_highest_even_after_a_gap(tmp_path: Path) -> None:
+def test_runs_are_numbered_above_the_highest_and_stamped_ones_keep_their_order(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "00041-old").mkdir()
     (tmp_path / "sd15").mkdir()
     names = [new_run(what, tmp_path).name for what in ("epd", "epd", "edm-32.v2")]
     assert names == ["00042-epd", "00043-epd", "00044-edm-32.v2"]
-
-
-@pytest.mark.parametrize("what", ["", "a/b", "../a", ".hidden", "a b"])
-def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, what: str) -> None:
-    with pytest.raises(ValueError, match="cannot name a run"):
-        new_run(what, tmp_path)
-
-
-def test_the_latest_run_is_the_newest_of_its_name_and_kind(tmp_path: Path) -> None:
-    names = ["00009-epd", "00010-epd", "00011-other", "00012-epd", "shipped"]
-    for name in names:
-        (tmp_path / name).mkdir()
-        if name != "00012-epd":
-            (tmp_path / name / "config.yaml").write_text("")
-    quiet(tmp_path / "00009-epd").save(1, {})
-
-    def latest(**more: str) -> str:
-        return find_run("latest", tmp_path, settings="config.yaml", **more).name
-
-    assert latest() == "00011-other"
-    assert latest(name="epd") == "00010-epd"
-    assert latest(checkpoints="*.pt") == "00009-epd"
-    with pytest.raises(ValueError, match="no run 'none' in"):
-        latest(name="none")
-
-
-def test_runs_of_one_second_have_a_folder_each_in_their_order(tmp_path: Path) -> None:
     folders = [new_run("twice", tmp_path, stamped=True) for _ in range(11)]
     assert len({*folders}) == 11
     for folder in folders:
         (folder / "configs").mkdir()
         (folder / "configs" / "c.yaml").write_text("")
     assert find_run("latest", tmp_path, settings="configs/c.yaml", name="twice") == folders[-1]
+    for what in ("", "a/b", "../a", ".hidden", "a b"):
+        with pytest.raises(ValueError, match="cannot name a run"):
+            new_run(what, tmp_path)
 
 
-def test_a_run_is_found_by_its_checkpoint_and_by_its_folder(tmp_path: Path) -> None:
-    run = new_run("epd", tmp_path)
-    (run / "config.yaml").write_text("")
+def test_a_run_is_found_as_the_latest_of_its_kind_by_its_folder_and_by_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    for name in ("00009-epd", "00010-epd", "00011-other", "00012-epd", "shipped"):
+        (tmp_path / name).mkdir()
+        if name != "00012-epd":
+            (tmp_path / name / "config.yaml").write_text("")
+    run = tmp_path / "00009-epd"
     quiet(run / "checkpoints").save(1, {})
+
+    def found(resume: object = "latest", settings: str = "config.yaml", **more: str) -> str:
+        return find_run(str(resume), tmp_path, settings=settings, **more).name
+
+    assert found() == "00011-other"
+    assert found(name="epd") == "00010-epd"
+    assert found(checkpoints="checkpoints/*.pt") == "00009-epd"
     for path in (run, run / "checkpoints" / "checkpoint-00000001.pt"):
-        assert find_run(str(path), tmp_path, settings="config.yaml").resolve() == run.resolve()
+        assert found(path) == "00009-epd"
+    with pytest.raises(ValueError, match="no run 'none' in"):
+        found(name="none")
     with pytest.raises(ValueError, match="no run and no checkpoint at nowhere"):
-        find_run("nowhere", tmp_path, settings="config.yaml")
+        found("nowhere")
     with pytest.raises(ValueError, match="is no folder of a run"):
-        find_run(str(run), tmp_path, settings="other.yaml")
+        found(run, "other.yaml")
 
 
 def test_a_run_that_goes_on_drops_what_it_wrote_after_its_checkpoint(tmp_path: Path) -> None:
@@ -85,23 +78,13 @@ def test_a_run_that_goes_on_drops_what_it_wrote_after_its_checkpoint(tmp_path: P
     run.rewind(2)
     assert [line["step"] for line in run.metrics.read()] == [1, 2]
     assert run.newest()[1] == {"step": 2}
-
-
-def test_ranks_but_the_first_write_nothing(tmp_path: Path) -> None:
-    run = replace(quiet(tmp_path), writes=False)
-    run.log("text")
-    run.measure(1, {})
-    run.save(1, {})
-    run.write_settings(Metrics(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
-    theta = torch.randn(5, generator=torch.Generator().manual_seed(0)).double()
-    write_sealed(tmp_path / "c.pt", {"theta": theta, "step": 3, "adam": {"state": {0: {}}}})
-    content = read_sealed(tmp_path / "c.pt")
-    assert torch.equal(content["theta"], theta)
-    assert content["step"] == 3
+    other = replace(quiet(tmp_path / "other"), writes=False)  # all ranks but the first
+    other.log("text")
+    other.measure(1, {})
+    other.save(1, {})
+    other.rewind(0)
+    other.write_settings(Metrics(tmp_path))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -113,14 +96,18 @@ def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
         (0, None, b"", "no checkpoint of ours"),
     ],
 )
-def test_a_changed_file_is_one_line_with_its_name(
+def test_a_sealed_file_is_read_to_the_bit_and_a_changed_one_is_one_line(
     tmp_path: Path, start: int, end: int | None, put: bytes, words: str
 ) -> None:
     path = tmp_path / "c.pt"
-    write_sealed(path, {"step": 1})
-    content = bytearray(path.read_bytes())
-    content[start:end] = put
-    path.write_bytes(content)
+    theta = torch.randn(5, generator=torch.Generator().manual_seed(0)).double()
+    write_sealed(path, {"theta": theta, "step": 3, "adam": {"state": {0: {}}}})
+    content = read_sealed(path)
+    assert torch.equal(content["theta"], theta)
+    assert content["step"] == 3
+    changed = bytearray(path.read_bytes())
+    changed[start:end] = put
+    path.write_bytes(changed)
     with pytest.raises(ValueError, match=rf"^[^\n]*c\.pt[^\n]*{words}[^\n]*$"):
         read_sealed(path)
 
@@ -134,6 +121,11 @@ def test_a_hostile_file_with_a_right_checksum_runs_nothing(tmp_path: Path) -> No
     write_sealed(tmp_path / "c.pt", {"x": Hostile()})
     with pytest.raises(ValueError, match="holds what is not read"):
         read_sealed(tmp_path / "c.pt")
+    for payload in (b"", b"\x80\x02.", b"PK\x03\x04", b"\x80\x02h\x07."):
+        digest = hashlib.sha256(payload).hexdigest().encode()
+        (tmp_path / "c.pt").write_bytes(b"epd-sealed-1 " + digest + b"\n" + payload)
+        with pytest.raises(ValueError, match="holds what is not read"):
+            read_sealed(tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"no such file: no/such\.pt"):
         read_sealed("no/such.pt")
 

@@ -149,7 +149,7 @@ def train(
                     save(session)
                 if last:
                     break
-                bar.set_postfix(reward=iterate(session))
+                bar.set_postfix(reward=iterate(session), refresh=False)
                 bar.update()
     except Stopped:
         run.save(progress.step, session.content())
