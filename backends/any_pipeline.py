@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from backends import families
@@ -36,7 +37,6 @@ class OneCall:
     columns: int = 1  # how often the rows stand in the network's batch
     rows: bool = True  # whether each row has a time of its own
     output: Tensor | None = None
-    sample: Tensor | None = None
     mu: float | None = None
     order: int = 1
     init_noise_sigma: float = 1.0
@@ -75,10 +75,10 @@ class OneCall:
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:
         """Keep the network's output."""
-        self.output, self.sample = model_output, sample
-        return (sample,)
+        self.output = model_output
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 @dataclass
@@ -204,6 +204,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     Raises ValueError, with the reason, for one that cannot be asked at levels of our choice.
     """
     name, names = type(pipe).__name__, families.parameters_of(pipe)
+    families.check_served(pipe)
     model = parametrization_of(pipe.scheduler)
     if "prompt" not in names or not callable(getattr(pipe, "prepare_latents", None)):
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
@@ -213,7 +214,8 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         "negative_prompt" not in names or families.family_of(pipe) in families.EMBEDDED
     ):
         raise ValueError(f"{name} takes no negative prompt: its guidance is part of the network")
-    prepare_vae(pipe.vae, options)
+    if options.vae_tiling or options.vae_slicing:
+        prepare_vae(pipe.vae, options)
     opened = Opened(pipe, options, pipe.scheduler, model, CachedPrompts(pipe))
     try:
         steps = names["num_inference_steps"]

@@ -8,12 +8,13 @@ from typing import Any
 
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
-    *("LTX", "Sana", "PixArtSigma", "Mochi"),
+    *("LTX", "Sana", "SanaVideo", "PixArtSigma", "PixArtAlpha", "Mochi", "Bria"),
+    "Kolors",
 )
 """Families whose pipelines put the rows of the negative prompt into one batch with the others."""
 APART = (
     *("Flux", "Flux2", "QwenImage", "Chroma", "Wan", "Lumina2", "HunyuanVideo"),
-    *("CogView4", "ZImage"),
+    *("CogView4", "ZImage", "SkyReelsV2", "OvisImage", "Flux2Klein"),
 )
 """Families that call their network once more for guidance, or need no such rows."""
 VARIANTS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
@@ -23,6 +24,11 @@ ONE_TIME = {
     "Kandinsky5T2V": "it repeats its timestep for every row",
     "PRX": "it makes one number of a timestep",
     "Cosmos2TextToImage": "it makes one number of a timestep",
+    "Allegro": "it makes one video a prompt",
+    "AnimateDiff": "it makes one video a prompt",
+    "CogVideoX": "it makes one video a prompt",
+    "HunyuanDiT": "it makes one number of a timestep",
+    "Latte": "it cuts all prompts to one length",
     "LTXImageToVideo": "it steps a part of its latents",
     "WanVideoToVideo": "it makes one video a prompt",
 }
@@ -38,6 +44,13 @@ def family_of(pipe: Any) -> str:
     """The family of a pipeline's class: "Flux" of FluxImg2ImgPipeline; its own name if unknown."""
     name = type(pipe).__name__.removesuffix("Pipeline")
     return {f"{f}{v}": f for f in (*STACKED, *APART) for v in VARIANTS}.get(name, name)
+
+
+def check_served(pipe: Any) -> None:
+    """ValueError, with the reason, for a pipeline whose states are not what its scheduler steps."""
+    if type(pipe).__name__ in ("TextToVideoSDPipeline", "VideoToVideoSDPipeline"):
+        name = type(pipe).__name__
+        raise ValueError(f"{name} is not served: it steps each frame of a video by itself")
 
 
 def one_time(pipe: Any) -> str | None:

@@ -53,6 +53,7 @@ def parallel(
     calls this, and what it gives, with the same arguments. Raises ValueError, with the reason,
     for what the pipeline cannot do.
     """
+    families.check_served(pipe)
     learned = opened(predictor)
     guides = any(p.table.guidance is not None for p in learned)
     guidance = guidance or ("rows" if guides else "pipeline")
@@ -142,7 +143,8 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
         negatives = [negatives or ""] * len(prompts)
     off = 0.0 if families.family_of(pipe) in families.FROM_ZERO else 1.0
     name = families.guidance_name(pipe) or "guidance_scale"
-    return {"prompt": [*prompts, *negatives], name: off, "negative_prompt": None}
+    none = {"negative_prompt": None} if "negative_prompt" in families.parameters_of(pipe) else {}
+    return {"prompt": [*prompts, *negatives], name: off, **none}
 
 
 def images_of(given: dict[str, Any], names: Any) -> int:
@@ -154,9 +156,7 @@ def images_of(given: dict[str, Any], names: Any) -> int:
     else:
         prompts = 1 if isinstance(prompt, str) else len(prompt)
     count = next((name for name in COUNTS if name in names), None)
-    if count is None:
-        raise ValueError('this pipeline makes one image a prompt: use points="sequence"')
-    return prompts * given.get(count, 1)
+    return prompts * (given.get(count, 1) if count else 1)
 
 
 def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str, Any]]:

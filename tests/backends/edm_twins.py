@@ -1,6 +1,7 @@
 """Small EDM networks with weights by rule, for tests."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,17 +39,20 @@ TINY_ADM: dict[str, Any] = {
 }
 
 
+def by_rule(name: str, shape: Sequence[int]) -> Tensor:
+    """A tensor of the rule that tests/data/edm_networks.json states."""
+    index, line = torch.arange(torch.Size(shape).numel(), dtype=torch.float64), len(shape) == 1
+    base, scale = float(line and name.endswith("weight")), 0.1 if line else 0.05
+    values = base + scale * torch.sin(0.37 * index + zlib.crc32(name.encode()) % 1000)
+    return values.float().reshape(shape)
+
+
 def fill_by_rule(network: EDMNetwork) -> EDMNetwork:
-    """Weights of the rule that tests/data/edm_networks.json states, in place."""
+    """A network with weights of that rule, in place."""
     for name, p in network.named_parameters():
-        index = torch.arange(p.numel(), dtype=torch.float64)
-        base = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0
-        scale = 0.05 if p.ndim > 1 else 0.1
-        values = base + scale * torch.sin(0.37 * index + zlib.crc32(name.encode()) % 1000)
-        p.data.copy_(values.reshape(p.shape))
-    state = network.state_dict()
-    if "model.map_noise.freqs" in state:
-        freqs = state["model.map_noise.freqs"]
+        p.data.copy_(by_rule(name, p.shape))
+    freqs = network.state_dict().get("model.map_noise.freqs")
+    if freqs is not None:
         freqs.copy_(torch.linspace(-16, 16, len(freqs)))
     return network
 

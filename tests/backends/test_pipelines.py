@@ -26,7 +26,7 @@ from solvers.predictor import find_predictor, load_predictor
 from solvers.sampler import Sampler, hand_made
 from src.seeds import randn
 from tests import twins
-from tests.backends.original_layout import original, original_sd3, original_vae
+from tests.backends.original_layout import original, original_sd
 
 diffusers = twins.diffusers
 CPU = torch.device("cpu")
@@ -65,9 +65,9 @@ def learned(name: str) -> Any:
     ("maker", "rate"),
     [
         (twins.sd, 5.0),
-        (lambda: twins.sd("v_prediction"), 1.0),
+        (lambda: twins.sd(scheduler={"prediction_type": "v_prediction"}), 1.0),
         (twins.sd3, 4.5),
-        (lambda: twins.sd3(with_t5=True), 1.0),
+        (lambda: twins.sd3(text_encoder_3="t5", tokenizer_3="letters"), 1.0),
         (twins.flux, 3.5),
     ],
 )
@@ -150,13 +150,17 @@ def test_the_range_of_stable_diffusion_is_derived_and_its_table_inverted() -> No
 def test_flow_levels_follow_the_resolution_as_in_the_pipeline(
     tokens: int, mu: float | None
 ) -> None:
-    levels = levels_at(twins.flow_scheduler(use_dynamic_shifting=True, shift=3.0), tokens)
+    levels = levels_at(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), tokens
+    )
     theirs = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens)
     assert levels.mu == pytest.approx(theirs if mu is None else mu)
     assert levels.sigma_min == 1e-3
-    levels = levels_at(twins.flow_scheduler(shift=3.0), 0)
+    levels = levels_at(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 0)
     assert levels.sigma_min == pytest.approx(0.0029940119760479044)
-    own = levels_at(twins.flow_scheduler(shift=3.0, use_karras_sigmas=True), 0)
+    own = levels_at(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True), 0
+    )
     assert not torch.equal(own.grid("flowmatch", 5), levels.grid("flowmatch", 5))
 
 
@@ -226,7 +230,7 @@ def test_options_that_a_model_lacks_are_refused(
 
 
 def test_prompts_rates_and_predictors_that_a_model_lacks_are_refused(folders: Folders) -> None:
-    flux = wrap(twins.flux(guidance=False), CPU, SMALL)
+    flux = wrap(twins.flux(transformer={"guidance_embeds": False}), CPU, SMALL)
     with pytest.raises(ValueError, match=r"guidance_rate 3\.5"):
         flux.guided(3.5, None)
     with pytest.raises(ValueError, match="takes a text for every image, not 7"):
@@ -326,7 +330,7 @@ class ModelCheckpoint:
 def test_an_original_sd_file_gives_the_folders_outputs(
     ending: str, folders: Folders, tmp_path: Path
 ) -> None:
-    file, tensors = tmp_path / f"model.{ending}", original(twins.sd())
+    file, tensors = tmp_path / f"model.{ending}", original_sd(twins.sd())
     if ending == "ckpt":
         callback = {"callbacks": {ModelCheckpoint: ModelCheckpoint()}, "global_step": 7}
         torch.save({"state_dict": tensors, **callback}, file)
@@ -343,9 +347,9 @@ def test_an_original_sd3_file_gives_the_folders_outputs(
     """The folder beside it has what the file lacks: all but the transformer, or one encoder."""
     pipe, file = twins.sd3(), tmp_path / "sd3.safetensors"
     rest = shutil.copytree(folders("sd3"), tmp_path / "rest")
-    tensors = original_sd3(pipe.transformer)
+    tensors = original(pipe.transformer, "sd3.transformer")
     if more:
-        tensors |= original_vae(pipe.vae)
+        tensors |= original(pipe.vae, "sd.vae")
         clip = load_file(next((rest / "text_encoder_2").glob("*.safetensors")))
         tensors |= {f"text_encoders.clip_g.transformer.{n}": t for n, t in clip.items()}
     for part in ("transformer", "vae", "text_encoder_2") if more else ("transformer",):
@@ -417,7 +421,7 @@ def test_few_zeros_and_attention_of_ones_own_are_left_alone() -> None:
 
 
 def test_a_vae_in_float16_decodes_in_float32_where_its_config_says_so() -> None:
-    vae, x = twins.vae(4, force_upcast=True), randn([0], (4, 8, 8))
+    vae, x = twins.vae(force_upcast=True), randn([0], (4, 8, 8))
     exact = latents.decode(vae, x)
     near = latents.decode(vae.half(), x)
     assert vae.dtype == torch.float16

@@ -203,7 +203,7 @@ def test_a_hand_made_solver_takes_what_the_pipelines_own_would() -> None:
 
 def test_several_predictors_are_chosen_by_their_calls() -> None:
     scheduler = EPDScheduler.from_predictor(
-        "exps/tiny-sd3/*-k2-*.pkl", like=twins.sd3(shift=1).scheduler
+        "exps/tiny-sd3/*-k2-*.pkl", like=twins.sd3(scheduler={"shift": 1}).scheduler
     )
     scheduler.set_timesteps(10)
     assert len(scheduler.timesteps) == 15

@@ -281,11 +281,11 @@ ranks.init(torch.device("cpu"))
 torch.set_num_threads(1)
 mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("points", "ring", "ulysses"))
 results = {}
-for name in ("SD3", "SDXL", "Z-Image", "Wan 2.1", "FLUX.1"):
+for name in ("sd3", "sdxl", "z_image", "wan", "flux"):
     pipe = twin(name)
     predictor = learned(pipe, "epd", k=3)
     alone = call(pipe, name, parallel(pipe, predictor))
-    if name == "FLUX.1":
+    if name == "flux":
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU has none
         config = ContextParallelConfig(ulysses_degree=2, mesh=mesh["ring", "ulysses"])
         pipe.transformer.enable_parallelism(config=config)
