@@ -18,7 +18,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from backends.vp import PUBLISHED
+from solvers.vp import PUBLISHED
 
 diffusers: Any = library  # its own annotations are not those of what it returns
 HEAD = 32

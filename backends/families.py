@@ -47,7 +47,7 @@ def family_of(pipe: Any) -> str:
 
 
 def check_served(pipe: Any) -> None:
-    """ValueError, with the reason, for a pipeline whose states are not what its scheduler steps."""
+    """ValueError, with the reason, for a pipeline whose scheduler steps other states than x."""
     if type(pipe).__name__ in ("TextToVideoSDPipeline", "VideoToVideoSDPipeline"):
         name = type(pipe).__name__
         raise ValueError(f"{name} is not served: it steps each frame of a video by itself")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from backends import vp
 from solvers.epd import EPD, Directions
 from solvers.field import Condition, Field
 from solvers.integrate import Loop
@@ -82,9 +81,7 @@ def epd_sampler(predictor: Predictor) -> Callable[..., Tensor]:
 
 def learned_sigmas(predictor: Predictor) -> tuple[float, ...] | None:
     """The levels that a predictor was learned on; None where they are its model's alone."""
-    recipe = predictor.recipe
-    published = vp.PUBLISHED.get(recipe.dataset_name) if recipe.backend == "ldm" else None
-    levels = vp.table_of(published).levels if published else levels_of(recipe)
+    levels = levels_of(predictor.recipe)
     return None if levels is None else predictor.sampler(levels).sigmas
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from backends import latents
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
 from backends.parametrization import plain_like
-from backends.vp import clean, prediction_of, scaled, table_of
 from solvers.field import Condition
+from solvers.vp import clean, prediction_of, scaled, table_of
 
 
 def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:

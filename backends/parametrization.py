@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends import vp
+from solvers import vp
 from solvers.process import FLOW, VE, Process
 from solvers.schedules import NoiseLevels
 

@@ -21,7 +21,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from backends import vp
 from backends.parametrization import (
     BETA_SCHEDULERS,
     FLOW_SCHEDULERS,
@@ -34,6 +33,7 @@ from backends.parametrization import (
     spread_of,
 )
 from backends.trajectory import Trajectory
+from solvers import vp
 from solvers.predictor import (
     Predictor,
     find_predictor,

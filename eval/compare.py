@@ -10,9 +10,9 @@ from typing import Any
 import click
 import torch
 
-from backends.base import Backend
+from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.load import find_model, load_backend
+from backends.load import find_model, load_backend, usual_size
 from eval.features import load_space
 from eval.fid import Statistics, check_space, load_statistics, save_statistics
 from eval.machine import provenance
@@ -29,6 +29,7 @@ from eval.measure import (
     from_here,
     learned,
     measure,
+    predictor_files,
     rivals_for,
 )
 from eval.report import curves, metrics_of, page, ratios, table, write_csv
@@ -36,6 +37,7 @@ from eval.score import NamedPath, reads_texts
 from rewards.fingerprint import source_hash, stamp
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from solvers.epd import EPD, Directions, ParallelMultistep
+from solvers.predictor import load_predictor
 from src import ranks
 from src.figures import save, table_figure
 from src.files import to_json, write_json, write_text
@@ -206,13 +208,16 @@ def main(**options: Any) -> None:
     files = files_of(names, setup.paths)
     texts = read_prompts(options["prompts"]) if options["prompts"] else ()
     model = find_model(options["model"])
-    backend = load_backend(options["model"], device=device, dtype=options["dtype"])
+    patterns = [*options["predictor"], *options["more"]]
+    sizes = [usual_size(load_predictor(file).recipe) for file in predictor_files(patterns)]
+    about = ModelOptions(sizes[0]) if any(sizes) else None
+    backend = load_backend(options["model"], device=device, dtype=options["dtype"], options=about)
     jobs = jobs_for(backend, options["seeds"], texts)
     if (texts_for := reads_texts(names)) and not all(isinstance(j.prompt, str) for j in jobs):
         raise ValueError(f"{texts_for[0]} judges images by their prompts: this model takes none")
     fine = fine_solution(backend.levels, options["fine"], options["guidance_rate"])
     benchmark = Benchmark(backend, jobs, fine, options["batch"])
-    fixed = learned([*options["predictor"], *options["more"]], backend)
+    fixed = learned(patterns, backend)
     asked = (options["solvers"], options["nfe"], options["schedules"])
     rivals = rivals_for(*asked, backend.levels, options["guidance_rate"])
     if not fixed and not rivals:

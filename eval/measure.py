@@ -141,12 +141,10 @@ def rivals_for(
     return rivals
 
 
-def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
-    """Predictors, named by kind, base and K ("epd-ipndm K=2"), the fewest calls first.
+def predictor_files(patterns: Sequence[str]) -> list[Path]:
+    """The files of predictors by paths, names in exps/, and patterns with *, each once.
 
-    patterns: paths, names in exps/, and patterns with *. Two of one name and number of calls are
-    told apart by their files. ValueError for a pattern that nothing matches, and for a predictor
-    that does not belong to this backend.
+    ValueError for a pattern that nothing matches.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -159,8 +157,17 @@ def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
         if not matches:
             raise ValueError(f"no predictor is named {pattern!r}")
         files |= dict.fromkeys(matches)
+    return list(files)
+
+
+def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
+    """Predictors, named by kind, base and K ("epd-ipndm K=2"), the fewest calls first.
+
+    Two of one name and number of calls are told apart by their files. ValueError for a pattern
+    that nothing matches, and for a predictor that does not belong to this backend.
+    """
     candidates = []
-    for path in files:
+    for path in predictor_files(patterns):
         predictor = load_predictor(path)
         recipe = predictor.recipe
         check_fit(recipe, backend)

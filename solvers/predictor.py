@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers import vp
 from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Table
 from solvers.integrate import MAX_SLOPES
 from solvers.process import FLOW, VE, Process
@@ -102,6 +103,9 @@ def levels_of(recipe: Recipe) -> NoiseLevels | None:
         low = low or 1e-3
         shift = recipe.flowmatch_shift or low * 999 / (1 - low)  # 1/1000 as low is shifted
         return NoiseLevels(FLOW, low, 1.0, shift=shift)
+    published = vp.PUBLISHED.get(recipe.dataset_name) if recipe.backend == "ldm" else None
+    if config := recipe.backend_config.get("scheduler", published):
+        return vp.table_of(config).levels
     if recipe.sigmas is not None:
         high, *_, low = recipe.sigmas
     if low and high and recipe.schedule_type != "discrete":
@@ -258,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif levels := levels_of(predictor.recipe):
             text = ", ".join(f"{sigma:.6g}" for sigma in predictor.sampler(levels).sigmas)
         else:
-            raise ValueError("its levels are those of its model's own timesteps")
+            raise ValueError("its levels are those of its model's own timesteps, not written down")
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -67,7 +67,7 @@ TEXTS = {
     "t5": t5,
     "umt5": partial(t5, "UMT5"),
 }
-WEIGHTS = {"vae": (3, 0.2), "vqvae": (4, 0.2), "movq": (4, 0.2)}
+WEIGHTS: dict[str, tuple[int, float]] = {"vae": (3, 0.2), "vqvae": (4, 0.2), "movq": (4, 0.2)}
 
 
 def part(name: str, config: Any) -> Any:
@@ -80,7 +80,7 @@ def part(name: str, config: Any) -> Any:
     config = dict(config)
     result = getattr(diffusers, config.pop("_class_name"))(**config)
     network = isinstance(result, torch.nn.Module)
-    return seeded(result, *WEIGHTS.get(name, ())) if network else result
+    return seeded(result, *WEIGHTS.get(name, (0, 0.1))) if network else result
 
 
 def twin(family: str, **changes: Any) -> Any:
@@ -150,7 +150,7 @@ def encoded(*kinds: Callable[[Any], torch.Tensor], apart: bool = False) -> Calla
 
     def stub(
         prompt: Any = None,
-        device: Any = None,
+        _device: Any = None,
         num_images_per_prompt: int = 1,
         negative_prompt: Any = None,
         **_: Any,

@@ -18,8 +18,8 @@ if not any((Path(place) / "solvers" / "predictor.py").is_file() for place in sys
     sys.path += [str(home) for home in homes if (home / "solvers" / "predictor.py").is_file()][:1]
 
 from backends.k_diffusion import learned_sigmas, sample_epd  # noqa: E402
-from backends.vp import Table  # noqa: E402
 from solvers.predictor import Predictor, find_predictor, load_predictor  # noqa: E402
+from solvers.vp import Table  # noqa: E402
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 SAME_END = 0.05

@@ -20,10 +20,10 @@ from backends.load import check_fit, load_backend
 from backends.parametrization import levels_at
 from backends.pipelines import wrap
 from backends.sd3 import fold_zeros
-from backends.vp import table_of
 from solvers.field import Field
 from solvers.predictor import find_predictor, load_predictor
 from solvers.sampler import Sampler, hand_made
+from solvers.vp import table_of
 from src.seeds import randn
 from tests import twins
 from tests.backends.original_layout import original, original_sd

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.load import backbone_of, check_fit, find_model, kind, load_backend
+from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from rewards.scorer import names_of, score_all
@@ -229,7 +229,7 @@ def open_backend(
     texts = tuple(text for part in prompts for text in part if isinstance(text, str))
     given, side = config.model.backend_options, config.model.resolution
     options = ModelOptions(
-        size=(side, side) if side else None,
+        size=(side, side) if side else usual_size(recipe),
         negative_prompt=given.negative_prompt,
         config=given.model_config,
         cpu_offload=given.cpu_offload,
