@@ -210,7 +210,7 @@ def main(**options: Any) -> None:
     model = find_model(options["model"])
     patterns = [*options["predictor"], *options["more"]]
     sizes = [usual_size(load_predictor(file).recipe) for file in predictor_files(patterns)]
-    about = ModelOptions(sizes[0]) if any(sizes) else None
+    about = ModelOptions(next(filter(None, sizes))) if any(sizes) else None
     backend = load_backend(options["model"], device=device, dtype=options["dtype"], options=about)
     jobs = jobs_for(backend, options["seeds"], texts)
     if (texts_for := reads_texts(names)) and not all(isinstance(j.prompt, str) for j in jobs):
