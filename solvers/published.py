@@ -5,7 +5,6 @@ the predictor, an nn.Module, has its settings as attributes. The formulas are th
 (Zhu et al. 2025, arXiv:2507.14797, Sec. 3) and of DyWeight (arXiv:2603.11607).
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -43,8 +42,12 @@ def from_published(content: Mapping[Any, Any]) -> tuple[Table, Recipe]:
     raw, metadata = module_tensors(model), {}
     for name, value in model.state.items():
         if isinstance(name, str) and name[:1] != "_" and name != "training":
-            with contextlib.suppress(ValueError):  # what a fork adds and no recipe can hold
+            try:
                 metadata[name] = plain(name, value, depth=3)
+            except ValueError:
+                if name in (*SETTINGS, *LEVELS):
+                    raise
+                # else a fork added it, and no recipe can hold it
     if "hybrid_weights" in raw:
         return from_dyweight(metadata, raw)
     if "r_params" not in raw:
@@ -77,10 +80,11 @@ def decode(
     for name, need in needed.items():
         if need and name not in raw:
             raise ValueError(f"the predictor has no parameter {name}")
-        wide.append(raw.get(name, torch.zeros(shape)).detach().double().cpu())
-        if wide[-1].shape != shape or len(shape) != 2:
-            shapes = f"{list(wide[-1].shape)} beside r_params {list(shape)}"
-            raise ValueError(f"{name} has the shape {shapes}: both must be [num_steps - 1, K]")
+        own = raw.get(name, torch.zeros(shape))
+        if own.shape != shape or len(shape) != 2 or own.is_complex():
+            shapes = f"{list(own.shape)} beside r_params {list(shape)}"
+            raise ValueError(f"{name} has the shape {shapes}: both are real [num_steps - 1, K]")
+        wide.append(own.detach().double().cpu())
     dir_scale, time_scale = (
         2 * torch.sigmoid(p / 2) * reach + 1 - reach
         for p, reach in zip(wide[2:], (scale_dir, scale_time), strict=True)
@@ -103,11 +107,14 @@ def from_dyweight(
 
     Our loop keeps no d_0: later steps make it of x and of the slopes since then.
     """
-    w = (raw["hybrid_weights"].double() * raw.get("mask", torch.ones(1))).cpu().tril()
-    n = len(w)
-    scales = raw.get("t_scale", torch.ones(n - 1)).double().cpu()
-    if w.shape != (n, n) or n < 2 or scales.shape != (n - 1,) or metadata.get("afs") is False:
+    w = raw["hybrid_weights"]
+    n = w.shape[:1].numel()
+    mask = raw.get("mask", torch.ones_like(w))
+    scales = raw.get("t_scale", torch.ones(max(n - 1, 0)))
+    shapes = w.shape == mask.shape == (n, n) and n >= 2 and scales.shape == (n - 1,)
+    if not shapes or metadata.get("afs") is False or w.is_complex() or scales.is_complex():
         raise ValueError("DyWeight has hybrid_weights [N, N], t_scale [N - 1], and afs on")
+    w, scales = (w.double() * mask).cpu().tril(), scales.double().cpu()
     kind = {"solver": "epd-multistep", "num_points": 1, "afs": True}
     entries = {"num_steps": n + 1, "schedule_type": "polynomial"} | entries_of(metadata) | kind
     recipe = recipe_from_plain(entries | {"source": "a published DyWeight predictor"})

@@ -127,6 +127,8 @@ def test_the_published_layout_loads_whoever_wrote_it(
         ({"backend_config": [1]}, "backend_config"),
         ({"schedule_type": "flowmatch", "afs": True}, "afs"),
         ({"parameters": {"r_params": [[0.0, math.nan], *[[0.0, 0.0]] * 4]}}, "r[0, 1] is nan"),
+        ({"guidance_rate": math.nan, "guidance_type": "cfg"}, "guidance_rate holds nan"),
+        ({"sigma_max": math.inf}, "sigma_max holds inf"),
         ({"parameters": {"r_params": 1.0}}, "r_params has the shape"),
         ({"parameters": {"weight_s": [[0.0]]}}, "weight_s has the shape"),
     ],

@@ -147,11 +147,25 @@ def test_dyweights_predictors_become_parallel_multistep(
     assert main(["convert", str(tmp_path / "dy.pkl"), str(tmp_path / "dy.json")]) == 0
 
 
+def dyweight(**tensors: Tensor) -> DyWeightPredictor:
+    """One of 4 steps that is damaged."""
+    model = DyWeightPredictor(4, 0, **SETTINGS)
+    for name, values in tensors.items():
+        getattr(model, name).data = values
+    return model
+
+
+SHAPES = r"hybrid_weights \[N, N\]"
 REFUSED = {
     "a window of six": (DyWeightPredictor(8, 0, 6, **SETTINGS), "more than 4 earlier slopes"),
     "no analytic start": (DyWeightPredictor(4, 0, afs=False, **SETTINGS), "afs on"),
     "another num_steps": (DyWeightPredictor(4, 0, num_steps=4, **SETTINGS), "num_steps 4"),
     "nothing learned": (nvidia.EPD_predictor({}, num_steps=4), "no parameters of EPD-Solver"),
+    "weights of no square": (dyweight(hybrid_weights=torch.ones(4, 3)), SHAPES),
+    "one weight": (dyweight(hybrid_weights=torch.ones(())), SHAPES),
+    "no weights": (dyweight(hybrid_weights=torch.ones(0, 0)), SHAPES),
+    "a mask of another size": (dyweight(mask=torch.ones(3, 3)), SHAPES),
+    "weights of NaN": (dyweight(hybrid_weights=torch.full((4, 4), torch.nan)), "falling levels"),
     "a number": (3, 'nor a published one with a "model"'),
 }
 
