@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -43,7 +44,7 @@ from src.figures import save, table_figure
 from src.files import to_json, write_json, write_text
 from src.options import Device, DType, Names, Number, OneLineCommand, SeedList
 from src.stats import number
-from src.text import read_prompts
+from src.text import guidance_rates, read_prompts
 
 CHOOSE_ON = 64
 SHOWN = 8
@@ -135,7 +136,9 @@ def set_statistics(
 ) -> dict[str, Statistics]:
     """The statistics of a candidate's images by feature space, streamed, or from their files."""
     file, sampler = candidate.source, candidate.sampler
-    solver = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else candidate.name
+    solver: Any = candidate.name  # which says at what guidance rates
+    if file:
+        solver = [hashlib.sha256(Path(file).read_bytes()).hexdigest(), candidate.name]
     whole = [solver, sampler.sigmas, sampler.afs, sampler.guidance_rate, about]
     whole += [[job.seed, job.prompt] for job in jobs]
     paths: dict[str, Path] = {}
@@ -163,6 +166,7 @@ def set_statistics(
 @click.option("--predictor", multiple=True, help="Path, name in exps/, or pattern; repeatable.")
 @click.option("--fine", type=click.IntRange(2), default=FINE_STEPS, help="Its Heun steps.")
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
+@click.option("--guidance", multiple=True, help="All also at these rates, as sample.py's.")
 @click.option(
     "--prompts", "--prompt-file", "--prompt_file", "prompts", help=".txt, one a line, or .csv."
 )
@@ -220,13 +224,17 @@ def main(**options: Any) -> None:
     fixed = learned(patterns, backend)
     asked = (options["solvers"], options["nfe"], options["schedules"])
     rivals = rivals_for(*asked, backend.levels, options["guidance_rate"])
+    for text in options["guidance"]:
+        at_rates([*rivals, *fixed], text, backend, jobs[0])
     if not fixed and not rivals:
         fix = "name solvers that can make these calls, or predictors"
         raise ValueError(f"nothing to compare: {fix}")
     rewards = load_rewards(names, setup)
     references = references_for(model, options["features"], options["reference"], paths, device)
     images = options["images"]
-    candidates = [*chosen(benchmark, rivals), *fixed]
+    plain = [*chosen(benchmark, rivals), *fixed]
+    guided = [at_rates(plain, text, backend, jobs[0]) for text in options["guidance"]]
+    candidates = [*plain, *chain.from_iterable(guided)]
     fine_score, scores = measure(benchmark, candidates, () if images else references, rewards)
     settings: dict[str, Any] = {
         "model": from_here(options["model"]),
@@ -254,6 +262,25 @@ def main(**options: Any) -> None:
     write_results(outdir, *compared, settings=settings, shown=options["shown"])
     click.echo((outdir / "results.txt").read_text(encoding="utf-8").rstrip())
     click.echo(f"report.html, results.txt, .csv, .json and .png are in {outdir}")
+
+
+def at_rates(
+    candidates: Sequence[Candidate], text: str, backend: Backend, job: Job
+) -> list[Candidate]:
+    """The candidates that have as many steps as the text has rates, at these guidance rates.
+
+    ValueError where there is none, and for a model that cannot be guided so.
+    """
+    count, guided = text.count(",") + 1, []
+    for one in candidates:
+        sampler, levels = one.sampler, one.sampler.sigmas[:-1]
+        if count in (1, len(levels)):
+            sampler = sampler.with_rates(guidance_rates(text, levels))
+            backend.guided(sampler.strongest, backend.encode([job.prompt]))
+            guided.append(replace(one, name=f"{one.name} at {text}", sampler=sampler))
+    if not guided:
+        raise ValueError(f"--guidance {text}: no solver or predictor here has {count} steps")
+    return guided
 
 
 def references_for(

@@ -180,6 +180,22 @@ def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: 
     assert one.gains["red"].value == pytest.approx(gain)
 
 
+def test_guidance_rates_by_hand_stand_beside_the_solvers_without(tmp_path: Path) -> None:
+    options = ["--solvers", "euler", "--nfe", "2", "--fine", "2", "--schedules", "polynomial"]
+    options += ["--seeds", "0-1", "--guidance", "1,3", "--outdir", str(tmp_path)]
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 0, done.output
+    plain, guided = json.loads((tmp_path / "results.json").read_text())["scores"]
+    assert (plain["name"], guided["name"]) == ("euler", "euler at 1,3")
+    backend = load_backend("fashion-mnist-32")
+    jobs = jobs_for(backend, range(2), ())
+    (rival,) = rivals_for(["euler"], ["2"], ["polynomial"], backend.levels)
+    ways = fine_solution(backend.levels, 2).sampler, rival.sampler.with_rates((1, 3))
+    wanted, x = (next(generate(backend, way, jobs, batch=2)).latents for way in ways)
+    assert guided["rmse"] == pytest.approx((x - wanted).square().mean().sqrt().item(), rel=1e-4)
+    assert guided["rmse"] != pytest.approx(plain["rmse"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -199,6 +215,7 @@ def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: 
         ((*TEXT, "--reward", "builtins:len"), "'builtins:len' must take (images, prompts)"),
         ((*TEXT, "--prompts", "none.txt"), "none.txt: No such file"),
         (("--model", "nowhere", "--reward", "mps"), "missing weights: mps"),
+        (("--guidance", "1,2,3,2,1,1,1", "--nfe", "3"), "has 7 steps"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error_of_one_line(
