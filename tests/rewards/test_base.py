@@ -95,19 +95,16 @@ def test_what_cannot_be_scored_is_refused_in_a_line(
 # --- gradients --------------------------------------------------------------------------------
 
 
-def test_a_gradient_passes_where_the_images_ask_for_one() -> None:
+def test_it_is_said_which_rewards_have_a_gradient_and_it_passes_the_rounding(
+    tmp_path: Path,
+) -> None:
     batch = images().requires_grad_()
-    scores = score(brightness, batch, PROMPTS)
-    (slope,) = torch.autograd.grad(scores.sum(), batch)
+    (slope,) = torch.autograd.grad(score(brightness, batch, PROMPTS).sum(), batch)
     assert torch.allclose(slope, torch.full_like(slope, 1 / slope[0].numel()))
     assert not score(brightness, images(), PROMPTS).requires_grad
-
-
-def test_it_is_said_which_rewards_have_a_gradient(tmp_path: Path) -> None:
     folder = write_open_clip_folder(tmp_path / "clip")
     clip = load_reward("clip", Setup(paths={"clip": folder}))
     assert has_gradient(brightness)
-    assert has_gradient(clip)
     assert has_gradient(WeightedSum({"clip": clip}, {"clip": 1.0}, SCALES))
     assert not has_gradient(lambda batch, _: (batch > 0.5).float().mean((1, 2, 3)))
     assert not has_gradient(lambda batch, _: batch.detach().mean((1, 2, 3)))
@@ -172,29 +169,24 @@ def test_on_a_gpu_no_devices_are_mixed_and_a_batch_waits_for_two_checks(
 # --- sums and batches -------------------------------------------------------------------------
 
 
-def test_a_weighted_sum_is_the_mean_of_scores_in_a_common_range() -> None:
-    values = {"pickscore": 20.8, "imagereward": -1.5}
-    rewards = {n: lambda b, _, v=v: torch.full((len(b),), v) for n, v in values.items()}
-    both = WeightedSum(rewards, {"pickscore": 1.0, "imagereward": 3.0}, SCALES)
-    expected = (20.8 / 26 - 3 * 1.5 / 10) / 4
-    assert both(images(), PROMPTS).tolist() == pytest.approx([expected] * 4)
-    other = WeightedSum({"mine": brightness}, {"mine": 2.0}, {"other": 5.0})
-    assert torch.equal(other(images(), PROMPTS), brightness(images(), PROMPTS))
-
-
-@pytest.mark.parametrize("batch", [1, 3, 100])
-def test_every_image_is_scored_under_its_prompt_in_any_batch(batch: int) -> None:
+def test_every_image_is_scored_under_its_prompt_in_any_batch() -> None:
     given, prompts = images(7), [f"prompt {i}" for i in range(7)]
     rewards: dict[str, Reward] = {"bright": brightness, "digit": last_digit}
-    scores = score_all(rewards, given, prompts, batch=batch)
-    assert torch.allclose(scores["bright"], given.mean((1, 2, 3)))
-    assert scores["digit"].tolist() == list(range(7))
-    assert score_all(rewards, given[:0], [], batch=batch)["bright"].shape == (0,)
+    for batch in (1, 3, 100):
+        scores = score_all(rewards, given, prompts, batch=batch)
+        assert torch.allclose(scores["bright"], given.mean((1, 2, 3)))
+        assert scores["digit"].tolist() == list(range(7))
+        assert score_all(rewards, given[:0], [], batch=batch)["bright"].shape == (0,)
     with pytest.raises(ValueError, match="7 images need as many prompts, not 6"):
-        score_all(rewards, given, prompts[:6], batch=batch)
+        score_all(rewards, given, prompts[:6])
 
 
-def test_a_sum_comes_with_its_parts_and_what_is_shared_is_computed_once() -> None:
+def test_a_sum_is_a_mean_in_a_common_range_with_its_parts_and_shares_what_it_can() -> None:
+    values = {"pickscore": 20.8, "imagereward": -1.5}
+    constant = {n: lambda b, _, v=v: torch.full((len(b),), v) for n, v in values.items()}
+    both = WeightedSum(constant, {"pickscore": 1.0, "imagereward": 3.0}, SCALES)
+    expected = (20.8 / 26 - 3 * 1.5 / 10) / 4
+    assert both(images(), PROMPTS).tolist() == pytest.approx([expected] * 4)
     calls: list[int] = []
 
     def counted(batch: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -157,19 +157,14 @@ def test_wrong_folders_and_files_are_refused_in_a_line(tmp_path: Path) -> None:
     refused(tmp_path, "it has no object 'model_cfg'")
 
 
-def test_half_precision_is_off_on_a_cpu_and_a_line_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_half_precision_is_off_on_a_cpu_and_a_missing_library_is_said_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_open_clip_folder(tmp_path / "clip")
     with caplog.at_level(logging.WARNING):
         rewards: Any = load_rewards(["clip"], Setup(amp=True, paths={"clip": folder}))
     assert not rewards["clip"].towers.amp
     assert caplog.messages == ["rewards: half precision is off on a CPU: slower there"]
-
-
-def test_a_library_that_is_not_installed_is_said_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     torch.save(open_clip_state(), tmp_path / "hps.pt")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ValueError, match="hps needs the package open_clip: pip install"):

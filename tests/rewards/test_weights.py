@@ -1,6 +1,5 @@
 """The table of weights, where they are looked for, what is wrong with files, and the doctor."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,28 +61,23 @@ def in_hub_cache(repo: str, *files: str) -> Path:
 # --- where they are ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [
+def test_they_are_where_the_published_readme_and_other_packages_put_them(tmp_path: Path) -> None:
+    for name, at in (
         ("hps", "weights/HPS_v2.1_compressed.pt"),
         ("pickscore", "weights/PickScore_v1"),
         ("imagereward", ".cache/ImageReward/ImageReward.pt"),
         ("clip", "weights/clip/ViT-L-14.pt"),
         ("edm-cifar10", "src/cifar10/edm-cifar10-32x32-uncond-vp.pkl"),
         ("sd15", "src/ms_coco/v1-5-pruned-emaonly.ckpt"),
-    ],
-)
-def test_they_are_where_the_published_readme_and_other_packages_put_them(
-    name: str, at: str, tmp_path: Path
-) -> None:
-    assert find(name) is None
-    path = tmp_path / at
-    (saved if path.suffix else folder)(path)
-    if path.suffix == ".pkl":
-        path.write_bytes(b"\x80\x04N.")
-    where = find(name)
-    assert where is not None
-    assert where.absolute() == path
+    ):
+        assert find(name) is None
+        path = tmp_path / at
+        (saved if path.suffix else folder)(path)
+        if path.suffix == ".pkl":
+            path.write_bytes(b"\x80\x04N.")
+        where = find(name)
+        assert where is not None
+        assert where.absolute() == path
 
 
 def test_the_hubs_cache_has_files_folders_and_pipelines(tmp_path: Path) -> None:
@@ -157,26 +151,14 @@ def test_all_that_is_missing_is_named_with_size_source_option_and_places() -> No
 
 
 @pytest.mark.parametrize("name", ["hps", "imagereward", "pickscore"])
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda p: p.write_bytes(b"no weights at all"),
-        lambda p: torch.save({"of.another.network": torch.zeros(3)}, p),
-        lambda p: torch.save([1, 2, 3], p),
-    ],
-    ids=["junk", "other", "numbers"],
-)
-def test_whatever_a_file_is_the_error_is_a_line_that_names_it(
-    name: str, write: Callable[[Path], object], tmp_path: Path
-) -> None:
-    path = tmp_path / "w" / "weights.pt"
-    path.parent.mkdir()
-    write(path)
-    (path.parent / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    paths = {"bert": path.parent, "clip": path, name: path}
-    with pytest.raises(ValueError, match=r"weights\.pt") as error:
-        load_rewards([name], Setup(paths=paths))
-    assert "\n" not in str(error.value)
+def test_whatever_a_file_is_the_error_is_a_line_that_names_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    for content in (b"no weights at all", {"of.another.network": torch.zeros(3)}, [1, 2, 3]):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=r"weights\.pt") as error:
+            load_rewards([name], Setup(paths={"bert": tmp_path, "clip": path, name: path}))
+        assert "\n" not in str(error.value)
 
 
 def test_wrong_names_and_paths_are_refused(tmp_path: Path) -> None:
