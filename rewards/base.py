@@ -32,14 +32,16 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
     the images ask for a gradient, the scores have one; it passes through the rounding as if
     nothing was rounded.
 
-    Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats or
-    hold NaN, for another number of prompts, and for a result that is not B finite numbers.
+    Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats, have no
+    pixels or hold NaN, for another number of prompts, and for a result that is not B finite numbers.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"rewards take floats [B, 3, H, W], not {images.dtype} {list(images.shape)}: "
             "make grey images RGB with images.expand(-1, 3, -1, -1)"
         )
+    if 0 in images.shape[2:]:
+        raise ValueError(f"rewards take images with pixels, not {list(images.shape)}")
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}")
     if not len(images):

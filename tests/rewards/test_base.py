@@ -74,6 +74,7 @@ def test_an_image_in_memory_scores_as_its_bytes() -> None:
     [
         (torch.zeros(4, 1, 8, 8), PROMPTS, brightness, r"floats \[B, 3, H, W\], not .*grey"),
         (torch.zeros(4, 4, 8, 8), PROMPTS, brightness, r"floats \[B, 3, H, W\]"),
+        (torch.zeros(4, 3, 0, 8), PROMPTS, brightness, r"with pixels, not \[4, 3, 0, 8\]"),
         (torch.zeros(3, 8, 8), PROMPTS, brightness, r"floats \[B, 3, H, W\]"),
         (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), PROMPTS, brightness, "floats.*uint8"),
         (with_nan(torch.float32), PROMPTS, brightness, r"image 2 of 4 .* holds NaN or infinity$"),
