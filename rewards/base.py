@@ -33,7 +33,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
     nothing was rounded.
 
     Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats, have no
-    pixels or hold NaN, for another number of prompts, and for a result that is not B finite numbers.
+    pixels or hold NaN, for another number of prompts, and for a result that is not B finite
+    numbers.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
