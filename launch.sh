@@ -17,7 +17,7 @@ setup           make the virtual environment and install the pinned packages
 demo            both shipped models by several methods: pictures side by side and a table (no download, no GPU)
 test            run the tests; arguments go to pytest, for instance: test tests/solvers -x
 bench           time the solvers beyond their network calls
-rl-demo         train the small text-to-image model's table on a reward; pictures and scores before and after;
+rl-demo         tune a shipped table's guidance by a reward; pictures, curve and scores before and after;
                 options go to training.ppo.launch
 doctor          which weights of models and rewards are found, missing or wrong
 weights         fetch public weights by name, for instance: weights clip aesthetic
@@ -151,23 +151,25 @@ demo() {
   printf 'pictures: %s\n' "$out/fashion.png" "$out/emoji.png"
 }
 
-# Stage 2 on tiny-sd3: one half of the held-out prompts chooses the table, the other is reported on.
+# Stage 2 on fashion-mnist-32: a guidance rate for each of three calls; noises of no training are reported on.
 rl_demo() {
-  local out=samples/rl-demo held=src/prompts/emoji-heldout.txt best
+  local out=samples/rl-demo best pair start=exps/fashion-mnist-32/epd-multistep-k2-3nfe-distribution.pkl
   setup
   mkdir -p "$out"
   rm -rf "$out/before" "$out/after"
-  awk 'NR % 2 == 1' "$held" >"$out/choose.txt"
-  awk 'NR % 2 == 0' "$held" >"$out/report.txt"
-  "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3.yaml \
-    --override "run.output_root=$out/runs" --override "data.heldout_prompts=$out/choose.txt" "$@"
+  "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/fashion_mnist_guided.yaml \
+    --override "run.output_root=$out/runs" --override ppo.rollout_batch_size=160 --override ppo.minibatch_size=160 \
+    --override ppo.eval_interval=4 --override ppo.eval_seeds=16 "$@"
   best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
-  draw() { "$VENV_PYTHON" sample.py --model tiny-sd3 --prompt-file "$out/report.txt" --seeds 1000-1094 "$@"; }
-  draw --predictor exps/tiny-sd3/epd-k2-6nfe.pkl --outdir "$out/before"
-  draw --predictor "$best" --outdir "$out/after"
+  for pair in "before=$start" "after=$best"; do
+    "$VENV_PYTHON" sample.py --predictor "${pair#*=}" --seeds 5000-5255 --outdir "$out/${pair%%=*}"
+    "$VENV_PYTHON" -m eval.fid calc --images "$out/${pair%%=*}" --features efficientnet \
+      --ref src/models/fashion-mnist-32/test-features.npz
+  done
   "$VENV_PYTHON" -m src.figures "before=$out/before" "after=$out/after" --output "$out/grid.png"
-  set -- -m eval.score "$out/before" "$out/after" --reward clip --weights clip=src/models/tiny-clip
-  "$VENV_PYTHON" "$@" --reward efficientnet-minilm || run "$@"  # the judge's weights may be missing
+  "$VENV_PYTHON" -m eval.score "$out/before" "$out/after" --reward fashion-judge
+  cp "${best%/export/*}/learning.png" "$out/learning.png"
+  printf 'pictures: %s\n' "$out/grid.png" "$out/learning.png"
 }
 
 tests() {

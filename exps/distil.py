@@ -53,7 +53,8 @@ SETS = {
             for solver in ("epd", "epd-ipndm", "epd-multistep")
         ]
         + [options("epd-dpmpp", 2, calls, "--rounds", "2") for calls in (3, 5)]
-        + [by_distribution(points, calls) for points, calls in ((1, 3), (2, 3), (2, 5))]
+        + [options("epd-multistep", points, 4, "--rounds", "2") for points in (1, 2)]
+        + [by_distribution(points, calls) for points, calls in ((1, 3), (2, 3), (2, 4), (2, 5))]
     ),
     "tiny-sd3": dict(
         [emoji(options("epd-multistep", 2, calls, *EMOJI)) for calls in (2, 3, 4, 5)]

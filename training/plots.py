@@ -1,4 +1,4 @@
-"""Plots of a run: the learned table, and how loss and error went."""
+"""Plots of a run: the learned table, how loss and error went, and what a reward gained."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,4 +32,23 @@ def draw_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axes.legend()
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("tick")
+    save(figure, path)
+
+
+def draw_gains(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a picture of each score's gain over the start by the step, with its 95 % interval."""
+    gains = dict.fromkeys(n for r in records for n in r if n.endswith("_gain"))
+    if not gains:
+        return
+    figure = Figure((4 * len(gains), 3.5), layout="constrained")
+    for axes, gain in zip(figure.subplots(1, len(gains), squeeze=False)[0], gains, strict=True):
+        rows = [r for r in records if gain in r]
+        steps, values, low, high = (
+            [r[name] for r in rows] for name in ("step", gain, f"{gain}_low", f"{gain}_high")
+        )
+        axes.fill_between(steps, low, high, alpha=0.2)
+        axes.plot(steps, values, marker=".")
+        axes.axhline(0, color="0.7", linewidth=0.8)
+        axes.locator_params(axis="x", integer=True)
+        axes.set(title=gain[5:-5], xlabel="step", ylabel="gain over the start, held out")
     save(figure, path)

@@ -21,6 +21,7 @@ from src import ranks
 from src.images import grid, save_png
 from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
 from src.text import digest
+from training.plots import draw_gains
 from training.ppo.config import Logging, Ppo
 from training.ppo.evaluate import (
     by_prompt,
@@ -267,6 +268,7 @@ def save(session: Session) -> None:
     save_predictor(session.predictor(), export_path(run.folder, step))
     shown = grid(images.float().cpu().nan_to_num(0.0), gap=2)
     save_png(run.folder / "samples" / f"step{step:06d}.png", shown)
+    draw_gains(run.metrics.read(), run.folder / "learning.png")
     run.save(step, session.content())
 
 
