@@ -37,10 +37,9 @@ from src.text import read_prompts
 from training.distances import OF_FEATURES, load_network
 from training.distill import best_sampler, learn, predictor_of
 from training.plots import draw_losses, draw_table
-from training.problem import Model, Problem, make_problem
 from training.settings import GRADIENT_ALONE, Backbone, Settings, preset, resolved
 from training.student import rmse
-from training.teacher import Cache, fingerprint
+from training.teacher import Cache, Model, Problem, fingerprint, make_problem
 
 CONFIG = "config.yaml"
 MOVABLE = ("model", "prompts", "features", "model_config", "init")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+import sample
 from solvers.predictor import load_predictor
 from src.runs import Metrics, checkpoints, read_sealed
+from tests import twins
 from train_distill import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,30 +26,45 @@ ADAM = ["--method", "gradient", "--batch", "8", "--tick", "0.032", "--validation
 ADAM += ["--fine_steps", "9", "--total_kimg", "0.128"]
 FIT = ["--total_kimg", "0.016", "--batch", "8", "--M", "3", "--rounds", "2", "--robust=False"]
 FIT += ["--validation", "8"]
+OPTIONS = {"adam": ADAM, "fit": FIT}
+EACH = pytest.mark.parametrize("method", OPTIONS)
 Distill = Callable[..., Result]
+
+
+def distilled(model: Path, folder: Path, *options: str) -> Result:
+    """Run train_distill.py."""
+    place = [] if "--resume" in options else ["--outdir", str(folder)]
+    common = ["--model", str(model), "--device", "cpu"]
+    return CliRunner().invoke(main, [*common, *place, *options])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mixture(tmp_path_factory.mktemp("gmm"), "ve")
-
-
-def mixture(folder: Path, process: str) -> Path:
+    """A small mixture."""
     means = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).tolist()
-    about = {"backend": "analytic", "process": process, "shape": [1, 3, 3], "means": means}
+    about = {"backend": "analytic", "process": "ve", "shape": [1, 3, 3], "means": means}
     about |= {"std": [0.25] * 4, "weight": [0.25] * 4}
+    folder = tmp_path_factory.mktemp("gmm")
     (folder / "config.json").write_text(json.dumps(about))
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of runs that were never stopped, by method."""
+    folders = {name: tmp_path_factory.mktemp("whole") / name for name in OPTIONS}
+    for name, folder in folders.items():
+        result = distilled(model, folder, *OPTIONS[name])
+        assert result.exit_code == 0, result.output
+    return folders
+
+
 @pytest.fixture
 def distill(model: Path, tmp_path: Path) -> Distill:
-    """Run train_distill.py on a small mixture into tmp_path/out."""
+    """Run train_distill.py on the small mixture into tmp_path/out."""
 
     def run(*options: str, outdir: str = "out") -> Result:
-        common = ["--model", str(model), "--device", "cpu"]
-        place = [] if "--resume" in options else ["--outdir", str(tmp_path / outdir)]
-        return CliRunner().invoke(main, [*common, *place, *options])
+        return distilled(model, tmp_path / outdir, *options)
 
     return run
 
@@ -55,13 +73,15 @@ def table(folder: Path) -> tuple[Tensor, ...]:
     return load_predictor(folder / "predictor.pkl").table.tensors()
 
 
-def same(one: Path, two: Path) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(table(one), table(two), strict=True))
-
-
 def untimed(folder: Path) -> list[dict[str, float]]:
     records = Metrics(folder / "metrics.jsonl").read()
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two runs learned the same to the bit, and say so."""
+    equal = all(torch.equal(a, b) for a, b in zip(table(one), table(two), strict=True))
+    return equal and untimed(one) == untimed(two)
 
 
 def refused(result: Result) -> str:
@@ -73,18 +93,17 @@ def refused(result: Result) -> str:
     return lines[0]
 
 
-def test_a_run_leaves_its_folder(distill: Distill, tmp_path: Path) -> None:
-    result = distill(*ADAM)
-    assert result.exit_code == 0, result.output
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+def test_a_run_leaves_its_folder(whole: dict[str, Path]) -> None:
+    folder = whole["adam"]
+    assert {p.name for p in folder.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "log.txt", "table.png", "loss.png", "predictor.pkl"),
         *(f"predictor-{i:05d}.pkl" for i in range(1, 5)),
         *("checkpoint-00000003.pt", "checkpoint-00000004.pt"),
     }
-    first, *_, last = untimed(tmp_path / "out")
+    first, *_, last = untimed(folder)
     assert last["trajectories"] == 128
     assert last["rmse_fine"] < first["rmse_fine"] * 1.01
-    recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
+    recipe = load_predictor(folder / "predictor.pkl").recipe
     assert (recipe.teacher, recipe.M, recipe.backend, recipe.afs) == ("heun", 3, "analytic", True)
     assert recipe.training["method"] == "gradient"
 
@@ -101,21 +120,6 @@ def test_without_outdir_the_folder_is_numbered(
     assert again.exit_code == 0, again.output
 
 
-@pytest.mark.parametrize("solver", ["epd", "epd-ipndm", "epd-multistep"])
-def test_every_student_is_fitted_on_the_best_schedule(
-    distill: Distill, tmp_path: Path, solver: str
-) -> None:
-    options = ["--total_kimg", "0.016", "--batch", "8", "--rounds", "2", "--fine_steps", "17"]
-    result = distill(*options, "--solver", solver, "--try_schedules", "--robust=False")
-    assert result.exit_code == 0, result.output
-    *fits, refined = untimed(tmp_path / "out")
-    assert len(fits) == 3
-    assert refined["rmse_judged"] <= min(record["rmse_judged"] for record in fits)
-    recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
-    assert (recipe.schedule_type, recipe.process) == ("custom", "ve")
-    assert recipe.solver == ("epd-multistep" if solver == "epd-multistep" else "epd")
-
-
 def test_either_method_starts_from_another_predictor(distill: Distill, tmp_path: Path) -> None:
     distill(*FIT, "--num_points", "1")
     init = ["--init", str(tmp_path / "out" / "predictor.pkl")]
@@ -129,60 +133,55 @@ def test_either_method_starts_from_another_predictor(distill: Distill, tmp_path:
     assert "num_steps 5" in refused(distill(*fit, *init, "--num_steps", "5", outdir="other"))
 
 
-@pytest.mark.parametrize("options", [ADAM, FIT], ids=["adam", "fit"])
+@EACH
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    distill: Distill, tmp_path: Path, options: list[str]
+    distill: Distill, whole: dict[str, Path], tmp_path: Path, method: str, damaged: bool
 ) -> None:
-    """The newest checkpoint gone, as if the last tick had never ended."""
-    distill(*options, outdir="whole")
-    distill(*options)
-    checkpoints(tmp_path / "out")[0].unlink()
-    result = distill("--resume", str(tmp_path / "out"))
+    """The newest checkpoint gone, as if the last tick had never ended, or cut."""
+    out = shutil.copytree(whole[method], tmp_path / "out")
+    newest = checkpoints(out)[0]
+    content = newest.read_bytes()
+    newest.unlink()
+    if damaged:
+        newest.write_bytes(content[:-100])
+    result = distill("--resume", str(out))
     assert result.exit_code == 0, result.output
-    assert same(tmp_path / "out", tmp_path / "whole")
-    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")
+    assert ("damaged" in result.output) is damaged
+    assert same(out, whole[method])
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
-    distill: Distill, tmp_path: Path
+def test_resume_refuses_other_settings_and_other_folders(
+    distill: Distill, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    distill(*ADAM, outdir="whole")
-    distill(*ADAM)
-    newest = checkpoints(tmp_path / "out")[0]
-    newest.write_bytes(newest.read_bytes()[:-100])
-    assert "damaged" in distill("--resume", str(tmp_path / "out")).output
-    assert same(tmp_path / "out", tmp_path / "whole")
-
-
-def test_resume_refuses_other_settings_and_other_folders(distill: Distill, tmp_path: Path) -> None:
-    distill(*FIT)
-    out = str(tmp_path / "out")
+    out = str(shutil.copytree(whole["fit"], tmp_path / "out"))
     assert "--num_steps 7" in refused(distill("--resume", out, "--num_steps", "7"))
     assert "no run" in refused(distill("--resume", str(tmp_path / "none")))
     assert "another --outdir" in refused(distill(*FIT))
     config = tmp_path / "out" / "config.yaml"
-    whole = config.read_text()
+    text = config.read_text()
     for wrong, says in (
         ("num_stepz: 3", "did you mean num_steps?"),
         ("a: [1", "not YAML"),
-        (whole.replace("num_steps: 4", "num_steps: abc"), "num_steps abc"),
-        (whole.replace("points: 2", "points: null"), "points None is out of range"),
-        (whole.replace("points: 2", "points: 3"), "was made with points 2"),
-        (whole.replace("batch: 8", "batch: -8"), "batch -8"),
+        (text.replace("num_steps: 4", "num_steps: abc"), "num_steps abc"),
+        (text.replace("points: 2", "points: null"), "points None is out of range"),
+        (text.replace("points: 2", "points: 3"), "was made with points 2"),
+        (text.replace("batch: 8", "batch: -8"), "batch -8"),
     ):
         config.write_text(wrong)
         assert says in refused(distill("--resume", out)), wrong
 
 
-def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
+def test_a_cache_is_used_and_mended(
+    distill: Distill, whole: dict[str, Path], tmp_path: Path
+) -> None:
     cache = ["--teacher-cache", str(tmp_path / "cache")]
-    distill(*ADAM, outdir="whole")
     distill(*ADAM, *cache, outdir="first")
     files = sorted((tmp_path / "cache").glob("*.pt"))
     files[0].write_bytes(b"broken")
     result = distill(*ADAM, *cache)
     assert result.output.count("making it again") == 1
-    assert same(tmp_path / "out", tmp_path / "whole")
+    assert same(tmp_path / "out", whole["adam"])
     assert sorted((tmp_path / "cache").glob("*.pt")) == files
     (tmp_path / "file").write_text("")
     assert "give a folder" in refused(distill(*ADAM, "--teacher-cache", str(tmp_path / "file")))
@@ -192,10 +191,7 @@ def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
     ("options", "names"),
     [
         (["--preset", "cifar10-5nf"], "cifar10-5nfe"),
-        (["--preset", "cifar10-5nfe"], "num_steps"),
-        (["--teacher", "hein"], "heun"),
-        (["--solver", "epd-unipc"], "unipc"),
-        (["--schedule_type", "flowmatch"], "VE"),
+        (["--preset", "cifar10-5nfe", "--backend", "ldm"], "backend ldm"),
         (["--schedule_type", "discrete"], "discrete"),
         (["--batch", "8", "--batch_gpu", "3"], "3"),
         (["--guidance_rate", "2"], "needs prompts or classes"),
@@ -212,15 +208,13 @@ def test_a_cache_is_used_and_mended(distill: Distill, tmp_path: Path) -> None:
         (["--guidance_type", "uncond", "--guidance_rate", "2"], "guidance_rate 1"),
         (["--backend", "sd3"], "sd3"),
         (["--lr", "nan"], "nan"),
-        (["--total_kimg", "0"], "0"),
+        (["--method", "gradient", "--distance", "reward"], "unknown distance 'reward'"),
+        (["--last_distance", "huber"], "last_distance huber does nothing in a fit"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
     distill: Distill, tmp_path: Path, options: list[str], names: str
 ) -> None:
-    if options == ["--preset", "cifar10-5nfe"]:
-        options = [*options, "--backend", "ldm"]
-        names = "backend ldm"
     assert names in refused(distill(*options))
     assert not (tmp_path / "out").exists()
 
@@ -229,8 +223,8 @@ def test_dry_run_resolves_a_preset_without_its_weights() -> None:
     for name, calls in (("cifar10-5nfe-ipndm", 5), ("sd3-1024-best", 20), ("sd15-best", 20)):
         result = CliRunner().invoke(main, ["--preset", name, "--dry-run", "--lr", "0.1"])
         assert result.exit_code == 0, result.output
-        found = json.loads(result.output)
-        assert (found["nfe"], found["lr"], found["method"]) == (calls, 0.1, "gradient")
+        resolved = json.loads(result.output)
+        assert (resolved["nfe"], resolved["lr"], resolved["method"]) == (calls, 0.1, "gradient")
     fitted = CliRunner().invoke(main, ["--preset", "cifar10-5nfe", "--dry-run", "--method", "fit"])
     assert json.loads(fitted.output)["scale_dir"] == 0.05
     error = refused(CliRunner().invoke(main, ["--preset", "cifar10-5nfe"]))
@@ -264,6 +258,31 @@ def test_a_table_is_fitted_to_what_samples_look_like(
     assert last["objective"] <= 1.5
     recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
     assert recipe.training["fitted_on"] == ["mine:first"]
+
+
+def on_prompts(model: Path, folder: Path, *options: str) -> tuple[object, ...]:
+    """Distil a text-to-image model a little -> what its recipe says."""
+    few = ["--method", "gradient", "--total_kimg", "0.004", "--batch", "2", "--validation", "2"]
+    few += ["--fine_steps", "5", "--num_steps", "3"]
+    result = distilled(model, folder, *few, *options)
+    assert result.exit_code == 0, result.output
+    recipe = load_predictor(folder / "predictor.pkl").recipe
+    return recipe.backend, recipe.process, recipe.img_resolution, recipe.guidance_rate
+
+
+def test_text_to_image_models_are_distilled_and_sampled(tmp_path: Path) -> None:
+    sd3 = twins.saved(tmp_path / "sd3", twins.sd3())
+    (tmp_path / "p.csv").write_text("text\na fox\na crow\n")
+    options = ["--preset", "sd3-512-best", "--resolution", "24", "--negative_prompt", "grey"]
+    options += ["--prompts", str(tmp_path / "p.csv")]
+    assert on_prompts(sd3, tmp_path / "out", *options) == ("sd3", "flow", 24, 4.5)
+    picture = ["--predictor", str(tmp_path / "out" / "predictor.pkl"), "--prompt", "a fox"]
+    place = ["--model", str(sd3), "--outdir", str(tmp_path / "images"), "--device", "cpu"]
+    drawn = CliRunner().invoke(sample.main, [*picture, *place, "--resolution", "24"])
+    assert drawn.exit_code == 0, drawn.output
+    flux = twins.saved(tmp_path / "flux", twins.flux())  # is told its guidance
+    options = ["--guidance_rate", "3.5", "--resolution", "16"]
+    assert on_prompts(flux, tmp_path / "told", *options) == ("flux", "flow", 16, 3.5)
 
 
 def command(model: Path, folder: Path, *options: str) -> list[str]:
@@ -307,25 +326,26 @@ def test_a_signal_costs_at_most_a_tick(
     assert distill("--resume", str(out)).exit_code == 0
     distill(*options, outdir="whole")
     assert same(out, tmp_path / "whole")
-    assert untimed(out) == untimed(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
-    ("options", "more"),
+    ("method", "more"),
     [
-        (ADAM, []),
-        pytest.param(FIT, [], marks=pytest.mark.slow),
-        pytest.param(FIT, ["--points_degree", "2"], marks=pytest.mark.slow),
+        ("adam", []),
+        pytest.param("fit", [], marks=pytest.mark.slow),
+        pytest.param("fit", ["--points_degree", "2"], marks=pytest.mark.slow),
     ],
-    ids=["adam", "fit", "points"],
 )
 def test_two_ranks_learn_the_table_of_one(
-    distill: Distill, model: Path, tmp_path: Path, options: list[str], more: list[str]
+    whole: dict[str, Path], model: Path, tmp_path: Path, method: str, more: list[str]
 ) -> None:
-    distill(*options, outdir="one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "--nproc_per_node=2", *command(model, tmp_path / "two", *options, *more)],
+        [
+            *launcher,
+            "--nproc_per_node=2",
+            *command(model, tmp_path / "two", *OPTIONS[method], *more),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -333,6 +353,6 @@ def test_two_ranks_learn_the_table_of_one(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    pairs = zip(table(tmp_path / "one"), table(tmp_path / "two"), strict=True)
+    pairs = zip(table(whole[method]), table(tmp_path / "two"), strict=True)
     assert max((a - b).abs().max().item() for a, b in pairs) < 1e-3
-    assert len(untimed(tmp_path / "two")) == len(untimed(tmp_path / "one"))
+    assert len(untimed(tmp_path / "two")) == len(untimed(whole[method]))

@@ -19,20 +19,26 @@ from solvers.process import FLOW, Process
 from solvers.sampler import Sampler
 from solvers.schedules import NoiseLevels
 from src import ranks
-from training.descend import Lens, Reward, descend
 from training.distances import OF_FEATURES, Network, distance_named
 from training.fit import fit
 from training.gradient import GradientLearner, checkpointed
-from training.problem import Conditions, Model, Problem, make_problem, start_of, terms_of
-from training.refine import ROBUST, enough, gauss_newton
+from training.refine import ROBUST, Lens, Reward, descend, enough, gauss_newton
 from training.settings import SMALL, Settings, recipe_of
-from training.student import Student, Trajectories, rmse
-from training.teacher import Batches
+from training.student import Trajectories, rmse
+from training.teacher import (
+    Batches,
+    Conditions,
+    Model,
+    Problem,
+    make_problem,
+    start_of,
+    terms_of,
+)
 
 OWN = "denoiser"
 """The backend of recipes where the network is the caller's own."""
-ROBUSTLY, BY = "refine, robust first", "refine by "
-"""What a fit calls its refinements."""
+BY = "refine by "
+"""How the name begins of a refinement by another aim than squares."""
 Tick: TypeAlias = tuple[str, dict[str, float]]
 """What was done, and its figures by name."""
 PARTS = (-0.9, -0.45, 0.0, 0.45, 0.9)
@@ -123,56 +129,57 @@ def learn(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
 
 
 def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
-    """A greedy fit for each schedule to be tried, then refinements of the best one, end to end.
+    """A greedy fit, then refinements, each of all numbers together, end to end.
 
-    The state's candidates are [what was done, schedule, error on the judges, theta]; nothing is
+    The state's candidates are [what was done, error on the judges, theta]; nothing is
     back-propagated.
     """
-    s, students, judges = problem.settings, problem.students, problem.judges
-    candidates, terms = state.setdefault("candidates", []), terms_of(s)
-    others = any(name != "l2" for _, name in terms)
-    squares = ["refine", ROBUSTLY][: 1 + bool(s.robust)] if s.rounds else []
-    if others and (s.init or math.prod(problem.model.backend.shape) >= SMALL):
+    s, student, model = problem.settings, problem.student, problem.model
+    candidates, terms, ends = state.setdefault("candidates", []), terms_of(s), ends_of(problem)
+    names = {name for _, name in terms}
+    squares = ["refine", "refine, robust first"][: 1 + bool(s.robust)] if s.rounds else []
+    if names != {"l2"} and (s.init or math.prod(model.backend.shape) >= SMALL):
         squares = []  # whose evaluations are dear
-    plan = [f"fit {schedule}" for schedule in students]
-    plan += [*squares, *([f"{BY}{s.distance}"] if others else [])]
+    plan = ["fit", *squares, *([f"{BY}{s.distance}"] if names != {"l2"} else [])]
     for what in plan[len(candidates) :]:
         metrics: dict[str, float] = {"trajectories": s.samples or 0}
-        verb, _, schedule = what.partition(" ")
-        if verb == "fit":
-            student = students[schedule]
-            start = start_of(student, s) if s.init else greedy(problem, student)
-            theta = student.encode(start)
+        if what == "fit":
+            theta = student.encode(start_of(student, s) if s.init else greedy(problem))
         elif what.startswith(BY):
-            _, schedule, _, theta = best_of(candidates)
-            names, reduce = {name for _, name in terms}, problem.model.reduce
-            features = problem.model.features if names & OF_FEATURES else None
-            lens = Lens(features, problem.model.reward if "reward" in names else None)
-            ends, rounds = ends_of(problem, students[schedule]), s.rounds or 0
-            how = (theta, ends, [*ends, *judges], terms, lens)
-            theta, value = descend(students[schedule], *how, rounds=rounds, reduce=reduce)
-            metrics["objective"] = value
+            lens = Lens(
+                model.features if names & OF_FEATURES else None,
+                model.reward if "reward" in names else None,
+            )
+            theta, metrics["objective"] = descend(
+                student,
+                best_of(candidates)[2],
+                ends,
+                [*ends, *problem.judges],
+                terms,
+                lens,
+                rounds=s.rounds or 0,
+                reduce=model.reduce,
+            )
         else:
-            _, schedule, _, theta = best_of(candidates[: len(students)])
-            theta = refined(problem, students[schedule], theta, ROBUST if what == ROBUSTLY else ())
-        error = rmse(students[schedule].sampler(theta), judges, problem.model.reduce)
-        candidates.append([what, schedule, error, theta])
+            theta = refined(
+                problem, best_of(candidates[:1])[2], ROBUST if "robust" in what else ()
+            )
+        error = rmse(student.sampler(theta), problem.judges, model.reduce)
+        candidates.append([what, error, theta])
         yield what, {**metrics, "rmse_judged": error}
 
 
-def greedy(problem: Problem, student: Student) -> Table:
-    """The greedy fit of a student."""
-    s, batches = problem.settings, problem.learned
-    if not s.every:
-        batches = replace(batches, levels=student.sigmas[1:])
+def greedy(problem: Problem) -> Table:
+    """The greedy fit."""
+    s = problem.settings
 
     def scales(reach: float | None) -> tuple[float, ...]:
         """The time scales to try within a reach."""
         return tuple(1 + reach * part for part in PARTS) if reach else (1.0,)
 
     return fit(
-        student,
-        batches,
+        problem.student,
+        problem.learned,
         positions=s.positions,
         scale_dir=s.scale_dir,
         time_scales=scales(s.scale_time),
@@ -181,17 +188,15 @@ def greedy(problem: Problem, student: Student) -> Table:
     )
 
 
-def refined(
-    problem: Problem, student: Student, theta: Tensor, robust: tuple[float, ...]
-) -> Tensor:
+def refined(problem: Problem, theta: Tensor, robust: tuple[float, ...]) -> Tensor:
     """All numbers together, end to end; judged on other noise as well."""
-    s, ends = problem.settings, ends_of(problem, student)
+    s, ends = problem.settings, ends_of(problem)
     assert s.samples
     assert s.batch
     parts = len(ends) * s.batch // s.samples  # of a batch on this rank
     needed = -(-enough(ends) // ranks.world_size())
     return gauss_newton(
-        student,
+        problem.student,
         theta,
         ends,
         judges=[*ends, *problem.judges],
@@ -202,10 +207,9 @@ def refined(
     )
 
 
-def ends_of(problem: Problem, student: Student) -> Batches:
-    """The batches to learn from with targets at a student's end alone, where that can be."""
-    learned = problem.learned
-    return learned if problem.settings.every else replace(learned, levels=student.sigmas[-1:])
+def ends_of(problem: Problem) -> Batches:
+    """The batches to learn from with targets at the student's end alone."""
+    return replace(problem.learned, levels=problem.learned.teacher.stops[-1:])
 
 
 def best_of(candidates: Sequence[Any]) -> Any:
@@ -213,8 +217,8 @@ def best_of(candidates: Sequence[Any]) -> Any:
 
     Raises ValueError where none has an error that is a number.
     """
-    best = min(candidates, key=lambda each: each[2])
-    if best[2] == math.inf:
+    best = min(candidates, key=lambda each: each[1])
+    if best[1] == math.inf:
         raise ValueError("no table was learned: the network gives numbers that are not finite")
     return candidates[-1] if candidates[-1][0].startswith(BY) else best
 
@@ -234,8 +238,7 @@ def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]
     learner = GradientLearner(student, s.samples, theta, *how)
     if "learner" in state:
         learner.load(state["learner"])
-    levels = student.sigmas[-1:] if s.objective == "final" else student.sigmas[1:]
-    batches = problem.learned if s.every else replace(problem.learned, levels=levels)
+    batches = ends_of(problem) if s.objective == "final" else problem.learned
     count = len(batches) * s.batch // s.samples
     size = max(1, round(s.tick * 1000 / s.batch)) * s.batch
     while learner.seen < s.samples:
@@ -257,8 +260,7 @@ def best_sampler(problem: Problem, state: Mapping[str, Any]) -> Sampler:
     """The best of what was learned so far."""
     if "learner" in state:
         return replace(problem.student, grid=False).sampler(state["learner"]["best"])
-    _, schedule, _, theta = best_of(state["candidates"])
-    return problem.students[schedule].sampler(theta)
+    return problem.student.sampler(best_of(state["candidates"])[2])
 
 
 def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
@@ -270,8 +272,7 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
     s, backend, recipe = problem.settings, problem.model.backend, recipe_of(problem.settings)
     sampler, training = best_sampler(problem, state), {**recipe.training, **problem.model.training}
     if "candidates" in state:
-        _, schedule, error, _ = best_of(state["candidates"])
-        training |= {"schedule": schedule, "rmse": error}
+        training |= {"rmse": best_of(state["candidates"])[1]}
     if {name for _, name in terms_of(s)} & {*OF_FEATURES, "reward"}:
         training["fitted_on"] = list(problem.model.fitted_on)
     levels, flow = backend.levels, backend.levels.process == FLOW
@@ -289,8 +290,7 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
             flowmatch_mu=levels.mu if flow else None,
             source="train_distill.py",
         )
-    named = not s.init and s.schedule != "logit" and backend.family != OWN
-    if not named or sampler.sigmas != problem.student.sigmas:
+    if s.init or backend.family == OWN or sampler.sigmas != problem.student.sigmas:
         recipe = replace(recipe, schedule_type="custom", sigmas=sampler.sigmas)
     assert isinstance(sampler.solver, EPD | ParallelMultistep)
     tensors = (t.detach().double().cpu() for t in sampler.solver.table.tensors())

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from solvers.sampler import SOLVERS, parse_name
 from solvers.schedules import one_of
 from src.files import nearest
 from src.options import DTYPES, Number
-from training.distances import parse_terms
+from training.distances import NAMES, parse_terms
 
 METHODS = ("fit", "gradient")
 OBJECTIVES = ("per-step", "final", "end-to-end")
@@ -27,9 +28,9 @@ BACKENDS = ("auto", "edm", "analytic", "ldm", "sd3", "flux")
 TEACHERS = ("heun", "dpm2", "euler", "ipndm", "dpmpp", "edm")
 PUBLISHED = {("teacher", "dpm"): "dpm2", ("solver", "ipndm"): "epd-ipndm"}
 """What the published code calls a setting's value."""
-VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr")
-FLOW_SCHEDULES = ("flowmatch", "logit")
-"""The first is the usual one; `try_schedules` tries all of them."""
+VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr", "discrete")
+FLOW_SCHEDULES = ("flowmatch",)
+"""The first is the usual one."""
 GRADIENT_ALONE = ("objective", "lr", "coslr", "checkpointing", "published_loss")
 FIT_ALONE = ("rounds", "robust")
 MANY, SMALL = 1 << 26, 1 << 10
@@ -125,7 +126,6 @@ class Settings:
     )
     positions: int = setting(17, click.IntRange(2, 129), "G, places that a fit tries.")
     learn_grid: bool | None = setting(None, click.BOOL, "The noise levels as well; usual in fits.")
-    try_schedules: bool | None = setting(None, click.BOOL, "A fit takes the best of several.")
     rounds: int | None = setting(None, click.IntRange(0), "Of a fit's refinement.")
     robust: bool | None = setting(None, click.BOOL, "Refine also by a loss for stray samples.")
     init: str | None = setting(None, TEXT, "A predictor to start from, in place of a fit.")
@@ -220,7 +220,12 @@ def adopted(settings: Settings) -> Settings:
     """
     if settings.init is None:
         return settings
-    recipe = load_predictor(find_predictor(settings.init)).recipe
+    predictor = load_predictor(find_predictor(settings.init))
+    recipe = predictor.recipe
+    if predictor.table.guidance is not None:
+        raise ValueError(
+            f"init {settings.init} has rates of guidance in its table: tune it by ppo"
+        )
     solver = recipe.solver if recipe.base == "euler" else f"epd-{recipe.base}"
     own = {"solver": solver, "num_steps": recipe.num_steps, "afs": recipe.afs}
     own |= {"max_order": recipe.max_order}
@@ -264,7 +269,7 @@ def usual_grid(settings: Settings, flow: bool) -> dict[str, Any]:
 
 
 PUBLISHED_WAY = {"samples": 10_000, "batch": 32, "fine_steps": 33, "M": 3, "objective": "per-step"}
-PUBLISHED_WAY |= {"lr": 0.2, "coslr": True, "learn_grid": False, "try_schedules": False}
+PUBLISHED_WAY |= {"lr": 0.2, "coslr": True, "learn_grid": False}
 """Of a gradient, where nothing else is given."""
 
 
@@ -285,20 +290,18 @@ def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
         "rounds": 15 if small else 2 + (not squares),
         "robust": small,
         "learn_grid": True,
-        "try_schedules": False,
     }
 
 
 def check(settings: Settings, flow: bool) -> None:
     """ValueError for what cannot be served, before any work."""
     s, (_, order), fits = settings, settings.base, settings.method == "fit"
-    schedules = FLOW_SCHEDULES if flow else (*VE_SCHEDULES, "discrete")
+    schedules = FLOW_SCHEDULES if flow else VE_SCHEDULES
     if s.schedule in FLOW_SCHEDULES and not flow:
         raise ValueError(f"schedule {s.schedule} is not for a VE model: take {schedules[0]}")
     one_of("schedule", s.schedule or "", schedules)
     calls, student = SOLVERS[s.teacher].calls * s.every, 1 if s.multistep else 2
     no_afs = "afs is for VE models: flow matching has no analytic first step"
-    only_fit = "need a fit: a gradient does not reach the time grid"
     finer = f"{s.teacher} with M {s.M} makes {calls} calls an interval, the student {student}: "
     greedy, k = fits and not s.init, s.points
     clashes = {
@@ -307,13 +310,14 @@ def check(settings: Settings, flow: bool) -> None:
         f"{s.solver} has free scales: leave out fcn, scale_dir and ends": s.multistep
         and (s.fcn or s.scale_dir or s.scale_time_ends),
         "fcn is for --method gradient: a fit has free weights there": fits and s.fcn,
-        f"learn_grid and try_schedules {only_fit}": not fits and (s.learn_grid or s.try_schedules),
-        "try_schedules has a teacher without M: leave one out": s.try_schedules
-        and s.M is not None,
+        "learn_grid needs a fit: a gradient does not reach the time grid": not fits
+        and s.learn_grid,
         f"sigma_max {s.sigma_max} is out of range: flow matching starts at 1 or below": flow
         and (s.sigma_max or 0) > 1,
         f"points {k} is out of range: a fit tries all sets of 1 to 4": greedy and k > 4,
         f"positions {s.positions} must be above points {k}": greedy and s.positions <= k,
+        f"last_distance {s.last_distance} does nothing in a fit: leave it out": fits
+        and s.last_distance != s.distance,
         f"{finer}raise --M, the teacher must be finer": s.every and calls <= student,
     }
     for said, clash in clashes.items():
@@ -324,6 +328,9 @@ def check(settings: Settings, flow: bool) -> None:
             raise ValueError(f"{name} {getattr(s, name)} does nothing in --method {s.method}")
     if fits:
         parse_terms(s.distance or "l2")
+    else:
+        for name in (s.distance, s.last_distance):
+            one_of("distance", name or "l2", NAMES)
     check_recipe(replace(recipe_of(s), process="flow" if flow else "ve"))
 
 
@@ -349,7 +356,7 @@ def recipe_of(settings: Settings) -> Recipe:
     return Recipe(
         num_steps=s.num_steps,
         num_points=s.points,
-        schedule_type="flowmatch" if s.schedule == "logit" else s.schedule,
+        schedule_type=s.schedule,
         schedule_rho=s.schedule_rho or 1.0,
         dataset_name=s.name,
         solver="epd-multistep" if s.multistep else "epd",
@@ -370,6 +377,7 @@ def recipe_of(settings: Settings) -> Recipe:
     )
 
 
+@cache
 def preset_names() -> list[str]:
     """The names of all presets: those of the shipped predictors that the papers' authors made."""
     paths = (Path(__file__).resolve().parent.parent / "exps").glob("*/*.pkl")

@@ -23,68 +23,71 @@ LEAST_STEP = 1e-2
 
 
 @dataclass(frozen=True)
-class PublishedForm:
-    """The raw parameters of the published predictors (EPD-Solver, arXiv:2507.14797, Sec. 3).
+class TimeScales:
+    """How far time scales may go from 1: `reach`, 0 being nowhere, and None anywhere.
 
-    r = sigmoid, weight = softmax, scales 2 sigmoid(p / 2) reach + 1 - reach; a reach of 0
-    switches a scale off, and `fcn` the direction scale of the last interval. `time_at_ends` is
-    the reach of the time scales in the first and the last interval, where it is another.
+    `at_ends` is the reach in the first and the last interval, where that is another.
+    """
+
+    reach: float | None = None
+    at_ends: float | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether there are any to learn."""
+        return self.reach != 0 or bool(self.at_ends)
+
+    def reaches(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For N intervals, which are free, [N, 1], and the reach of the others."""
+        reach = like.new_full((len(like), 1), math.inf if self.reach is None else self.reach)
+        if self.at_ends is not None:
+            reach[0] = reach[-1] = self.at_ends
+        return reach.isinf(), reach.nan_to_num(posinf=1.0)
+
+    def encode(self, scale: Tensor) -> Tensor:
+        free, reach = self.reaches(scale)
+        return torch.where(free, scale.log(), around_one_raw(scale, reach))
+
+    def decode(self, raw: Tensor) -> Tensor:
+        free, reach = self.reaches(raw)
+        return torch.where(free, raw.exp(), around_one(raw, reach))
+
+
+@dataclass(frozen=True)
+class EPDForm:
+    """Tables of EPD: by the raw parameters of the published predictors, or with free weights.
+
+    Published (EPD-Solver, arXiv:2507.14797, Sec. 3): r = sigmoid, weight = softmax, scales
+    2 sigmoid(p / 2) reach + 1 - reach; a reach of 0 switches a scale off, and `fcn` the direction
+    scale of the last interval. Without a `scale_dir`, weight * dir_scale is a number of any sign.
     """
 
     intervals: int
     points: int
-    scale_dir: float = 0.0
-    scale_time: float = 0.0
+    scale_dir: float | None = None
+    time: TimeScales = TimeScales()
     fcn: bool = False
-    time_at_ends: float | None = None
-
-    @property
-    def time_reach(self) -> Tensor | None:
-        """The reach [N, 1] of the time scales; None where none is learned."""
-        ends = self.scale_time if self.time_at_ends is None else self.time_at_ends
-        inner = [self.scale_time] * (self.intervals - 2)
-        reach = [ends, *inner, ends][: self.intervals]
-        return torch.tensor(reach, dtype=torch.float64)[:, None] if any(reach) else None
 
     def encode(self, table: Any) -> Tensor:
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
-        reach = self.time_reach
-        parts = [logit(r), weight.clamp(min=LEAST_WEIGHT).log()]
-        parts += [] if reach is None else [around_one_raw(time_scale, reach)]
+        free = self.scale_dir is None
+        parts = [logit(r), weight * dir_scale if free else weight.clamp(min=LEAST_WEIGHT).log()]
+        parts += [self.time.encode(time_scale)] if self.time.learned else []
         parts += [around_one_raw(dir_scale, self.scale_dir)] if self.scale_dir else []
         return torch.cat([part.flatten() for part in parts])
 
     def decode(self, theta: Tensor) -> Directions:
-        parts = list(theta.reshape(-1, self.intervals, self.points))
-        r, weight = parts.pop(0).sigmoid(), parts.pop(0).softmax(-1)
-        one, reach = torch.ones_like(r), self.time_reach
-        time_scale = one if reach is None else around_one(parts.pop(0), reach.to(theta))
-        dir_scale = around_one(parts.pop(0), self.scale_dir) if self.scale_dir else one
+        r, mix, *scales = theta.reshape(-1, self.intervals, self.points)
+        one = torch.ones_like(r)
+        time_scale = self.time.decode(scales.pop(0)) if self.time.learned else one
+        if self.scale_dir is None:
+            size = mix.abs().sum(-1, keepdim=True).clamp(min=1e-12)
+            signs = torch.where(mix < 0, -size, size)
+            return Directions(r.sigmoid(), mix.abs() / size, time_scale, signs)
+        dir_scale = around_one(scales.pop(0), self.scale_dir) if self.scale_dir else one
         if self.fcn:
             dir_scale = torch.cat([dir_scale[:-1], one[-1:]])
-        return Directions(r, weight, time_scale, dir_scale)
-
-
-@dataclass(frozen=True)
-class FreeForm:
-    """EPD with weight * dir_scale a number of any sign, and a free time scale if asked."""
-
-    intervals: int
-    points: int
-    time: bool = True
-
-    def encode(self, table: Any) -> Tensor:
-        r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
-        parts = [logit(r), weight * dir_scale, *([time_scale.log()] if self.time else [])]
-        return torch.cat([part.flatten() for part in parts])
-
-    def decode(self, theta: Tensor) -> Directions:
-        r, mix, *time = theta.reshape(-1, self.intervals, self.points)
-        size = mix.abs().sum(-1, keepdim=True).clamp(min=1e-12)
-        time_scale = time[0].exp() if time else torch.ones_like(r)
-        return Directions(
-            r.sigmoid(), mix.abs() / size, time_scale, torch.where(mix < 0, -size, size)
-        )
+        return Directions(r.sigmoid(), mix.softmax(-1), time_scale, dir_scale)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class MultistepForm:
 
     intervals: int
     points: int
-    time: bool = True
+    time: TimeScales = TimeScales()
     afs: bool = False
 
     @property
@@ -114,22 +117,22 @@ class MultistepForm:
     def encode(self, table: Any) -> Tensor:
         a, r, weight, b, scale = (t.detach().double().cpu() for t in table.tensors())
         in_a, points, in_b = self.used
-        time = [scale[points].log()] if self.time else []
+        time = [self.time.encode(scale)[points]] if self.time.learned else []
         return torch.cat([a[in_a], logit(r)[points], weight[points], b[in_b], *time])
 
     def decode(self, theta: Tensor) -> MultistepTable:
         in_a, points, in_b = self.used
-        order = [in_a, points, points, in_b, *([points] if self.time else [])]
+        order = [in_a, points, points, in_b, *([points] if self.time.learned else [])]
         parts = theta.split([int(mask.sum()) for mask in order])
         a, r, weight, b, *time = (
             theta.new_zeros(mask.shape).masked_scatter(mask, part)
             for mask, part in zip(order, parts, strict=True)
         )
-        scale = time[0].exp() if time else torch.ones_like(r)
+        scale = self.time.decode(time[0]) if time else torch.ones_like(r)
         return MultistepTable(a, torch.where(points, r.sigmoid(), r), weight, b, scale)
 
 
-Form: TypeAlias = PublishedForm | FreeForm | MultistepForm
+Form: TypeAlias = EPDForm | MultistepForm
 """A way to write a table as a vector."""
 
 
@@ -186,7 +189,8 @@ def widened(table: Table, points: int) -> Table:
     """The same steps by a table of K points, K at least as many as there are.
 
     The new points weigh nothing yet, so that nothing but rows are added. They come first, as
-    slopes of earlier calls are counted from the last point to the first.
+    slopes of earlier calls are counted from the last point to the first; of these there are
+    HISTORY then, where files may have fewer.
     """
     n, k = table.r.shape
     assert points >= k
@@ -201,9 +205,9 @@ def widened(table: Table, points: int) -> Table:
     new = 1 + (old - 1) // k * points + (old - 1) % k
     coefficients = []
     for given in (table.a.double(), table.b.double()):
-        wide = torch.zeros_like(given)
+        wide = torch.zeros(n, HISTORY).double()
         wide[:, 0] = given[:, 0]
-        there = new < given.shape[1]
+        there = new < HISTORY
         wide[:, new[there]] = given[:, old[there]]
         coefficients.append(wide)
     return MultistepTable(coefficients[0], r, weight, coefficients[1], scale)

@@ -1,7 +1,8 @@
-"""Teacher trajectories: once per batch of seeds, kept in memory or in a cache on the disk.
+"""What a student learns from: a teacher's trajectories, made once per batch of seeds.
 
-Shapes: B samples, N intervals of the student, * one sample, x [B, *]. The state is float32 at
-least, whatever the network's own dtype.
+They are kept in memory or in a cache on the disk. `make_problem` makes student, teacher and
+batches of a model and settings. Shapes: B samples, N intervals of the student,
+* one sample, x [B, *]. The state is float32 at least, whatever the network's own dtype.
 """
 
 import contextlib
@@ -10,17 +11,32 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from solvers.field import Field
-from solvers.sampler import Sampler
+from backends.base import Backend
+from solvers import schedules
+from solvers.classic import Heun
+from solvers.epd import Table
+from solvers.field import Condition, Field
+from solvers.integrate import levels as as_levels
+from solvers.predictor import find_predictor, load_predictor
+from solvers.process import FLOW
+from solvers.sampler import Sampler, SolverOptions, make_solver
+from solvers.schedules import NoiseLevels
+from src import ranks
 from src.runs import read_sealed, write_sealed
-from training.student import Trajectories
+from src.seeds import randn
+from training.distances import OF_FEATURES, Network, parse_terms
+from training.refine import Reward
+from training.settings import Settings, at_once, resolved
+from training.student import Reduce, Student, Trajectories
+from training.table import EPDForm, MultistepForm, TimeScales, widened
 
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
@@ -159,3 +175,218 @@ def fingerprint(path: Path) -> str:
                 digest.update(part)
         total.update(digest.digest())
     return total.hexdigest()
+
+
+# --- the problem --------------------------------------------------------------------------
+
+Conditions: TypeAlias = Callable[[Sequence[int]], Condition | None]
+"""(numbers of samples) -> what the network is told of them, B rows."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is distilled: a network, what it is told, and what looks at its samples."""
+
+    backend: Backend
+    conditions: Conditions = lambda _numbers: None
+    features: Network | None = None  # latents [B, *] -> [B, F], of what they decode to
+    reward: Reward | None = None  # latents [B, *] and the samples' numbers -> [B]
+    fitted_on: tuple[str, ...] = ("features",)  # names of the features and the reward
+    cache: Cache | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)  # for the cache's key
+    training: Mapping[str, Any] = field(default_factory=dict)  # more for the recipe
+    reduce: Reduce = ranks.all_reduce_sum
+    poll: Callable[[], object] = lambda: None  # called before each call of the network
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A student to learn, batches to learn from, and batches to judge by, on this rank."""
+
+    settings: Settings
+    model: Model
+    student: Student
+    learned: Batches
+    validation: Batches  # ends by the teacher
+    reference: Batches  # the same noise, ends by the fine solution
+    judges: Batches  # other noise, to choose by; ends by the fine solution
+
+
+def make_problem(model: Model, settings: Settings) -> Problem:
+    """The problem of some settings, these resolved; nothing is computed yet but one small call.
+
+    Raises ValueError where settings, schedule, guidance or network do not fit each other.
+    """
+    shape, levels = model.backend.shape, model.backend.levels
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape {shape} is of no latent: give its sizes, as (4, 64, 64)")
+    flow, looks = levels.process == FLOW, model.features is not None
+    s = resolved(settings, flow=flow, shape=shape, features=looks)
+    assert s.batch
+    assert s.samples
+    assert s.judges
+    student = make_student(levels, s)
+    sigmas, process = student.sigmas, levels.process
+    finest = fine_grid(levels, s, sigmas)
+    fine = Teacher(Sampler(Heun(), finest, process), sigmas[-1:])
+    if not s.every:
+        grid = tuple(sorted({*finest, *sigmas[1:]}, reverse=True))
+    elif s.init:  # whose levels are no schedule's
+        between = (
+            a * (b / a) ** (i / s.every) for a, b in pairwise(sigmas) for i in range(s.every)
+        )
+        grid = (*between, sigmas[-1])
+    else:  # refines the student's own (EPD-Solver, arXiv:2507.14797, Sec. 3.3)
+        grid = grid_of(levels, s, s.every * (len(sigmas) - 1) + 1)
+    stops = grid[s.every :: s.every] if s.every else sigmas[1:]
+    solver = make_solver(s.teacher, SolverOptions(process=process))
+    teacher = Teacher(Sampler(solver, grid, process), stops)
+    rank, world = ranks.rank(), ranks.world_size()
+
+    def batches(stream: str, by: Teacher, count: int, size: int = s.batch) -> Batches:
+        return make_batches(model, s, stream, by, in_parts(range(rank, count, world), size))
+
+    last = replace(teacher, stops=teacher.stops[-1:])
+    validation = reference = batches("validation", last, s.validation)
+    if s.every or s.teacher != "heun":
+        reference = batches("validation", fine, s.validation)
+    judges = batches("judge", fine, s.judges)
+    size, mine = at_once(s, world), s.batch // world
+    firsts = range(rank * mine, s.samples, s.batch)
+    parts = tuple(part for i in firsts for part in in_parts(range(i, i + mine), size))
+    learned = make_batches(model, s, "distill", teacher, parts)
+    check_answer(learned, model, s)
+    return Problem(s, model, student, learned, validation, reference, judges)
+
+
+def make_batches(
+    model: Model,
+    settings: Settings,
+    purpose: str,
+    teacher: Teacher,
+    parts: tuple[tuple[int, ...], ...],
+) -> Batches:
+    """Batches by seed, their noise from a stream of its own for each purpose."""
+    backend, stream = model.backend, f"{purpose}/{settings.seed}"
+    rate, shape = settings.guidance_rate, backend.shape
+    dtype = torch.promote_types(backend.dtype, torch.float32)
+
+    def start(seeds: Sequence[int]) -> tuple[Field, Tensor]:
+        model.poll()
+        cond = model.conditions(seeds)
+        guided = backend.guided(rate, cond)
+
+        def polled(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+            model.poll()
+            return guided(x, sigma, cond)
+
+        noise = randn(seeds, shape, stream=stream, device=backend.device, dtype=dtype)
+        return Field(polled, cond), noise * teacher.sampler.sigmas[0]
+
+    about = {"teacher": repr(teacher), "stream": stream, "guidance_rate": rate}
+    about |= {"shape": list(shape), **model.about}
+    return Batches(start, teacher, parts, about, model.cache)
+
+
+@torch.no_grad()
+def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
+    """ValueError for a network, features or a reward that do not answer as they should."""
+    numbers = batches.parts[0][:2]
+    slope, x = batches.start(numbers)
+    level = x.new_full((len(x),), batches.teacher.sampler.sigmas[0])
+    answer = slope.denoiser(x, level, slope.cond)
+    check_finite("the denoiser", answer, tuple(x.shape))
+    names = {name for _, name in terms_of(settings)}
+    try:
+        if names & OF_FEATURES:
+            if model.features is None:
+                raise ValueError(f"distance {settings.distance!r} needs its network of features")
+            check_finite("the network of features", model.features(answer), (len(x), None))
+        if "reward" in names:
+            if model.reward is None:
+                raise ValueError(f"distance {settings.distance!r} needs its reward")
+            check_finite("the reward", model.reward(answer, numbers), (len(x),))
+    except (RuntimeError, TypeError, IndexError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"features or reward cannot look at {tuple(x.shape)}: {said}") from error
+
+
+def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> None:
+    """ValueError for an answer that is no tensor of that shape, None being any, or has NaN."""
+    seen = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    fits = len(seen) == len(shape) and all(
+        a in (b, None) for a, b in zip(shape, seen, strict=True)
+    )
+    if not isinstance(answer, Tensor) or not fits:
+        wanted = str(shape).replace("None", "F")
+        raise ValueError(f"{what} gives {seen} for {shape[0]} samples, not {wanted}")
+    if not bool(answer.isfinite().all()):
+        raise ValueError(f"{what} gives numbers that are not finite")
+
+
+def terms_of(settings: Settings) -> tuple[tuple[float, str], ...]:
+    """The weights and names of what is to be made small."""
+    assert settings.distance
+    if settings.method == "gradient":
+        return (1.0, settings.distance), (1.0, settings.last_distance or settings.distance)
+    return parse_terms(settings.distance)
+
+
+# --- students and their grids -------------------------------------------------------------
+
+
+def grid_of(levels: NoiseLevels, settings: Settings, count: int) -> tuple[float, ...]:
+    """The grid [count] of the settings' schedule."""
+    assert settings.schedule
+    low, high = settings.sigma_min, settings.sigma_max
+    if levels.process != FLOW:
+        ends = {"sigma_min": low or levels.sigma_min, "sigma_max": high or levels.sigma_max}
+        grid = replace(levels, **ends).grid(settings.schedule, count, rho=settings.schedule_rho)
+        return tuple(grid.tolist())
+    first, *inner, last = levels.grid("flowmatch", count).tolist()
+    low, high = last if low is None else low, first if high is None else high
+    if (low, high) != (last, first):
+        inner = [low + (s - last) / (first - last) * (high - low) for s in inner]
+    return (high, *inner, low)
+
+
+def fine_grid(
+    levels: NoiseLevels, settings: Settings, sigmas: tuple[float, ...]
+) -> tuple[float, ...]:
+    """The grid of the fine solution between the same ends: polynomial 7, or the flow's own."""
+    assert settings.fine_steps
+    if levels.process == FLOW:
+        grid = levels.grid("flowmatch", settings.fine_steps).tolist()
+        return (sigmas[0], *grid[1:-1], sigmas[-1])
+    return tuple(schedules.polynomial(settings.fine_steps, sigmas[-1], sigmas[0]).tolist())
+
+
+def make_student(levels: NoiseLevels, settings: Settings) -> Student:
+    """The student of the settings; ValueError for a base that cannot serve."""
+    s, (name, _), base = settings, settings.base, None
+    assert s.num_steps
+    off = 0.0 if s.scale_dir is not None else None  # bounded directions, and no word of times
+    reach = off if s.scale_time is None else s.scale_time
+    shape, time = (s.num_steps - 1, s.points), TimeScales(reach, s.scale_time_ends)
+    if s.multistep:
+        form = MultistepForm(*shape, time, bool(s.afs))
+    else:
+        order = s.max_order if name not in ("euler", "heun", "dpm2") else None
+        options = SolverOptions(order, levels.process, s.predict_x0, s.lower_order_final)
+        base = make_solver(name, options)
+        form = EPDForm(*shape, s.scale_dir, time, s.fcn)
+    if s.init:
+        sigmas = load_predictor(find_predictor(s.init)).sampler(levels).sigmas
+    else:
+        sigmas = as_levels(grid_of(levels, s, s.num_steps))
+    grid = bool(s.learn_grid) and s.num_steps > 2
+    student = Student(sigmas, form, base, levels.process, bool(s.afs), grid)
+    student.holding(start_of(student, s))  # EPD refuses what cannot be its base
+    return student
+
+
+def start_of(student: Student, settings: Settings) -> Table:
+    """The table that a gradient starts from: one by hand, or that of another predictor."""
+    if settings.init:
+        return widened(load_predictor(find_predictor(settings.init)).table, settings.points)
+    return student.even_table()

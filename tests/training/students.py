@@ -1,24 +1,25 @@
-"""A small student, its teacher and batches on an exact mixture, for the tests of training."""
+"""Small students, and where a fine solution of a smooth denoiser goes; an exact mixture."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from backends.base import Backend, NoiseLevels
 from backends.mixture import Mixture, mixture_backend
-from solvers.classic import Euler, Heun
-from solvers.field import Field
+from solvers.classic import DPM2, IPNDM, Euler
+from solvers.field import Condition, Field
 from solvers.process import VE
-from solvers.sampler import Sampler
-from src.seeds import randn
+from tests.solvers.mixture import integrate
 from training.student import Student, Trajectories
-from training.table import PublishedForm, even_table
-from training.teacher import Batches, Cache, Teacher, in_parts
+from training.table import EPDForm, MultistepForm, TimeScales
 
 SHAPE = (1, 3, 3)
-EVERY = 4
+SIGMAS = (10.0, 3.0, 0.8, 0.1)
+FREE = Student(SIGMAS, EPDForm(3, 2), Euler(), afs=True)
+PUBLISHED = Student(SIGMAS, EPDForm(3, 2, 0.05, TimeScales(0.2, 0.25)), IPNDM(2))
+MULTISTEP = Student(SIGMAS, MultistepForm(3, 2))
 
 
 def model() -> Backend:
@@ -27,29 +28,23 @@ def model() -> Backend:
     return mixture_backend(Mixture(means, quarter, quarter), NoiseLevels(VE, 0.002, 80.0))
 
 
-def student(intervals: int = 3, points: int = 2) -> Student:
-    sigmas = tuple(model().levels.grid("time_uniform", intervals + 1).tolist())
-    return Student(sigmas, PublishedForm(intervals, points, 0.05, 0.05), Euler(), afs=True)
+def curved(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+    """A smooth denoiser that is not linear."""
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.tanh(x / (1 + sigma)) * 0.9 + 0.05 * x / (1 + sigma**2)
 
 
-def start(intervals: int = 3, points: int = 2) -> Tensor:
-    return student(intervals, points).encode(even_table(intervals, points))
+def data(*shape: int, seed: int = 0, sigmas: tuple[float, ...] = SIGMAS) -> Trajectories:
+    """Noise, and where a fine solution takes it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64) * sigmas[0]
+    logs = torch.tensor(sigmas, dtype=torch.float64).log()
+    parts = [torch.linspace(a, b, 17)[:-1] for a, b in pairwise(logs.tolist())]
+    fine = torch.cat([*parts, logs[-1:]]).exp()
+    fine[0] = sigmas[0]
+    states = tuple(integrate(DPM2(), Field(curved), x, fine))
+    return Trajectories(Field(curved), x, states[15::16])
 
 
-def batches(seeds: Sequence[int], size: int = 8, cache: Cache | None = None) -> Batches:
-    denoise = model().denoise
-    grid = tuple(model().levels.grid("time_uniform", EVERY * 3 + 1).tolist())
-
-    def begin(seeds: Sequence[int]) -> tuple[Field, Tensor]:
-        return Field(denoise), randn(seeds, SHAPE, stream="train") * grid[0]
-
-    teacher = Teacher(Sampler(Heun(), grid), grid[EVERY::EVERY])
-    return Batches(begin, teacher, in_parts(seeds, size), {"teacher": "heun"}, cache)
-
-
-def batch(first: int = 0, count: int = 8) -> Trajectories:
-    return batches(range(first, first + count), count)[0]
-
-
-def cached(folder: Path, said: list[str] | None = None, max_bytes: int = 1 << 30) -> Cache:
-    return Cache(folder, max_bytes, ([] if said is None else said).append)
+def with_points(student: Student, points: int) -> Student:
+    return replace(student, form=replace(student.form, points=points))

@@ -3,38 +3,33 @@
 import pytest
 
 from solvers.predictor import find_predictor, load_predictor
+from tests.training.students import model
 from training.settings import Settings, at_once, preset, preset_names, recipe_of, resolved
+from training.teacher import Model, make_problem
 
 
-def settings(**options: object) -> Settings:
-    return resolved(Settings(**options), flow=False)  # pyright: ignore[reportArgumentType]
+def settings(flow: bool = False, **options: object) -> Settings:
+    return resolved(Settings(**options), flow=flow)  # pyright: ignore[reportArgumentType]
 
 
-def test_there_is_a_preset_for_each_published_predictor() -> None:
+def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
     names = preset_names()
     assert len(names) == 43
     assert {"cifar10-5nfe", "ffhq-9nfe-ipndm", "sd3-1024-best", "flux-start"} <= set(names)
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_a_preset_makes_the_recipe_of_its_predictor(name: str) -> None:
-    predictor = load_predictor(find_predictor(name))
-    published = predictor.recipe
-    values = {n: v for n, v in preset(name).items() if n not in ("backend", "resolution")}
-    ours = resolved(Settings(**values), flow=published.schedule_type == "flowmatch")
     entries = "num_steps num_points schedule_type schedule_rho solver base max_order afs"
     entries += " scale_dir scale_time fcn teacher M guidance_rate"
-    for entry in entries.split():
-        assert getattr(recipe_of(ours), entry) == getattr(published, entry), entry
-    assert ours.nfe == predictor.nfe
-    assert preset(name)["backend"] == published.backend
-
-
-@pytest.mark.parametrize("name", ["cifar10-5nf", "../../etc/passwd", "fashion-mnist-32", ""])
-def test_an_unknown_preset_is_one_line_with_the_nearest(name: str) -> None:
-    with pytest.raises(ValueError, match="did you mean") as caught:
-        preset(name)
-    assert "\n" not in str(caught.value)
+    for name in names:
+        predictor = load_predictor(find_predictor(name))
+        published = predictor.recipe
+        values = {n: v for n, v in preset(name).items() if n not in ("backend", "resolution")}
+        ours = resolved(Settings(**values), flow=published.schedule_type == "flowmatch")
+        for entry in entries.split():
+            assert getattr(recipe_of(ours), entry) == getattr(published, entry), (name, entry)
+        assert ours.nfe == predictor.nfe
+        assert preset(name)["backend"] == published.backend
+    for name in ("cifar10-5nf", "../../etc/passwd", "fashion-mnist-32", ""):
+        with pytest.raises(ValueError, match=r"^[^\n]*did you mean[^\n]*$"):
+            preset(name)
 
 
 @pytest.mark.parametrize(
@@ -61,34 +56,28 @@ def test_an_unknown_preset_is_one_line_with_the_nearest(name: str) -> None:
         ({"fcn": True}, "--method gradient"),
         ({"lr": 0.1, "method": "fit"}, "lr 0.1 does nothing in --method fit"),
         ({"method": "gradient", "robust": True}, "robust True does nothing"),
-        ({"try_schedules": True, "M": 3}, "without M"),
+        ({"method": "gradient", "distance": "lpips"}, "unknown distance 'lpips'"),
         ({"solver": "epd-multistep", "scale_dir": 0.1}, "free scales"),
         ({"init": "nowhere.pkl"}, "nowhere.pkl"),
         ({"init": "epd-k2-5nfe", "solver": "epd-ipndm"}, "solver epd-ipndm: epd-k2-5nfe has epd"),
         ({"init": "epd-k2-5nfe", "points": 1}, "points 1: epd-k2-5nfe has 2"),
+        ({"flow": True, "afs": True}, "no analytic first step"),
+        ({"flow": True, "sigma_max": 80.0}, r"sigma_max 80.0 is out of range"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(options: dict[str, object], message: str) -> None:
+def test_what_does_not_go_together_is_one_line(options: dict[str, bool], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         settings(**options)
     assert "\n" not in str(caught.value)
 
 
-def test_the_usual_student_follows_what_is_counted() -> None:
+def test_the_usual_student_follows_what_is_counted_and_the_process() -> None:
     assert (settings(num_steps=4).solver, settings(num_steps=4).nfe) == ("epd", 5)
     assert (settings(nfe=5).solver, settings(nfe=5).num_steps) == ("epd-multistep", 6)
     assert (settings(nfe=4, solver="epd").afs, settings(nfe=5, solver="epd").afs) == (False, True)
     assert settings(solver="epd-ipndm-2").max_order == 2
     assert settings(solver="ipndm").solver == "epd-ipndm"
-
-
-def test_a_flow_model_has_no_afs_and_its_own_schedule() -> None:
-    flow = resolved(Settings(), flow=True)
-    assert (flow.afs, flow.schedule) == (False, "flowmatch")
-    with pytest.raises(ValueError, match="no analytic first step"):
-        resolved(Settings(afs=True), flow=True)
-    with pytest.raises(ValueError, match=r"sigma_max 80.0 is out of range"):
-        resolved(Settings(sigma_max=80.0), flow=True)
+    assert (settings(flow=True).afs, settings(flow=True).schedule) == (False, "flowmatch")
 
 
 def test_a_batch_divides_by_ranks_and_by_what_fits() -> None:
@@ -98,3 +87,14 @@ def test_a_batch_divides_by_ranks_and_by_what_fits() -> None:
         at_once(settings(samples=64, batch=32), 3)
     with pytest.raises(ValueError, match="batch_gpu 5 does not divide"):
         at_once(settings(samples=64, batch=32, batch_gpu=5), 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"method": "gradient"}, {"M": 2}])
+def test_a_teacher_of_another_predictor_stops_at_the_levels_of_that_one(
+    more: dict[str, bool],
+) -> None:
+    init = "epd-multistep-k2-3nfe"
+    problem = make_problem(Model(model()), Settings(init=init, **more))
+    recipe = load_predictor(find_predictor(init)).recipe
+    assert problem.student.sigmas == recipe.sigmas
+    assert problem.learned.teacher.stops == problem.student.sigmas[1:]

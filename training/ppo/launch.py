@@ -88,7 +88,10 @@ def main(
     run_of(folder, say, config.logging).write_settings(config)
     start = Path(resume) if resume and Path(resume).is_file() else folder
     steps = min(max_steps or config.ppo.steps, config.ppo.steps)
-    ppo, start = dataclasses.replace(config.ppo, steps=steps), start if resume else None
+    reward, watch = config.reward, config.ppo.watch
+    watch = reward.name if watch == reward.type else watch  # multi has its weights in its name
+    ppo = dataclasses.replace(config.ppo, steps=steps, watch=watch)
+    start = start if resume else None
     try:
         with stop.listening():
             outcome = train(task, ppo, config.logging, folder, resume=start, stop=stop, say=say)

@@ -1,4 +1,4 @@
-"""Images by samplers, and their scores, on all ranks: rollouts and evaluations both come here.
+"""Images by samplers, and their scores, on all ranks: rollouts and evaluations.
 
 B images of a call, b of them this rank's. Which prompts and noises a step uses are pure functions
 of the seed and the position: nothing depends on the number of ranks, so that a run goes on under
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from backends.generate import Job, generate
+from solvers.classic import Heun
 from solvers.predictor import named_tensors
 from solvers.recipe import Recipe
 from solvers.sampler import Sampler
 from src import ranks
 from src.runs import Stop
 from src.seeds import generator
+from src.stats import mean_of
+from training.ppo.objectives import diversity, frechet
 from training.ppo.policy import FREE, WIDTH, Draws, Start
 
 Scorer: TypeAlias = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
@@ -36,10 +40,14 @@ images that have no score: they are then scored one by one.
 Scoring: TypeAlias = Callable[[Tensor, Sequence[Job]], Mapping[str, Tensor]]
 """The same of jobs; a result may be [B, F], such as features."""
 PARTS = ("text", "denoise", "decode", "reward")
-NONE = torch.finfo(torch.float32).min
-"""Stands for a score that could not be made, for a reason that was told."""
+WHOLE = ""
+"""The name of the column that says whether an image is one."""
+Columns: TypeAlias = list[tuple[int, str, Tensor]]
+"""The row of the first image, a name, and the scores [b] or [b, F]."""
 NUDGE, NUDGED, LARGEST = 0.01, 4, 0.3
 """How far a number is moved to see what it does, in how many images, and how far it ever is."""
+FINE = 4
+"""Steps of the fine solution in each interval of a table's grid."""
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -254,70 +262,155 @@ def score_jobs(
     Raises Stopped, on all ranks, where a signal asks for it, and ValueError where no image has
     any score.
     """
-    own = rows_of(sampler, slice(ranks.rank(), None, ranks.world_size()))
-    clock = Stopwatch(task.backend.device)
-    parts: list[tuple[int, dict[str, Tensor]]] = []
+    own, mine = rows_of(sampler, slice(ranks.rank(), None, ranks.world_size())), ranks.share(jobs)
+    clock, first = Stopwatch(task.backend.device), 0
+    columns: Columns = []
     reasons: list[str] = []
-    for mine, _, images in batches(task, own, ranks.share(jobs), clock, stop):
+    for part, _, images in batches(task, own, mine, clock, stop):
         with clock.on("reward"):
-            shown, columns = images.nan_to_num(0.0, 0.0, 0.0), {}
+            columns.append((first, WHOLE, images.flatten(1).isfinite().all(1)))
+            shown = images.nan_to_num(0.0, 0.0, 0.0)
             for scoring in scorings:
-                columns |= singly(scoring, shown, mine, reasons)
-        parts.append((len(mine), on_host(images, columns, reasons)))
+                columns += singly(scoring, shown, part, first, reasons)
+        first += len(part)
     stop.agree()
-    whole = {name: v.where(v != NONE, math.nan) for name, v in joined(parts).items()}
-    gathered = ranks.of_each_rank((whole, reasons, clock.seconds()))
-    why = tuple(reason for _, some, _ in gathered for reason in some)
+    gathered = ranks.of_each_rank((on_host(columns, len(mine), reasons), clock.seconds()))
+    why = tuple(reason for (_, some), _ in gathered for reason in some)
     scores: dict[str, Tensor] = {}
-    for rank, (mine, _, _) in enumerate(gathered):
-        for name, values in mine.items():
+    for rank, ((part, _), _) in enumerate(gathered):
+        for name, values in part.items():
             empty = values.new_full((len(jobs), *values.shape[1:]), math.nan)
             scores.setdefault(name, empty)[rank :: len(gathered)] = values
     if not any(bool(values.isfinite().any()) for values in scores.values()):
         raise ValueError(f"no image could be scored: {why[0]}")
-    slowest = {part: max(seconds[part] for _, _, seconds in gathered) for part in PARTS}
+    slowest = {part: max(seconds[part] for _, seconds in gathered) for part in PARTS}
     return Scored(scores, why, slowest)
 
 
 def singly(
-    scoring: Scoring, images: Tensor, jobs: Sequence[Job], reasons: list[str]
-) -> dict[str, Tensor]:
-    """The scores of each image; where all at once have none, of each alone."""
+    scoring: Scoring, images: Tensor, jobs: Sequence[Job], first: int, reasons: list[str]
+) -> Columns:
+    """The scores of images from row `first` on; where all at once have none, of each alone."""
     try:
-        return dict(scoring(images, jobs))
+        return [(first, name, values) for name, values in scoring(images, jobs).items()]
     except ValueError as error:
         if len(images) == 1:
             reasons.append(str(error))
-            return {}
-    ones = [slice(i, i + 1) for i in range(len(jobs))]
-    return joined([(1, singly(scoring, images[one], jobs[one], reasons)) for one in ones])
-
-
-def joined(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Columns one below the other, of parts of so many rows; NONE where a part has none."""
-    every = {name: values for _, part in parts for name, values in part.items()}
-
-    def column(name: str, like: Tensor) -> Tensor:
-        empty = [like.new_full((rows, *like.shape[1:]), NONE) for rows, _ in parts]
-        return torch.cat([part.get(name, e) for (_, part), e in zip(parts, empty, strict=True)])
-
-    return {name: column(name, like) for name, like in every.items()}
+            return []
+    ones = ((slice(i, i + 1), first + i) for i in range(len(jobs)))
+    parts = (singly(scoring, images[one], jobs[one], row, reasons) for one, row in ones)
+    return [column for part in parts for column in part]
 
 
 def on_host(
-    images: Tensor, columns: Mapping[str, Tensor], reasons: list[str]
+    columns: Columns, count: int, reasons: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The scores of `count` images on the CPU in float64: a rollout's one wait for a GPU.
+
+    NaN where an image is none, or has no score; why not is added to the reasons.
+    """
+    if not columns:  # fewer images than ranks
+        return {}, reasons
+    block = torch.cat([values.flatten().float() for *_, values in columns]).cpu().double()
+    pieces = block.split([values.numel() for *_, values in columns])
+    scores: dict[str, Tensor] = {}
+    whole = torch.zeros(count, dtype=torch.bool)
+    for (first, name, like), piece in zip(columns, pieces, strict=True):
+        rows, values = slice(first, first + len(like)), piece.reshape(like.shape)
+        finite = piece.reshape(len(like), -1).isfinite().all(1)
+        if name == WHOLE:
+            whole[rows] = piece > 0
+            continue
+        bad = values[whole[rows] & ~finite].reshape(-1, values[0].numel())
+        reasons += [f"{name} gave {v:g}" for v in bad[:, 0].tolist()]
+        empty = piece.new_full((count, *like.shape[1:]), math.nan)
+        good = (whole[rows] & finite).reshape(-1, *[1] * (like.ndim - 1))
+        scores.setdefault(name, empty)[rows] = values.where(good, math.nan)
+    reasons += ["the image holds NaN or infinity: try dtype float32"] * int((~whole).sum())
+    return scores, reasons
+
+
+# --- evaluations --------------------------------------------------------------------------
+
+
+def by_prompt(scorer: Scorer) -> Scoring:
+    """A scorer of texts as one of jobs."""
+
+    def scoring(images: Tensor, jobs: Sequence[Job]) -> Mapping[str, Tensor]:
+        texts = ["" if job.prompt is None else str(job.prompt) for job in jobs]
+        return scorer(images.expand(-1, 3, -1, -1), texts)
+
+    return scoring
+
+
+def pull_to_fine(task: Task) -> Scoring:
+    """`pull`: how far images are in features from the fine solution of their noise."""
+
+    def pull(images: Tensor, jobs: Sequence[Job]) -> Mapping[str, Tensor]:
+        distinct = list(dict.fromkeys(jobs))
+        fine = task.features(images_of(task, fine_sampler(task.sampler), distinct))
+        target = fine[[distinct.index(job) for job in jobs]]
+        return {"pull": (task.features(images) - target).square().mean(1).sqrt()}
+
+    return pull
+
+
+def fine_sampler(sampler: Sampler) -> Sampler:
+    """The fine solution: Heun on the grid with FINE steps, even in log sigma, in each interval."""
+    levels = [level for level in sampler.sigmas if level > 0]
+    between = [a * (b / a) ** (i / FINE) for a, b in pairwise(levels) for i in range(FINE)]
+    rate = sampler.guidance_rate
+    return Sampler(Heun(), (*between, levels[-1]), sampler.process, guidance_rate=rate)
+
+
+def features_of(task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop) -> Tensor:
+    """The features [E, F] of images by one sampler, on every rank."""
+    scoring = [lambda images, _jobs: {"features": task.features(images)}]
+    return score_jobs(task, sampler, jobs, scoring, stop).scores["features"]
+
+
+def held_out_scores(
+    task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop, fine: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The scores on the CPU in float64, NaN for images that are none: the batch's one wait."""
-    count, whole = len(images), images.flatten(1).isfinite().all(1)
-    flat = [whole.float()[:, None], *(v.reshape(count, -1).float() for v in columns.values())]
-    block = torch.cat(flat, 1).cpu().double()
-    good, rest = block[:, 0] > 0, block[:, 1:]
-    reasons += ["the image holds NaN or infinity: try dtype float32"] * int((~good).sum())
-    result = {}
-    for name, values in columns.items():
-        numbers, rest = rest.tensor_split([values[0].numel()], 1)
-        finite = numbers.isfinite().all(1)
-        reasons += [f"{name} gave {v:g}" for v in numbers[good & ~finite][:, 0].tolist()]
-        kept = good & finite & (numbers[:, 0] != NONE)
-        result[name] = numbers.where(kept[:, None], math.nan).reshape(values.shape)
-    return result
+    """The scores [E] of held-out images by one sampler, on every rank, by reward.
+
+    With the features `fine` [E, F] of the fine solution's also `diversity` [E], how far an image
+    is in features from the others of its prompt, and `frechet` [1], the distance of the sets.
+    """
+    scorings = [by_prompt(scorer) for scorer in (task.score, task.judge) if scorer]
+    if fine is None:
+        return score_jobs(task, sampler, jobs, scorings, stop).scores
+    scorings.append(lambda images, _jobs: {"features": task.features(images)})
+    scores = score_jobs(task, sampler, jobs, scorings, stop).scores
+    points = scores.pop("features")
+    spread = diversity(points, [job.prompt for job in jobs])
+    return scores | {"diversity": spread, "frechet": frechet(points, fine)[None]}
+
+
+def compared(
+    start: Mapping[str, Tensor], now: Mapping[str, Tensor], jobs: Sequence[Job]
+) -> dict[str, float]:
+    """The numbers of an evaluation: of each score the means, the mean gain, its 95 % interval.
+
+    Prompts are the units: images of one prompt are averaged. A score of fewer than two is left
+    out, but for those of the whole set.
+    """
+    numbers: dict[str, float] = {}
+    for name in (name for name in now if name in start):
+        both = (now[name].isfinite() & start[name].isfinite()).nonzero()[:, 0].tolist()
+        means = {f"eval/{name}": now[name], f"eval/{name}_start": start[name]}
+        gains: dict[Prompt, list[float]] = {}
+        for i in both:
+            gains.setdefault(jobs[i].prompt, []).append((now[name][i] - start[name][i]).item())
+        if len(gains) > 1:
+            each = [sum(values) / len(values) for values in gains.values()]
+            gain = mean_of(torch.tensor(each, dtype=torch.float64))
+            numbers |= {
+                f"eval/{name}_gain": gain.value,
+                f"eval/{name}_gain_low": gain.low,
+                f"eval/{name}_gain_high": gain.high,
+                f"eval/{name}_pairs": len(both),
+            }
+        if len(gains) > 1 or len(now[name]) == 1:
+            numbers |= {label: values[both].mean().item() for label, values in means.items()}
+    return numbers

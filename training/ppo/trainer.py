@@ -23,18 +23,23 @@ from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
 from src.text import digest
 from training.plots import draw_gains
 from training.ppo.config import Logging, Ppo
-from training.ppo.evaluate import (
+from training.ppo.learners import METHODS, Learner
+from training.ppo.objectives import advantages
+from training.ppo.policy import Start, start_of
+from training.ppo.rollout import (
+    Task,
     by_prompt,
     compared,
     features_of,
     fine_sampler,
+    fixed_jobs,
     held_out_scores,
+    images_of,
+    measured_unit,
     pull_to_fine,
+    score_jobs,
+    step_jobs,
 )
-from training.ppo.learners import METHODS, Learner
-from training.ppo.objectives import advantages
-from training.ppo.policy import Start, start_of
-from training.ppo.rollout import Task, fixed_jobs, images_of, measured_unit, score_jobs, step_jobs
 
 SETTINGS = "configs/resolved_config.yaml"
 SHOWN = 8

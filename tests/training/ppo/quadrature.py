@@ -28,16 +28,17 @@ BEST = math.log(0.55) / math.log(0.1)
 START = 0.5
 
 
+def denoise(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+    return x - 2 * HEIGHT * (sigma**2).reshape(-1, 1, 1, 1)
+
+
+def decode(latents: Tensor) -> Tensor:
+    exact = HEIGHT * (SIGMAS[-1] ** 2 - SIGMAS[0] ** 2)
+    return (0.5 + (latents - exact) / HEIGHT / 2).float()
+
+
 def quadrature() -> Backend:
     """The backend; a prompt is a text that changes nothing but the reward."""
-
-    def denoise(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
-        return x - 2 * HEIGHT * (sigma**2).reshape(-1, 1, 1, 1)
-
-    def decode(latents: Tensor) -> Tensor:
-        exact = HEIGHT * (SIGMAS[-1] ** 2 - SIGMAS[0] ** 2)
-        return (0.5 + (latents - exact) / HEIGHT / 2).float()
-
     return Backend(
         family="analytic",
         denoise=denoise,
@@ -58,34 +59,15 @@ def reward(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"near": size - (2 * images.mean((1, 2, 3)) - 1) ** 2, "mean": images.mean((1, 2, 3))}
 
 
-def table(r: float = START, intervals: int = 1) -> Directions:
-    one = torch.ones(intervals, 1).double()
-    return Directions(r * one, one, one, one)
-
-
-def task(start: Directions | None = None) -> Task:
-    start = start or table()
-    intervals = len(start.r)
-    sigmas = torch.linspace(SIGMAS[0], SIGMAS[-1], intervals + 1).double()
-    recipe = Recipe(
-        num_steps=intervals + 1,
-        num_points=start.r.shape[1],
-        schedule_type="custom",
-        sigmas=tuple(sigmas.tolist()),
-        backend="analytic",
-    )
+def task(r: float = START) -> Task:
+    one = torch.ones(1, 1).double()
+    sampler = Sampler(EPD(Directions(r * one, one, one, one)), SIGMAS)
+    recipe = Recipe(2, 1, schedule_type="custom", sigmas=SIGMAS, backend="analytic")
+    prompts, held_out = (tuple(letter * n for n in range(1, 6)) for letter in "ph")
     return Task(
-        quadrature(),
-        Sampler(EPD(start), tuple(sigmas.tolist())),
-        recipe,
-        reward,
-        "near",
-        tuple("p" * n for n in range(1, 8)),
-        tuple("h" * n for n in range(1, 6)),
-        seed=3,
-        batch=5,
-        decode_batch=2,
-    )
+        quadrature(), sampler, recipe, reward, "near", (*prompts, "p" * 6, "p" * 7), held_out,
+        seed=3, batch=5, decode_batch=2,
+    )  # fmt: skip
 
 
 SHORT = Ppo(steps=4, rollout_batch_size=8, learning_rate=0.01, eval_interval=2, eval_prompts=6)

@@ -1,5 +1,6 @@
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from solvers.recipe import Recipe
 from src.text import read_prompts
 from training.ppo.config import Config, load_config, resolved, to_yaml
 
-ROOT = Path(__file__).parents[3]
-FOLDER = ROOT / "training" / "ppo"
+FOLDER = Path(__file__).parents[3] / "training" / "ppo"
 CFGS = sorted((FOLDER / "cfgs").glob("*.yaml"))
 SD3 = FOLDER / "cfgs" / "sd3_512.yaml"
 PUBLISHED = ("sd15", "sd3_512", "sd3_1024", "flux_dev")
@@ -22,20 +22,32 @@ def recipe(config: Config) -> Recipe:
     return load_predictor(find_predictor(config.data.predictor_snapshot)).recipe
 
 
-def named(name: str) -> Config:
-    return load_config(FOLDER / "cfgs" / f"{name}.yaml")
+def read(path: Path, overrides: Sequence[str] = ()) -> Config:
+    config = load_config(path, overrides)
+    return resolved(config, recipe(config))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_file_has_the_published_values_and_its_predictors_recipe(name: str) -> None:
-    config, ppo = named(name), named(name).ppo
-    assert resolved(config, recipe(config)).model.backend == recipe(config).backend
-    assert (ppo.rloo_k, ppo.ppo_epochs, ppo.minibatch_size) == (4, 1, 4)
-    assert (ppo.learning_rate, ppo.clip_range, ppo.max_grad_norm) == (7e-5, 0.2, 1)
-    assert (ppo.kl_coef, ppo.entropy_coef, ppo.grouping) == (0, 0, "crn")
-    assert (ppo.method, ppo.baseline, ppo.train_guidance) == ("ppo", "rloo", False)
-    assert ppo.dirichlet_concentration == (20 if name == "sd15" else 10)
-    assert ppo.rollout_batch_size == (16 if name == "sd3_512" else 8)
+@pytest.mark.parametrize("path", CFGS, ids=lambda path: path.stem)
+def test_a_file_is_whole_reads_back_as_it_was_and_has_the_published_values(
+    path: Path, tmp_path: Path
+) -> None:
+    written: Any = OmegaConf.to_container(OmegaConf.create(path.read_text()))
+    assert {"data", "model", "reward", "ppo", "logging", "run"} == written.keys()
+    config = load_config(path)
+    ppo, trained = config.ppo, set(read_prompts(str(config.data.prompt_csv)))
+    assert trained.isdisjoint(read_prompts(str(config.data.heldout_prompts)))
+    assert len(dataclasses.asdict(ppo)) >= len(written["ppo"]) >= 20
+    config = resolved(config, recipe(config))
+    assert config.model.backend == recipe(config).backend
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    if path.stem in PUBLISHED:
+        assert (ppo.rloo_k, ppo.ppo_epochs, ppo.minibatch_size) == (4, 1, 4)
+        assert (ppo.learning_rate, ppo.clip_range, ppo.max_grad_norm) == (7e-5, 0.2, 1)
+        assert (ppo.kl_coef, ppo.entropy_coef, ppo.grouping) == (0, 0, "crn")
+        assert (ppo.method, ppo.baseline, ppo.train_guidance) == ("ppo", "rloo", False)
+        assert ppo.dirichlet_concentration == (20 if path.stem == "sd15" else 10)
+        assert ppo.rollout_batch_size == (16 if path.stem == "sd3_512" else 8)
 
 
 AS_PUBLISHED = """
@@ -61,20 +73,12 @@ run: {output_root: exps, run_name: flux, seed: 0}
 
 def test_the_published_layout_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(AS_PUBLISHED)
-    config = load_config(tmp_path / "c.yaml")
-    config = resolved(config, recipe(config))
+    config = read(tmp_path / "c.yaml")
     assert (config.model.model, config.model.resolution) == ("/my/flux", 1024)
     options = config.model.backend_options
     assert (options.dtype, options.cpu_offload) == ("bfloat16", True)
     assert config.data.prompt_csv == "src/prompts/train.txt"
     assert config.reward.name == "hps"
-
-
-@pytest.mark.parametrize("path", CFGS, ids=lambda path: path.stem)
-def test_resolved_settings_read_back_as_they_were(path: Path, tmp_path: Path) -> None:
-    config = resolved(load_config(path), recipe(load_config(path)))
-    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "resolved.yaml") == config
 
 
 REFUSED = {
@@ -123,51 +127,36 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("overrides", REFUSED)
-def test_what_cannot_be_is_one_line_with_the_key_and_what_would_do(overrides: str) -> None:
-    parts = overrides.replace(": ", ":\0").replace(", ", ",\0").split(" ")
-    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
-        load_config(SD3, [part.replace("\0", " ") for part in parts])
-    assert REFUSED[overrides] in str(caught.value)
+BY_THE_RECIPE = {
+    "model.num_steps=9": "model.num_steps 9 is not that of exps/sd3-512",
+    "model.num_points=3": "which is 2: set model.num_points=2",
+    "model.schedule_type=polynomial": "which is flowmatch",
+    "model.backend=flux": "which is sd3",
+    "model.guidance_rate=5": "model.guidance_rate 5.0 is not that of",
+    "model.resolution=1024": "which is 512",
+    "model.backend_options.flowmatch_shift=2": "backend_options.flowmatch_shift 2.0 is not",
+    "ppo.learning_by_interval=[1, 2]": "has 2 numbers: exps/sd3-512/",
+}
+FILES = {
+    "ppo: [": "is not YAML that can be read",
+    "- 1": "holds no sections",
+    "": "data.predictor_snapshot is missing",
+    "data: {predictor_snapshot: a}": "reward.type is missing",
+    "ppo: {steps: 1, steps: 2}": "duplicate key steps",
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("ppo: [", "is not YAML that can be read"),
-        ("- 1", "holds no sections"),
-        ("", "data.predictor_snapshot is missing"),
-        ("data: {predictor_snapshot: a}", "reward.type is missing"),
-        ("ppo: {steps: 1, steps: 2}", "duplicate key steps"),
-        (None, "no such file"),
-    ],
-)
-def test_a_file_that_is_not_whole_is_refused(text: str | None, words: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        load_config(tmp_path / "c.yaml")
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("model.num_steps=9", "model.num_steps 9 is not that of exps/sd3-512"),
-        ("model.num_points=3", "which is 2: set model.num_points=2"),
-        ("model.schedule_type=polynomial", "which is flowmatch"),
-        ("model.backend=flux", "which is sd3"),
-        ("model.guidance_rate=5", "model.guidance_rate 5.0 is not that of"),
-        ("model.resolution=1024", "which is 512"),
-        ("model.backend_options.flowmatch_shift=2", "backend_options.flowmatch_shift 2.0 is not"),
-        ("ppo.learning_by_interval=[1, 2]", "has 2 numbers: exps/sd3-512/"),
-    ],
-)
-def test_what_the_recipe_says_otherwise_is_refused_with_both_values(
-    override: str, words: str
+@pytest.mark.parametrize("given", [*REFUSED, *BY_THE_RECIPE, *FILES])
+def test_what_cannot_be_is_one_line_with_the_key_and_what_would_do(
+    given: str, tmp_path: Path
 ) -> None:
-    config = load_config(SD3, [override])
-    with pytest.raises(ValueError, match=words):
-        resolved(config, recipe(config))
+    file, overrides = SD3, re.split(r"(?<![:,]) ", given)  # lists and sections have spaces
+    if given in FILES:
+        file, overrides = tmp_path / "c.yaml", []
+        file.write_text(given)
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        read(file, overrides)
+    assert (REFUSED | BY_THE_RECIPE | FILES)[given] in str(caught.value)
 
 
 def leaves(tree: dict[str, Any], above: str = "") -> Iterator[str]:
@@ -178,17 +167,5 @@ def leaves(tree: dict[str, Any], above: str = "") -> Iterator[str]:
 
 def test_the_page_explains_every_key() -> None:
     page = (FOLDER / "README.md").read_text()
-    keys = list(leaves(dataclasses.asdict(named("sd3_512"))))
-    missing = [k for k in keys if f"`{k}`" not in page and f"`.{k.split('.')[-1]}`" not in page]
-    assert missing == []
-
-
-@pytest.mark.parametrize("path", CFGS, ids=lambda path: path.stem)
-def test_a_file_has_all_keys_that_matter_and_its_prompts_are_there(path: Path) -> None:
-    written = OmegaConf.to_container(OmegaConf.create(path.read_text()))
-    assert isinstance(written, dict)
-    assert {"data", "model", "reward", "ppo", "logging", "run"} == written.keys()
-    data = load_config(path).data
-    trained = set(read_prompts(str(data.prompt_csv)))
-    assert trained.isdisjoint(read_prompts(str(data.heldout_prompts)))
-    assert len(dataclasses.asdict(load_config(path).ppo)) >= len(written["ppo"]) >= 20
+    keys = leaves(dataclasses.asdict(load_config(SD3)))
+    assert [k for k in keys if f"`{k}`" not in page and f"`.{k.split('.')[-1]}`" not in page] == []

@@ -1,45 +1,88 @@
+"""The launcher, on tiny twins of the models of training/ppo/cfgs and of HPS."""
+
+import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
+from torch import Tensor
 
-from backends.base import Prompt
-from solvers.predictor import load_predictor
+from rewards import clip
+from solvers.predictor import Predictor, find_predictor, load_predictor, save_predictor
 from src.runs import Metrics, read_sealed
-from tests.training.ppo.small import CFGS, config_of, small_hps, start, told, write_twins
+from tests import twins as pipelines
+from tests.rewards.twins import OPEN_CLIP, open_clip_state
 from training.ppo import launch
-from training.ppo.config import Config, load_config
-from training.ppo.launch import prompts_of
+from training.ppo.config import load_config
 
 ROOT = Path(__file__).parents[3]
+CFGS = ROOT / "training" / "ppo" / "cfgs"
 SD3 = str(CFGS / "sd3_512.yaml")
-WEIGHTS = ("EPD_WEIGHTS", "EPD_HPS", "EPD_SD3", "EPD_CLIP")
+FAMILIES = {"sd15": "sd", "sd3_512": "sd3", "sd3_1024": "sd3", "flux_dev": "flux"}
+SIDE = 16
+SMALL = {
+    "model.resolution": str(SIDE),
+    "ppo.rollout_batch_size": "4",
+    "ppo.minibatch_size": "4",
+    "ppo.rloo_k": "4",
+    "ppo.eval_prompts": "2",
+    "ppo.eval_interval": "2",
+    "ppo.steps": "3",
+    "logging.save_interval": "2",
+    "logging.tensorboard": "false",
+}
 
 
 @pytest.fixture(autouse=True)
 def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever weights this machine has, none are found; HPS is small."""
-    for name in WEIGHTS:
+    for name in ("EPD_HPS", "EPD_SD3", "EPD_CLIP"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path / "none"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
-    small_hps(monkeypatch)
+    for name in ("EPD_WEIGHTS", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setattr(clip, "config_named", lambda _name: OPEN_CLIP)
+
+
+def write_twins(name: str, folder: Path, **recipe: Any) -> Path:
+    """What a file needs: its model, the predictor for its size, and HPS."""
+    family = "sdxl" if recipe else FAMILIES[name.removesuffix("_guided")]
+    makers = {**pipelines.MAKERS, "sdxl": pipelines.sdxl}
+    pipelines.saved(folder / "model", makers[family]())
+    snapshot = load_config(CFGS / f"{name}.yaml").data.predictor_snapshot
+    predictor = load_predictor(find_predictor(snapshot))
+    own = dataclasses.replace(predictor.recipe, img_resolution=SIDE, **recipe)
+    save_predictor(Predictor(predictor.table, own), folder / "start.pkl")
+    torch.save({"state_dict": open_clip_state()}, folder / "hps.pt")
+    return folder
+
+
+def on_twins(name: str, folder: Path, *changes: str) -> list[str]:
+    """The command line of a file on the twins in `folder`."""
+    places = {
+        "data.predictor_snapshot": str(folder / "start.pkl"),
+        "model.model": str(folder / "model"),
+        "reward.weights_path": str(folder / "hps.pt"),
+        "run.output_root": str(folder / "runs"),
+    }
+    every = [f"{key}={value}" for key, value in (places | SMALL).items()]
+    given = [part for change in (*every, *changes) for part in ("--override", change)]
+    return ["--config", str(CFGS / f"{name}.yaml"), "--device", "cpu", *given]
+
+
+def start(*arguments: str) -> Result:
+    return CliRunner().invoke(launch.main, list(arguments))
 
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the twins of sd3_512.yaml, with a run of two of its three steps."""
-    folder = tmp_path_factory.mktemp("twins")
-    write_twins("sd3_512", folder)
-    with pytest.MonkeyPatch.context() as patch:
-        small_hps(patch)
-        done = start(*told("sd3_512", folder), "--max-steps", "2", "--run-name", "cut")
-    assert done.exit_code == 0, done.output
-    return folder
+    """The twins of sd3_512.yaml."""
+    return write_twins("sd3_512", tmp_path_factory.mktemp("twins"))
 
 
 def refused(result: Result) -> str:
@@ -49,59 +92,77 @@ def refused(result: Result) -> str:
     return lines[0]
 
 
-def nothing_loads(patch: pytest.MonkeyPatch) -> None:
-    def loaded(*_: object) -> None:
-        raise AssertionError("something was loaded")
+@pytest.mark.parametrize("name", ["sd15", "sd3_1024", "sd3_512_guided", "flux_dev_guided"])
+def test_a_published_file_runs_on_twins_from_its_own_yaml(name: str, tmp_path: Path) -> None:
+    done = start(*on_twins(name, write_twins(name, tmp_path)))
+    assert done.exit_code == 0, done.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    lines = Metrics(folder / "logs" / "metrics.jsonl").read()
+    assert [line["step"] for line in lines if "reward/hps" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "eval/hps_gain" in line] == [0, 2]
+    begun = load_predictor(tmp_path / "start.pkl")
+    ended = load_predictor(folder / "export" / "network-snapshot-export-step000003.pkl")
+    assert ended.recipe.training["ppo"]["step"] == 3
+    guided = name.endswith("_guided")
+    assert bool((ended.table.r - begun.table.r).abs().max() > 0) is not guided
+    assert (ended.recipe.schedule_type, ended.nfe) == (begun.recipe.schedule_type, begun.nfe)
+    assert (ended.table.guidance is not None) is guided
 
-    patch.setattr(launch, "make_task", loaded)
 
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (("ppo.stepz=1",), "did you mean ppo.steps?"),
-        (("model.num_steps=9",), "model.num_steps 9 is not that of exps/sd3-512"),
-        (("data.predictor_snapshot=sd3-512-bst",), "sd3-512-best"),
-        (("data.prompt_csv=nowhere.csv",), "nowhere.csv: No such file"),
-        (("data.heldout_prompts=null", "ppo.eval_prompts=2000"), "leaves none of src/prompts"),
-        (("data.heldout_prompts=src/prompts/train.txt",), "held-out prompts are not trained on"),
-        (("reward.type=hsp",), "no reward 'hsp': did you mean hps?"),
-        (("reward.judges=[clap]",), "no reward 'clap': did you mean clip?"),
-        (("reward.weights_path=no.pt",), "hps: no such file or folder: no.pt"),
-        (("reward.type=my:own", "reward.weights_path=a"), "does nothing for my:own"),
-        ((), "missing weights: hps: HPS v2.1"),
-    ],
-)
-def test_what_cannot_run_is_refused_before_anything_is_loaded(
-    overrides: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing_loads(monkeypatch)
-    given = [part for change in overrides for part in ("--override", change)]
-    assert said in refused(start("--config", SD3, "--device", "cpu", *given))
+def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path: Path) -> None:
+    name, grid = "StableDiffusionXLPipeline", torch.logspace(1.1, -1.4, 11).double().tolist()
+    about = {"backend": name, "schedule_type": "custom", "sigmas": tuple(grid)}
+    changes = (f"model.backend={name}", "model.schedule_type=custom", "ppo.steps=2")
+    done = start(*on_twins("sd15", write_twins("sd15", tmp_path, **about), *changes))
+    assert done.exit_code == 0, done.output
+    assert "2 steps in" in done.output
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "said"),
     [
-        (f"model.model={config_of('sd3_512').model.model}", "bash launch.sh weights sd3"),
+        ("ppo.stepz=1", "did you mean ppo.steps?"),
+        ("model.num_steps=9", "model.num_steps 9 is not that of"),
+        ("data.predictor_snapshot=sd3-512-bst", "sd3-512-best"),
+        ("data.prompt_csv=nowhere.csv", "nowhere.csv: No such file"),
+        ("data.heldout_prompts=null ppo.eval_prompts=2000", "leaves none of src/prompts"),
+        ("data.heldout_prompts=src/prompts/train.txt", "held-out prompts are not trained on"),
+        ("reward.type=hsp", "no reward 'hsp': did you mean hps?"),
+        ("reward.judges=[clap]", "no reward 'clap': did you mean clip?"),
+        ("reward.weights_path=no.pt", "hps: no such file or folder: no.pt"),
+        ("reward.type=my:own", "does nothing for my:own"),
+        ("reward.weights_path=null", "missing weights: hps: HPS v2.1"),
         ("reward.weights_path={folder}/cut.pt", "cut.pt"),
+        (f"model.model={load_config(SD3).model.model}", "bash launch.sh weights sd3"),
         ("model.backend_options.model_config=/no/where", "no model at '/no/where'"),
     ],
 )
-def test_what_is_not_here_or_not_whole_is_told_before_anything_is_loaded(
-    override: str, words: str, twins: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_run_is_refused_before_anything_is_loaded(
+    override: str, said: str, twins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing_loads(monkeypatch)
+    def loaded(*_: object) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(launch, "make_task", loaded)
     (twins / "cut.pt").write_bytes((twins / "hps.pt").read_bytes()[:999])
-    override = override.replace("{folder}", str(twins))
-    assert words in refused(start(*told("sd3_512", twins, override)))
+    changes = override.replace("{folder}", str(twins)).split(" ")
+    assert said in refused(start(*on_twins("sd3_512", twins, *changes)))
 
 
-def test_a_model_of_another_family_is_refused(twins: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_family_and_a_run_that_is_not_there_are_refused(
+    twins: Path, tmp_path: Path
+) -> None:
     write_twins("sd15", tmp_path)
-    said = refused(start(*told("sd3_512", twins, f"model.model={tmp_path / 'model'}")))
+    said = refused(start(*on_twins("sd3_512", twins, f"model.model={tmp_path / 'model'}")))
     assert "model.backend sd3 is not that of" in said
     assert "which is ldm" in said
+    for arguments, words in (
+        ([], "--config is missing"),
+        (["--config", "nowhere.yaml"], "no such file: nowhere.yaml"),
+        (["--resume", "nowhere"], "no run and no checkpoint at nowhere"),
+        (["--config", SD3, "--resume", "latest", "--run-name", "none"], "no run 'none' with"),
+    ):
+        assert words in refused(start(*arguments))
 
 
 def test_a_dry_run_prints_settings_that_read_back_and_what_is_missing(tmp_path: Path) -> None:
@@ -113,62 +174,48 @@ def test_a_dry_run_prints_settings_that_read_back_and_what_is_missing(tmp_path: 
     assert [line.split(":")[2].strip() for line in done.stderr.splitlines()] == ["hps", "sd3"]
 
 
-def held_out(config: Config, folder: Path, prompts: int) -> tuple[tuple[Prompt, ...], ...]:
-    (folder / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
-    return prompts_of(config)
-
-
 def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(20)))
     changes = ["data.heldout_prompts=null", f"data.prompt_csv={tmp_path / 'p.txt'}"]
     config = load_config(SD3, [*changes, "ppo.eval_prompts=5"])
-    trained, kept = held_out(config, tmp_path, 20)
+    trained, kept = launch.prompts_of(config)
     assert (len(trained), len(kept)) == (15, 5)
     assert not set(trained) & set(kept)
-    assert prompts_of(config) == (trained, kept)
+    assert launch.prompts_of(config) == (trained, kept)
 
 
 def run_of(folder: Path, name: str) -> Path:
-    (found,) = (folder / "runs").glob(f"*-{name}")
-    return found
+    (run,) = folder.glob(f"*-{name}")
+    return run
 
 
-def test_a_run_that_was_cut_goes_on_as_if_it_never_was(twins: Path) -> None:
-    whole = start(*told("sd3_512", twins), "--run-name", "whole")
-    root = f"run.output_root={twins / 'runs'}"
-    latest = start(*told("sd3_512", twins, root), "--run-name", "cut", "--resume", "latest")
-    assert (whole.exit_code, latest.exit_code) == (0, 0), latest.output
-    both = [run_of(twins, name) / "export" for name in ("cut", "whole")]
-    one, other = (load_predictor(p / "network-snapshot-export-step000003.pkl") for p in both)
-    assert one.table.r.equal(other.table.r)
-    assert one.table.weight.equal(other.table.weight)
-    steps = Metrics(both[0].parent / "logs" / "metrics.jsonl").read()
-    assert [line["step"] for line in steps if "reward" in line] == [1, 2, 3]
-    assert read_sealed(both[0].parent / "checkpoints" / "checkpoint-00000003.pt")["step"] == 3
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
+def test_a_run_that_was_cut_goes_on_as_if_it_never_was_but_not_with_other_images(
+    twins: Path, tmp_path: Path
+) -> None:
+    root, latest = f"run.output_root={tmp_path}", ("--run-name", "cut", "--resume", "latest")
+    given = on_twins("sd3_512", twins, root)
+    cut = start(*given, "--max-steps", "2", "--run-name", "cut")
+    for change, words in (
         ("model.guidance_rate=5", "model.guidance_rate 5.0 is not that of"),
         ("ppo.learning_rate=0.1", "was made with ppo.learning_rate 7e-05, not 0.1"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_images(twins: Path, override: str, words: str) -> None:
-    run = str(run_of(twins, "cut"))
-    assert words in refused(start("--resume", run, "--override", override))
+    ):
+        again = start("--resume", str(run_of(tmp_path, "cut")), "--override", change)
+        assert words in refused(again)
+    done = [cut, start(*given, "--run-name", "whole"), start(*given, *latest)]
+    assert [each.exit_code for each in done] == [0, 0, 0], done[-1].output
+    both = [run_of(tmp_path, name) for name in ("cut", "whole")]
+    ends = [run / "export" / "network-snapshot-export-step000003.pkl" for run in both]
+    one, other = (load_predictor(path).table for path in ends)
+    assert one.r.equal(other.r)
+    assert one.weight.equal(other.weight)
+    steps = Metrics(both[0] / "logs" / "metrics.jsonl").read()
+    assert [line["step"] for line in steps if "reward" in line] == [1, 2, 3]
+    assert read_sealed(both[0] / "checkpoints" / "checkpoint-00000003.pt")["step"] == 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ((), "--config is missing"),
-        (("--resume", "nowhere"), "no run and no checkpoint at nowhere"),
-        (("--resume", "src"), "is no folder of a run"),
-        (("--config", SD3, "--resume", "latest", "--run-name", "none"), "no run 'none' with"),
-    ],
-)
-def test_a_run_that_is_not_there_is_not_resumed(arguments: tuple[str, ...], said: str) -> None:
-    assert said in refused(start(*arguments))
+def brightness(images: Tensor, _prompts: Sequence[str]) -> Tensor:
+    """A reward that needs no weights: the mean of the pixels, [B]."""
+    return images.mean((1, 2, 3))
 
 
 @pytest.mark.slow
@@ -176,16 +223,15 @@ def test_a_run_that_is_not_there_is_not_resumed(arguments: tuple[str, ...], said
 def test_two_ranks_write_one_folder_and_the_export_of_one(
     twins: Path, tmp_path: Path, degree: str
 ) -> None:
-    reward = "reward.type=tests.training.ppo.small:brightness"
+    reward = "reward.type=tests.training.ppo.test_launch:brightness"
     changes = (reward, "reward.weights_path=null", f"run.output_root={tmp_path}")
     changes += ("model.backend_options.dtype=float32",)  # half an answer travels, in half
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    given = ["-m", "training.ppo.launch", *told("sd3_512", twins, *changes), "--run-name", "two"]
-    given += ["--points_degree", degree]
+    command += ["-m", "training.ppo.launch", *on_twins("sd3_512", twins, *changes)]
+    command += ["--run-name", "two", "--points_degree", degree]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command, *given], cwd=ROOT, env=environment, check=True)
-    assert start(*told("sd3_512", twins, *changes), "--run-name", "one").exit_code == 0
-    (one,), (two,) = (list(tmp_path.glob(f"*-{name}")) for name in ("one", "two"))
-    file = "export/network-snapshot-export-step000003.pkl"
-    alone, shared = (load_predictor(folder / file).table.r for folder in (one, two))
-    assert torch.allclose(alone, shared, atol=1e-6)
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+    assert start(*on_twins("sd3_512", twins, *changes), "--run-name", "one").exit_code == 0
+    ends = [run_of(tmp_path, name) / "export" for name in ("one", "two")]
+    alone, shared = (load_predictor(p / "network-snapshot-export-step000003.pkl") for p in ends)
+    assert torch.allclose(alone.table.r, shared.table.r, atol=1e-6)

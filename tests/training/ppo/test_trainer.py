@@ -1,5 +1,9 @@
+"""Whole runs of stage 2: what they learn, write, survive, refuse and export."""
+
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,16 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from solvers.predictor import load_predictor
 from src.runs import Metrics, Stop, Stopped, read_sealed, write_sealed
-from tests.training.ppo.quadrature import EVERY, SHORT, reward, short_run, table, task
+from tests.training.ppo.quadrature import BEST, EVERY, SHORT, START, reward, short_run, task
+from training.ppo import export, export_epd_predictor
 from training.ppo.trainer import export_path, train
 
 ROOT = Path(__file__).parents[3]
 LAST = Path("checkpoints") / f"checkpoint-{SHORT.steps:08d}.pt"
 TIMES = ("seconds/", "images_per_second")
+RARE = replace(EVERY, save_interval=100)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +38,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path, having: str = "") -> list[dict[str, Any]]:
     """What a run told, but for how long it took."""
     lines = Metrics(folder / "logs" / "metrics.jsonl").read()
+    lines = [line for line in lines if not having or having in line]
     return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
 
 
@@ -48,49 +56,101 @@ def alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_evaluations_hold_the_policy_against_the_start(whole: Path) -> None:
-    lines = [line for line in metrics(whole) if "eval/near_gain" in line]
+def same_to_the_bit(one: Path, other: Path) -> bool:
+    ends = (read_sealed(folder / LAST) for folder in (one, other))
+    return alike(*ends) and metrics(one) == metrics(other)
+
+
+# --- what is learned ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"baseline": "james-stein", "antithetic": True},
+        {"grouping": "prompt", "learning_by_interval": [1.5], "entropy_by_interval": [1.0]},
+        {"method": "cma", "rloo_k": 8},
+        {"method": "quotients", "learning_rate": 0.1},
+    ],
+)
+def test_the_best_table_is_found_where_it_is_known_by_every_estimator(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    long = replace(SHORT, steps=40, rollout_batch_size=16, learning_rate=5e-3, eval_interval=40)
+    ppo = replace(long, dirichlet_concentration=40, eval_prompts=8)
+    outcome = train(task(), replace(ppo, **more), RARE, tmp_path)
+    assert abs(outcome.predictor.table.r.item() - BEST) < 0.25 * abs(START - BEST)
+    last = metrics(tmp_path)[-1]  # on prompts and noise never trained on
+    assert (last["step"], last["eval/near_gain_low"] > 0) == (40, True)
+
+
+# --- evaluations and what is kept of them -------------------------------------------------
+
+
+def test_evaluations_hold_the_policy_against_the_start_and_the_best_is_exported(
+    whole: Path,
+) -> None:
+    lines = metrics(whole, "eval/near_gain")
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert lines[0]["eval/near_gain"] == 0
     for line in lines:
         gain = line["eval/near"] - line["eval/near_start"]
         assert line["eval/near_gain"] == pytest.approx(gain, rel=1e-4)  # by prompt
         assert line["eval/near_gain_low"] <= line["eval/near_gain"] <= line["eval/near_gain_high"]
-
-
-@pytest.mark.parametrize("step", range(4))
-def test_a_run_that_goes_on_is_the_one_that_was_never_stopped(
-    whole: Path, tmp_path: Path, step: int
-) -> None:
-    source = whole / "checkpoints" / f"checkpoint-{step:08d}.pt"
-    short_run(tmp_path, resume=source)
-    assert alike(read_sealed(tmp_path / LAST), read_sealed(whole / LAST))
-    after = [line for line in metrics(whole) if line["step"] > step]
-    assert [line for line in metrics(tmp_path) if line["step"] > step] == after
-
-
-def test_the_best_export_is_that_of_the_evaluation_that_gained_most(whole: Path) -> None:
-    lines = [line for line in metrics(whole) if "eval/near_gain" in line]
     best = max(lines, key=lambda line: line["eval/near_gain"])["step"]
-    found, wanted = (load_predictor(export_path(whole, step)) for step in ("best", best))
-    assert torch.equal(found.table.r, wanted.table.r)
+    one, wanted = (load_predictor(export_path(whole, step)) for step in ("best", best))
+    assert torch.equal(one.table.r, wanted.table.r)
     assert read_sealed(whole / "checkpoints" / "best.pt")["step"] == best
+
+
+def test_an_evaluation_watches_judges_and_sets_and_ends_a_run_that_no_longer_gains(
+    tmp_path: Path,
+) -> None:
+    def judge(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"far": -reward(images, prompts)["near"]}
+
+    watched = replace(SHORT, watch="far", early_stop=2, steps=40, eval_seeds=3, pull_coef=0.1)
+    outcome = train(replace(task(), judge=judge), watched, EVERY, tmp_path)
+    lines = metrics(tmp_path, "eval/far_gain")
+    best = max(lines, key=lambda line: line["eval/far_gain"])
+    assert lines[-1]["eval/best_step"] == best["step"] == outcome.steps - 4
+    assert outcome.stopped_early
+    assert lines[0]["eval/diversity_gain"] == 0
+    assert lines[-1]["eval/frechet_start"] == lines[0]["eval/frechet"] > 0
+    assert lines[-1]["eval/diversity_pairs"] == 18
+    assert all(line["reward/pull"] > 0 for line in metrics(tmp_path, "reward"))
+
+
+# --- what a run survives, and what it refuses ---------------------------------------------
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     whole: Path, tmp_path: Path
 ) -> None:
-    for name in ("checkpoint-00000002.pt", "checkpoint-00000003.pt"):
-        content = (whole / "checkpoints" / name).read_bytes()
-        cut = content if "2" in name else content[:-50]
-        path = tmp_path / "checkpoints" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(cut)
     heard: list[str] = []
-    train(task(), SHORT, EVERY, tmp_path, resume=tmp_path, say=heard.append)
-    assert any("checkpoint-00000003.pt is damaged" in text for text in heard)
+    folder = shutil.copytree(whole, tmp_path / "cut")
+    for path in (folder / LAST, folder / "checkpoints" / "checkpoint-00000003.pt"):
+        path.write_bytes(path.read_bytes()[:-50])
+    train(task(), SHORT, EVERY, folder, resume=folder, say=heard.append)
+    assert [text.split(" is ")[-1][:7] for text in heard[:2]] == ["damaged"] * 2
     assert any("checkpoint-00000002.pt at step 2" in text for text in heard)
-    assert alike(read_sealed(tmp_path / LAST), read_sealed(whole / LAST))
+    assert same_to_the_bit(folder, whole)
+
+
+@pytest.mark.parametrize("method", ["ppo", "cma", "quotients"])
+def test_a_run_that_goes_on_is_the_one_that_was_never_stopped(
+    whole: Path, tmp_path: Path, method: str
+) -> None:
+    ppo = replace(SHORT, method=method)
+    if method != "ppo":
+        short_run(whole := tmp_path / "whole", ppo)
+    for step in (0, 1, 3) if method == "ppo" else (2,):
+        source, folder = whole / "checkpoints" / f"checkpoint-{step:08d}.pt", tmp_path / f"{step}"
+        short_run(folder, ppo, resume=source)
+        assert alike(read_sealed(folder / LAST), read_sealed(whole / LAST))
+        after = [line for line in metrics(whole) if line["step"] > step]
+        assert [line for line in metrics(folder) if line["step"] > step] == after
 
 
 def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(
@@ -104,103 +164,68 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(
             stop.hear(15, None)
         return reward(images, prompts)
 
-    rare = replace(EVERY, save_interval=100)
     with pytest.raises(Stopped):
-        train(replace(task(), score=slow), SHORT, rare, tmp_path, stop=stop)
-    found = max((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
-    assert 0 < read_sealed(found)["step"] < SHORT.steps
+        train(replace(task(), score=slow), SHORT, RARE, tmp_path, stop=stop)
+    newest = max((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
+    assert 0 < read_sealed(newest)["step"] < SHORT.steps
     short_run(tmp_path, resume=tmp_path)
-    assert alike(read_sealed(tmp_path / LAST), read_sealed(whole / LAST))
-    assert metrics(tmp_path) == metrics(whole)
+    assert same_to_the_bit(tmp_path, whole)
 
 
-def test_a_checkpoint_of_other_settings_or_another_table_is_refused(whole: Path) -> None:
-    source = whole / "checkpoints" / "checkpoint-00000001.pt"
-    other = replace(SHORT, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"was made with ppo.learning_rate 0.01, not 0.1"):
-        train(task(), other, EVERY, whole, resume=source)
-    with pytest.raises(ValueError, match="began with another table"):
-        train(task(table(0.4)), SHORT, EVERY, whole, resume=source)
+def test_a_checkpoint_of_other_settings_another_table_or_version_is_refused(
+    whole: Path, tmp_path: Path
+) -> None:
+    source, old = whole / "checkpoints" / "checkpoint-00000001.pt", tmp_path / "old.pt"
+    write_sealed(old, {"step": 3, "policy": {}})
+    for ppo, r, path, words in (
+        (replace(SHORT, learning_rate=0.1), START, source, "ppo.learning_rate 0.01, not 0.1"),
+        (SHORT, 0.4, source, "began with another table"),
+        (SHORT, START, old, "old.pt is no checkpoint of this version"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(task(r), ppo, EVERY, tmp_path / "new", resume=path)
 
 
 def test_rewards_that_are_no_numbers_are_left_out_until_the_budget_is_spent(
     tmp_path: Path,
 ) -> None:
     def broken(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        found = reward(images, prompts)
+        scores = reward(images, prompts)
         bad = torch.tensor([p == "ppp" for p in prompts])
-        return found | {"near": found["near"].masked_fill(bad, math.nan)}
+        return scores | {"near": scores["near"].masked_fill(bad, math.nan)}
 
     sick = replace(task(), score=broken)
     train(sick, replace(SHORT, nonfinite_budget=8), EVERY, tmp_path / "a")
-    lines = [line for line in metrics(tmp_path / "a") if "reward" in line]
+    lines = metrics(tmp_path / "a", "reward")
     assert lines[-1]["nonfinite"] == 4  # the 4 images of one of 7 prompts, in 8 groups
     assert all(math.isfinite(v) for line in lines for v in line.values())
     with pytest.raises(ValueError, match=r"4 images had no finite reward.*is 3: near gave nan"):
         train(sick, replace(SHORT, nonfinite_budget=3), EVERY, tmp_path / "b")
 
 
-def test_a_run_that_no_longer_gains_stops_early_when_asked(tmp_path: Path) -> None:
-    still = replace(SHORT, steps=40, learning_rate=1e-12, eval_interval=1, early_stop=2)
-    flat = replace(task(), score=lambda images, _: {"near": images.new_zeros(len(images))})
-    outcome = train(flat, still, EVERY, tmp_path)
-    assert outcome.stopped_early
-    assert outcome.steps == 2
-
-
-@pytest.mark.parametrize("method", ["cma", "quotients"])
-def test_rivals_go_on_as_if_they_had_never_stopped(tmp_path: Path, method: str) -> None:
-    rival = replace(SHORT, method=method, learning_rate=0.3)
-    for name in ("whole", "cut"):
-        short_run(tmp_path / name, rival)
-    source = tmp_path / "cut" / "checkpoints" / "checkpoint-00000002.pt"
-    short_run(tmp_path / "cut", rival, resume=source)
-    ends = [read_sealed(tmp_path / name / LAST) for name in ("whole", "cut")]
-    assert alike(ends[0], ends[1])
-    with pytest.raises(ValueError, match=r"was made with ppo.learning_rate 0\.3, not 0\.01"):
-        short_run(tmp_path / "cut", resume=tmp_path / "cut")
-
-
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
-    write_sealed(tmp_path / "old.pt", {"step": 3, "policy": {}})
-    with pytest.raises(ValueError, match=r"old.pt is no checkpoint of this version.*start anew"):
-        short_run(tmp_path / "new", resume=tmp_path / "old.pt")
-
-
-def test_a_judge_is_watched_where_that_is_asked(tmp_path: Path) -> None:
-    def judge(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {"far": -reward(images, prompts)["near"]}
-
-    watched = replace(SHORT, watch="far", early_stop=1, steps=40)
-    outcome = train(replace(task(), judge=judge), watched, EVERY, tmp_path)
-    lines = [line for line in metrics(tmp_path) if "eval/far_gain" in line]
-    best = max(lines, key=lambda line: line["eval/far_gain"])
-    assert lines[-1]["eval/best_step"] == best["step"]
-    assert outcome.stopped_early
-
-
-def test_several_noises_to_a_prompt_show_diversity_and_the_distance_of_the_set(
-    tmp_path: Path,
-) -> None:
-    several = replace(SHORT, steps=2, eval_seeds=3, pull_coef=0.1)
-    train(task(), several, EVERY, tmp_path)
-    first, *steps, last = metrics(tmp_path)
-    assert first["eval/diversity_gain"] == 0
-    assert last["eval/frechet_start"] == first["eval/frechet"] > 0
-    assert last["eval/diversity_pairs"] == 18
-    assert all(line["reward/pull"] > 0 for line in steps)
-
-
 WORK = """
-import sys
+import os, signal, sys
+from itertools import count
 from pathlib import Path
 import torch
 from src import ranks
 from tests.training.ppo.quadrature import short_run
+last, numbers, put = int(sys.argv[2]), count(1), os.replace
+def put_or_die(*places):
+    if next(numbers) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(*places)
+os.replace = put_or_die
 ranks.init(torch.device("cpu"))
 short_run(Path(sys.argv[1]))
 ranks.close()
 """
+
+
+def work(folder: Path, killed_at: int = 0, **more: str) -> subprocess.Popen:
+    """A short run in a process of its own, killed where the so many-th file would get its name."""
+    command = [sys.executable, "-c", WORK, str(folder), str(killed_at)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | more, cwd=ROOT)
 
 
 def test_two_ranks_make_the_run_of_one_and_one_goes_on_where_two_stood(
@@ -209,54 +234,12 @@ def test_two_ranks_make_the_run_of_one_and_one_goes_on_where_two_stood(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORK, str(tmp_path)],
-            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-            cwd=ROOT,
-        )
-        for r in range(2)
-    ]
-    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [work(tmp_path, RANK=r, LOCAL_RANK=r, **shared) for r in "01"]
+    assert [p.wait(timeout=240) for p in processes] == [0, 0]
     same_run(tmp_path, whole)
     short_run(tmp_path, resume=tmp_path / "checkpoints" / "checkpoint-00000002.pt")
     same_run(tmp_path, whole)
-
-
-KILLED = """
-import os
-import signal
-import sys
-from itertools import count
-from pathlib import Path
-from tests.training.ppo.quadrature import short_run
-last, numbers, put = int(sys.argv[2]), count(1), os.replace
-def put_or_die(*places):
-    if next(numbers) == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    put(*places)
-os.replace = put_or_die
-short_run(Path(sys.argv[1]))
-"""
-
-
-@pytest.mark.parametrize("files", [8, pytest.param(12, marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_at_a_write_is_the_one_that_never_was(
-    whole: Path, tmp_path: Path, files: int
-) -> None:
-    """SIGKILL where the so many-th file would have got its name."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(files)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
-    found = sorted((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
-    assert found
-    assert not (tmp_path / LAST).exists()
-    short_run(tmp_path, resume=tmp_path)
-    assert alike(read_sealed(tmp_path / LAST), read_sealed(whole / LAST))
-    assert metrics(tmp_path) == metrics(whole)
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -267,3 +250,57 @@ def same_run(one: Path, other: Path) -> None:
     assert short["progress"]["best_step"] == long["progress"]["best_step"]
     for name, numbers in short["learner"]["policy"].items():
         assert torch.allclose(numbers, long["learner"]["policy"][name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("files", [8, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_at_a_write_is_the_one_that_never_was(
+    whole: Path, tmp_path: Path, files: int
+) -> None:
+    assert work(tmp_path, files).wait(timeout=240) == -signal.SIGKILL
+    assert sorted((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
+    assert not (tmp_path / LAST).exists()
+    short_run(tmp_path, resume=tmp_path)
+    assert same_to_the_bit(tmp_path, whole)
+
+
+# --- export -------------------------------------------------------------------------------
+
+
+def test_an_export_is_the_predictor_of_the_newest_checkpoint_or_of_the_one_that_is_named(
+    whole: Path, tmp_path: Path
+) -> None:
+    for ending in ("pkl", "json"):
+        ours = tmp_path / "deep" / f"ours.{ending}"
+        given = ["--checkpoint", str(whole), "--output", str(ours)]
+        done = CliRunner().invoke(export.main, given)
+        assert done.exit_code == 0, done.output
+        newest, theirs = load_predictor(ours), load_predictor(export_path(whole, SHORT.steps))
+        assert torch.equal(newest.table.r, theirs.table.r)
+        assert newest.recipe == theirs.recipe
+    published = [str(whole), "--checkpoint", "checkpoints/checkpoint-00000001.pt"]
+    done = CliRunner().invoke(export_epd_predictor.main, published)
+    path = whole / "export" / "network-snapshot-export-step000001.pkl"
+    assert done.output.startswith(f"{path}: step 1 of")
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "said"),
+    [
+        ("nowhere.pt", "a.pkl", "no such file: nowhere.pt"),
+        ("pyproject.toml", "a.pkl", "is no checkpoint of ours"),
+        ("src", "a.pkl", "src has no checkpoint"),
+        ("nowhere.pt", "a.txt", "a.txt: a predictor's file ends in .pkl"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(source: str, output: str, said: str) -> None:
+    done = CliRunner().invoke(export.main, ["--checkpoint", source, "--output", output])
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert said in done.output
+
+
+def test_the_page_explains_every_number_that_is_logged(whole: Path) -> None:
+    page = (ROOT / "training" / "ppo" / "README.md").read_text()
+    logged = {name for line in Metrics(whole / "logs" / "metrics.jsonl").read() for name in line}
+    plain = {re.sub(r"^(reward|eval)/(near|mean)", r"\1/NAME", name) for name in logged - {"step"}}
+    assert {"eval/NAME_gain_low", "reward/NAME_std", "seconds/decode", "entropy"} <= plain
+    assert [name for name in sorted(plain) if f"`{name}`" not in page] == []
