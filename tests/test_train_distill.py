@@ -85,9 +85,9 @@ def same(one: Path, two: Path) -> bool:
 
 
 def refused(result: Result) -> str:
-    """The error, which must be one line."""
+    """The error, which must be one line, but for progress where the machine is slow."""
     assert result.exit_code not in (0, None)
-    lines = result.output.strip().splitlines()
+    lines = [line for line in result.output.strip().splitlines() if " in 0" not in line]
     assert len(lines) == 1, result.output
     assert lines[0].startswith("Error: ")
     return lines[0]
@@ -223,10 +223,10 @@ def test_dry_run_resolves_a_preset_without_its_weights() -> None:
     for name, calls in (("cifar10-5nfe-ipndm", 5), ("sd3-1024-best", 20), ("sd15-best", 20)):
         result = CliRunner().invoke(main, ["--preset", name, "--dry-run", "--lr", "0.1"])
         assert result.exit_code == 0, result.output
-        resolved = json.loads(result.output)
+        resolved = json.loads(result.stdout)
         assert (resolved["nfe"], resolved["lr"], resolved["method"]) == (calls, 0.1, "gradient")
     fitted = CliRunner().invoke(main, ["--preset", "cifar10-5nfe", "--dry-run", "--method", "fit"])
-    assert json.loads(fitted.output)["scale_dir"] == 0.05
+    assert json.loads(fitted.stdout)["scale_dir"] == 0.05
     error = refused(CliRunner().invoke(main, ["--preset", "cifar10-5nfe"]))
     assert "give --model" in error
 
@@ -240,7 +240,7 @@ def test_the_published_command_is_understood(model: Path) -> None:
     )
     result = CliRunner().invoke(main, [f"--dataset_name={model}", *published.split()])
     assert result.exit_code == 0, result.output
-    settings = json.loads(result.output)
+    settings = json.loads(result.stdout)
     wanted = {"method": "gradient", "solver": "epd-ipndm", "teacher": "dpm2", "samples": 9984}
     wanted |= {"lower_order_final": False, "coslr": True, "model": str(model), "afs": True}
     assert settings.items() >= wanted.items()

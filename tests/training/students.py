@@ -42,8 +42,8 @@ def data(*shape: int, seed: int = 0, sigmas: tuple[float, ...] = SIGMAS) -> Traj
     parts = [torch.linspace(a, b, 17)[:-1] for a, b in pairwise(logs.tolist())]
     fine = torch.cat([*parts, logs[-1:]]).exp()
     fine[0] = sigmas[0]
-    states = tuple(integrate(DPM2(), Field(curved), x, fine))
-    return Trajectories(Field(curved), x, states[15::16])
+    trajectory = tuple(integrate(DPM2(), Field(curved), x, fine))
+    return Trajectories(Field(curved), x, trajectory[15::16])
 
 
 def with_points(student: Student, points: int) -> Student:

@@ -64,10 +64,10 @@ def test_a_midpoint_student_is_found_from_its_own_states() -> None:
 
 def test_adams_bashforth_is_found_by_a_multistep_fit() -> None:
     batch = data(64, 6)
-    states = tuple(integrate(IPNDM(3), batch.field, batch.x, SIGMAS))
-    table = fit(with_points(MULTISTEP, 1), [replace(batch, targets=states)], positions=9)
-    left = error(MULTISTEP, table, replace(batch, targets=states))
-    assert left < 0.1 * (states[-1] - batch.targets[-1]).square().mean().sqrt().item()
+    trajectory = tuple(integrate(IPNDM(3), batch.field, batch.x, SIGMAS))
+    table = fit(with_points(MULTISTEP, 1), [replace(batch, targets=trajectory)], positions=9)
+    left = error(MULTISTEP, table, replace(batch, targets=trajectory))
+    assert left < 0.1 * (trajectory[-1] - batch.targets[-1]).square().mean().sqrt().item()
 
 
 @BOTH

@@ -33,9 +33,9 @@ def test_a_cache_gives_the_teachers_states_asks_nothing_twice_and_mends_what_is_
     said: list[str] = []
     cache = Cache(tmp_path, say=said.append)
     first = batch(0, 1, 2, cache=cache)
-    states = integrate(Heun(), Field(model().denoise), first.x, GRID)
+    trajectory = integrate(Heun(), Field(model().denoise), first.x, GRID)
     assert len(first.targets) == 3
-    assert all(map(torch.equal, first.targets, list(states)[3::4]))
+    assert all(map(torch.equal, first.targets, list(trajectory)[3::4]))
     assert first.field.tally.calls > 0
     (path,) = tmp_path.glob("*.pt")
     whole = path.read_bytes()
