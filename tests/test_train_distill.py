@@ -208,7 +208,7 @@ def test_a_cache_is_used_and_mended(
         (["--guidance_type", "uncond", "--guidance_rate", "2"], "guidance_rate 1"),
         (["--backend", "sd3"], "sd3"),
         (["--lr", "nan"], "nan"),
-        (["--method", "gradient", "--distance", "reward"], "unknown distance 'reward'"),
+        (["--method", "gradient", "--distance", "lpips"], "unknown distance 'lpips'"),
         (["--last_distance", "huber"], "last_distance huber does nothing in a fit"),
     ],
 )

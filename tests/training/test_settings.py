@@ -1,5 +1,7 @@
 """Settings: what is usual, what does not go together, and the published ones by name."""
 
+from typing import Any
+
 import pytest
 
 from solvers.predictor import find_predictor, load_predictor
@@ -8,8 +10,8 @@ from training.settings import Settings, at_once, preset, preset_names, recipe_of
 from training.teacher import Model, make_problem
 
 
-def settings(flow: bool = False, **options: object) -> Settings:
-    return resolved(Settings(**options), flow=flow)  # pyright: ignore[reportArgumentType]
+def settings(flow: bool = False, **options: Any) -> Settings:
+    return resolved(Settings(**options), flow=flow)
 
 
 def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
@@ -65,7 +67,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"flow": True, "sigma_max": 80.0}, r"sigma_max 80.0 is out of range"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(options: dict[str, bool], message: str) -> None:
+def test_what_does_not_go_together_is_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         settings(**options)
     assert "\n" not in str(caught.value)
@@ -91,7 +93,7 @@ def test_a_batch_divides_by_ranks_and_by_what_fits() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"method": "gradient"}, {"M": 2}])
 def test_a_teacher_of_another_predictor_stops_at_the_levels_of_that_one(
-    more: dict[str, bool],
+    more: dict[str, Any],
 ) -> None:
     init = "epd-multistep-k2-3nfe"
     problem = make_problem(Model(model()), Settings(init=init, **more))

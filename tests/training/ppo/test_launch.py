@@ -113,6 +113,7 @@ def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path
     name, grid = "StableDiffusionXLPipeline", torch.logspace(1.1, -1.4, 11).double().tolist()
     about = {"backend": name, "schedule_type": "custom", "sigmas": tuple(grid)}
     changes = (f"model.backend={name}", "model.schedule_type=custom", "ppo.steps=2")
+    changes += ("model.backend_options.dtype=float32",)
     done = start(*on_twins("sd15", write_twins("sd15", tmp_path, **about), *changes))
     assert done.exit_code == 0, done.output
     assert "2 steps in" in done.output
@@ -127,7 +128,7 @@ def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path
         ("data.prompt_csv=nowhere.csv", "nowhere.csv: No such file"),
         ("data.heldout_prompts=null ppo.eval_prompts=2000", "leaves none of src/prompts"),
         ("data.heldout_prompts=src/prompts/train.txt", "held-out prompts are not trained on"),
-        ("reward.type=hsp", "no reward 'hsp': did you mean hps?"),
+        ("reward.type=hsp reward.weights_path=null", "no reward 'hsp': did you mean hps?"),
         ("reward.judges=[clap]", "no reward 'clap': did you mean clip?"),
         ("reward.weights_path=no.pt", "hps: no such file or folder: no.pt"),
         ("reward.type=my:own", "does nothing for my:own"),

@@ -235,7 +235,7 @@ def test_two_ranks_make_the_run_of_one_and_one_goes_on_where_two_stood(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [work(tmp_path, RANK=r, LOCAL_RANK=r, **shared) for r in "01"]
+    processes = [work(tmp_path, 0, RANK=r, LOCAL_RANK=r, **shared) for r in "01"]
     assert [p.wait(timeout=240) for p in processes] == [0, 0]
     same_run(tmp_path, whole)
     short_run(tmp_path, resume=tmp_path / "checkpoints" / "checkpoint-00000002.pt")
