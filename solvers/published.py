@@ -69,9 +69,10 @@ def decode(
 ) -> Directions:
     """The table that EPD-Solver's raw parameters [N, K] stand for, in float64.
 
-    Scales lie within 1 - reach and 1 + reach; `scale_dir` and `scale_time` are the reaches, and
-    `fcn` leaves the last interval without a direction scale. Raises ValueError for missing or
-    misshapen parameters.
+    r = sigmoid(r_params), weight = softmax(weight_s) over K, and each scale is
+    2 sigmoid(p / 2) reach + 1 - reach; `scale_dir` and `scale_time` are the reaches, 0 switching
+    a scale off, and `fcn` leaves the last interval without a direction scale. Raises ValueError
+    for missing or misshapen parameters.
     """
     shape = raw["r_params"].shape
     needed = {"r_params": 1, "weight_s": shape[-1] - 1 if shape else 1}

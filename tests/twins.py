@@ -176,7 +176,10 @@ STUBS: dict[str, tuple[str, Callable[..., Any]]] = {
         "_get_gemma_prompt_embeds",
         lambda prompt, **_: (words(prompt, 300), mask(prompt, 300)),
     ),
-    "lumina2": ("_get_gemma_prompt_embeds", lambda p, **_: (words(p), mask(p).bool())),
+    "lumina2": (
+        "_get_gemma_prompt_embeds",
+        lambda prompt, **_: (words(prompt), mask(prompt).bool()),
+    ),
     "hunyuan_video": (
         "_get_llama_prompt_embeds",
         lambda p, _template, count, **_: (words(p, count=count), mask(p, count=count)),

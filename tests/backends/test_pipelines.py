@@ -425,7 +425,7 @@ def test_a_vae_in_float16_decodes_in_float32_where_its_config_says_so() -> None:
     exact = latents.decode(vae, x)
     near = latents.decode(vae.half(), x)
     assert vae.dtype == torch.float16
-    assert 0 < (near - exact).abs().max() < 2e-3  # its weights alone are rounded
+    assert 0 < (near - exact).abs().max() < 5e-3  # its weights alone are rounded
 
 
 @pytest.mark.parametrize(

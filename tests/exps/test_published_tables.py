@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from solvers.predictor import load_predictor
-from solvers.published import translate
+from solvers.published import decode
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "data" / "predictors.json").read_text())
@@ -25,7 +25,9 @@ def test_every_published_table_is_shipped_and_named_in_the_readme() -> None:
     assert shipped.keys() == GOLDEN.keys()
     for file, entry in GOLDEN.items():
         raw = {n: torch.tensor(v, dtype=torch.float32) for n, v in entry["parameters"].items()}
-        table, recipe = translate(entry["metadata"], raw)
+        said = entry["metadata"]
+        reaches = {name: said.get(name) or 0.0 for name in ("scale_dir", "scale_time")}
+        table = decode(raw, **reaches, fcn=bool(said.get("fcn")))
         for a, b in zip(shipped[file].table.tensors(), table.tensors(), strict=True):
             assert torch.equal(a, b), file
-        assert shipped[file].recipe.num_steps == recipe.num_steps
+        assert shipped[file].recipe.num_steps == said["num_steps"]
