@@ -58,10 +58,10 @@ class SharedRows:
             dist.all_gather_into_tensor(buffer.flatten(0, 1), own.contiguous(), group=self.group)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
-            own = dist.get_rank()
-            others = [f"rank {r}" for r in dist.get_process_group_ranks(self.group) if r != own]
+            here = dist.get_rank()
+            others = [f"rank {r}" for r in dist.get_process_group_ranks(self.group) if r != here]
             raise ValueError(
-                f"rank {own} waited in vain for {' or '.join(others)} at network call "
+                f"rank {here} waited in vain for {' or '.join(others)} at network call "
                 f"{self.calls}: it has died or is too slow for --timeout ({reason}); images "
                 "that are written stay, and the same command goes on"
             ) from error

@@ -70,7 +70,9 @@ def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
 ) -> None:
     """By paths and patterns, each once; two of a kind are told apart by their files."""
     monkeypatch.chdir(tmp_path)
-    save(Path(), "a", steps=4), save(Path(), "b", base="ipndm"), save(Path(), "c", k=1)
+    save(Path(), "a", steps=4)
+    save(Path(), "b", base="ipndm")
+    save(Path(), "c", k=1)
     save_multistep(Path("d.pkl"), 3)
     each = learned(["a.pkl", str(tmp_path / "*.pkl"), "?.pkl"], exact())
     names = sorted({(c.name, c.nfe, c.points) for c in each[:-2]})
