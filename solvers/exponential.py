@@ -22,13 +22,14 @@ SHORTEST_STEP = 1e-20
 class Exponential:
     """One step's numbers in the clock lambda = log(alpha / sigma), for data or noise prediction.
 
-    For a constant model m, x0 or the noise, the exact step is ratio * x - gain * (exp(hh) - 1) * m
-    (arXiv:2211.01095, Eqs. 9 and 8 of its Sec. 3 and 4).
+    With model m (x0 or the noise) the exact solution for constant m is
+    ratio * x - gain * (exp(hh) - 1) * m (arXiv:2211.01095, Eqs. 9 and 8 of its Sec. 3 and 4).
     """
 
     step: Step
     process: Process
     predict_x0: bool
+    threshold_below: float = 0.0  # x0 is dynamically thresholded at levels below this
 
     @cached_property
     def h(self) -> Level:
@@ -38,21 +39,26 @@ class Exponential:
 
     @property
     def hh(self) -> Level:
+        """The exponent: -h for data prediction, h for noise prediction."""
         return -self.h if self.predict_x0 else self.h
 
     @property
     def gain(self) -> Level:
+        """What multiplies the model's part."""
         sigma = self.step.sigma_next
         return self.process.alpha(sigma) if self.predict_x0 else sigma
 
     def model(self, point: Point) -> Tensor:
         """What is taken as constant over a step: x0 or the noise at `point`."""
         if self.predict_x0:
-            return point.x0
+            return dynamic_threshold(point.x0) if point.sigma < self.threshold_below else point.x0
         return point.d if self.process == VE else point.x0 + point.d
 
     def linear(self) -> Tensor:
-        """The first-order step, Euler's, without division by alpha: flow starts at sigma = 1."""
+        """The first-order step, Euler's (of a thresholded slope, where x0 is thresholded).
+
+        Written without division by alpha, so that flow matching may start at sigma = 1.
+        """
         now, sigma_next = self.step.now, self.step.sigma_next
         if not self.predict_x0:
             return now.x + self.step.h * now.d
@@ -66,27 +72,40 @@ class Exponential:
         return (clock(point.sigma) - clock(self.step.now.sigma)) / self.h
 
 
+def dynamic_threshold(x0: Tensor, quantile: float = 0.995) -> Tensor:
+    """Clip each sample to its 99.5 % quantile s and divide by it, where s > 1.
+
+    Saharia et al. 2022 (Imagen, arXiv:2205.11487, Sec. 2.3). For pixels in [-1, 1] only.
+    """
+    s = torch.quantile(x0.flatten(2).abs(), quantile, dim=-1).clamp(min=1)
+    s = s.reshape(*s.shape, *[1] * (x0.ndim - 2))
+    return x0.clamp(-s, s) / s
+
+
 @dataclass(frozen=True)
 class DPMpp:
     """DPM-Solver++ multistep (Lu et al. 2022, arXiv:2211.01095), data or noise prediction.
 
     Order 3 is the published formula, which counts half of its last term: its error falls as that
     of order 2, with a smaller constant. UniPC(3) without corrector has the whole term.
-    The published comparisons threshold x0, which is a matter of the denoiser. Raises ValueError
-    for an order other than 1 to 3.
+    `thresholding` is for pixels and data prediction; the published comparisons have it on.
+    Raises ValueError for an order other than 1 to 3.
     """
 
     order: int = 2
     predict_x0: bool = True
     lower_order_final: bool = True
     process: Process = VE
+    thresholding: bool = False
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=3)
+        assert self.predict_x0 or not self.thresholding, "thresholding clips x0"
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         order = usable_order(step, self.order, self.lower_order_final)
-        e = Exponential(step, self.process, self.predict_x0)
+        bound = math.inf if self.thresholding else 0.0
+        e = Exponential(step, self.process, self.predict_x0, bound)
         if order == 1:
             return e.linear()
         points = [step.now, *step.past[: order - 1]]
@@ -106,9 +125,10 @@ class DPMpp:
 class UniPC:
     """UniPC (Zhao et al. 2023, arXiv:2302.04867), data or noise prediction.
 
-    The predictor is the step; the loop calls `correct` where it ended. Raises ValueError for an
-    order other than 1 to 3, a variant other than bh1 and bh2, or flow matching with noise
-    prediction, whose corrector has no limit at sigma = 1.
+    The predictor is the step; pass `correct` to the loop for the corrector. `thresholding` is
+    for pixels and data prediction; as published, it spares the estimate at the first level.
+    Raises ValueError for an order other than 1 to 3, a variant other than bh1 and bh2, or flow
+    matching with noise prediction, whose corrector has no limit at sigma = 1.
     """
 
     order: int = 3
@@ -116,12 +136,14 @@ class UniPC:
     predict_x0: bool = True
     lower_order_final: bool = True
     process: Process = VE
+    thresholding: bool = False
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=3)
         one_of("variant of UniPC", self.variant, ("bh1", "bh2"))
         if self.process != VE and not self.predict_x0:
             raise ValueError("UniPC on flow matching predicts data: it needs predict_x0=True")
+        assert self.predict_x0 or not self.thresholding, "thresholding clips x0"
 
     def __call__(self, field: Field, step: Step) -> Tensor:
         return self.advance(step, arrived=None)
@@ -137,9 +159,10 @@ class UniPC:
         return Point(sigma, x, lambda: arrived.d)  # the noise of VE
 
     def advance(self, step: Step, arrived: Point | None) -> Tensor:
-        """The step, by the points behind it and, for the corrector, where it arrived."""
+        """The step, by the points behind it and, for the corrector, the one it arrived at."""
         order = usable_order(step, self.order, self.lower_order_final)
-        e = Exponential(step, self.process, self.predict_x0)
+        bound = step.sigmas[0] if self.thresholding else 0.0
+        e = Exponential(step, self.process, self.predict_x0, bound)
         others = [*step.past[: order - 1], *([arrived] if arrived else [])]
         if not others:
             return e.linear()
@@ -174,10 +197,11 @@ def unipc_weights(gaps: Sequence[float], hh: float, scale: float) -> list[float]
 class DEIS:
     """Adams-Bashforth in a clock of its own (Zhang & Chen 2023, arXiv:2204.13902).
 
-    "tab" takes the slope as a polynomial in the time of the VP process whose ends are the grid's
-    (of the usual one, for a range too narrow for that), "rhoab" in sigma. As published, "rhoab"
-    of order 4 keeps the weights of its fourth step for all later ones; prefer "tab" there.
-    Raises ValueError for an order other than 1 to 4 or an unknown mode.
+    "tab" takes the slope as a polynomial in the VP process's time, "rhoab" in sigma. The time
+    is that of the VP process whose ends are the ends of the grid, or of the usual one for a
+    range too narrow for that. As published, "rhoab" of order 4 keeps the weights of its fourth
+    step for all later ones; prefer "tab" there. Raises ValueError for an order other than 1 to
+    4 or an unknown mode.
     """
 
     order: int = 3
@@ -222,14 +246,14 @@ def quadrature(knots: Sequence[Level], nodes: Sequence[tuple[Level, Level]]) -> 
 
 
 def gauss_legendre(n: int, start: Level, end: Level) -> list[tuple[Level, Level]]:
-    """n (place, weight) pairs that integrate from start to end."""
+    """n (place, weight) pairs that integrate from start to end (Golub & Welsch 1969)."""
     half, middle = (end - start) / 2, (end + start) / 2
     return [(middle + half * node, half * weight) for node, weight in legendre_rule(n)]
 
 
 @cache
 def legendre_rule(n: int) -> list[tuple[float, float]]:
-    """The n nodes and weights on [-1, 1] (Golub & Welsch 1969)."""
+    """The n nodes and weights on [-1, 1]."""
     k = torch.arange(1, n, dtype=torch.float64)
     beside = k / (4 * k**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +52,6 @@ def gauss(x: Tensor, sigma: Tensor, _cond: Condition | None = None) -> Tensor:
     """The denoiser of normal data with variance 1/4, in any shape [B, *]."""
     gain = GAUSS_VARIANCE / (GAUSS_VARIANCE + sigma**2)
     return gain.reshape(-1, *[1] * (x.ndim - 1)) * x
-
-
-@dataclass(frozen=True)
-class Thresholded:
-    """A denoiser clipped to its 99.5 % quantile s and divided by it, where s > 1, below a level.
-
-    Imagen's (Saharia et al. 2022, arXiv:2205.11487, Sec. 2.3): the published comparisons have it.
-    """
-
-    denoiser: Denoiser
-    below: float = math.inf
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Tensor:
-        x0 = self.denoiser(x, sigma, cond)
-        s = torch.quantile(x0.flatten(1).abs(), 0.995, dim=-1).clamp(min=1)
-        s = s.where(sigma < self.below, math.inf).reshape(-1, *[1] * (x0.ndim - 1))
-        return x0.clamp(-s, s) / s.where(s < math.inf, 1)
 
 
 def log_snr(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.classic import DPM2, EDM, IPNDM, IPNDMv
-from solvers.exponential import DEIS, DPMpp, UniPC
+from solvers.exponential import DEIS, DPMpp, UniPC, dynamic_threshold
 from solvers.field import Field
 from solvers.process import FLOW, VE, Process
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, parse_name
@@ -89,6 +89,10 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         (lambda text=text: guidance_rates(text, (10.0, 3.0, 1.0)), "write one rate, 3 with commas")
         for text in ("", "1,2", "1,2,3,4", "a", "-1", "nan", "4@1", "4@a-b", "1,2,3@0-1")
     ),
+    *(
+        (lambda text=text: guidance_rates(text, (10.0, 3.0, 1.0)), "no step begins")
+        for text in ("4@3-1", "4@4-9")
+    ),
 ]
 
 
@@ -97,6 +101,11 @@ def test_what_cannot_be_is_refused_in_one_line(make: Callable[[], object], words
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_thresholding_goes_by_each_sample_and_point() -> None:
+    x0 = torch.stack([torch.full((2, 7), 5.0), torch.full((2, 7), 0.5)])
+    assert dynamic_threshold(x0)[:, :, 0].tolist() == [[1, 1], [0.5, 0.5]]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
