@@ -83,14 +83,13 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
                 names = archive.namelist()
         except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{place} is no whole zip: {error}") from error
-        images = (n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
-        images = (n for n in images if not n.startswith("__MACOSX/") and not n.endswith("/"))
-        items = [Picture(n) for n in sorted(images)]
+        images = (n for n in names if not n.startswith("__MACOSX/") and not n.endswith("/"))
+        items = [Picture(n) for n in sorted(images) if _is_picture(n)]
     elif place.is_file():
         items = _listed(place)
     else:
-        files = (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-        items = [Picture(name) for name in sorted(p.relative_to(place).as_posix() for p in files)]
+        files = (p.relative_to(place).as_posix() for p in place.rglob("*") if not p.is_dir())
+        items = [Picture(name) for name in sorted(files) if _is_picture(name)]
         if (place / INDEX).is_file():
             listed = _listed(place / INDEX)
             there = {picture.name for picture in listed}
@@ -107,6 +106,12 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
         which = "" if pattern == "*" else f" whose names match {pattern}"
         raise ValueError(f"no images in {place}{which}: PNG, JPEG, WebP, BMP, GIF, TIFF are read")
     return Pictures(folder, tuple(items))
+
+
+def _is_picture(name: str) -> bool:
+    """By its name; a hidden file is what a killed run or another system left behind."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _listed(index: Path) -> list[Picture]:

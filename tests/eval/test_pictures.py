@@ -1,6 +1,7 @@
 """Pictures in folders, zips and lists, what they say of themselves, and how they are read."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def zipped(folder: Path) -> Path:
         archive.writestr("dataset.json", "{}")
         archive.writestr("__MACOSX/000000.png", "no picture")
         archive.writestr("folder.png/", "")
+        archive.writestr("._000000.png", "what macOS lays beside a file")
     return target
 
 
@@ -51,6 +53,7 @@ def test_a_zip_holds_what_its_folder_holds_and_a_damaged_one_is_one_line(
     folder = fill(tmp_path / "images", 7)
     (folder / "folder.png").mkdir()
     path = zipped(folder)
+    shutil.copy(folder / "000000.png", folder / ".000007.0123456789ab.tmp.png")  # of a killed run
     here, there = find_pictures(folder), find_pictures(path)
     assert here.items == there.items
     mine, others = read(here), read(there)
