@@ -217,6 +217,8 @@ def read_config(path: Path) -> dict[str, Any]:
         content: Any = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} is not YAML that can be read: {error}") from error
+    if isinstance(content, dict) and content.pop("try_schedules", None):  # False was the usual
+        raise ValueError(f"{path}: try_schedules is gone: name one with --schedule_type")
     for name in content if isinstance(content, dict) else ["?"]:
         if name not in DEFAULTS:
             near = nearest(str(name), DEFAULTS)

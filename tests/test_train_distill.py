@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sample
 from solvers.predictor import load_predictor
-from src.runs import Metrics, checkpoints, read_sealed
+from src.runs import Metrics, checkpoints, read_sealed, write_sealed
 from tests import twins
 from train_distill import main
 
@@ -151,6 +151,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert same(out, whole[method])
 
 
+def test_a_run_of_the_former_version_goes_on(
+    distill: Distill, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its settings named try_schedules, its candidates their schedule."""
+    out = shutil.copytree(whole["fit"], tmp_path / "out")
+    newest, before = checkpoints(out)[:2]
+    newest.unlink()
+    content = read_sealed(before)
+    candidates = content["state"]["candidates"]
+    candidates[:] = [[what, "time_uniform", *rest] for what, *rest in candidates]
+    write_sealed(before, content)
+    with (out / "config.yaml").open("a", encoding="utf-8") as config:
+        config.write("try_schedules: false\n")
+    result = distill("--resume", str(out))
+    assert result.exit_code == 0, result.output
+    pairs = zip(table(out), table(whole["fit"]), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_resume_refuses_other_settings_and_other_folders(
     distill: Distill, whole: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -162,6 +181,7 @@ def test_resume_refuses_other_settings_and_other_folders(
     text = config.read_text()
     for wrong, says in (
         ("num_stepz: 3", "did you mean num_steps?"),
+        ("try_schedules: true", "try_schedules is gone"),
         ("a: [1", "not YAML"),
         (text.replace("num_steps: 4", "num_steps: abc"), "num_steps abc"),
         (text.replace("points: 2", "points: null"), "points None is out of range"),

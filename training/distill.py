@@ -136,6 +136,7 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     """
     s, student, model = problem.settings, problem.student, problem.model
     candidates, terms, ends = state.setdefault("candidates", []), terms_of(s), ends_of(problem)
+    candidates[:] = [[what, *rest[-2:]] for what, *rest in candidates]  # once with a schedule
     names = {name for _, name in terms}
     squares = ["refine", "refine, robust first"][: 1 + bool(s.robust)] if s.rounds else []
     if names != {"l2"} and (s.init or math.prod(model.backend.shape) >= SMALL):
