@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,9 +202,18 @@ def progress(total: int | None, unit: str, desc: str | None = None) -> tqdm:
 
 
 def at_call(number: int) -> None:
-    """Let the launcher know at which network call this rank is, should it be killed."""
+    """Let the launcher know at which network call this rank is, should it be killed.
+
+    One write of a fixed length over the last, so that no moment finds half a number.
+    """
     if folder := os.environ.get(CALLS):
-        Path(folder, os.environ["RANK"]).write_text(f" at network call {number}")
+        os.pwrite(opened(Path(folder, os.environ["RANK"])), f"{number:20}".encode(), 0)
+
+
+@cache
+def opened(path: Path) -> int:
+    """A file to write to, kept open: there is a call of the network every few milliseconds."""
+    return os.open(path, os.O_CREAT | os.O_WRONLY)
 
 
 def await_launcher() -> None:
@@ -234,7 +244,8 @@ def torchrun(arguments: list[str]) -> int:
             for rank, failure in error.failures.items():
                 if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # torchrun's own
                     place = Path(calls, str(rank))
-                    where = place.read_text() if place.exists() else ""
+                    call = place.read_text().strip() if place.exists() else ""
+                    where = f" at network call {call}" if call else ""
                     ended = f"rank {rank} was killed by {failure.signal_name()}{where}"
                     sys.stderr.write(f"Error: {ended}; what is written stays\n")
                     return 128 - failure.exitcode

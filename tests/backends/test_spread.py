@@ -242,7 +242,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(
         )
 
     launcher = run(20000)
-    while len(list(tmp_path.glob("out/*.png"))) < 10:
+    while len(list(tmp_path.glob("out/[0-9]*.png"))) < 10:
         assert launcher.poll() is None
         time.sleep(0.2)
     workers = children(launcher.pid)
@@ -256,11 +256,11 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(
     assert said == err.splitlines()[-1:], err
     assert f"rank {victim} was killed by SIGKILL at network call " in said[0]
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    written = len(list(tmp_path.glob("out/*.png")))
+    written = len(list(tmp_path.glob("out/[0-9]*.png")))
     again = run(written + 3)
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err[-2000:]
-    assert len(list(tmp_path.glob("out/*.png"))) == written + 4
+    assert len(list(tmp_path.glob("out/[0-9]*.png"))) == written + 4
 
 
 def environment_of(pid: int) -> list[str]:
