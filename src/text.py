@@ -102,7 +102,10 @@ def guidance_rates(text: str, sigmas: Sequence[float]) -> tuple[float, ...]:
     except ValueError:
         rates, low, high = (), 0.0, math.inf
     if len(rates) == 1:
-        rates = tuple(rates[0] if low <= sigma <= high else 1.0 for sigma in sigmas)
+        inside = [low <= sigma <= high for sigma in sigmas]
+        if at and not any(inside):
+            raise ValueError(f"guidance {text!r}: no step begins between these levels, low first")
+        rates = tuple(rates[0] if guided else 1.0 for guided in inside)
     wrong = len(rates) != len(sigmas) or (at and "," in rate)
     if wrong or not all(0 <= rate < math.inf for rate in rates):
         forms = f"one rate, {len(sigmas)} with commas between, or RATE@LOW-HIGH"

@@ -303,6 +303,9 @@ def check_settings(config: Config) -> None:
             said = f"ppo.{name} {size} does not divide ppo.rollout_batch_size {batch}"
             raise ValueError(f"{said}: set ppo.rollout_batch_size={-(-batch // size) * size}")
     wrong = {
+        "there is nothing to train: set ppo.train_points=true, say": not any(
+            value for name, value in vars(ppo).items() if name.startswith("train_")
+        ),
         "ppo.decode_rgb false cannot be: every reward looks at decoded images": not ppo.decode_rgb,
         f"ppo.early_stop {ppo.early_stop} needs ppo.eval_interval above 0": ppo.early_stop
         and not ppo.eval_interval,

@@ -119,6 +119,7 @@ REFUSED = {
     "ppo.minibatch_size=5": "set ppo.rollout_batch_size=20",
     "ppo.decode_rgb=false": "every reward looks at decoded images",
     "ppo.early_stop=2 ppo.eval_interval=0": "needs ppo.eval_interval above 0",
+    "ppo.train_points=false ppo.train_weights=false": "there is nothing to train",
     "ppo.antithetic=true ppo.rloo_k=1": "ppo.rloo_k 1 is out of range",
     "ppo.method=cma ppo.grouping=prompt": "compares tables on equal noise",
     "ppo.watch=clip": "ppo.watch 'clip' is neither the reward nor a judge",
