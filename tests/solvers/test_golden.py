@@ -38,6 +38,12 @@ def grid(case: dict[str, Any]) -> Tensor:
     return schedules.time_uniform(n, low, high, case["schedule_rho"])
 
 
+def prediction(case: dict[str, Any]) -> dict[str, Any]:
+    """x0 was dynamically thresholded wherever it is predicted."""
+    x0 = case["predict_x0"]
+    return {"predict_x0": x0, "lower_order_final": case["lower_order_final"], "thresholding": x0}
+
+
 def solver(case: dict[str, Any]) -> Solver:
     order: Any = case.get("max_order")
     match case["solver"]:
@@ -50,10 +56,10 @@ def solver(case: dict[str, Any]) -> Solver:
             return {"ipndm": IPNDM, "ipndm_v": IPNDMv}[case["solver"]](order)
         case "deis":
             return DEIS(order, case["deis_mode"])
-        case "dpmpp" | "unipc":  # x0 was thresholded wherever it is predicted
-            kind, variant = (UniPC, (case["variant"],)) if "variant" in case else (DPMpp, ())
-            x0 = case["predict_x0"]
-            return kind(order, *variant, x0, case["lower_order_final"], thresholding=x0)
+        case "dpmpp":
+            return DPMpp(order, **prediction(case))
+        case "unipc":
+            return UniPC(order, case["variant"], **prediction(case))
     return {"euler": Euler, "heun": Heun, "dpm2": DPM2}[case["solver"]]()
 
 
