@@ -3,8 +3,9 @@
     python -m exps.study.sweep --config exps/mixture-3x4x4/groupings.yaml \
         --vary ppo.grouping=crn,prompt,mixed --seeds 0-4 --outdir exps/mixture-3x4x4
 
-Every run is `python -m training.ppo.launch` with one value and one seed. What has ended is not run
-again.
+--vary again adds curves of another key; settings after a space hold for its values alone, as in
+--vary "ppo.method=cma ppo.rloo_k=16". Every run is `python -m training.ppo.launch` with one value
+and one seed. What has ended is not run again.
 """
 
 import subprocess
@@ -57,26 +58,31 @@ def curve(runs: Sequence[Sequence[dict[str, float]]], name: str) -> list[tuple[i
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--config", required=True, help="A file of training/ppo/cfgs.")
-@click.option("--vary", required=True, help="section.key=value,value,...")
+@click.option(
+    "--vary", multiple=True, required=True, help="'section.key=value,value,... [more=...]'"
+)
 @click.option("--override", multiple=True, help="section.key=value, for all.")
 @click.option("--seeds", type=SeedList(), default="0-4")
 @click.option("--outdir", type=click.Path(path_type=Path), required=True)
 def main(
-    config: str, vary: str, override: tuple[str, ...], seeds: list[int], outdir: Path
+    config: str, vary: tuple[str, ...], override: tuple[str, ...], seeds: list[int], outdir: Path
 ) -> None:
     """Train with every value and seed; write curves.csv and curves.png to OUTDIR."""
-    key, _, values = vary.partition("=")
+    arms: dict[str, tuple[str, ...]] = {}
+    for varied, *fixed in map(str.split, vary):
+        key, _, values = varied.partition("=")
+        arms |= {value: (f"{key}={value}", *fixed) for value in values.split(",")}
     settings = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(override)))
     name, batch = settings.reward.type, settings.ppo.rollout_batch_size
     rows, figure = ["value,images,gain,low,high"], Figure((6, 4), layout="constrained")
     axes = figure.subplots()
-    for value in values.split(","):
+    for value, own in arms.items():
         runs = []
         for seed in seeds:
             folder = outdir / "runs" / f"{value}-{seed}"
             if not any(line["step"] >= settings.ppo.steps for line in metrics_of(folder)):
-                own = (f"{key}={value}", f"run.seed={seed}", f"run.output_root={folder}")
-                more = [w for o in (*override, *own) for w in ("--override", o)]
+                here = (f"run.seed={seed}", f"run.output_root={folder}")
+                more = [w for o in (*override, *own, *here) for w in ("--override", o)]
                 command = [sys.executable, "-m", "training.ppo.launch", "--config", config]
                 subprocess.run([*command, *more], check=True)
             runs.append(metrics_of(folder))
@@ -87,7 +93,7 @@ def main(
         rows += [f"{value},{s * batch},{g.value:.6g},{g.low:.6g},{g.high:.6g}" for s, g in line]
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set(xlabel="images trained on", ylabel=f"gain of {name.rpartition(':')[2]}, held out")
-    axes.legend(title=f"{key}, {len(seeds)} seeds, 95 % intervals")
+    axes.legend(title=f"{len(seeds)} seeds, 95 % intervals")
     write_text(outdir / "curves.csv", "\n".join(rows) + "\n")
     with write_atomically(outdir / "curves.png") as part:
         figure.savefig(part, format="png", dpi=120)
