@@ -8,11 +8,9 @@ in one call (`backends.parallel`). `EPDScheduler.from_solver("unipc-2", like=pip
 any solver of ours on the levels of the pipeline's own scheduler.
 """
 
-import glob
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers as library
@@ -36,7 +34,6 @@ from backends.trajectory import Trajectory
 from solvers import vp
 from solvers.predictor import (
     Predictor,
-    find_predictor,
     from_content,
     load_predictor,
     to_content,
@@ -45,12 +42,12 @@ from solvers.predictor import (
 from solvers.process import FLOW
 from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
 from solvers.sampler import Sampler, SolverOptions, make_solver
+from src.files import find_predictors
 
 diffusers: Any = library  # its own annotations are not those of what it returns
 PUBLISHED = {"sd3": {"shift": 3.0}, "flux": {"shift": 3.0, "use_dynamic_shifting": True}}
 """What the schedulers of the published flow-matching models say."""
 POINTS = ("sequence", "rows")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class EPDScheduler(SchedulerMixin, ConfigMixin):
@@ -360,12 +357,7 @@ def opened(predictor: str | Predictor | Sequence[str | Predictor]) -> list[Predi
         return [predictor]
     if not isinstance(predictor, str):
         return [p for each in predictor for p in opened(each)]
-    if glob.has_magic(predictor):
-        files = sorted(glob.glob(predictor) or glob.glob(str(ROOT / predictor)))  # noqa: PTH207
-        if not files:
-            raise ValueError(f"no file is like {predictor!r}")
-        return [load_predictor(file) for file in files]
-    return [load_predictor(find_predictor(predictor))]
+    return [load_predictor(file) for file in find_predictors(predictor)]
 
 
 def as_plain(predictor: Predictor) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from eval.fid import Statistics, merged, statistics_of
 from eval.machine import clock
 from rewards.base import Reward
 from rewards.scorer import score_all
-from solvers.predictor import find_predictor, load_predictor
+from solvers.predictor import load_predictor
 from solvers.sampler import SOLVERS as ALL_SOLVERS
 from solvers.sampler import Sampler, hand_made, make_solver, parse_name
 from solvers.schedules import SCHEDULES as ALL_SCHEDULES
 from src import ranks
+from src.files import find_predictors
 from src.stats import Estimate, mean_of
 
 SOLVERS = (
@@ -142,22 +143,8 @@ def rivals_for(
 
 
 def predictor_files(patterns: Sequence[str]) -> list[Path]:
-    """The files of predictors by paths, names in exps/, and patterns with *, each once.
-
-    ValueError for a pattern that nothing matches.
-    """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if "*" in pattern or "?" in pattern:
-            rest = str(path.relative_to(path.anchor))
-            matches = sorted(p for p in Path(path.anchor or ".").glob(rest) if p.is_file())
-        else:
-            matches = [find_predictor(pattern)]
-        if not matches:
-            raise ValueError(f"no predictor is named {pattern!r}")
-        files |= dict.fromkeys(matches)
-    return list(files)
+    """The files of predictors by paths, names in exps/, and patterns, each once."""
+    return list(dict.fromkeys(file for one in patterns for file in find_predictors(one)))
 
 
 def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:

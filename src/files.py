@@ -1,6 +1,7 @@
 """Files written whole or not at all, JSON, names that are near, and predictors by name."""
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -121,6 +122,20 @@ def nearest(name: str, names: Iterable[str]) -> str:
     by_lower = {n.lower(): n for n in names}
     assert by_lower, "nearest() needs a name to choose from"
     return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+
+
+def find_predictors(name: str) -> list[Path]:
+    """The files of a pattern, which may start at exps/ wherever one is, or of the one predictor.
+
+    Raises ValueError where there is none.
+    """
+    if Path(name).is_file() or not glob.has_magic(name):
+        return [find_predictor(name)]
+    tried = (glob.glob(str(base / name), recursive=True) for base in (Path(), EXPS.parent))  # noqa: PTH207
+    paths = next(filter(None, tried), [])
+    if not (files := sorted(path for path in map(Path, paths) if path.is_file())):
+        raise ValueError(f"no predictor is named {name!r}")
+    return files
 
 
 def find_predictor(name: str, exps: Path = EXPS) -> Path:

@@ -338,7 +338,7 @@ def test_inpainting_keeps_what_it_keeps_at_the_level_of_every_call() -> None:
         ),
         ("cifar10-5nfe", None, "needs the scheduler of its model: like="),
         ("cifar10-5nfe", diffusers.DDIMScheduler(**SD), "start at 80"),
-        ("exps/none-*.pkl", None, "no file is like"),
+        ("exps/none-*.pkl", None, "no predictor is named"),
     ],
 )
 def test_a_scheduler_of_another_kind_of_model_is_refused(name: str, like: Any, words: str) -> None:

@@ -74,7 +74,7 @@ def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
     save(Path(), "b", base="ipndm")
     save(Path(), "c", k=1)
     save_multistep(Path("d.pkl"), 3)
-    each = learned(["a.pkl", str(tmp_path / "*.pkl"), "?.pkl"], exact())
+    each = learned(["a.pkl", str(tmp_path / "*.pkl"), "[a-d].pkl"], exact())
     names = sorted({(c.name, c.nfe, c.points) for c in each[:-2]})
     assert [name.split(" (")[0] for name, *_ in names] == [
         *("epd K=1", "epd-ipndm K=2", "epd-multistep K=3"),
