@@ -56,6 +56,8 @@ MEANING = {
     "rows": "evaluations of the network for an image, each of the K points counted",
     "frechet": "biased upwards at small numbers of images, so compare within this table only; "
     "'trained on' where the table was fitted in these very features",
+    "precision": "how many of its images are in features within reach of the fine solution's of "
+    "other seeds, among their 3 neighbours; recall: how many of those are within reach of its own",
     "intervals": "95 %, by the bootstrap over images (resampled 4000 times)",
     "time": "sampling a batch, in bare network calls of that batch timed just before it; "
     "median over the batches",
@@ -235,7 +237,7 @@ def main(**options: Any) -> None:
     plain = [*chosen(benchmark, rivals), *fixed]
     guided = [at_rates(plain, text, backend, jobs[0]) for text in options["guidance"]]
     candidates = [*plain, *chain.from_iterable(guided)]
-    fine_score, scores = measure(benchmark, candidates, () if images else references, rewards)
+    fine_score, scores = measure(benchmark, candidates, references, rewards)
     settings: dict[str, Any] = {
         "model": from_here(options["model"]),
         "seeds": runs_of(options["seeds"]),

@@ -18,7 +18,7 @@ from backends.base import Backend, NoiseLevels
 from backends.generate import ImageBatch, Job, generate
 from backends.load import check_fit
 from eval.features import FeatureSpace
-from eval.fid import Statistics, merged, statistics_of
+from eval.fid import Statistics, merged, precision_recall, statistics_of
 from eval.machine import clock
 from rewards.base import Reward
 from rewards.scorer import score_all
@@ -39,6 +39,7 @@ SCHEDULES = {"ve": ("polynomial", "logsnr", "time_uniform"), "flow": ("flowmatch
 RHO = {"polynomial": 7.0, "time_uniform": 1.0}
 FINE_STEPS = 64
 LEVEL_TOLERANCE = 1e-3
+NEIGHBOURS = 3
 
 Rewards = Mapping[str, Reward]
 
@@ -243,7 +244,7 @@ class Score:
     points: int
     rows: float  # evaluations of the network an image, every point counted
     rmse: float  # to the fine solution, over all numbers of the latents
-    frechet: float | None  # in the first of the feature spaces
+    frechet: float | None  # in the first of the feature spaces, as precision and recall are
     time: float  # in bare network calls of the same batch, timed beside it; median of batches
     source: str | None
     rmse_low: float | None = None  # ends of its 95 % interval
@@ -251,6 +252,8 @@ class Score:
     rewards: Mapping[str, Estimate] = field(default_factory=dict)  # means, in their own units
     gains: Mapping[str, Estimate] = field(default_factory=dict)  # over the fine solution, in pairs
     frechets: Mapping[str, Frechet] = field(default_factory=dict)  # by feature space
+    precision: float | None = None  # how many of its images are like some of the fine solution's
+    recall: float | None = None  # how many of the fine solution's are like some of its images
 
 
 @dataclass
@@ -262,6 +265,7 @@ class Running:
     rows: int = 0
     times: list[float] = field(default_factory=list)
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)  # [B, F], of the first space
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
@@ -292,7 +296,8 @@ def measure(
             sums.calls, sums.rows = batch.tally.calls, sums.rows + batch.tally.rows
             target = batch.latents.double() if target is None else target
             sums.squared.append((batch.latents - target).square().flatten(1).mean(1).cpu())
-            add_statistics(sums.statistics, batch.images, references)
+            features = add_statistics(sums.statistics, batch.images, references)
+            sums.features += [one.cpu().float() for one in features[:1]]
             images = batch.images.float().expand(-1, 3, -1, -1)
             for name, values in score_all(rewards or {}, images, prompts).items():
                 sums.rewards.setdefault(name, []).append(values.double().cpu())
@@ -325,11 +330,13 @@ def _timed(
 
 def add_statistics(
     sums: dict[str, Statistics], images: Tensor, references: Sequence[FrechetReference]
-) -> None:
-    """Merge the statistics of images into the sums by feature space."""
-    for space in (reference.space for reference in references):
-        new = statistics_of(space(images))
-        sums[space.name] = merged(sums[space.name], new) if space.name in sums else new
+) -> list[Tensor]:
+    """Merge the statistics of images into the sums by feature space -> their features."""
+    features = [reference.space(images) for reference in references]
+    for name, each in zip((r.space.name for r in references), features, strict=True):
+        new = statistics_of(each)
+        sums[name] = merged(sums[name], new) if name in sums else new
+    return features
 
 
 def _score(
@@ -344,6 +351,11 @@ def _score(
         if sums.statistics[name].count > 1:
             value = (of or fine.statistics[name]).distance(sums.statistics[name])
             distances[name] = Frechet(value, trained_on=name in candidate.fitted_on)
+    likeness: tuple[float | None, ...] = (None, None)
+    if references and sum(map(len, fine.features)) > 2 * NEIGHBOURS + 2:
+        # halves of other seeds, so that no image stands beside its own
+        halves = torch.cat(sums.features)[::2], torch.cat(fine.features)[1::2]
+        likeness = precision_recall(*halves, NEIGHBOURS)
     return Score(
         name=candidate.name,
         nfe=sums.calls,
@@ -360,4 +372,6 @@ def _score(
         rewards={name: mean_of(values) for name, values in rewards.items()},
         gains={n: mean_of(v - torch.cat(fine.rewards[n])) for n, v in rewards.items()},
         frechets=distances,
+        precision=likeness[0],
+        recall=likeness[1],
     )

@@ -69,7 +69,12 @@ def metrics_of(scores: Sequence[Score]) -> list[Metric]:
         )
 
     error = Metric("RMSE", error_of, lambda s: s.rmse)
-    return [error, *map(distance, spaces), *map(reward, rewards)]
+    likeness = [
+        Metric("precision", lambda s: number(s.precision), lambda s: s.precision, less=False),
+        Metric("recall", lambda s: number(s.recall), lambda s: s.recall, less=False),
+    ]
+    likeness = [m for m in likeness if any(m.value(s) is not None for s in scores)]
+    return [error, *map(distance, spaces), *likeness, *map(reward, rewards)]
 
 
 def error_of(score: Score) -> str:

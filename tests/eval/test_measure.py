@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backends.generate import Job, generate
-from eval.fid import statistics_of
+from eval.fid import precision_recall, statistics_of
 from eval.measure import (
     SCHEDULES,
     SOLVERS,
@@ -129,9 +129,9 @@ def test_the_error_is_the_root_of_the_mean_square_whatever_the_batch() -> None:
     assert all(s.time > 0 for s in scores)
 
 
-def as_seen(candidate: Candidate) -> Tensor:
+def as_seen(candidate: Candidate, jobs: tuple[Job, ...] = BENCHMARK.jobs) -> Tensor:
     """The features of a candidate's images, as their bytes."""
-    batches = generate(BENCHMARK.backend, candidate.sampler, BENCHMARK.jobs, batch=3)
+    batches = generate(BENCHMARK.backend, candidate.sampler, jobs, batch=3)
     images = torch.cat([batch.images for batch in batches])
     return features((to_bytes(images).float() / 255).expand(-1, 3, -1, -1)).double()
 
@@ -147,6 +147,16 @@ def test_frechet_distances_are_of_all_images_as_their_bytes() -> None:
     _, (score,) = measure(BENCHMARK, [heun(2)], [free])
     assert score.frechets[CHEAP].value == pytest.approx(theirs.distance(mine), rel=1e-4)
     assert measure(BENCHMARK, [heun(2)])[1][0].frechet is None
+
+
+def test_precision_and_recall_are_of_images_of_other_seeds_than_the_fine_solutions() -> None:
+    many = replace(BENCHMARK, jobs=tuple(map(Job, range(24))), fine=fine_solution(LEVELS, 8))
+    fine, (score, same) = measure(many, [heun(2), many.fine], [reference()])
+    mine, theirs = (as_seen(one, many.jobs) for one in (heun(2), many.fine))
+    assert (score.precision, score.recall) == precision_recall(mine[::2], theirs[1::2])
+    assert (same.precision, same.recall) == (fine.precision, fine.recall)
+    assert score.precision is not None and score.precision < 1
+    assert measure(many, [heun(2)])[1][0].recall is None
 
 
 def test_candidates_that_solve_another_problem_are_refused() -> None:
