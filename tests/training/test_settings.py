@@ -59,6 +59,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"lr": 0.1, "method": "fit"}, "lr 0.1 does nothing in --method fit"),
         ({"method": "gradient", "robust": True}, "robust True does nothing"),
         ({"method": "gradient", "distance": "lpips"}, "unknown distance 'lpips'"),
+        ({"method": "gradient", "distance": "reward"}, "no gradient here: give --method fit"),
         ({"solver": "epd-multistep", "scale_dir": 0.1}, "free scales"),
         ({"init": "nowhere.pkl"}, "nowhere.pkl"),
         ({"init": "epd-k2-5nfe", "solver": "epd-ipndm"}, "solver epd-ipndm: epd-k2-5nfe has epd"),
