@@ -94,8 +94,6 @@ def distance_named(
             return FeatureDistance(network, alpha, as_published)
         case "inception" | "features":
             raise ValueError(f"the distance {name!r} needs its network: give --features FILE")
-        case "distribution" | "energy" | "frechet" | "reward":
-            raise ValueError(f"distance {name} has no gradient here: give --method fit")
         case _:
             raise ValueError(f"unknown distance {name!r}: choose from {', '.join(NAMES)}")
 

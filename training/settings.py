@@ -20,7 +20,7 @@ from solvers.sampler import SOLVERS, parse_name
 from solvers.schedules import one_of
 from src.files import nearest
 from src.options import DTYPES, Number
-from training.distances import NAMES, parse_terms
+from training.distances import FIT_NAMES, NAMES, parse_terms
 
 METHODS = ("fit", "gradient")
 OBJECTIVES = ("per-step", "final", "end-to-end")
@@ -330,6 +330,8 @@ def check(settings: Settings, flow: bool) -> None:
         parse_terms(s.distance or "l2")
     else:
         for name in (s.distance, s.last_distance):
+            if name in FIT_NAMES and name not in NAMES:
+                raise ValueError(f"distance {name} has no gradient here: give --method fit")
             one_of("distance", name or "l2", NAMES)
     check_recipe(replace(recipe_of(s), process="flow" if flow else "ve"))
 
