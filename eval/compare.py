@@ -120,7 +120,7 @@ def with_sets(
             for name, of in ((r.space.name, r.statistics) for r in references):
                 values.setdefault(name, []).append((of or fine[name]).distance(mine[name]))
         frechets = {
-            name: Frechet(mean(each), stdev(each), name in candidate.fitted_on)
+            name: Frechet(mean(each), stdev(each), name in candidate.fitted_on, tuple(each))
             for name, each in values.items()
         }
         first = next(iter(frechets.values())).value

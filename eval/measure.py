@@ -231,6 +231,7 @@ class Frechet:
     value: float
     spread: float | None = None  # the standard deviation over the sets
     trained_on: bool = False  # whether the table was fitted in these very features
+    sets: tuple[float, ...] = ()  # each one's, on the same seeds for all candidates
 
 
 @dataclass(frozen=True)

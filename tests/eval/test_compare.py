@@ -112,6 +112,7 @@ def test_the_command_leaves_its_files_and_distances_by_sets_of_many_images(
     assert euler["frechet"] == pytest.approx(sum(values) / 2, rel=1e-3)
     spread = abs(values[0] - values[1]) / 2**0.5
     assert euler["frechets"][CHEAP]["spread"] == pytest.approx(spread, rel=0.05)
+    assert euler["frechets"][CHEAP]["sets"] == pytest.approx(values, rel=1e-3)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cache").iterdir()}
     assert run(*options).exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out/cache").iterdir()} == stamps
