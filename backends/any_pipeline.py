@@ -221,7 +221,6 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         steps = names["num_inference_steps"]
         levels = levels_of(pipe.scheduler, model, opened.look(steps).mu)
         first = opened.first
-        network = pipe.components.get("transformer") or pipe.unet
         return Backend(
             family=name,
             denoise=opened.denoise,
@@ -232,7 +231,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             shape=tuple(first["latents"].shape[1:]),
             size=(int(first.get("height", 0)), int(first.get("width", 0))),
             device=device,
-            dtype=network.dtype,
+            dtype=families.network_of(pipe).dtype,
             usual_prompt=usual_text,
             config={"scheduler": plain_like(pipe.scheduler)},
         )

@@ -4,6 +4,7 @@ All else is the same for every family, and left to the pipeline's own code.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 STACKED = (
@@ -38,6 +39,40 @@ RESCALING = ("QwenImage", "Lumina2")
 """Families that rescale what guidance gives."""
 FROM_ZERO = ("ZImage",)
 """Families that count guidance from 0: theirs is ours less 1."""
+
+OWN_LEVELS, ENDS = "a predictor has levels of its own", "it cuts a predictor's levels"
+HALF, MIXED = "it asks half of the rows alone", "the solver mixes guidance"
+REFUSED = {
+    **dict.fromkeys(("sigmas", "timesteps"), OWN_LEVELS),
+    **dict.fromkeys(("denoising_start", "denoising_end"), ENDS),
+}
+"""Arguments of calls that no predictor goes with, and why."""
+REFUSED_BY_ROWS = {
+    **dict.fromkeys(("guess_mode", "skip_guidance_layers"), HALF),
+    "callback": "it is deprecated: use callback_on_step_end",
+}
+"""Those that do not go with points as rows."""
+REFUSED_BY_GUIDANCE = {
+    **dict.fromkeys(("guidance_rescale", "cfg_normalization"), MIXED),
+    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), MIXED),
+    **dict.fromkeys(("negative_original_size", "negative_target_size"), MIXED),
+    "negative_prompt_embeds": "it takes texts",
+}
+"""Those that do not go with guidance as rows."""
+
+
+def check_given(given: Mapping[str, Any], *tables: Mapping[str, str]) -> None:
+    """ValueError, with the reason, for an argument of a call that one of the tables refuses."""
+    for name, why in (item for table in tables for item in table.items()):
+        value = given.get(name)
+        if value is not None and not (isinstance(value, bool | int | float) and not value):
+            raise ValueError(f"{name} does not go with this predictor: {why}")
+
+
+def network_of(pipe: Any) -> Any:
+    """A pipeline's network, which may have no truth value where it is compiled."""
+    network = pipe.components.get("transformer")
+    return pipe.unet if network is None else network
 
 
 def family_of(pipe: Any) -> str:

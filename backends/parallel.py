@@ -26,7 +26,7 @@ from backends.generate import Job, generate
 from backends.lending import COUNTS, CachedPrompts, lent, with_latents
 from backends.load import check_fit
 from backends.pipelines import wrap
-from backends.scheduler import EPDScheduler, chosen, opened
+from backends.scheduler import EPDScheduler, PredictorLike, chosen, opened
 from backends.sd3 import folding
 from backends.spread import SharedRows
 from solvers.predictor import Predictor
@@ -38,7 +38,7 @@ PLACES = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")  # arguments wi
 
 def parallel(
     pipe: Any,
-    predictor: str | Predictor | Sequence[str | Predictor],
+    predictor: PredictorLike | Sequence[PredictorLike],
     *,
     points: str | None = None,
     guidance: str | None = None,
@@ -97,6 +97,8 @@ class Parallel:
         given = {**given, **given.pop("kwargs", {})}
         predictor = chosen(self.learned, given.get("num_inference_steps"), strict=True)
         rows = self.points == "rows"
+        tables = (families.REFUSED, families.REFUSED_BY_ROWS, families.REFUSED_BY_GUIDANCE)
+        families.check_given(given, *tables[: 1 + rows + self.rows_of_guidance])
         copies = predictor.recipe.num_points if rows else 1
         name, rate = families.guidance_name(self.pipe), None
         scale = 1.0 if name is None else given.get(name, defaults[name])
@@ -121,10 +123,10 @@ class Parallel:
         given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
         callback = given.get("callback_on_step_end")
         if callback is not None and rows:
-            given["callback_on_step_end"] = per_image(callback, scheduler)
-            inputs = getattr(callback, "tensor_inputs", None)
-            if inputs is not None:
-                given["callback_on_step_end_tensor_inputs"] = inputs
+            name = "callback_on_step_end_tensor_inputs"
+            asked = getattr(callback, "tensor_inputs", None) or given.get(name, ["latents"])
+            given["callback_on_step_end"] = per_image(callback, scheduler, asked, stacks=stacks)
+            given[name] = list(dict.fromkeys([*asked, "latents"]))
         if self.mesh and given.get("generator") is None and given.get("latents") is None:
             raise ValueError("ranks need the same noise: give generator=torch.Generator()")
         with shared(self.pipe, self.mesh), installed(self.pipe, scheduler, self.prompts):
@@ -133,18 +135,28 @@ class Parallel:
 
 def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments that ask for the negative prompts after the others, guidance off."""
-    prompts, negatives = given.get("prompt"), given.get("negative_prompt")
-    if prompts is None:
+    texts, names = given.get("prompt"), families.parameters_of(pipe)
+    if texts is None:
         raise ValueError("guidance as rows takes texts: give prompt, not its embeddings")
-    if negatives is None and pipe.config.get("force_zeros_for_empty_prompt"):
+    if given.get("negative_prompt") is None and pipe.config.get("force_zeros_for_empty_prompt"):
         raise ValueError("this pipeline guides away from zeros: give negative_prompt for rows")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not isinstance(negatives, list | tuple):
-        negatives = [negatives or ""] * len(prompts)
+    count = 1 if isinstance(texts, str) else len(texts)
+
+    def of_each(name: str, texts: str | Sequence[str]) -> list[str]:
+        texts = [texts] * count if isinstance(texts, str) else list(texts)
+        if len(texts) != count:
+            raise ValueError(f"{name} has {len(texts)} texts for {count} prompts")
+        return texts
+
     off = 0.0 if families.family_of(pipe) in families.FROM_ZERO else 1.0
-    name = families.guidance_name(pipe) or "guidance_scale"
-    none = {"negative_prompt": None} if "negative_prompt" in families.parameters_of(pipe) else {}
-    return {"prompt": [*prompts, *negatives], name: off, **none}
+    result: dict[str, Any] = {families.guidance_name(pipe) or "guidance_scale": off}
+    for nth in ("", "_2", "_3"):  # of pipelines with several text encoders
+        pair = f"prompt{nth}", f"negative_prompt{nth}"
+        if any(given.get(name) for name in pair) or not nth:
+            usual = [given.get(name) or given.get(name.removesuffix(nth)) or "" for name in pair]
+            result[pair[0]] = [*of_each(pair[0], usual[0]), *of_each(pair[1], usual[1])]
+            result |= {pair[1]: None} if pair[1] in names else {}
+    return result
 
 
 def images_of(given: dict[str, Any], names: Any) -> int:
@@ -154,25 +166,35 @@ def images_of(given: dict[str, Any], names: Any) -> int:
         embeds = [v for n, v in given.items() if n.startswith("prompt_embeds") and v is not None]
         prompts = len(embeds[0]) if embeds else 1
     else:
-        prompts = 1 if isinstance(prompt, str) else len(prompt)
+        prompts = len(prompt) if isinstance(prompt, list | tuple) else 1
     count = next((name for name in COUNTS if name in names), None)
     return prompts * (given.get(count, 1) if count else 1)
 
 
-def per_image(callback: Any, scheduler: EPDScheduler) -> Callable[..., dict[str, Any]]:
-    """A callback that sees a row of each image, whose edits reach all its rows."""
+def per_image(
+    callback: Any, scheduler: EPDScheduler, asked: Sequence[str], *, stacks: bool
+) -> Callable[..., dict[str, Any]]:
+    """A callback that sees a row of each image, whose edits reach all its rows.
+
+    It gets the tensors it `asked` for. Where it interrupts the pipeline, a row an image is left;
+    ValueError where it switches the guidance of a pipeline that `stacks` rows for it.
+    """
 
     def called(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        rows = tensors.get("latents")
-        if rows is None:
-            return callback(pipe, step, time.reshape(-1)[0], tensors)
-        run = scheduler.running
-        copies = scheduler.copies if run.index < len(run.calls) else 1
-        before = run.images(rows) if copies > 1 else rows
-        shown = before.clone()
-        changed = callback(pipe, step, time.reshape(-1)[0], {**tensors, "latents": shown})
-        edit = (changed.get("latents", shown) - before).repeat_interleave(copies, 0)
-        return {**changed, "latents": rows + torch.cat([edit] * (len(rows) // len(edit)))}
+        rows, run = tensors["latents"], scheduler.running
+        done = run.index == len(run.calls)
+        before = rows if done else run.images(rows)
+        shown = {**tensors, "latents": before.clone()}
+        shown = {name: value for name, value in shown.items() if name in asked}
+        guided = getattr(pipe, "do_classifier_free_guidance", None)
+        changed = {**shown, **callback(pipe, step, time.reshape(-1)[0], shown)}
+        if stacks and pipe.do_classifier_free_guidance != guided:
+            raise ValueError('a callback switches guidance: use points="sequence"')
+        after = changed.get("latents", before)
+        if not done and not getattr(pipe, "interrupt", False):
+            edit = (after - before).repeat_interleave(scheduler.copies, 0)
+            after = rows + torch.cat([edit] * run.branches)
+        return {**changed, "latents": after}
 
     return called
 
@@ -186,7 +208,7 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
     handles: list[Any] = []
     if scheduler.by_rows:
         scheduler.prepares = True
-        handles = run_once(pipe.components.get("transformer") or pipe.unet, scheduler)
+        handles = run_once(families.network_of(pipe), scheduler)
         parts["prepare_latents"] = laid_out(pipe.prepare_latents, scheduler)
         cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image
         if cut is not None:
@@ -265,8 +287,7 @@ def shared(pipe: Any, mesh: DeviceMesh | None) -> Iterator[None]:
                 return list(ranks.all_of(torch.stack(value), count))
             return ranks.all_of(value, count)
 
-        network = pipe.components.get("transformer") or pipe.unet
-        handles = fewer_rows(network, lambda: True, ranks.own, all_of)
+        handles = fewer_rows(families.network_of(pipe), lambda: True, ranks.own, all_of)
     try:
         yield
     finally:
@@ -322,7 +343,7 @@ def thinned(value: Any, *, rows: int, pick: Callable[[Any], Any], listed: bool) 
 
 def parallel_pipeline(
     pipe: Any,
-    predictor: str | Predictor,
+    predictor: PredictorLike,
     *,
     size: tuple[int, int] | None = None,
     negative_prompt: str | None = None,
@@ -338,8 +359,7 @@ def parallel_pipeline(
     (learned,) = opened(predictor)
 
     def backend_of_today() -> Backend:
-        network = pipe.components.get("transformer") or pipe.unet
-        if getattr(network, "encoder_hid_proj", None) is not None:
+        if getattr(families.network_of(pipe), "encoder_hid_proj", None) is not None:
             raise ValueError("this pipeline has an IP-Adapter: use parallel(pipe, predictor)")
         return wrap(pipe, torch.device(pipe._execution_device), options)
 

@@ -146,6 +146,8 @@ def course_of(
 ) -> Course:
     """What the scheduler itself would do with these arguments of set_timesteps."""
     own = copy.deepcopy(like)
+    if "skip_prk_steps" in own.config:
+        own.register_to_config(skip_prk_steps=True)  # PNDM's half steps are no levels of a grid
     given = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
     takes = inspect.signature(own.set_timesteps).parameters
     given = {name: value for name, value in given.items() if value is not None}
@@ -153,7 +155,7 @@ def course_of(
         given.pop("mu", None)  # pipelines hand it to schedulers that shift and those that do not
     for name in given.keys() - takes.keys():
         raise ValueError(f"{type(like).__name__} takes no {name}: leave them out")
-    own.set_timesteps(None if "sigmas" in given or "timesteps" in given else steps, **given)
+    own.set_timesteps(steps, **given)
     times = [float(t) for t in own.timesteps]
     if isinstance(getattr(own, "sigmas", None), Tensor):
         levels = [1 - float(s) if model.inverted else float(s) for s in own.sigmas]
@@ -161,7 +163,8 @@ def course_of(
         last_alpha = getattr(own, "final_alpha_cumprod", torch.ones(()))
         alphas = torch.cat([own.alphas_cumprod[own.timesteps], last_alpha.reshape(1)])
         levels = (1 / alphas.double() - 1).sqrt().tolist()
-    kept = [i for i, s in enumerate(levels) if i == 0 or s < levels[i - 1]]  # Heun's stand twice
+    n = len(levels)  # Heun's stand twice, the second time with their own timestep
+    kept = [i for i, s in enumerate(levels) if i + 1 == n or s != levels[i + 1]]
     levels = [levels[i] for i in kept]
     first, last = float(getattr(own, "init_noise_sigma", 1.0)), 1.0
     if model.table and first == 1.0:

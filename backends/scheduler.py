@@ -8,10 +8,12 @@ in one call (`backends.parallel`). `EPDScheduler.from_solver("unipc-2", like=pip
 any solver of ours on the levels of the pipeline's own scheduler.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
 import diffusers as library
 import torch
@@ -47,7 +49,9 @@ from src.files import find_predictors
 diffusers: Any = library  # its own annotations are not those of what it returns
 PUBLISHED = {"sd3": {"shift": 3.0}, "flux": {"shift": 3.0, "use_dynamic_shifting": True}}
 """What the schedulers of the published flow-matching models say."""
+LOG = logging.getLogger(__name__)
 POINTS = ("sequence", "rows")
+PredictorLike: TypeAlias = str | Path | Predictor
 
 
 class EPDScheduler(SchedulerMixin, ConfigMixin):
@@ -105,7 +109,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_predictor(
         cls,
-        predictor: str | Predictor | Sequence[str | Predictor],
+        predictor: PredictorLike | Sequence[PredictorLike],
         like: Any = None,
         *,
         points: str = "sequence",
@@ -115,8 +119,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
         `like` is the pipeline's own scheduler, which knows the model's levels; without it they
         are those of the published SD 1.5, LSUN, SD3 or FLUX. Of several, `num_inference_steps`
-        chooses by the number of sequential calls. Raises ValueError for a predictor of another
-        kind of model, or a scheduler that is not served.
+        chooses by the number of sequential calls, the first of equal numbers. Raises ValueError
+        for a predictor of another kind of model, or a scheduler that is not served.
         """
         learned = opened(predictor)
         name, config = config_of(learned[0].recipe if like is None else like)
@@ -157,7 +161,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             self.noise_sigma = sampler.sigmas[0] if model.table else 1.0
             copies = recipe.num_points if self.by_rows else 1
         else:
-            course = course_of(self.like, model, asked, sigmas=sigmas, timesteps=timesteps, mu=mu)
+            given: dict[str, Any] = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
+            course = course_of(self.like, model, num_inference_steps, **given)
             # of orders up to 2 as theirs, which count the last step, to 0, among those to lower
             options = SolverOptions(process=model.process, lower_order_final=course.sigmas[-1] > 0)
             solver = make_solver(own(self, "solver"), options)
@@ -215,11 +220,23 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """The strength of the noise that x starts as; some pipelines ask before all else."""
+        """The strength of the noise that x starts as; some pipelines ask before all else.
+
+        Raises ValueError before `set_timesteps` where it hangs on the number of steps.
+        """
+        if self.noise_sigma is None and self.model.table is None:
+            return 1.0
         if self.noise_sigma is None:
+            if len(self.learned) != 1:
+                raise ValueError("the strength of the noise hangs on num_inference_steps: call "
+                                 "scheduler.set_timesteps(num_inference_steps) first")  # fmt: skip
             self.set_timesteps()
         assert self.noise_sigma is not None
         return self.noise_sigma
+
+    def __len__(self) -> int:
+        """The timesteps that the model was trained at."""
+        return self.model.steps if self.model.table is None else len(self.model.table.log_sigmas)
 
     @property
     def begin_index(self) -> int:
@@ -291,11 +308,14 @@ def chosen(learned: Sequence[Predictor], calls: int | None, *, strict: bool = Fa
     any_number = calls is None or not strict
     if len(learned) == 1 and (any_number or calls in (only.nfe, only.evaluations)):
         return only
-    by_calls = {predictor.nfe: predictor for predictor in learned}
-    if calls not in by_calls:
-        there = ", ".join(map(str, sorted(by_calls)))
-        raise ValueError(f"no predictor of {calls} calls: num_inference_steps may be {there}")
-    return by_calls[calls]
+    asked = [predictor for predictor in learned if predictor.nfe == calls]
+    if not asked:
+        there = ", ".join(map(str, sorted({predictor.nfe for predictor in learned})))
+        what = "several predictors" if calls is None else f"no predictor of {calls} calls"
+        raise ValueError(f"{what}: num_inference_steps may be {there}")
+    if len(asked) > 1:
+        LOG.warning("%d predictors of %d calls: the first of them is taken", len(asked), calls)
+    return asked[0]
 
 
 def own(scheduler: EPDScheduler, name: str) -> Any:
@@ -334,6 +354,8 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
 def config_of(like: Any) -> tuple[str, dict[str, Any]]:
     """Class and config of a scheduler, of one that ours was made like, or of a recipe's model."""
     if not isinstance(like, Recipe):
+        if not isinstance(like, SchedulerMixin):
+            raise ValueError(f"like is a {type(like).__name__}: give pipe.scheduler")
         config = plain_like(like.like if isinstance(like, EPDScheduler) else like)
         return config.pop("_class_name"), config
     if "scheduler" in like.backend_config:
@@ -351,13 +373,15 @@ def config_of(like: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
-def opened(predictor: str | Predictor | Sequence[str | Predictor]) -> list[Predictor]:
-    """Predictors as they are, or from their files, names or patterns."""
+def opened(predictor: PredictorLike | Sequence[PredictorLike]) -> list[Predictor]:
+    """Predictors as they are, or from their files, names or patterns; ValueError for none."""
     if isinstance(predictor, Predictor):
         return [predictor]
-    if not isinstance(predictor, str):
+    if isinstance(predictor, list | tuple) and predictor:
         return [p for each in predictor for p in opened(each)]
-    return [load_predictor(file) for file in find_predictors(predictor)]
+    if not isinstance(predictor, str | Path):
+        raise ValueError(f"a predictor is a file, a name or a Predictor, not {predictor!r}")
+    return [load_predictor(file) for file in find_predictors(str(predictor))]
 
 
 def as_plain(predictor: Predictor) -> dict[str, Any]:

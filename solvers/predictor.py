@@ -250,8 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
             save_predictor(predictor, options.target)
             text = f"wrote {options.target}"
         elif not options.sigmas:
-            entries = plain("recipe", vars(predictor.recipe)).items()
-            lines = [f"{name:18} {json.dumps(v)}" for name, v in entries if v not in (None, {})]
+            content = to_content(predictor)
+            entries = content["recipe"] | {"format_version": content["format_version"]}
+            used = {name: v for name, v in entries.items() if v not in (None, {})}
+            lines = [f"{name:18} {json.dumps(v)}" for name, v in used.items()]
             cost = f"{predictor.nfe} sequential, {predictor.evaluations} evaluations"
             lines.append(f"{'nfe':18} {cost}")
             for name, values in named_tensors(predictor.table).items():

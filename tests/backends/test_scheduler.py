@@ -18,6 +18,7 @@ from tests.pretend_gpu import pretend_gpu
 
 diffusers = twins.diffusers
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 TEXT = "a red fox"
 SIZE = {"height": 16, "width": 16}
 LATENT = {"output_type": "latent", **SIZE}
@@ -183,7 +184,40 @@ def test_a_callback_of_a_parallel_pipeline_sees_a_row_of_each_image() -> None:
     assert torch.allclose(fast, slow, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pipeline_that_a_callback_interrupts_gives_a_row_of_each_image(count: int) -> None:
+    def interrupt(pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert tensors.keys() == {"prompt_embeds"}
+        pipe._interrupt = i == 2
+        return {}
+
+    images = parallel(quiet(twins.sd()), "sd15-best")(
+        [TEXT] * count, callback_on_step_end=interrupt,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"], **LATENT,
+    ).images  # fmt: skip
+    assert len(images) == count
+
+
+def test_guidance_as_rows_takes_the_texts_of_every_encoder() -> None:
+    pipe = quiet(twins.sd3())
+    texts = {"prompt_2": "b", "prompt_3": "c", "negative_prompt": "d", "negative_prompt_2": "e"}
+    given = {"prompt": TEXT, **texts, **LATENT}
+    rows, theirs = (
+        parallel(pipe, "sd3-512-best", guidance=kind)(**given, generator=drawn(3)).images
+        for kind in ("rows", "pipeline")
+    )
+    assert torch.allclose(rows, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_network_takes_rows() -> None:
+    pipe = quiet(twins.sd3())
+    plain = parallel(pipe, "sd3-512-best")(TEXT, generator=drawn(3), **LATENT).images
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    compiled = parallel(pipe, "sd3-512-best")(TEXT, generator=drawn(3), **LATENT).images
+    assert torch.allclose(compiled, plain, atol=1e-5)
+
+
 def test_a_hand_made_solver_takes_what_the_pipelines_own_would() -> None:
     """Sigmas of the caller's own, timesteps, and Karras' spacing."""
     pipe = quiet(twins.sdxl())
@@ -201,12 +235,41 @@ def test_a_hand_made_solver_takes_what_the_pipelines_own_would() -> None:
         pipe.scheduler = own
 
 
-def test_several_predictors_are_chosen_by_their_calls() -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["DDIM", "DPMSolverMultistep", "HeunDiscrete", "KDPM2Discrete", "PNDM", "UniPCMultistep"],
+)
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+def test_a_level_goes_with_its_timestep_whatever_the_pipelines_scheduler(name: str) -> None:
+    """Also where that stands at some levels twice, or between them."""
+    like = getattr(diffusers, f"{name}Scheduler")(**SD, timestep_spacing="trailing")
+    scheduler = EPDScheduler.from_solver("euler", like=like)
+    scheduler.set_timesteps(5)
+    assert len(scheduler.timesteps) == 5
+    table = scheduler.model.table
+    assert table is not None
+    expected = table.sigma_inv(scheduler.sigmas[:-1])
+    assert (scheduler.timesteps - expected).abs().max() < 1.0
+
+
+def test_a_scheduler_of_any_kind_is_asked_before_its_steps_are_set() -> None:
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = EPDScheduler.from_solver("euler", like=flow)
+    assert (scheduler.init_noise_sigma, len(scheduler)) == (1.0, len(flow))
+    discrete = EPDScheduler.from_solver("euler", like=diffusers.EulerDiscreteScheduler(**SD))
+    with pytest.raises(ValueError, match=r"call scheduler\.set_timesteps"):
+        assert discrete.init_noise_sigma
+
+
+def test_several_predictors_are_chosen_by_their_calls(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = EPDScheduler.from_predictor(
         "exps/tiny-sd3/*-k2-*.pkl", like=twins.sd3(scheduler={"shift": 1}).scheduler
     )
     scheduler.set_timesteps(10)
     assert len(scheduler.timesteps) == 15
+    assert not caplog.messages
+    scheduler.set_timesteps(4)
+    assert caplog.messages == ["2 predictors of 4 calls: the first of them is taken"]
     with pytest.raises(ValueError, match=r"no predictor of 11 calls.* 6, 10, 14, 20"):
         scheduler.set_timesteps(11)
 
@@ -339,11 +402,27 @@ def test_inpainting_keeps_what_it_keeps_at_the_level_of_every_call() -> None:
         ("cifar10-5nfe", None, "needs the scheduler of its model: like="),
         ("cifar10-5nfe", diffusers.DDIMScheduler(**SD), "start at 80"),
         ("exps/none-*.pkl", None, "no predictor is named"),
+        ([], None, "a predictor is a file"),
+        (Path("exps/sd15/sd15-best.pkl"), "DDIMScheduler", "like is a str: give pipe.scheduler"),
     ],
 )
-def test_a_scheduler_of_another_kind_of_model_is_refused(name: str, like: Any, words: str) -> None:
+def test_a_scheduler_of_another_kind_of_model_is_refused(name: Any, like: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EPDScheduler.from_predictor(name, like=like)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"timesteps": [100, 500, 900]}, "falling levels"),
+        ({"num_inference_steps": 3, "timesteps": [900, 100]}, "Can only pass one of"),
+        ({"sigmas": [1.0, 2.0]}, "falling levels"),
+    ],
+)
+def test_no_timestep_of_the_callers_is_dropped(given: dict[str, Any], words: str) -> None:
+    scheduler = EPDScheduler.from_solver("euler", like=diffusers.EulerDiscreteScheduler(**SD))
+    with pytest.raises(ValueError, match=words):
+        scheduler.set_timesteps(**given)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +436,10 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(name: str, like: Any, w
         ({"guidance": "rows"}, {"prompt": None}, "takes texts"),
         ({"guidance": "columns"}, {}, "pipeline or rows"),
         ({"guidance": "rows", "points": "sequence"}, {}, "cannot take guidance as rows"),
+        ({"guidance": "rows"}, {"guidance_rescale": 0.7}, "guidance_rescale does not go"),
+        ({"guidance": "rows"}, {"negative_prompt": ["a", "b"]}, "has 2 texts for 1 prompts"),
+        ({}, {"timesteps": [900, 100]}, "timesteps does not go"),
+        ({}, {"callback": print}, "use callback_on_step_end"),
     ],
 )
 def test_calls_that_cannot_be_served_are_refused(

@@ -419,6 +419,8 @@ def test_convert_reads_a_published_file_and_show_prints_what_is_shipped(
     assert same(load_predictor(tmp_path / "ours.json"), load_predictor(source))
     assert main(["show", "sd15-best"]) == 0
     assert "20 sequential, 30 evaluations" in capsys.readouterr().out
+    assert main(["show", "epd-multistep-k2-3nfe-guided"]) == 0
+    assert "format_version     2\n" in capsys.readouterr().out
     assert main(["show", "cifar10-5nfe", "--sigmas"]) == 0
     assert capsys.readouterr().out.startswith("80, ")
 
