@@ -7,6 +7,7 @@ training set. B images.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -98,6 +99,17 @@ def load_judge(path: Path = WEIGHTS, device: torch.device | str = "cpu") -> Fash
     device = torch.device(device)
     network = fill(ClothesClassifier, read_state(path), str(path), device)
     return FashionJudge(network.requires_grad_(False).eval(), device)
+
+
+@cache
+def judge_on(device: torch.device) -> FashionJudge:
+    """The shipped classifier on a device, read once."""
+    return load_judge(device=device)
+
+
+def features(images: Tensor) -> Tensor:
+    """The shipped judge's features [B, 128] of images [B, 1 or 3, H, W] in [0, 1]."""
+    return judge_on(images.device).features(images)
 
 
 def load(setup: Setup) -> FashionJudge:

@@ -157,6 +157,7 @@ class Ppo:
     learning_by_interval: list[float] = field(default_factory=list, metadata=NOT_NEGATIVE)
     entropy_by_interval: list[float] = field(default_factory=list, metadata=NOT_NEGATIVE)
     pull_coef: float = key(0.0, low=0)
+    features: str | None = None
     eval_interval: int = key(50, low=0)
     eval_prompts: int = key(32, low=2)
     eval_seeds: int = key(1, low=1)

@@ -7,18 +7,19 @@ import dataclasses
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
-from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
 from solvers.predictor import Predictor, find_predictor, load_predictor
@@ -29,7 +30,7 @@ from src.options import DTYPES, Device, OneLineCommand
 from src.runs import Stop, Stopped, find_run, new_run
 from src.text import read_prompts
 from training.ppo.config import MULTI, Config, check_ranks, load_config, resolved, to_yaml
-from training.ppo.rollout import Task
+from training.ppo.rollout import Task, thumbnails
 from training.ppo.trainer import SETTINGS, run_of, train
 
 CLASSES = ("edm", "analytic")
@@ -155,7 +156,11 @@ def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
 def lacking(config: Config, recipe: Recipe) -> Iterator[str]:
     """What stands in the way, as far as can be seen without loading anything."""
     rewards = [config.reward.name, *config.reward.judges]
-    checks = (lambda: files_of(rewards, weight_paths(config)), lambda: model_of(config, recipe))
+    checks = (
+        lambda: files_of(rewards, weight_paths(config)),
+        lambda: model_of(config, recipe),
+        lambda: features_of(config),
+    )
     for check in checks:
         try:
             check()
@@ -177,6 +182,11 @@ def model_of(config: Config, recipe: Recipe) -> str:
     if config.model.backend_options.model_config:
         find_model(config.model.backend_options.model_config)
     return name
+
+
+def features_of(config: Config) -> Callable[[Tensor], Tensor]:
+    """The features of ppo.features; ValueError where they cannot be imported."""
+    return own_function(config.ppo.features) if config.ppo.features else thumbnails
 
 
 def weight_paths(config: Config) -> dict[str, str]:
@@ -215,6 +225,7 @@ def make_task(
         reward.name,
         *prompts,
         judge=partial(score_all, judges, batch=reward.batch_size) if judges else None,
+        features=features_of(config),
         seed=config.run.seed,
         batch=options.max_batch_size,
         decode_batch=options.decode_batch,

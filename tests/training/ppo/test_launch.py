@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from rewards import clip
+from rewards import clip, fashion
 from solvers.predictor import Predictor, find_predictor, load_predictor, save_predictor
 from src.runs import Metrics, read_sealed
 from tests import twins as pipelines
@@ -136,6 +136,7 @@ def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path
         ("reward.weights_path={folder}/cut.pt", "cut.pt"),
         (f"model.model={load_config(SD3).model.model}", "bash launch.sh weights sd3"),
         ("model.backend_options.model_config=/no/where", "no model at '/no/where'"),
+        ("ppo.features=rewards.fashion:nothing", "'rewards.fashion:nothing' cannot be imported"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_loaded(
@@ -190,11 +191,14 @@ def run_of(folder: Path, name: str) -> Path:
     return run
 
 
+NEAR_FINE = ("ppo.pull_coef=0.1", "ppo.features=rewards.fashion:features")
+
+
 def test_a_run_that_was_cut_goes_on_as_if_it_never_was_but_not_with_other_images(
     twins: Path, tmp_path: Path
 ) -> None:
     root, latest = f"run.output_root={tmp_path}", ("--run-name", "cut", "--resume", "latest")
-    given = on_twins("sd3_512", twins, root)
+    given = on_twins("sd3_512", twins, root, *NEAR_FINE)
     cut = start(*given, "--max-steps", "2", "--run-name", "cut")
     for change, words in (
         ("model.guidance_rate=5", "model.guidance_rate 5.0 is not that of"),
@@ -211,6 +215,9 @@ def test_a_run_that_was_cut_goes_on_as_if_it_never_was_but_not_with_other_images
     assert one.weight.equal(other.weight)
     steps = Metrics(both[0] / "logs" / "metrics.jsonl").read()
     assert [line["step"] for line in steps if "reward" in line] == [1, 2, 3]
+    config = load_config(both[0] / "configs" / "resolved_config.yaml")
+    assert launch.features_of(config) is fashion.features
+    assert all(line["reward/pull"] > 0 for line in steps if "reward" in line)
     assert read_sealed(both[0] / "checkpoints" / "checkpoint-00000003.pt")["step"] == 3
 
 
