@@ -71,6 +71,7 @@ class CachedPrompts:
             self.results.clear()
         self.encoders = encoders
         signature = inspect.signature(encode)
+        others = [n for n, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD]
 
         def recall(arguments: dict[str, Any]) -> Any:
             key = repr(sorted(arguments.items()))
@@ -80,6 +81,7 @@ class CachedPrompts:
 
         def encoded(*args: Any, **kwargs: Any) -> Any:
             given = dict(signature.bind(*args, **kwargs).arguments)
+            given |= {k: v for name in others for k, v in given.pop(name, {}).items()}
             counts = [name for name in COUNTS if name in given]
             copies = given[counts[0]] if counts else 1
             given |= dict.fromkeys(counts, 1)
@@ -94,7 +96,8 @@ class CachedPrompts:
                 lists = {n: v for n, v in given.items() if isinstance(v, list) and len(v) == rows}
                 each = [given | {n: [v[i]] for n, v in lists.items()} for i in range(rows)]
                 result = joined([recall(one) for one in each])
-                result = recall(given) if result is None else result
+            if result is None or (one and any(map(is_layered, result))):
+                return recall(given | copies_of(given, copies))
 
             def repeated(value: Any) -> Any:
                 is_rows = isinstance(value, Tensor) and len(value) == rows
@@ -103,6 +106,18 @@ class CachedPrompts:
             return tuple(map(repeated, result)) if isinstance(result, tuple) else repeated(result)
 
         return encoded
+
+
+def is_layered(value: Any) -> bool:
+    """Whether what a text gave has layers before its row, as HiDream's has."""
+    return isinstance(value, Tensor) and value.ndim > 3 and len(value) > 1
+
+
+def copies_of(given: dict[str, Any], copies: int) -> dict[str, Any]:
+    """The texts among the arguments of encode_prompt, so many of each side by side."""
+    names = [n for n in given if n.removeprefix("negative_").rstrip("_234") == "prompt"]
+    texts = {n: [given[n]] if isinstance(given[n], str) else given[n] for n in names}
+    return {n: [t for t in v for _ in range(copies)] for n, v in texts.items() if v is not None}
 
 
 def is_plain(value: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from backends.base import ModelOptions
 from backends.drop_in import EPDScheduler, parallel, parallel_pipeline
 from backends.generate import Job, generate
+from backends.lending import CachedPrompts
 from backends.pipelines import wrap
 from solvers.predictor import find_predictor, load_predictor
 from tests import twins
@@ -207,6 +208,18 @@ def test_guidance_as_rows_takes_the_texts_of_every_encoder() -> None:
         for kind in ("rows", "pipeline")
     )
     assert torch.allclose(rows, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hidream", "sd3"])
+@pytest.mark.parametrize("prompt", [TEXT, [TEXT, "b"]])
+def test_copies_of_prompts_are_the_pipelines_own(name: str, prompt: Any) -> None:
+    """Also where layers stand before rows."""
+    pipe = twins.twin(name)
+    given = {"prompt": prompt, "device": "cpu", "num_images_per_prompt": 3}
+    given |= {"prompt_2": None, "prompt_3": None}
+    ours, theirs = (f(**given) for f in (CachedPrompts(pipe).installed(), pipe.encode_prompt))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
