@@ -205,7 +205,10 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     """
     name, names = type(pipe).__name__, families.parameters_of(pipe)
     families.check_served(pipe)
-    model = parametrization_of(pipe.scheduler)
+    like = getattr(pipe.scheduler, "like", pipe.scheduler)  # that which ours was made like
+    model = parametrization_of(like)
+    if min(options.size or (1,)) < 1:
+        raise ValueError(f"resolution {options.size} is no size of a picture")
     if "prompt" not in names or not callable(getattr(pipe, "prepare_latents", None)):
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
     if options.encode_first:
@@ -216,10 +219,10 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         raise ValueError(f"{name} takes no negative prompt: its guidance is part of the network")
     if options.vae_tiling or options.vae_slicing:
         prepare_vae(pipe.vae, options)
-    opened = Opened(pipe, options, pipe.scheduler, model, CachedPrompts(pipe))
+    opened = Opened(pipe, options, like, model, CachedPrompts(pipe))
     try:
         steps = names["num_inference_steps"]
-        levels = levels_of(pipe.scheduler, model, opened.look(steps).mu)
+        levels = levels_of(like, model, opened.look(steps).mu)
         first = opened.first
         return Backend(
             family=name,
@@ -233,7 +236,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             device=device,
             dtype=families.network_of(pipe).dtype,
             usual_prompt=usual_text,
-            config={"scheduler": plain_like(pipe.scheduler)},
+            config={"scheduler": plain_like(like)},
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is not served: {type(error).__name__}: {error}") from error

@@ -64,6 +64,8 @@ def parallel(
     points = points or ("sequence" if reason else "rows")
     if guidance not in ("pipeline", "rows"):
         raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
+    if guides and guidance == "pipeline":
+        raise ValueError('the predictor guides by itself, not the pipeline: guidance="rows"')
     family = families.family_of(pipe)
     if guidance == "rows":
         refused = {

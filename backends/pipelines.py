@@ -112,6 +112,8 @@ def load_pipeline(
     for part in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
         part.requires_grad_(False)  # what is learned here is a table, never the backbone
         if options.channels_last:
+            if any(weight.ndim > 4 for weight in part.parameters()):
+                raise ValueError(f"channels_last is for networks of images: {name} makes videos")
             part.to(memory_format=torch.channels_last)
     if options.cpu_offload:
         if device.type == "cpu":

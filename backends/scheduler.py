@@ -139,6 +139,20 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         name, config = config_of(like)
         return cls(solver=solver, like_class=name, like_config=config)
 
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The scheduler of a config; of another's, with `solver` or `predictors`, one like it.
+
+        Raises ValueError for another's that does not say whose it is.
+        """
+        config = args[0] if args else kwargs.get("config")
+        if isinstance(config, dict) and not {"like_class", "solver"} & config.keys():
+            if (name := config.get("_class_name")) is None:
+                raise ValueError("this config has no _class_name: use from_solver or "
+                                 "from_predictor with like=pipe.scheduler")  # fmt: skip
+            kwargs = {"like_class": name, "like_config": dict(config), **kwargs}
+        return super().from_config(*args, **kwargs)
+
     # --- what pipelines ask for -----------------------------------------------------------
 
     def set_timesteps(

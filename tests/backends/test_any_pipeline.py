@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import sample
 import train_distill
+from backends.any_pipeline import any_backend
 from backends.base import ModelOptions
 from backends.generate import Job, generate
 from backends.load import load_backend
@@ -57,6 +58,32 @@ def test_any_model_is_distilled_and_sampled_here_and_in_its_pipeline(
     pipe.scheduler = EPDScheduler.from_predictor(file.as_posix())  # its recipe keeps the model's
     for latents in (fast, pipe(**given)[0]):
         assert (latents - part.latents).norm() <= 1e-4 * part.latents.norm()
+
+
+def test_a_pipeline_that_has_our_scheduler_is_the_model_that_it_was(tmp_path: Path) -> None:
+    pipe = twins.sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    options = ModelOptions(size=(16, 16))
+    before = any_backend(pipe, torch.device("cpu"), options)
+    pipe.scheduler = EPDScheduler.from_predictor("sd15-best", like=pipe.scheduler)
+    after = load_backend(str(twins.saved(tmp_path, pipe)), options=options)
+    assert after.config == before.config
+    assert after.levels.sigma_max == before.levels.sigma_max
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (ModelOptions(size=(0, 0)), "is no size of a picture"),
+        (ModelOptions(size=(33, 32)), "divisible by 16 but are 33 and 32"),
+        (ModelOptions(size=(32, 32), channels_last=True), "makes videos"),
+    ],
+)
+def test_options_that_a_video_model_lacks_are_refused(
+    options: ModelOptions, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_backend(str(twins.saved(tmp_path, twins.wan())), options=options)
 
 
 def test_tiny_sd3_makes_six_calls_in_its_own_pipeline() -> None:

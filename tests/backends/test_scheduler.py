@@ -128,6 +128,15 @@ def test_a_scheduler_goes_through_its_config_and_its_files(tmp_path: Path) -> No
         for s in (first, again):
             s.set_timesteps(50)
         assert torch.equal(again.timesteps, first.timesteps)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = EPDScheduler.from_config(
+        {"_class_name": type(flow).__name__, **flow.config}, solver="euler"
+    )
+    for s in (ours, flow):
+        s.set_timesteps(4)
+    assert torch.allclose(ours.timesteps, flow.timesteps)
+    with pytest.raises(ValueError, match="use from_solver"):
+        EPDScheduler.from_config(flow.config, solver="euler")
     other = diffusers.DPMSolverMultistepScheduler.from_config(first.config)
     assert other.config.beta_schedule == "scaled_linear"
 
