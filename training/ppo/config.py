@@ -152,6 +152,7 @@ class Ppo:
     train_guidance: bool = False
     scale_std: float = key(0.05, above=0, high=1)
     guidance_std: float = key(0.15, above=0, high=1)
+    guidance_interval: list[float] = field(default_factory=list, metadata=NOT_NEGATIVE)
     grid_concentration: float = key(200.0, above=0)
     effect: float = key(0.03, above=0, high=1)
     learning_by_interval: list[float] = field(default_factory=list, metadata=NOT_NEGATIVE)
@@ -298,6 +299,7 @@ def check_settings(config: Config) -> None:
     """ValueError where settings contradict each other."""
     ppo, reward, run = config.ppo, config.reward, config.run
     batch, rewards = ppo.rollout_batch_size, (reward.type, reward.name, *reward.judges)
+    between = ppo.guidance_interval
     for name in ("rloo_k", "minibatch_size"):
         size = getattr(ppo, name)
         if batch % size:
@@ -320,6 +322,8 @@ def check_settings(config: Config) -> None:
         f"ppo.watch {ppo.watch!r} is neither the reward nor a judge: {', '.join(rewards)}": (
             ppo.watch is not None and ppo.watch not in rewards
         ),
+        f"ppo.guidance_interval {between} is no pair of levels, low first, or train_guidance is off": between
+        and not (ppo.train_guidance and len(between) == 2 and between[0] <= between[1]),
         "reward.multi.weights are all 0: give one above 0": reward.multi.weights
         and not any(reward.multi.weights.values()),
         f"reward.weights_path {reward.weights_path!r} is one path for several: write hps: PATH": (

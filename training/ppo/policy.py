@@ -224,9 +224,14 @@ def start_of(sampler: Sampler, ppo: Ppo, say: Callable[[str], object]) -> Start:
         raise ValueError("there is nothing to train: set ppo.train_points=true, say")
     scales = {"dir_scale": ppo.scale_std, "time_scale": ppo.scale_std}
     std = [scales.get(name, WIDTH) for name, wide in columns.items() for _ in range(wide)]
-    step = {"guidance": ppo.guidance_std / WIDTH}
-    unit = [step.get(name, 1.0) for name, wide in columns.items() for _ in range(wide)]
-    units = torch.tensor(unit, dtype=torch.float64).expand(count, -1)
+    low, high = ppo.guidance_interval or (0.0, math.inf)
+    guided = torch.tensor([[low <= sigma <= high] for sigma in sampler.sigmas[:-1]]).double()
+    if ppo.train_guidance and not guided.any():
+        raise ValueError(f"no step begins in ppo.guidance_interval [{low:g}, {high:g}]: widen it")
+    ones = torch.ones(count, 1, dtype=torch.float64)
+    step = {"guidance": guided * ppo.guidance_std / WIDTH}
+    unit = [step.get(name, ones) for name, wide in columns.items() for _ in range(wide)]
+    units = torch.cat([*unit, ones[:, :0]], 1)
     return Start(sampler, table, alpha, columns, units, torch.tensor(std, dtype=torch.float64))
 
 

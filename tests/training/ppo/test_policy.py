@@ -218,6 +218,18 @@ def test_guidance_starts_at_the_rates_that_there_are_and_is_a_factor(
     assert (drawn[..., 0] / 4).log().std().item() == pytest.approx(0.2, rel=0.05)
 
 
+@pytest.mark.parametrize("of", [EPD_ONE, MULTISTEP])
+def test_rates_outside_of_the_guidance_interval_stay_as_they_are(of: Sampler) -> None:
+    of = replace(of, guidance_rate=1.5)
+    guided = replace(NONE, train_guidance=True, guidance_interval=[0.0, of.sigmas[1]])
+    start = policy(of, guided).start
+    rates = start.table_of(start.draws(torch.ones(start.size).double())).guidance
+    assert rates is not None
+    assert (rates[0], bool((rates[1:] > 1.6).all())) == (1.5, True)
+    with pytest.raises(ValueError, match="no step begins in ppo"):
+        policy(of, replace(guided, guidance_interval=[1e-6, 1e-5]))
+
+
 def test_an_intervals_learning_scales_its_gradient() -> None:
     plain, scaled = policy(), Policy(policy().start, 1, [1.0, 0.0, 3.0])
     draws = stacked([plain().draw(generator(i)) for i in range(4)])
