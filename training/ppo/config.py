@@ -322,8 +322,9 @@ def check_settings(config: Config) -> None:
         f"ppo.watch {ppo.watch!r} is neither the reward nor a judge: {', '.join(rewards)}": (
             ppo.watch is not None and ppo.watch not in rewards
         ),
-        f"ppo.guidance_interval {between} is no pair of levels, low first, or train_guidance is off": between
-        and not (ppo.train_guidance and len(between) == 2 and between[0] <= between[1]),
+        f"ppo.guidance_interval {between} is no pair, low first, or nothing is guided": (
+            between and not (ppo.train_guidance and between == sorted(between)[:2] and between[1:])
+        ),
         "reward.multi.weights are all 0: give one above 0": reward.multi.weights
         and not any(reward.multi.weights.values()),
         f"reward.weights_path {reward.weights_path!r} is one path for several: write hps: PATH": (

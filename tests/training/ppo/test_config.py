@@ -122,7 +122,7 @@ REFUSED = {
     "ppo.train_points=false ppo.train_weights=false": "there is nothing to train",
     "ppo.antithetic=true ppo.rloo_k=1": "ppo.rloo_k 1 is out of range",
     "ppo.method=cma ppo.grouping=prompt": "compares tables on equal noise",
-    "ppo.guidance_interval=[0, 5]": "or train_guidance is off",
+    "ppo.guidance_interval=[0, 5]": "or nothing is guided",
     "ppo.train_guidance=true ppo.guidance_interval=[5, 1]": "is no pair, low first",
     "ppo.watch=clip": "ppo.watch 'clip' is neither the reward nor a judge",
     "reward.type=multi reward.multi.weights={hps: 0}": "are all 0",
