@@ -26,6 +26,20 @@ from backends.parametrization import (
 )
 from solvers.field import Condition, Denoiser
 
+PLAIN = {
+    "use_resolution_binning": False,
+    "cfg_truncation": 2.0,  # none
+    "enable_prompt_rewrite": False,
+    "use_pe": False,
+}
+"""Arguments by which pipelines change neither sizes nor prompts by themselves."""
+GUIDERS = ("guider", "ocr_guider")
+IN_ITS_OWN_CALL = {
+    "prepare_audio_latents": "it steps sound together with its pictures",
+    "generate_prior_tokens": "a language model draws tokens in every call of it",
+}
+"""What keeps a pipeline from being asked call by call, by the method that shows it."""
+
 
 @dataclass
 class OneCall:
@@ -36,6 +50,7 @@ class OneCall:
     sigma: Tensor | None = None  # [R]
     columns: int = 1  # how often the rows stand in the network's batch
     rows: bool = True  # whether each row has a time of its own
+    sample: Tensor | None = None
     output: Tensor | None = None
     mu: float | None = None
     order: int = 1
@@ -63,6 +78,7 @@ class OneCall:
             t = self.model.timesteps(self.sigma.double()).float()
             t = t.repeat(self.columns)[None] if self.rows else t[:1]
             self.timesteps = t.to(device)
+            self.sigmas = torch.tensor([float(self.sigma[0]), 0.0])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """There is one call."""
@@ -74,10 +90,15 @@ class OneCall:
         return self.model.seen(sample, sigma)
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: Any = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Keep the network's output."""
-        self.output = model_output
+        self.sample, self.output = sample, model_output
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
@@ -102,31 +123,48 @@ class Opened:
     ) -> Any:
         """What the pipeline returns with this scheduler, from latents x if they are given."""
         names = families.parameters_of(self.pipe)
-        usual = {"use_resolution_binning": False, "cfg_truncation": 2.0}  # none of either
-        given = given | {name: value for name, value in usual.items() if name in names}
+        given = given | {name: value for name, value in PLAIN.items() if name in names}
         given |= dict(zip(("height", "width"), self.options.size or (), strict=False))
-        given |= {"prompt": list(texts), "generator": torch.Generator(self.pipe.device)}
+        alone = families.family_of(self.pipe) in families.ALONE and len(texts) == 1
+        given |= {"prompt": texts[0] if alone else list(texts)}
+        given |= {"generator": torch.Generator(self.pipe.device)}
+
+        scaled = families.scales(self.pipe) or scheduler.sigma is None
 
         def before(arguments: dict[str, Any]) -> None:
             self.first |= {n: arguments[n] for n in ("height", "width") if n in arguments}
 
         def after(latents: Tensor, others: list[Any]) -> list[Any]:
             self.first["latents"] = latents
-            return [latents if x is None else x.to(latents.dtype, copy=True), *others]
+            if x is None:
+                return [latents, *others]
+            shown = x if scaled else scheduler.scale_model_input(x)
+            return [shown.to(latents.dtype, copy=True), *others]
 
-        parts: dict[str, Any] = {
-            "scheduler": scheduler,
-            "prepare_latents": with_latents(self.pipe.prepare_latents, before, after),
-            "encode_prompt": self.prompts.installed(),
-        }
+        parts: dict[str, Any] = {"scheduler": scheduler}
+        if callable(getattr(self.pipe, "prepare_latents", None)):
+            prepare = with_latents(self.pipe.prepare_latents, before, after)
+            parts["prepare_latents"] = prepare
+        elif x is not None:
+            (given["latents"],) = after(x, [])
+        if callable(getattr(self.pipe, "encode_prompt", None)):
+            parts["encode_prompt"] = self.prompts.installed()
+        parts |= {name: given.pop(name) for name in GUIDERS if name in given}
         with lent(self.pipe, parts), torch.no_grad():
             return self.pipe(**given, return_dict=False)[0]
 
     def look(self, steps: int) -> OneCall:
-        """What the pipeline hands its scheduler for so many steps, without a network call."""
-        scheduler = OneCall(self.like, self.model)
+        """What the pipeline hands its scheduler for so many steps.
+
+        Without a network call where its latents are seen before any.
+        """
+        hidden = not callable(getattr(self.pipe, "prepare_latents", None))
+        sigma = torch.ones(1) if hidden else None
+        scheduler = OneCall(self.like, self.model, sigma, rows=False)
         given = {"num_inference_steps": steps, "output_type": "latent"}
         self.call(scheduler, [""], None, given | self.guidance(1.0, 1))
+        if hidden:
+            self.first["latents"] = scheduler.sample
         return scheduler
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -138,6 +176,8 @@ class Opened:
         rates = given.get("rate", torch.ones(len(x))).tolist()
         rows = families.one_time(self.pipe) is None
         kinds = rates if rows else list(zip(rates, sigma.tolist(), strict=True))
+        if families.family_of(self.pipe) in families.ALONE:
+            kinds = list(range(len(x)))
         x0 = torch.empty_like(x)
         for kind in dict.fromkeys(kinds):  # what one call can have one of
             at = [i for i, other in enumerate(kinds) if other == kind]
@@ -152,15 +192,26 @@ class Opened:
         scheduler = OneCall(self.like, self.model, sigma, columns, rows)
         arguments = self.guidance(rate, len(x)) | {"output_type": "latent"}
         self.call(scheduler, texts, x, arguments)
+        embedded = families.family_of(self.pipe) in families.EMBEDDED
+        if rate > 1 and not embedded and not getattr(self.pipe, "do_classifier_free_guidance", 1):
+            raise ValueError(
+                f"guidance_rate {rate}: {type(self.pipe).__name__} begins to guide above it: "
+                "take 1 (none), or more"
+            )
         assert scheduler.output is not None
         return scheduler.model.clean(x, sigma, scheduler.output)
 
     def guidance(self, rate: float, rows: int) -> dict[str, Any]:
         """The pipeline's arguments for a guidance rate, 1 being none."""
         name, family = families.guidance_name(self.pipe), families.family_of(self.pipe)
-        if name is None:
+        guiders = {n: self.pipe.components.get(n) for n in GUIDERS}
+        given: dict[str, Any] = {
+            n: guider.new(guidance_scale=rate) for n, guider in guiders.items() if guider
+        }
+        if name is not None:
+            given[name] = rate - 1 if family in families.FROM_ZERO else rate
+        if not given:
             return {}
-        given: dict[str, Any] = {name: rate - 1 if family in families.FROM_ZERO else rate}
         negative = self.options.negative_prompt
         if negative is None and name == "true_cfg_scale":
             negative = ""  # such pipelines guide where there is one
@@ -170,7 +221,7 @@ class Opened:
 
     def guide(self, network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
         """The denoiser under the pipeline's own guidance; ValueError for a rate that it lacks."""
-        if rate != 1 and (families.guidance_name(self.pipe) is None or rate < 1):
+        if rate != 1 and (not families.guides(self.pipe) or rate < 1):
             raise ValueError(f"guidance_rate {rate}: this pipeline has 1 (none), or more")
 
         def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -209,8 +260,12 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     model = parametrization_of(like)
     if min(options.size or (1,)) < 1:
         raise ValueError(f"resolution {options.size} is no size of a picture")
-    if "prompt" not in names or not callable(getattr(pipe, "prepare_latents", None)):
+    hidden = not callable(getattr(pipe, "prepare_latents", None)) and "latents" not in names
+    if "prompt" not in names or hidden:
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
+    for method, reason in IN_ITS_OWN_CALL.items():
+        if callable(getattr(pipe, method, None)):
+            raise ValueError(f"{name} is not served here, {reason}: use parallel(pipe, predictor)")
     if options.encode_first:
         raise ValueError(f"{name} keeps its text encoders: take --cpu_offload for memory")
     if options.negative_prompt and (
@@ -238,5 +293,17 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             usual_prompt=usual_text,
             config={"scheduler": plain_like(like)},
         )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is not served: {type(error).__name__}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        pictures = [n for n in ("image", "video", "control_image") if n in names]
+        reason = (
+            f"it needs {' or '.join(pictures)} besides the prompt: use parallel(pipe, predictor) "
+            f"({first_line(error)})"
+            if pictures
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise ValueError(f"{name} is not served here: {reason}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

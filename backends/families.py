@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
     *("LTX", "Sana", "SanaVideo", "PixArtSigma", "PixArtAlpha", "Mochi", "Bria"),
@@ -28,17 +30,32 @@ ONE_TIME = {
     "Allegro": "it makes one video a prompt",
     "AnimateDiff": "it makes one video a prompt",
     "CogVideoX": "it makes one video a prompt",
+    "HunyuanVideo15": "it makes one video a prompt",
+    "Lumina": "it scales its places by one time",
     "HunyuanDiT": "it makes one number of a timestep",
     "Latte": "it cuts all prompts to one length",
     "LTXImageToVideo": "it steps a part of its latents",
     "WanVideoToVideo": "it makes one video a prompt",
 }
+UNSERVED = {
+    "TextToVideoSD": "it steps each frame of a video by itself",
+    "VideoToVideoSD": "it steps each frame of a video by itself",
+    "TextToVideoZero": "it goes back to noise on the way",
+    "TextToVideoZeroSDXL": "it goes back to noise on the way",
+    "SkyReelsV2DiffusionForcing": "it has a scheduler for every frame",
+    "SkyReelsV2DiffusionForcingImageToVideo": "it has a scheduler for every frame",
+    "SkyReelsV2DiffusionForcingVideoToVideo": "it has a scheduler for every frame",
+    "StableDiffusionPanorama": "it steps each window of an image by itself",
+    "StableDiffusionParadigms": "it steps many timesteps at once",
+}
 EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""
 RESCALING = ("QwenImage", "Lumina2")
 """Families that rescale what guidance gives."""
-FROM_ZERO = ("ZImage",)
+FROM_ZERO = ("ZImage", "ZImageOmni", "Kandinsky3", "Krea2", "Cosmos2_5_PredictBase")
 """Families that count guidance from 0: theirs is ours less 1."""
+ALONE = ("Latte", "WanVACE", "PRX", "PRXPixel")
+"""Families that take one prompt a call, or mix those of a call up."""
 
 OWN_LEVELS, ENDS = "a predictor has levels of its own", "it cuts a predictor's levels"
 HALF, MIXED = "it asks half of the rows alone", "the solver mixes guidance"
@@ -69,12 +86,6 @@ def check_given(given: Mapping[str, Any], *tables: Mapping[str, str]) -> None:
             raise ValueError(f"{name} does not go with this predictor: {why}")
 
 
-def network_of(pipe: Any) -> Any:
-    """A pipeline's network, which may have no truth value where it is compiled."""
-    network = pipe.components.get("transformer")
-    return pipe.unet if network is None else network
-
-
 def family_of(pipe: Any) -> str:
     """The family of a pipeline's class: "Flux" of FluxImg2ImgPipeline; its own name if unknown."""
     name = type(pipe).__name__.removesuffix("Pipeline")
@@ -82,10 +93,40 @@ def family_of(pipe: Any) -> str:
 
 
 def check_served(pipe: Any) -> None:
-    """ValueError, with the reason, for a pipeline whose scheduler steps other states than x."""
-    if type(pipe).__name__ in ("TextToVideoSDPipeline", "VideoToVideoSDPipeline"):
-        name = type(pipe).__name__
-        raise ValueError(f"{name} is not served: it steps each frame of a video by itself")
+    """ValueError, with the reason, for a pipeline that no scheduler of ours can lead."""
+    name, parts = type(pipe).__name__, pipe.components
+    inner = sorted(n for n, value in vars(pipe).items() if isinstance(value, DiffusionPipeline))
+    guider, network = parts.get("guider"), network_of(pipe)
+    reason = UNSERVED.get(name.removesuffix("Pipeline"))
+    if inner:
+        reason = f"it is two pipelines in one ({', '.join(inner)}): give one of them"
+    elif parts.get("scheduler") is None or network is None:
+        reason = "it has no network called transformer or unet, or no scheduler for it"
+    elif network.config.get("use_meanflow"):
+        reason = "its network is told where a step ends, and not its slope"
+    elif guider is not None and not plain(guider):
+        kind = type(guider).__name__
+        reason = f"its {kind} counts steps: take a ClassifierFreeGuidance without start and stop"
+    if reason:
+        raise ValueError(f"{name} is not served: {reason}")
+
+
+def plain(guider: Any) -> bool:
+    """Whether a guider guides every step alike."""
+    config = guider.config
+    whole = (config.get("start", 0.0), config.get("stop", 1.0)) == (0.0, 1.0)
+    return type(guider).__name__ == "ClassifierFreeGuidance" and whole
+
+
+def network_of(pipe: Any) -> Any:
+    """The network that a scheduler steps (it may lack a truth value); None under another name."""
+    names = ("transformer", "unet", "transformer_2")
+    return next((pipe.components[n] for n in names if pipe.components.get(n) is not None), None)
+
+
+def scales(pipe: Any) -> bool:
+    """Whether a pipeline asks its scheduler to scale what its network sees."""
+    return "scale_model_input" in inspect.unwrap(type(pipe).__call__).__code__.co_names
 
 
 def one_time(pipe: Any) -> str | None:
@@ -105,6 +146,11 @@ def one_time(pipe: Any) -> str | None:
 def parameters_of(pipe: Any) -> dict[str, Any]:
     """The names of the arguments of a pipeline's call, and their defaults."""
     return {n: p.default for n, p in inspect.signature(pipe.__call__).parameters.items()}
+
+
+def guides(pipe: Any) -> bool:
+    """Whether a pipeline has a guidance rate."""
+    return guidance_name(pipe) is not None or pipe.components.get("guider") is not None
 
 
 def guidance_name(pipe: Any) -> str | None:

@@ -100,8 +100,11 @@ class CachedPrompts:
                 return recall(given | copies_of(given, copies))
 
             def repeated(value: Any) -> Any:
-                is_rows = isinstance(value, Tensor) and len(value) == rows
-                return value.repeat_interleave(copies, 0) if is_rows and copies > 1 else value
+                if copies == 1 or not isinstance(value, Tensor | list) or len(value) != rows:
+                    return value
+                if isinstance(value, list):
+                    return [row for row in value for _ in range(copies)]
+                return value.repeat_interleave(copies, 0)
 
             return tuple(map(repeated, result)) if isinstance(result, tuple) else repeated(result)
 
@@ -109,8 +112,9 @@ class CachedPrompts:
 
 
 def is_layered(value: Any) -> bool:
-    """Whether what a text gave has layers before its row, as HiDream's has."""
-    return isinstance(value, Tensor) and value.ndim > 3 and len(value) > 1
+    """Whether what a text gave has layers before its row, as HiDream's has, and Bria FIBO's."""
+    large = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 3)
+    return large and len(value) > 1
 
 
 def copies_of(given: dict[str, Any], copies: int) -> dict[str, Any]:
@@ -153,7 +157,8 @@ def joined(parts: list[Any]) -> Any:
         absent = [c is None and p is not None for c, p in zip(columns, parts[0], strict=True)]
         return None if any(absent) else tuple(columns)
     if isinstance(parts[0], list):
-        return [row for part in parts for row in part]
+        rows = [row for part in parts for row in part]
+        return rows if len(rows) == len(parts) else None  # else they are layers
     if not all(isinstance(part, Tensor) and part.shape == parts[0].shape for part in parts):
         return None
     if len(parts[0]) == 1:

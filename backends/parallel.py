@@ -122,6 +122,7 @@ class Parallel:
         )
         given |= folding(self.pipe, given, columns)
         scheduler.rate = rate
+        scheduler.plain = scheduler.model.table is not None and not families.scales(self.pipe)
         given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
         callback = given.get("callback_on_step_end")
         if callback is not None and rows:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from backends import compvis
-from backends.any_pipeline import any_backend
+from backends.any_pipeline import any_backend, first_line
 from backends.base import Backend, ModelOptions
 from backends.flux import flux_backend
 from backends.ldm import ldm_backend
@@ -316,8 +316,3 @@ def own_tensor(name: str, like: Tensor, there: Mapping[str, Tensor]) -> Tensor:
     if name == "encoder.embed_tokens.weight":
         return there["shared.weight"]
     raise KeyError(f"the file lacks {name}")
-
-
-def first_line(error: BaseException) -> str:
-    """The start of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -101,6 +101,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.noise_sigma: float | None = None
         self.last_scale = 1.0
         self.prepares = False  # whether `prepare` will be called
+        self.plain = False  # whether the pipeline hands its network x as it gets it
+        self.scaled = False  # whether it has asked for what its network sees
         self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave
         self.rate: float | None = None  # of guidance by rows
         theirs = {k: v for k, v in self.like.config.items() if not k.startswith("_")}
@@ -185,7 +187,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             self.noise_sigma, self.last_scale = course.first, course.last
         if self.rate is None and sampler.own_rates:
             raise ValueError("this predictor guides by itself: use parallel(pipe, predictor)")
-        still = model.table is None and not self.prepares
+        still = self.plain or (model.table is None and not self.prepares)
         run = Trajectory(sampler, model, copies, still, self.rate)
         levels = run.network_sigma.flatten()
         pairs = zip(levels.tolist(), model.timesteps(levels).tolist(), strict=True)
@@ -193,10 +195,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         rows = times.reshape(-1, copies)
         columns = own(self, "columns") or copies
         self.timesteps = times if copies == 1 else rows.repeat(1, columns // copies)
-        self.sigmas = torch.tensor([*run.at[:, 0].tolist(), sampler.sigmas[-1]])
+        self.sigmas = torch.tensor([*run.network_sigma[:, 0].tolist(), sampler.sigmas[-1]])
         # pipelines that hand over sigmas or timesteps count ours from then on
         self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
-        self.under_way, self.located = run, False
+        self.under_way, self.located, self.scaled = run, False, False
+        self.noise_sigma *= self.shown
         self.place()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -214,6 +217,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network sees of a pipeline's rows."""
         self.locate(timestep)
+        self.scaled = True
         return self.running.seen(sample)
 
     def step(
@@ -227,10 +231,20 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         """The next place that the network is asked at, or, after the last call, the image."""
         self.locate(timestep)
         run = self.running
-        following = run.answer(sample, model_output)
-        following = following if run.index < len(run.calls) else following * self.last_scale
+        if self.model.table and not self.plain and not self.scaled:
+            raise ValueError(
+                "this pipeline never asks for scale_model_input: use parallel(pipe, predictor)"
+            )
+        following = run.answer(sample / self.shown if self.plain else sample, model_output)
+        following = following * (self.shown if run.index < len(run.calls) else self.last_scale)
         following = following.to(sample.dtype, copy=True)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    @property
+    def shown(self) -> float:
+        """What x is multiplied by for a pipeline that hands it to its network as it is."""
+        sigma = float(self.running.network_sigma[self.running.index, 0]) if self.plain else 0.0
+        return (1 + sigma**2) ** -0.5
 
     @property
     def init_noise_sigma(self) -> float:

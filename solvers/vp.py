@@ -5,6 +5,7 @@ T - 1; x / sqrt(1 + sigma^2) is what the network sees (Karras et al. 2022, arXiv
 Appendix C.3).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ PUBLISHED = {
     },
 }  # fmt: skip
 """The betas of the published latent models, by their predictors' data set."""
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -68,12 +70,16 @@ def table_of(config: Mapping[str, Any]) -> Table:
     kind, given = config.get("beta_schedule", "linear"), config.get("trained_betas")
     if config.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr: a terminal level without signal is not served")
-    if given is None and kind not in ("linear", "scaled_linear"):
-        raise ValueError(f"beta_schedule {kind!r} is not served: linear or scaled_linear")
+    if given is None and kind not in BETAS:
+        raise ValueError(f"beta_schedule {kind!r} is not served: {', '.join(BETAS)}")
     if given is not None:
         betas = torch.tensor(given, dtype=torch.float64)
     elif kind == "linear":
         betas = torch.linspace(low, high, count, dtype=torch.float64)
+    elif kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, arXiv:2102.09672
+        times = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+        left = ((times + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        betas = (1 - left[1:] / left[:-1]).clamp(max=0.999)
     else:
         betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
     sigmas = (1 / (1 - betas).cumprod(0) - 1).sqrt()

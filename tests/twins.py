@@ -59,7 +59,17 @@ def t5(kind: str = "T5") -> Any:
     return seeded(getattr(transformers, f"{kind}EncoderModel")(config), 7, 0.3)
 
 
+class Chat:
+    """What stands for a processor of chats, which pipelines ask for lengths and marks."""
+
+    tokenizer = type("Marks", (), {"encode": staticmethod(lambda _text: [0])})
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0]]
+
+
 TEXTS = {
+    "chat": Chat,
     "bytes": tokenizer,
     "letters": letters,
     "clip": clip,
@@ -68,6 +78,7 @@ TEXTS = {
     "umt5": partial(t5, "UMT5"),
 }
 WEIGHTS: dict[str, tuple[int, float]] = {"vae": (3, 0.2), "vqvae": (4, 0.2), "movq": (4, 0.2)}
+WEIGHTS["transformer_2"] = (5, 0.1)
 
 
 def part(name: str, config: Any) -> Any:
@@ -95,9 +106,13 @@ def twin(family: str, **changes: Any) -> Any:
     if family in STUBS:
         method, stub = STUBS[family]
         setattr(pipe, method, stub)
-    sizes = {"kandinsky5": ("resolutions", [(16, 16)]), "hidream": ("default_sample_size", 8)}
-    if family in sizes:
-        setattr(pipe, *sizes[family])
+    others = {
+        "kandinsky5": ("resolutions", [(16, 16)]),
+        "hidream": ("default_sample_size", 8),
+        "glm": ("generate_prior_tokens", tokens),
+    }
+    if family in others:
+        setattr(pipe, *others[family])
     return pipe
 
 
@@ -125,9 +140,9 @@ def words(texts: Any, length: int = 12, width: int = 16, count: int = 1) -> torc
 
 
 def mask(texts: Any, length: int = 12, count: int = 1) -> torch.Tensor:
-    """Which of the tokens [B, length] there are: as many as letters."""
+    """Which of the tokens [B, length] there are: one more than letters."""
     texts = [texts] if isinstance(texts, str) else texts
-    rows = torch.tensor([[i < len(text) for i in range(length)] for text in texts]).long()
+    rows = torch.tensor([[i <= len(text) for i in range(length)] for text in texts]).long()
     return rows.repeat_interleave(count, 0)
 
 
@@ -169,6 +184,39 @@ def encoded(*kinds: Callable[[Any], torch.Tensor], apart: bool = False) -> Calla
     return stub
 
 
+def alone(*kinds: Callable[[Any], Any]) -> Callable[..., Any]:
+    """An encode_prompt that gives each kind for the prompts, called once more for the others."""
+
+    def stub(
+        prompt: Any = None,
+        _device: Any = None,
+        num_images_per_prompt: int = 1,
+        num_videos_per_prompt: int = 1,
+        batch_size: int = 1,
+        **_: Any,
+    ) -> Any:
+        texts = prompt if isinstance(prompt, list) else [prompt or ""] * batch_size
+        copies = num_images_per_prompt * num_videos_per_prompt
+        return tuple(kind([text for text in texts for _ in range(copies)]) for kind in kinds)
+
+    return stub
+
+
+def layers(texts: Any) -> tuple[torch.Tensor, ...]:
+    return (words(texts), words(texts))
+
+
+def bools(texts: Any) -> torch.Tensor:
+    return mask(texts).bool()
+
+
+def tokens(prompt: Any, height: int, width: int, **_: Any) -> Any:
+    """What GLM-Image's language model draws: a token for each place [B, S]."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    places = torch.arange(height // 4 * (width // 4))
+    return torch.stack([places % len(text) for text in texts]), None, None
+
+
 STUBS: dict[str, tuple[str, Callable[..., Any]]] = {
     "flux2": ("_get_mistral_3_small_prompt_embeds", lambda prompt, **_: words(prompt)),
     "qwen": ("_get_qwen_prompt_embeds", lambda prompt, *_: (words(prompt), mask(prompt))),
@@ -197,9 +245,28 @@ STUBS: dict[str, tuple[str, Callable[..., Any]]] = {
         lambda prompt, num_images_per_prompt=1, **_: words(prompt, count=num_images_per_prompt),
     ),
     "kolors": ("encode_prompt", encoded(words, pooled)),
-    "prx": ("encode_prompt", encoded(words, lambda p: mask(p).bool(), apart=True)),
+    "prx": ("encode_prompt", encoded(words, bools, apart=True)),
     "hunyuan_dit": ("encode_prompt", encoded(words, mask)),
     "hidream": ("encode_prompt", encoded(words, layered, pooled)),
+    "hunyuan_video15": ("encode_prompt", alone(words, mask, words, mask)),
+    "hunyuan_image": ("encode_prompt", alone(words, mask, words, mask)),
+    "easy_animate": ("encode_prompt", encoded(words, mask)),
+    "lumina": ("encode_prompt", encoded(words, mask, apart=True)),
+    "longcat": ("encode_prompt", alone(words, lambda _texts: torch.zeros(12, 3))),
+    "krea2": (
+        "encode_prompt",
+        alone(lambda texts: words(texts)[:, :, None].repeat(1, 1, 2, 1), bools),
+    ),
+    "qwen21": (
+        "encode_prompt",
+        alone(words, lambda texts: bools(texts) | True, lambda texts: bools(texts) & False),
+    ),
+    "nucleus": ("encode_prompt", alone(words, mask)),
+    "glm": ("encode_prompt", encoded(words)),
+    "prx_pixel": ("encode_prompt", encoded(words, bools, apart=True)),
+    "motif": ("encode_prompt", encoded(words, mask)),
+    "bria_fibo": ("get_prompt_embeds", alone(partial(words, width=32), layers, mask)),
+    "ernie": ("encode_prompt", lambda prompt, _device, count=1: list(words(prompt, count=count))),
 }
 
 

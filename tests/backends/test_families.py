@@ -19,6 +19,7 @@ from torch import Tensor
 from backends.any_pipeline import any_backend
 from backends.base import ModelOptions
 from backends.families import EMBEDDED, FROM_ZERO, RESCALING, family_of, guidance_name, one_time
+from backends.lending import COUNTS
 from backends.parallel import parallel
 from backends.parametrization import parametrization_of
 from backends.scheduler import EPDScheduler
@@ -79,7 +80,27 @@ FAMILIES = {
     "ovis": Row(32, calls=12),
     "hunyuan_dit": Row(given=NO_BINS, solver=None),
     "hidream": Row(),
+    "hunyuan_video15": Row(32, {"num_frames": 5}),
+    "hunyuan_image": Row(),
+    "easy_animate": Row(32, {"num_frames": 5}),
+    "lumina": Row(),
+    "kandinsky3": Row(solver=None),
+    "longcat": Row(given={"enable_prompt_rewrite": False}),
+    "krea2": Row(),
+    "qwen21": Row(32, {"negative_prompt": "bad"}),
+    "nucleus": Row(),
+    "glm": Row(),
+    "bria_fibo": Row(32),
+    "prx_pixel": Row(given=NO_BINS),
+    "motif": Row(32, {"num_frames": 5}),
+    "ernie": Row(32, {"use_pe": False}),
+    "wan22": Row(32, {"num_frames": 5}, "unipc-2"),
+    "wan22_5b": Row(32, {"num_frames": 5}, "unipc-2"),
+    "vace": Row(32, {"num_frames": 5}, "unipc-2"),
 }
+ONE_PROMPT = ("kandinsky5", "prx", "prx_pixel", "vace")
+ONE_IMAGE = ("prx", "prx_pixel", "vace", "allegro", "animate_diff", "cogvideox", "hunyuan_video15")
+BY_CALL = {"glm": "a language model draws tokens in every call"}
 families = pytest.mark.parametrize("name", FAMILIES)
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}Warning")
@@ -124,6 +145,8 @@ def call(pipe: Any, name: str, caller: Any = None, **more: Any) -> Tensor:
     given = {"height": row.size, "width": row.size, "output_type": "latent", **row.given}
     given |= {rate: 3.0} if rate and family_of(pipe) not in EMBEDDED else {}
     given |= {"generator": drawn(3), "prompt": TEXT, **more}
+    if name == "vace":
+        given["generator"] = given["generator"][0]
     return (caller or pipe)(**given)[0]
 
 
@@ -150,9 +173,9 @@ def test_points_as_rows_are_points_one_by_one(name: str, kind: str) -> None:
             parallel(pipe, predictor, points="rows")
         assert reason in str(error.value)
     given: dict[str, Any] = {}
-    if kind == "epd" and name not in ("kandinsky5", "prx"):  # two prompts of two lengths
+    if kind == "epd" and name not in ONE_PROMPT:  # two prompts of two lengths
         given = {"prompt": [TEXT, "a dog"], "generator": drawn(3, 4)}
-    if name == "qwen":
+    if name.startswith("qwen"):
         given["negative_prompt"] = ["bad"] * len(given.get("generator", "1"))
     network = pipe.components.get("transformer") or pipe.unet
     hook = network.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
@@ -164,7 +187,23 @@ def test_points_as_rows_are_points_one_by_one(name: str, kind: str) -> None:
         given["generator"] = drawn(3, 4)
     scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
     steps = predictor.evaluations if reason else predictor.nfe  # FLUX.2's levels depend on it
+    if name == "kandinsky3":
+        with pytest.raises(ValueError, match="never asks for scale_model_input: use parallel"):
+            by_scheduler(name, scheduler, num_inference_steps=steps, **given)
+        return
     assert close(fast, by_scheduler(name, scheduler, num_inference_steps=steps, **given))
+
+
+@families
+def test_several_images_a_prompt_are_each_alone(name: str) -> None:
+    pipe = twin(name)
+    counts = [count for count in COUNTS if count in twins.call_of(pipe)]
+    if not counts or name in ONE_IMAGE:
+        pytest.skip("it makes one image a prompt")
+    fast = parallel(pipe, learned(pipe, "epd-multistep"))
+    both = call(pipe, name, fast, **{counts[0]: 2}, generator=drawn(3, 4))
+    each = [call(pipe, name, fast, generator=drawn(seed)) for seed in (3, 4)]
+    assert close(both, torch.cat(each))
 
 
 @pytest.mark.parametrize("kind", ["epd", "epd-multistep"])
@@ -182,15 +221,21 @@ def test_one_point_needs_no_rows_and_no_call_more(kind: str) -> None:
 def test_they_are_our_loop_over_the_network_of_any_pipeline(name: str) -> None:
     pipe, row = twin(name), FAMILIES[name]
     options = ModelOptions((row.size, row.size), row.given.get("negative_prompt"))
+    if name in BY_CALL:
+        with pytest.raises(ValueError, match=BY_CALL[name]):
+            any_backend(pipe, CPU, options)
+        return
     backend = any_backend(pipe, CPU, options)
     predictor = learned(pipe, "epd", backend.levels.mu)
     sampler = predictor.sampler(backend.levels)
-    noise = torch.randn(1, *backend.shape, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(2, *backend.shape, generator=torch.Generator().manual_seed(5))
     rate = 3.0 if family_of(pipe) not in EMBEDDED else 1.0
     theirs = rate - 1 if family_of(pipe) in FROM_ZERO else rate
-    cond = backend.encode([TEXT])
+    cond = backend.encode([TEXT, "a dog"])
     *_, ours = sampler.states(Field(backend.guided(rate, cond), cond), noise * sampler.sigmas[0])
-    given = {guidance_name(pipe): theirs, "latents": noise}
+    noise, ours = noise[:1], ours[:1]
+    given = {guidance_name(pipe) or "": theirs, "latents": noise}
+    given.pop("", None)  # of those with a guider
     if name.startswith("flux2"):  # its pipeline packs latents that it is given
         given["latents"] = noise.reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
     frames = {n: v.default for n, v in twins.call_of(pipe).items() if n in FRAMES}
@@ -198,7 +243,7 @@ def test_they_are_our_loop_over_the_network_of_any_pipeline(name: str) -> None:
     if name == "flux2_klein":  # its latents leave it unpacked
         given["output_type"], ours = "pt", images
     assert close(call(pipe, name, parallel(pipe, predictor), **given, **frames), ours)
-    assert images.shape[:2] == (1, 3)
+    assert images.shape[:2] == (1, 4 if name == "qwen21" else 3)
     assert bool(((images >= 0) & (images <= 1)).all())
 
 
