@@ -9,6 +9,8 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from backends.parametrization import parametrization_of
+
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
     *("LTX", "Sana", "SanaVideo", "PixArtSigma", "PixArtAlpha", "Mochi", "Bria"),
@@ -97,12 +99,15 @@ def check_served(pipe: Any) -> None:
     name, parts = type(pipe).__name__, pipe.components
     inner = sorted(n for n, value in vars(pipe).items() if isinstance(value, DiffusionPipeline))
     guider, network = parts.get("guider"), network_of(pipe)
+    scheduler = getattr(pipe, "scheduler", None)
     reason = UNSERVED.get(name.removesuffix("Pipeline"))
     if inner:
         reason = f"it is two pipelines in one ({', '.join(inner)}): give one of them"
-    elif parts.get("scheduler") is None or network is None:
+    elif scheduler is not None and reason is None:
+        parametrization_of(getattr(scheduler, "like", scheduler))
+    if reason is None and (scheduler is None or network is None):
         reason = "it has no network called transformer or unet, or no scheduler for it"
-    elif network.config.get("use_meanflow"):
+    elif network is not None and network.config.get("use_meanflow"):
         reason = "its network is told where a step ends, and not its slope"
     elif guider is not None and not plain(guider):
         kind = type(guider).__name__

@@ -37,6 +37,24 @@ BETA_SCHEDULERS = tuple(
         *("DPMSolverSDE", "UniPCMultistep", "DEISMultistep", "SASolver"),
     )
 )
+TOKENS = "it steps discrete tokens, which have no level of noise"
+NOISY = "its model is made for a few steps that draw noise on the way"
+STAGE = "it draws noise on the way, of a stage whose result is no picture yet"
+OWN_LEVELS = "its levels run from 80 or more by its own scaling, not by a table of timesteps"
+NO_SIGNAL = "it shifts its levels to one without signal"
+UNSERVED = {
+    **dict.fromkeys(("Amused", "VQDiffusion", "BlockRefinement"), TOKENS),
+    **dict.fromkeys(("DiscreteDDIM", "EntropyBound"), TOKENS),
+    **dict.fromkeys(("LCM", "TCD", "FlowMatchLCM", "SCM", "CMStochasticIterative"), NOISY),
+    **dict.fromkeys(("LTXEulerAncestralRF", "HeliosDMD"), NOISY),
+    **dict.fromkeys(("DDPMWuerstchen", "UnCLIP"), STAGE),
+    **dict.fromkeys(("EDMEuler", "EDMDPMSolverMultistep", "CosineDPMSolverMultistep"), OWN_LEVELS),
+    **dict.fromkeys(("CogVideoXDDIM", "CogVideoXDPM"), NO_SIGNAL),
+    **dict.fromkeys(("FlowMapEulerDiscrete", "Piflow"), "its network is told where a step ends"),
+    "Helios": "it makes a video section by section",
+    "IPNDM": "it has levels of its own",
+}
+"""Why schedulers of diffusers are not served, by their classes."""
 REFUSED = {
     "rescale_betas_zero_snr": "its first level is without signal",
     "stochastic_sampling": "it draws noise on the way",
@@ -102,15 +120,18 @@ def parametrization_of(like: Any) -> Parametrization:
     name, config = type(like).__name__, like.config
     if name not in (*FLOW_SCHEDULERS, *BETA_SCHEDULERS):
         served = "flow matching (Euler, Heun) and the discrete VP schedulers are"
-        raise ValueError(f"{name} is not served: {served}")
+        reason = UNSERVED.get(name.removesuffix("Scheduler"), served)
+        raise ValueError(f"{name} is not served: {reason}")
+    flow = name in FLOW_SCHEDULERS or config.get("use_flow_sigmas")
+    ends = ("sigma_min", "sigma_max")  # of its spacing alone, where levels are shares of noise
     for key, reason in REFUSED.items():
-        if config.get(key):
+        if config.get(key) and not (config.get("use_flow_sigmas") and key in ends):
             raise ValueError(f"{name} with {key}={config[key]} is not served: {reason}")
     prediction = config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", FLOW_STEPS)
     if config.get("use_flow_sigmas") and prediction != "flow_prediction":
         raise ValueError(f"{name} with use_flow_sigmas needs flow_prediction, not {prediction!r}")
-    if name in FLOW_SCHEDULERS or config.get("use_flow_sigmas"):
+    if flow:
         return Parametrization(FLOW, "flow", steps, inverted=config.get("invert_sigmas", False))
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"{name} with timestep_type={config['timestep_type']} is not served")

@@ -50,6 +50,7 @@ diffusers: Any = library  # its own annotations are not those of what it returns
 PUBLISHED = {"sd3": {"shift": 3.0}, "flux": {"shift": 3.0, "use_dynamic_shifting": True}}
 """What the schedulers of the published flow-matching models say."""
 LOG = logging.getLogger(__name__)
+TIMES_APART = 0.01  # of 1000, by rounding
 POINTS = ("sequence", "rows")
 PredictorLike: TypeAlias = str | Path | Predictor
 
@@ -227,8 +228,17 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         return_dict: bool = True,
         generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The next place that the network is asked at, or, after the last call, the image."""
+        """The next place that the network is asked at, or, after the last call, the image.
+
+        Raises ValueError for tokens at times of their own, but for those that stay, at 0.
+        """
+        if per_token_timesteps is not None:
+            times = torch.as_tensor(timestep).to(per_token_timesteps)
+            moving = (per_token_timesteps - times).abs() <= TIMES_APART
+            if not bool((moving | (per_token_timesteps == 0)).all()):
+                raise ValueError("tokens with times of their own are not served: give strength=1")
         self.locate(timestep)
         run = self.running
         if self.model.table and not self.plain and not self.scaled:

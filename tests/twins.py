@@ -12,6 +12,7 @@ import torch
 
 diffusers: Any = pytest.importorskip("diffusers")
 transformers: Any = pytest.importorskip("transformers")
+LTX2: Any = diffusers.pipelines.ltx2  # its connectors are not among the rest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "src" / "configs" / "stable-diffusion-v1-5"
@@ -68,8 +69,21 @@ class Chat:
         return [[0]]
 
 
+class Guard:
+    """What stands for Cosmos' guardrail."""
+
+    def to(self, _device: Any) -> None: ...
+
+    def check_text_safety(self, _text: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
 TEXTS = {
     "chat": Chat,
+    "guard": Guard,
     "bytes": tokenizer,
     "letters": letters,
     "clip": clip,
@@ -89,7 +103,11 @@ def part(name: str, config: Any) -> Any:
         second = {"seed": 2} if (name, config) == ("text_encoder_2", "clip-projected") else {}
         return TEXTS[config](**second)
     config = dict(config)
-    result = getattr(diffusers, config.pop("_class_name"))(**config)
+    name_of_class = config.pop("_class_name")
+    result = getattr(diffusers, name_of_class, None) or getattr(LTX2, name_of_class)
+    if name == "scheduler":  # whose config may have more than its class knows (Cosmos)
+        return result.from_config(config)
+    result = result(**config)
     network = isinstance(result, torch.nn.Module)
     return seeded(result, *WEIGHTS.get(name, (0, 0.1))) if network else result
 
@@ -168,6 +186,7 @@ def encoded(*kinds: Callable[[Any], torch.Tensor], apart: bool = False) -> Calla
         _device: Any = None,
         num_images_per_prompt: int = 1,
         negative_prompt: Any = None,
+        num_videos_per_prompt: int = 1,
         **_: Any,
     ) -> Any:
         texts = [prompt] if isinstance(prompt, str) else prompt
@@ -175,7 +194,8 @@ def encoded(*kinds: Callable[[Any], torch.Tensor], apart: bool = False) -> Calla
         negatives = [negatives] * len(texts) if isinstance(negatives, str) else negatives
 
         def of(kind: Any, texts: Any) -> torch.Tensor:
-            return kind([text for text in texts for _ in range(num_images_per_prompt)])
+            copies = num_images_per_prompt * num_videos_per_prompt
+            return kind([text for text in texts for _ in range(copies)])
 
         pairs = [(of(kind, texts), of(kind, negatives)) for kind in kinds]
         rows = list(zip(*pairs, strict=True)) if apart else pairs
@@ -264,6 +284,15 @@ STUBS: dict[str, tuple[str, Callable[..., Any]]] = {
     "nucleus": ("encode_prompt", alone(words, mask)),
     "glm": ("encode_prompt", encoded(words)),
     "prx_pixel": ("encode_prompt", encoded(words, bools, apart=True)),
+    "cosmos2": ("encode_prompt", encoded(words)),
+    "cosmos25": ("encode_prompt", encoded(words)),
+    "ltx2": (
+        "_get_gemma_prompt_embeds",
+        lambda prompt, num_videos_per_prompt=1, **_: (
+            words(prompt, count=num_videos_per_prompt),
+            mask(prompt, count=num_videos_per_prompt),
+        ),
+    ),
     "motif": ("encode_prompt", encoded(words, mask)),
     "bria_fibo": ("get_prompt_embeds", alone(partial(words, width=32), layers, mask)),
     "ernie": ("encode_prompt", lambda prompt, _device, count=1: list(words(prompt, count=count))),

@@ -8,7 +8,7 @@ guidance as rows is the pipeline's guidance. Where a family cannot, it says why.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -97,10 +97,15 @@ FAMILIES = {
     "wan22": Row(32, {"num_frames": 5}, "unipc-2"),
     "wan22_5b": Row(32, {"num_frames": 5}, "unipc-2"),
     "vace": Row(32, {"num_frames": 5}, "unipc-2"),
+    "cosmos25": Row(32, {"num_frames": 5}, "unipc-2"),
+    "ltx2": Row(64, {"num_frames": 9}),
 }
 ONE_PROMPT = ("kandinsky5", "prx", "prx_pixel", "vace")
 ONE_IMAGE = ("prx", "prx_pixel", "vace", "allegro", "animate_diff", "cogvideox", "hunyuan_video15")
-BY_CALL = {"glm": "a language model draws tokens in every call"}
+BY_CALL = {
+    "glm": "a language model draws tokens in every call",
+    "ltx2": "it steps sound together with its pictures",
+}
 families = pytest.mark.parametrize("name", FAMILIES)
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}Warning")
@@ -161,6 +166,16 @@ def by_scheduler(name: str, scheduler: EPDScheduler, **more: Any) -> Tensor:
         return call(pipe, name, **more)
     finally:
         pipe.scheduler = own
+
+
+def bare(kind: str, scheduler: str | None = None, **parts: Any) -> Any:
+    """A pipeline with nothing but a scheduler."""
+    made_by = getattr(diffusers, f"{kind}Pipeline")
+    for name, argument in list(inspect.signature(made_by.__init__).parameters.items())[1:]:
+        parts.setdefault(name, None if argument.default is argument.empty else argument.default)
+    if scheduler:
+        parts["scheduler"] = getattr(diffusers, f"{scheduler}Scheduler")()
+    return made_by(**parts)
 
 
 @families
@@ -277,19 +292,65 @@ def test_guidance_as_rows_is_the_pipelines_guidance(name: str) -> None:
     assert close(rows, theirs, tolerance)
 
 
-UNSERVED = {
-    "cogview3": "CogVideoXDDIMScheduler is not served",
-    "text_to_video": "it steps each frame of a video by itself",
-}
+UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
+    "CogView3+": (partial(twins.twin, "cogview3"), "shifts its levels to one without signal"),
+    "text to video": (partial(twins.twin, "text_to_video"), "it steps each frame of a video"),
+    "Cosmos 2": (partial(twins.twin, "cosmos2"), "it has levels of its own"),
+    "HunyuanImage's own guider": (
+        partial(twins.twin, "hunyuan_image", guider=diffusers.AdaptiveProjectedMixGuidance()),
+        "counts steps: take a ClassifierFreeGuidance without start and stop",
+    ),
+    "a mean flow": (
+        partial(twins.twin, "hunyuan_image", transformer={"use_meanflow": True}),
+        "its network is told where a step ends",
+    ),
+    "Stable Cascade, both": (
+        partial(bare, "StableCascadeCombined"), r"two pipelines in one \(decoder_pipe, prior"
+    ),
+    "Stable Cascade": (
+        partial(bare, "StableCascadePrior", "DDPMWuerstchen"), "a stage whose result is no picture"
+    ),
+    "Kandinsky's prior": (partial(bare, "KandinskyV22Prior", "UnCLIP"), "no picture yet"),
+    "aMUSEd": (partial(bare, "Amused", "Amused"), "discrete tokens"),
+    "VQ-Diffusion": (partial(bare, "VQDiffusion"), "no network called transformer or unet"),
+    "latent consistency": (partial(bare, "LatentConsistencyModel", "LCM"), "a few steps that"),
+    "Sana-Sprint": (partial(bare, "SanaSprint", "SCM"), "a few steps that draw noise"),
+    "AnyFlow": (partial(bare, "AnyFlow", "FlowMapEulerDiscrete"), "told where a step ends"),
+    "Kandinsky 6": (partial(bare, "Kandinsky6TI2VA", "Piflow"), "told where a step ends"),
+    "Helios": (partial(bare, "Helios", "Helios"), "section by section"),
+    "Cosmos 1": (
+        partial(bare, "CosmosTextToWorld", "EDMEuler", safety_checker=twins.Guard()),
+        "its levels run from 80",
+    ),
+    "SkyReels-V2, forced": (
+        partial(bare, "SkyReelsV2DiffusionForcing", "UniPCMultistep"), "a scheduler for every"
+    ),
+    "panorama": (partial(bare, "StableDiffusionPanorama", "DDIM"), "each window of an image"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNSERVED)
 def test_what_cannot_be_served_says_why_in_one_line(name: str) -> None:
-    pipe, predictor = twins.twin(name), learned(twin("sd"), "epd")
+    maker, reason = UNSERVED[name]
+    pipe, predictor = maker(), learned(twin("sd"), "epd")
     for ask in (lambda: any_backend(pipe, CPU, SMALL), lambda: parallel(pipe, predictor)):
-        with pytest.raises(ValueError, match=UNSERVED[name]) as error:
+        with pytest.raises(ValueError, match=reason) as error:
             ask()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("z_image", 1.5), ("kandinsky3", 2.0)])
+def test_a_rate_at_which_a_pipeline_does_not_guide_is_refused(name: str, rate: float) -> None:
+    backend = any_backend(twin(name), CPU, SMALL)
+    cond = backend.encode([TEXT])
+    with pytest.raises(ValueError, match="begins to guide above it"):
+        backend.guided(rate, cond)(torch.zeros(1, *backend.shape), torch.ones(1), cond)
+
+
+def test_what_needs_a_picture_is_no_backend_and_says_so() -> None:
+    for maker, _ in (VARIANTS[name] for name in ("SDXL from an image", "Wan from an image")):
+        with pytest.raises(ValueError, match="it needs image besides the prompt: use parallel"):
+            any_backend(maker(), CPU, SMALL)
 
 
 # --- variants -----------------------------------------------------------------------------
@@ -311,11 +372,11 @@ def controlled() -> Any:
     )
 
 
-def of(kind: str, family: str) -> Callable[[], Any]:
+def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
     """Another pipeline of a twin's parts."""
 
     def build() -> Any:
-        pipe = twins.twin(family)
+        pipe = twins.twin(family, **changes)
         names = inspect.signature(getattr(diffusers, kind).__init__).parameters
         other = getattr(diffusers, kind)(
             **{n: v for n, v in pipe.components.items() if n in names}
@@ -333,6 +394,27 @@ VARIANTS = {
     "FLUX.1 from an image": (of("FluxImg2ImgPipeline", "flux"), FROM | SIZE),
     "Qwen-Image from an image": (
         of("QwenImageImg2ImgPipeline", "qwen"), FROM | SIZE | {"negative_prompt": "bad"}
+    ),
+    "SDXL, a part of an image": (
+        of("StableDiffusionXLInpaintPipeline", "sdxl"),
+        FROM | SIZE | {"mask_image": torch.ones(1, 1, 16, 16), "strength": 2 / 3},
+    ),
+    "SDXL with perturbed attention": (of("StableDiffusionXLPAGPipeline", "sdxl"), SIZE),
+    "FLUX.1 Kontext": (
+        of("FluxKontextPipeline", "flux"), SIZE | {"image": FROM["image"], "_auto_resize": False}
+    ),
+    "Wan from an image": (
+        of("WanImageToVideoPipeline", "wan", transformer={"in_channels": 12}),
+        {"image": Image.new("RGB", (32, 32), (90, 50, 10)), "height": 32, "width": 32,
+         "num_frames": 5},
+    ),
+    "LTX from conditions": (
+        of("LTXConditionPipeline", "ltx"),
+        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
+    ),
+    "LTX-2 from an image": (
+        of("LTX2ImageToVideoPipeline", "ltx2"),
+        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
     ),
     "SD1.5 with ControlNet": (controlled, {"image": FROM["image"], **SIZE}),
     "LTX from an image": (
