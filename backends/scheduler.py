@@ -196,7 +196,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         rows = times.reshape(-1, copies)
         columns = own(self, "columns") or copies
         self.timesteps = times if copies == 1 else rows.repeat(1, columns // copies)
-        self.sigmas = torch.tensor([*run.network_sigma[:, 0].tolist(), sampler.sigmas[-1]])
+        shown = run.at if model.table else run.network_sigma  # Cosmos takes them for its times
+        self.sigmas = torch.tensor([*shown[:, 0].tolist(), sampler.sigmas[-1]])
         # pipelines that hand over sigmas or timesteps count ours from then on
         self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
         self.under_way, self.located, self.scaled = run, False, False

@@ -174,7 +174,8 @@ def bare(kind: str, scheduler: str | None = None, **parts: Any) -> Any:
     for name, argument in list(inspect.signature(made_by.__init__).parameters.items())[1:]:
         parts.setdefault(name, None if argument.default is argument.empty else argument.default)
     if scheduler:
-        parts["scheduler"] = getattr(diffusers, f"{scheduler}Scheduler")()
+        options = {"mask_token_id": 0} if scheduler == "Amused" else {}
+        parts["scheduler"] = getattr(diffusers, f"{scheduler}Scheduler")(**options)
     return made_by(**parts)
 
 
@@ -297,7 +298,7 @@ UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
     "text to video": (partial(twins.twin, "text_to_video"), "it steps each frame of a video"),
     "Cosmos 2": (partial(twins.twin, "cosmos2"), "it has levels of its own"),
     "HunyuanImage's own guider": (
-        partial(twins.twin, "hunyuan_image", guider=diffusers.AdaptiveProjectedMixGuidance()),
+        partial(twins.twin, "hunyuan_image", guider={"_class_name": "AdaptiveProjectedMixGuidance"}),
         "counts steps: take a ClassifierFreeGuidance without start and stop",
     ),
     "a mean flow": (

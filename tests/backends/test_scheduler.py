@@ -148,6 +148,7 @@ def test_the_level_of_noise_is_that_of_the_next_call() -> None:
     for i, t in enumerate(scheduler.timesteps[:-1]):
         noise = scheduler.add_noise(torch.zeros(1), torch.ones(1), t[None]).item()
         assert noise == pytest.approx(scheduler.sigmas[i].item(), rel=1e-5)
+        scheduler.scale_model_input(x, t)
         x = scheduler.step(torch.zeros_like(x), t, x)[0]
     assert scheduler.sigmas[2] < scheduler.sigmas[1] < scheduler.sigmas[0]
 
