@@ -404,7 +404,7 @@ VARIANTS = {
     ),
     "SDXL with perturbed attention": (of("StableDiffusionXLPAGPipeline", "sdxl"), SIZE),
     "FLUX.1 Kontext": (
-        of("FluxKontextPipeline", "flux"), SIZE | {"image": FROM["image"], "_auto_resize": False}
+        of("FluxKontextPipeline", "flux"), SIZE | {"image": FROM["image"], "_auto_resize": False, "max_area": 256}
     ),
     "Wan from an image": (
         of("WanImageToVideoPipeline", "wan", transformer={"in_channels": 12}),
@@ -412,11 +412,7 @@ VARIANTS = {
          "num_frames": 5},
     ),
     "LTX from conditions": (
-        of("LTXConditionPipeline", "ltx"),
-        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
-    ),
-    "LTX-2 from an image": (
-        of("LTX2ImageToVideoPipeline", "ltx2"),
+        of("LTXConditionPipeline", "ltx", scheduler={"use_dynamic_shifting": False}),
         {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
     ),
     "SD1.5 with ControlNet": (controlled, {"image": FROM["image"], **SIZE}),
