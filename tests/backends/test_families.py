@@ -404,7 +404,8 @@ VARIANTS = {
     ),
     "SDXL with perturbed attention": (of("StableDiffusionXLPAGPipeline", "sdxl"), SIZE),
     "FLUX.1 Kontext": (
-        of("FluxKontextPipeline", "flux"), SIZE | {"image": FROM["image"], "_auto_resize": False, "max_area": 256}
+        of("FluxKontextPipeline", "flux"),
+        SIZE | {"image": FROM["image"], "_auto_resize": False, "max_area": 256},
     ),
     "Wan from an image": (
         of("WanImageToVideoPipeline", "wan", transformer={"in_channels": 12}),
