@@ -159,7 +159,7 @@ rl_demo() {
   rm -rf "$out/before" "$out/after"
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/fashion_mnist_guided.yaml \
     --override "run.output_root=$out/runs" --override ppo.rollout_batch_size=160 --override ppo.minibatch_size=160 \
-    --override ppo.eval_interval=4 --override ppo.eval_seeds=16 "$@"
+    --override ppo.eval_interval=5 --override ppo.eval_seeds=16 "$@"
   best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
   for pair in "before=$start" "after=$best"; do
     "$VENV_PYTHON" sample.py --predictor "${pair#*=}" --seeds 5000-5255 --outdir "$out/${pair%%=*}"

@@ -118,10 +118,15 @@ def is_layered(value: Any) -> bool:
 
 
 def copies_of(given: dict[str, Any], copies: int) -> dict[str, Any]:
-    """The texts among the arguments of encode_prompt, so many of each side by side."""
+    """The texts among the arguments of encode_prompt, so many of each side by side.
+
+    One text beside a list of prompts is for all of them, and stays one.
+    """
     names = [n for n in given if n.removeprefix("negative_").rstrip("_234") == "prompt"]
-    texts = {n: [given[n]] if isinstance(given[n], str) else given[n] for n in names}
-    return {n: [t for t in v for _ in range(copies)] for n, v in texts.items() if v is not None}
+    one = isinstance(given["prompt"], str)
+    texts = {n: [given[n]] if one and isinstance(given[n], str) else given[n] for n in names}
+    lists = {n: v for n, v in texts.items() if isinstance(v, list | tuple)}
+    return {n: [t for t in v for _ in range(copies)] for n, v in lists.items()}
 
 
 def is_plain(value: Any) -> bool:
