@@ -281,7 +281,7 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
         lambda seeds: backend.encode([prompt_of(seed) for seed in seeds]),
         features_of(b.features, "inception" in asked, backend) if b.features else None,
         scored if scorer else None,
-        tuple(name for name in (b.features, by) if name),
+        (b.features or "", by),
         about=key,
         training={n: v for n, v in vars(b).items() if v is not None},
     )

@@ -234,6 +234,8 @@ def main(**options: Any) -> None:
     rewards = load_rewards(names, setup)
     references = references_for(model, options["features"], options["reference"], paths, device)
     images = options["images"]
+    if images and not references:
+        raise ValueError(f"--images {images} is of Frechet distances: give --features too")
     plain = [*chosen(benchmark, rivals), *fixed]
     guided = [at_rates(plain, text, backend, jobs[0]) for text in options["guidance"]]
     candidates = [*plain, *chain.from_iterable(guided)]

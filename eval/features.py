@@ -72,7 +72,11 @@ class FeatureSpace:
             with torch.no_grad():
                 features = self.network(levels / 255)
             shape = list(features.shape) if isinstance(features, Tensor) else type(features)
-            if not isinstance(features, Tensor) or len(shape) != 2 or shape[0] != len(part):
+            if (
+                not isinstance(features, Tensor)
+                or len(shape) != 2
+                or (shape[0] != len(part) or not shape[1])
+            ):
                 raise ValueError(f"{self.name} must return [{len(part)}, D], not {shape}")
             parts.append(features.float().cpu())
         return torch.cat(parts)

@@ -409,6 +409,8 @@ def key(value: Any) -> Any:
     plain = (str, bytes, int, float, type(None), torch.dtype, Global, Inert)
     if not all(isinstance(v, plain) for v in (value if isinstance(value, tuple) else (value,))):
         raise ValueError(f"a {type(value).__name__} with other values in it cannot be a key")
+    if type(value) is int and value.bit_length() > 64:  # many may be made to share a hash
+        raise ValueError("an int of more than 64 bits cannot be a key")
     return value
 
 

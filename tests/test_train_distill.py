@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 import sample
-from solvers.predictor import load_predictor
+from solvers.predictor import load_predictor, save_predictor
 from src.runs import Metrics, checkpoints, read_sealed, write_sealed
 from tests import twins
 from train_distill import main
@@ -131,6 +131,12 @@ def test_either_method_starts_from_another_predictor(distill: Distill, tmp_path:
     assert untimed(tmp_path / "wide")[-1]["rmse_judged"] < start
     assert table(tmp_path / "adam")[0].shape == (3, 2)
     assert "num_steps 5" in refused(distill(*fit, *init, "--num_steps", "5", outdir="other"))
+    begun = load_predictor(init[1])
+    begun.table.r[:2, 0] = torch.tensor([0.0, 1.0])  # where positions do not move by gradients
+    save_predictor(begun, tmp_path / "edge.pkl")
+    edge = ["--init", str(tmp_path / "edge.pkl"), "--num_points", "1", "--rounds", "0"]
+    assert distill(*fit, *edge, outdir="edge").exit_code == 0
+    assert table(tmp_path / "edge")[0].allclose(begun.table.r, rtol=0, atol=1e-12)
 
 
 @EACH

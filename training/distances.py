@@ -23,7 +23,7 @@ NAMES = ("l2", "huber", "inception", "features")
 FIT_NAMES = ("l2", "features", "inception", "distribution", "energy", "frechet", "reward")
 """What a fit makes small, and any weighted sum of them."""
 OF_FEATURES = {"features", "inception", "distribution", "energy", "frechet"}
-TERM = re.compile(r"(?:([0-9.eE-]+) ?\* ?)?([a-z0-9]+)")
+TERM = re.compile(r"(?:(-?\d+\.?\d*(?:[eE]-?\d+)?|\.\d+) ?\* ?)?([a-z0-9]+)")
 HUBER = 0.00054
 """c / sqrt(numbers of a sample) of the pseudo-Huber distance (Song & Dhariwal, below)."""
 
@@ -131,7 +131,7 @@ def energy(y: Tensor, t: Tensor) -> Tensor:
 def frechet(y: Tensor, t: Tensor) -> Tensor:
     """The Frechet distance of the Gaussians that have the moments of two sets [n, D]."""
     y, t = y.double(), t.double()
-    a, b = torch.cov(y.T), torch.cov(t.T)
+    a, b = (torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (y, t))
     values, vectors = torch.linalg.eigh(b)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ a @ root).clamp(min=1e-12).sqrt().sum()

@@ -6,6 +6,7 @@ Shapes: B samples, N intervals, K points, P free numbers, * one latent, x [B, *]
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ from training.gradient import GradientLearner, checkpointed
 from training.refine import ROBUST, Lens, Reward, descend, enough, gauss_newton
 from training.settings import SMALL, Settings, recipe_of
 from training.student import Trajectories, rmse
+from training.table import EDGE, EXACT
 from training.teacher import (
     Batches,
     Conditions,
@@ -86,11 +88,18 @@ def distill(
         dtype=torch.float32,
     )
     cond = conditions or (lambda _numbers: None)
-    problem = make_problem(Model(backend, cond, features, reward), settings)
+    names = (name_of(features), name_of(reward))
+    problem = make_problem(Model(backend, cond, features, reward, names), settings)
     state: dict[str, Any] = {}
     for what, metrics in learn(problem, state):
         report(what, metrics.get("rmse_judged", math.nan))
     return predictor_of(problem, state)
+
+
+def name_of(function: object) -> str:
+    """module:function, as commands call it, or module:class of another callable."""
+    named = function if isinstance(function, FunctionType) else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 @torch.no_grad()
@@ -141,11 +150,18 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     squares = ["refine", "refine, robust first"][: 1 + bool(s.robust)] if s.rounds else []
     if names != {"l2"} and (s.init or math.prod(model.backend.shape) >= SMALL):
         squares = []  # whose evaluations are dear
+
+    def movable(candidate: Any) -> Tensor:
+        """Its vector; of a given table the one whose positions at an edge can leave it."""
+        given = s.init and candidate is candidates[0]
+        return student.encode(start_of(student, s)) if given else candidate[2]
+
     plan = ["fit", *squares, *([f"{BY}{s.distance}"] if names != {"l2"} else [])]
     for what in plan[len(candidates) :]:
         metrics: dict[str, float] = {"trajectories": s.samples or 0}
         if what == "fit":
-            theta = student.encode(start_of(student, s) if s.init else greedy(problem))
+            table = start_of(student, s) if s.init else greedy(problem)
+            theta = student.encode(table, EXACT if s.init else EDGE)
         elif what.startswith(BY):
             lens = Lens(
                 model.features if names & OF_FEATURES else None,
@@ -153,7 +169,7 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
             )
             theta, metrics["objective"] = descend(
                 student,
-                best_of(candidates)[2],
+                movable(best_of(candidates)),
                 ends,
                 [*ends, *problem.judges],
                 terms,
@@ -163,7 +179,7 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
             )
         else:
             theta = refined(
-                problem, best_of(candidates[:1])[2], ROBUST if "robust" in what else ()
+                problem, movable(best_of(candidates[:1])), ROBUST if "robust" in what else ()
             )
         error = rmse(student.sampler(theta), problem.judges, model.reduce)
         candidates.append([what, error, theta])
@@ -274,8 +290,10 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
     sampler, training = best_sampler(problem, state), {**recipe.training, **problem.model.training}
     if "candidates" in state:
         training |= {"rmse": best_of(state["candidates"])[1]}
-    if {name for _, name in terms_of(s)} & {*OF_FEATURES, "reward"}:
-        training["fitted_on"] = list(problem.model.fitted_on)
+    names, (features, reward) = {name for _, name in terms_of(s)}, problem.model.fitted_on
+    used = ((features, names & OF_FEATURES), (reward, "reward" in names))
+    if fitted_on := [name for name, is_used in used if is_used]:
+        training["fitted_on"] = fitted_on
     levels, flow = backend.levels, backend.levels.process == FLOW
     recipe = replace(
         recipe, process=sampler.process.name, training=training, backend=backend.family

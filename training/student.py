@@ -20,7 +20,7 @@ from solvers.process import VE, Process
 from solvers.sampler import Sampler
 from src.ranks import all_reduce_sum
 from src.seeds import generator
-from training.table import HISTORY, Form, even_table, grid_to_raw, raw_to_grid
+from training.table import EDGE, HISTORY, Form, even_table, grid_to_raw, raw_to_grid
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(student [B, *], teacher [B, *]) -> one number per sample [B]."""
@@ -74,10 +74,10 @@ class Student:
         history = HISTORY if self.base is None else 0
         return even_table(self.intervals, self.form.points, history)
 
-    def encode(self, table: Table) -> Tensor:
+    def encode(self, table: Table, edge: float = EDGE) -> Tensor:
         """All that is learned as one vector [P], in float64 on the CPU."""
         extra = [grid_to_raw(self.sigmas)] if self.grid else []
-        return torch.cat([self.form.encode(table), *extra])
+        return torch.cat([self.form.encode(table, edge), *extra])
 
     def decode(self, theta: Tensor) -> tuple[Table, tuple[float, ...]]:
         """The table and the levels of a vector [P]."""

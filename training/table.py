@@ -18,6 +18,8 @@ HISTORY = 1 + MAX_SLOPES
 """H, as many slopes as the loop keeps, and the free one."""
 EDGE = 6.0
 """Positions are kept this near to 0 and 1 in log odds, so that they can come back."""
+EXACT = 32.0
+"""The same where they are to stay what they are."""
 LEAST_WEIGHT = 1e-4
 LEAST_STEP = 1e-2
 
@@ -68,10 +70,11 @@ class EPDForm:
     time: TimeScales = TimeScales()
     fcn: bool = False
 
-    def encode(self, table: Any) -> Tensor:
+    def encode(self, table: Any, edge: float = EDGE) -> Tensor:
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
         free = self.scale_dir is None
-        parts = [logit(r), weight * dir_scale if free else weight.clamp(min=LEAST_WEIGHT).log()]
+        mix = weight * dir_scale if free else weight.clamp(min=LEAST_WEIGHT).log()
+        parts = [logit(r, edge), mix]
         parts += [self.time.encode(time_scale)] if self.time.learned else []
         parts += [around_one_raw(dir_scale, self.scale_dir)] if self.scale_dir else []
         return torch.cat([part.flatten() for part in parts])
@@ -114,11 +117,11 @@ class MultistepForm:
         calling[: int(self.afs)] = False
         return there & calling[:, :1], calling, there
 
-    def encode(self, table: Any) -> Tensor:
+    def encode(self, table: Any, edge: float = EDGE) -> Tensor:
         a, r, weight, b, scale = (t.detach().double().cpu() for t in table.tensors())
         in_a, points, in_b = self.used
         time = [self.time.encode(scale)[points]] if self.time.learned else []
-        return torch.cat([a[in_a], logit(r)[points], weight[points], b[in_b], *time])
+        return torch.cat([a[in_a], logit(r, edge)[points], weight[points], b[in_b], *time])
 
     def decode(self, theta: Tensor) -> MultistepTable:
         in_a, points, in_b = self.used
@@ -136,9 +139,9 @@ Form: TypeAlias = EPDForm | MultistepForm
 """A way to write a table as a vector."""
 
 
-def logit(r: Tensor) -> Tensor:
+def logit(r: Tensor, edge: float = EDGE) -> Tensor:
     """Log odds, held away from the infinite."""
-    return torch.logit(r.clamp(0, 1)).clamp(-EDGE, EDGE)
+    return torch.logit(r.clamp(0, 1)).clamp(-edge, edge)
 
 
 def around_one(raw: Tensor, reach: Tensor | float) -> Tensor:

@@ -191,7 +191,7 @@ class Model:
     conditions: Conditions = lambda _numbers: None
     features: Network | None = None  # latents [B, *] -> [B, F], of what they decode to
     reward: Reward | None = None  # latents [B, *] and the samples' numbers -> [B]
-    fitted_on: tuple[str, ...] = ("features",)  # names of the features and the reward
+    fitted_on: tuple[str, str] = ("", "")  # names of the features and of the reward
     cache: Cache | None = None
     about: Mapping[str, Any] = field(default_factory=dict)  # for the cache's key
     training: Mapping[str, Any] = field(default_factory=dict)  # more for the recipe
@@ -274,6 +274,9 @@ def make_batches(
     def start(seeds: Sequence[int]) -> tuple[Field, Tensor]:
         model.poll()
         cond = model.conditions(seeds)
+        if not isinstance(cond, Condition | None):
+            what = f"a {type(cond).__name__}, not a solvers.field.Condition or None"
+            raise ValueError(f"conditions give {what}")
         guided = backend.guided(rate, cond)
 
         def polled(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -320,6 +323,8 @@ def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> No
     if not isinstance(answer, Tensor) or not fits:
         wanted = str(shape).replace("None", "F")
         raise ValueError(f"{what} gives {seen} for {shape[0]} samples, not {wanted}")
+    if not answer.numel():
+        raise ValueError(f"{what} gives {seen}: there is nothing in it to compare")
     if not bool(answer.isfinite().all()):
         raise ValueError(f"{what} gives numbers that are not finite")
 

@@ -217,6 +217,7 @@ def test_guidance_rates_by_hand_stand_beside_the_solvers_without(tmp_path: Path)
         ((*TEXT, "--prompts", "none.txt"), "none.txt: No such file"),
         (("--model", "nowhere", "--reward", "mps"), "missing weights: mps"),
         (("--guidance", "1,2,3,2,1,1,1", "--nfe", "3"), "has 7 steps"),
+        ((*TEXT, "--images", "20"), "--images 20 is of Frechet distances: give --features"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error_of_one_line(

@@ -1,6 +1,7 @@
 """Feature spaces: torch-fidelity's Inception from a local file, CLIP, DINOv2, one's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,9 @@ def test_spaces_that_there_are_not_and_features_of_another_shape_are_refused(
         with pytest.raises(ValueError, match=words):
             load_space(name, CPU, tmp_path if name == "efficientnet" else None)
     space = load_space("tests.eval.pictures:shapeless_features", CPU)
+    empty = replace(space, network=lambda images: images.flatten(1)[:, :0])
+    with pytest.raises(ValueError, match=r"must return \[2, D\], not \[2, 0\]"):
+        empty(images(2))
     for given, words in (
         (images(2), r"must return \[2, D\]"),
         (torch.zeros(1, 4, 8, 8), "1 or 3"),

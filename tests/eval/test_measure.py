@@ -155,7 +155,8 @@ def test_precision_and_recall_are_of_images_of_other_seeds_than_the_fine_solutio
     mine, theirs = (as_seen(one, many.jobs) for one in (heun(2), many.fine))
     assert (score.precision, score.recall) == precision_recall(mine[::2], theirs[1::2])
     assert (same.precision, same.recall) == (fine.precision, fine.recall)
-    assert score.precision is not None and score.precision < 1
+    assert score.precision is not None
+    assert score.precision < 1
     assert measure(many, [heun(2)])[1][0].recall is None
 
 

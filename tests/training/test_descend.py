@@ -65,6 +65,7 @@ def test_distances_are_those_of_closed_forms() -> None:
     assert frechet(x + 2, x).item() == pytest.approx(8, rel=1e-4)
     spread = frechet(3 * x, x).item()
     assert spread == pytest.approx(4 * (torch.cov(x.T).trace() + x.mean(0).square().sum()).item())
+    assert frechet(x[:, :1] + 2, x[:, :1]).item() == pytest.approx(4, rel=1e-4)
     for distance in (energy, frechet):
         moved = (x + 0.1).requires_grad_()
         (slope,) = torch.autograd.grad(distance(moved, x), moved)
@@ -105,6 +106,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
         (lambda: parse_terms("-1*l2"), "weight -1"),
         (lambda: parse_terms("0*l2"), "weight 0"),
         (lambda: parse_terms(""), "unknown"),
+        (lambda: parse_terms("1e*l2"), "unknown distance '1e*l2'"),
         (lambda: distance_named("l3"), "choose from l2"),
         (lambda: distance_named("inception"), "--features FILE"),
         (lambda: load_network("no/such.pt", cpu), "no/such.pt"),
@@ -138,7 +140,8 @@ def test_each_objective_lowers_itself_on_fresh_noise(
     *_, target = Sampler(Heun(), grid).states(Field(cloud), noise() * 80)
     before, after = (look(sample(p, cloud, noise()), target).item() for p in predictors)
     assert after < before + 0.02 * abs(before)
-    assert predictors[1].recipe.training["fitted_on"] == ["features"]
+    looked = f"{__name__}:{'near_first' if distance == 'reward' else 'waves'}"
+    assert predictors[1].recipe.training["fitted_on"] == [looked]
 
 
 def test_a_step_of_squares_is_that_of_gauss_newton() -> None:
@@ -159,6 +162,8 @@ REFUSED = [
     ("features", {"features": lambda x: x[:, :, 9]}, "cannot look at"),
     ("energy", {"features": lambda x: x * torch.nan}, "features gives numbers that are not"),
     ("features", {"features": lambda x: x.sum()}, r"features gives \(\) for 2 samples"),
+    ("frechet", {"features": lambda x: x[:, :0]}, r"features gives \(2, 0\): there is nothing"),
+    ("l2", {"conditions": lambda n: torch.zeros(len(n))}, "give a Tensor, not a .*Condition"),
     ("reward", {"reward": lambda x, _n: x}, r"reward gives \(2, 2\) for 2 samples"),
     ("huber", {}, "unknown distance 'huber'"),
 ]

@@ -22,6 +22,7 @@ from backends.spread import spread
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
+from solvers.epd import MultistepTable
 from solvers.predictor import Predictor, find_predictor, load_predictor
 from solvers.recipe import Recipe
 from src import ranks
@@ -30,6 +31,7 @@ from src.options import DTYPES, Device, OneLineCommand
 from src.runs import Stop, Stopped, find_run, new_run
 from src.text import read_prompts
 from training.ppo.config import MULTI, Config, check_ranks, load_config, resolved, to_yaml
+from training.ppo.policy import start_of
 from training.ppo.rollout import Task, thumbnails
 from training.ppo.trainer import SETTINGS, run_of, train
 
@@ -217,6 +219,9 @@ def make_task(
     check_fit(predictor.recipe, backend)
     sampler = predictor.sampler(backend.levels)
     backend.guided(sampler.strongest, backend.encode(prompts[0][:1]))
+    begun = start_of(sampler, config.ppo, lambda _said: None)  # refuses before there is a folder
+    if config.ppo.train_scale_dir and isinstance(begun.table, MultistepTable):
+        click.echo("ppo.train_scale_dir does nothing: multistep weights are free", err=True)
     return Task(
         backend,
         sampler,

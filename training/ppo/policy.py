@@ -220,7 +220,7 @@ def start_of(sampler: Sampler, ppo: Ppo, say: Callable[[str], object]) -> Start:
         table = replace(table, guidance=rate)
     alpha = concentrations(table, sampler.sigmas, ppo, say)
     columns = {name: getattr(table, name).shape[1] for name in moved_names(table, ppo)}
-    if not alpha and not columns:
+    if not columns and all(rows.shape[1] == 1 for rows in alpha.values()):
         raise ValueError("there is nothing to train: set ppo.train_points=true, say")
     scales = {"dir_scale": ppo.scale_std, "time_scale": ppo.scale_std}
     std = [scales.get(name, WIDTH) for name, wide in columns.items() for _ in range(wide)]

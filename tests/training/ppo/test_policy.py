@@ -57,6 +57,14 @@ def policy(of: Sampler = EPD_ONE, actions: Ppo | None = None) -> Policy:
     return Policy(start_of(of, actions or Ppo(), quiet), seed=1)
 
 
+def test_one_point_has_no_weights_to_train_and_one_step_no_grid() -> None:
+    one = Directions(*(t[:1, :1] for t in table().tensors()))
+    single = replace(sampler(EPD(one)), sigmas=(80.0, 0.002))
+    for action in ({"train_weights": True}, {"train_grid": True}):
+        with pytest.raises(ValueError, match="nothing to train"):
+            policy(single, replace(NONE, **action))
+
+
 def moved(one: Policy, size: float = 0.1) -> Policy:
     """The policy with other numbers in its last layer."""
     with torch.no_grad():
