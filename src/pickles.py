@@ -48,9 +48,8 @@ FACTORIES = (
 )
 """What makes objects that stay inert, and has the name of a function."""
 BROKEN = (
-    *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
-    *(EOFError, MemoryError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
-    struct.error,
+    *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, struct.error),
+    *(AssertionError, MemoryError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 """What reading raises on a file that is none, or is damaged."""
 
@@ -405,12 +404,11 @@ def whole(value: Any) -> int:
 
 
 def key(value: Any) -> Any:
-    """A value that may be a key: plain, or a tuple of plain values, which are hashed at once."""
+    """A plain value or a tuple of some, hashed at once: no wide int, as many share a hash."""
     plain = (str, bytes, int, float, type(None), torch.dtype, Global, Inert)
-    if not all(isinstance(v, plain) for v in (value if isinstance(value, tuple) else (value,))):
-        raise ValueError(f"a {type(value).__name__} with other values in it cannot be a key")
-    if type(value) is int and value.bit_length() > 64:  # many may be made to share a hash
-        raise ValueError("an int of more than 64 bits cannot be a key")
+    for v in value if isinstance(value, tuple) else (value,):
+        if not isinstance(v, plain) or (isinstance(v, int) and v.bit_length() > 64):
+            raise ValueError(f"a {type(v).__name__}, wide or with values in it, cannot be a key")
     return value
 
 
