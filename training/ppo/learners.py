@@ -46,6 +46,8 @@ class Clipped:
         with torch.no_grad():
             log_prob = policy().log_prob(draws)
         valid = gains.isfinite().nonzero()[:, 0]
+        if not len(valid):  # a step without any reward teaches nothing
+            return {}
         taken = Taken(draws, log_prob, standardised(gains)).rows(valid)
         measured = []
         for epoch in range(ppo.ppo_epochs):

@@ -343,14 +343,23 @@ def by_prompt(scorer: Scorer) -> Scoring:
     return scoring
 
 
+def seen(task: Task, images: Tensor) -> Tensor:
+    """The features [B, F] of images; ValueError where they are of another shape, or none."""
+    features = task.features(images)
+    if features.ndim != 2 or len(features) != len(images) or not features.shape[1]:
+        said = f"must return [{len(images)}, F], not {list(features.shape)}"
+        raise ValueError(f"the function of ppo.features {said}")
+    return features
+
+
 def pull_to_fine(task: Task) -> Scoring:
     """`pull`: how far images are in features from the fine solution of their noise."""
 
     def pull(images: Tensor, jobs: Sequence[Job]) -> Mapping[str, Tensor]:
         distinct = list(dict.fromkeys(jobs))
-        fine = task.features(images_of(task, fine_sampler(task.sampler), distinct))
+        fine = seen(task, images_of(task, fine_sampler(task.sampler), distinct))
         target = fine[[distinct.index(job) for job in jobs]]
-        return {"pull": (task.features(images) - target).square().mean(1).sqrt()}
+        return {"pull": (seen(task, images) - target).square().mean(1).sqrt()}
 
     return pull
 
@@ -365,7 +374,7 @@ def fine_sampler(sampler: Sampler) -> Sampler:
 
 def features_of(task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop) -> Tensor:
     """The features [E, F] of images by one sampler, on every rank."""
-    scoring = [lambda images, _jobs: {"features": task.features(images)}]
+    scoring = [lambda images, _jobs: {"features": seen(task, images)}]
     return score_jobs(task, sampler, jobs, scoring, stop).scores["features"]
 
 
@@ -380,7 +389,7 @@ def held_out_scores(
     scorings = [by_prompt(scorer) for scorer in (task.score, task.judge) if scorer]
     if fine is None:
         return score_jobs(task, sampler, jobs, scorings, stop).scores
-    scorings.append(lambda images, _jobs: {"features": task.features(images)})
+    scorings.append(lambda images, _jobs: {"features": seen(task, images)})
     scores = score_jobs(task, sampler, jobs, scorings, stop).scores
     points = scores.pop("features")
     spread = diversity(points, [job.prompt for job in jobs])

@@ -183,8 +183,9 @@ def iterate(session: Session) -> float | None:
     draws = learner.draw(step, streams)
     scorings = [by_prompt(task.score), *([pull_to_fine(task)] if ppo.pull_coef else [])]
     scored = score_jobs(task, session.start.sampler_of(draws), jobs, scorings, session.stop)
-    rewards = scored.scores.get(task.reward, torch.full((count,), math.nan, dtype=torch.float64))
-    rewards = rewards - (ppo.pull_coef * scored.scores["pull"] if ppo.pull_coef else 0)
+    none = torch.full((count,), math.nan, dtype=torch.float64)
+    rewards = scored.scores.get(task.reward, none)
+    rewards = rewards - (ppo.pull_coef * scored.scores.get("pull", none) if ppo.pull_coef else 0)
     progress.nonfinite += int((~rewards.isfinite()).sum())
     if progress.nonfinite > ppo.nonfinite_budget:
         said = f"{progress.nonfinite} images had no finite reward, and ppo.nonfinite_budget is"

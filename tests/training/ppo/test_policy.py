@@ -16,6 +16,7 @@ from solvers.sampler import Sampler
 from src.seeds import generator, randn
 from tests.training.students import SHAPE, model
 from training.ppo.config import Ppo
+from training.ppo.learners import Clipped
 from training.ppo.policy import REACH, Policy, stacked, start_of
 
 NONE = Ppo(train_points=False, train_weights=False)
@@ -55,6 +56,14 @@ PLUG_IN, MULTISTEP = sampler(EPD(table(), IPNDM(2))), sampler(ParallelMultistep(
 
 def policy(of: Sampler = EPD_ONE, actions: Ppo | None = None) -> Policy:
     return Policy(start_of(of, actions or Ppo(), quiet), seed=1)
+
+
+def test_a_step_without_any_reward_changes_nothing() -> None:
+    one = Clipped(start_of(EPD_ONE, Ppo(), quiet), Ppo(), 0)
+    draws, before = one.draw(0, ["a", "b"]), one.mean()
+    lost = torch.full((2,), math.nan).double()
+    assert one.update(0, draws, lost, lost) == {}
+    assert one.mean().simplex["weight"].equal(before.simplex["weight"])
 
 
 def test_one_point_has_no_weights_to_train_and_one_step_no_grid() -> None:

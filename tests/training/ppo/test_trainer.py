@@ -201,6 +201,9 @@ def test_rewards_that_are_no_numbers_are_left_out_until_the_budget_is_spent(
     assert all(math.isfinite(v) for line in lines for v in line.values())
     with pytest.raises(ValueError, match=r"4 images had no finite reward.*is 3: near gave nan"):
         train(sick, replace(SHORT, nonfinite_budget=3), EVERY, tmp_path / "b")
+    empty = replace(task(), features=lambda images: images.flatten(1)[:, :0])
+    with pytest.raises(ValueError, match=r"ppo\.features must return \[1, F\], not \[1, 0\]"):
+        train(empty, replace(SHORT, pull_coef=1.0), EVERY, tmp_path / "c")
 
 
 WORK = """
