@@ -69,9 +69,15 @@ def main(
 ) -> None:
     """Train with every value and seed; write curves.csv and curves.png to OUTDIR."""
     arms: dict[str, tuple[str, ...]] = {}
-    for varied, *fixed in map(str.split, vary):
+    for text in vary:
+        varied, *fixed = text.split() or [""]
         key, _, values = varied.partition("=")
-        arms |= {value: (f"{key}={value}", *fixed) for value in values.split(",")}
+        for value in values.split(","):
+            if not value or value in arms:
+                raise ValueError(
+                    f"--vary {text!r}: write section.key=value,value, each value once"
+                )
+            arms[value] = (f"{key}={value}", *fixed)
     settings = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(override)))
     name, batch = settings.reward.type, settings.ppo.rollout_batch_size
     rows, figure = ["value,images,gain,low,high"], Figure((6, 4), layout="constrained")

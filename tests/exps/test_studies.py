@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from exps.build.fit_emoji_judge import retrieval, ridge
 from exps.study import composed
 from exps.study.composed import COLOURS, Wanted, parse
-from exps.study.sweep import curve, nearness, shipped_mixture
+from exps.study.sweep import curve, main, nearness, shipped_mixture
 from src.text import read_prompts
 
 
@@ -57,6 +58,20 @@ def test_a_curve_has_the_steps_that_all_runs_have_and_a_class_is_nearest_its_own
     own, other = nearness(means, ["0", "1"]), nearness(means, ["1", "0"])
     assert own.tolist() == pytest.approx([0, 0], abs=1e-12)
     assert (other < own).all()
+
+
+@pytest.mark.parametrize(
+    "vary", [["ppo.a=true", "ppo.b=true"], ["ppo.a"], [""], ["ppo.a=1,,2"]], ids=str
+)
+def test_a_curve_that_would_take_the_place_of_another_is_refused(
+    vary: list[str], tmp_path: Path
+) -> None:
+    options = [word for text in vary for word in ("--vary", text)]
+    config = "exps/mixture-3x4x4/groupings.yaml"
+    done = CliRunner().invoke(main, ["--config", config, "--outdir", str(tmp_path), *options])
+    assert done.exit_code
+    assert "write section.key=value,value, each once" in done.output
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_ridge_has_no_downhill_left_and_retrieval_counts_the_own_ones() -> None:
