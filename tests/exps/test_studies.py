@@ -70,7 +70,7 @@ def test_a_curve_that_would_take_the_place_of_another_is_refused(
     config = "exps/mixture-3x4x4/groupings.yaml"
     done = CliRunner().invoke(main, ["--config", config, "--outdir", str(tmp_path), *options])
     assert done.exit_code
-    assert "write section.key=value,value, each once" in done.output
+    assert "write section.key=value,value, each value once" in done.output
     assert not any(tmp_path.iterdir())
 
 
