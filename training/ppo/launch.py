@@ -32,7 +32,7 @@ from src.runs import Stop, Stopped, find_run, new_run
 from src.text import read_prompts
 from training.ppo.config import MULTI, Config, check_ranks, load_config, resolved, to_yaml
 from training.ppo.policy import start_of
-from training.ppo.rollout import Task, thumbnails
+from training.ppo.rollout import Task, check_features, thumbnails
 from training.ppo.trainer import SETTINGS, run_of, train
 
 CLASSES = ("edm", "analytic")
@@ -81,6 +81,8 @@ def main(
     device = ranks.init(device)
     mesh = ranks.point_mesh(points_degree, device)
     task = make_task(config, predictor, prompts, device)
+    if config.ppo.features:
+        check_features(task)
     task = dataclasses.replace(task, backend=spread(task.backend, mesh))
     if folder is None:
         first = ranks.is_first()

@@ -346,10 +346,31 @@ def by_prompt(scorer: Scorer) -> Scoring:
 def seen(task: Task, images: Tensor) -> Tensor:
     """The features [B, F] of images; ValueError where they are of another shape, or none."""
     features = task.features(images)
-    if features.ndim != 2 or len(features) != len(images) or not features.shape[1]:
-        said = f"must return [{len(images)}, F], not {list(features.shape)}"
+    shape = list(features.shape) if isinstance(features, Tensor) else [type(features).__name__]
+    if (
+        not isinstance(shape, list)
+        or shape[:1] != [len(images)]
+        or len(shape) != 2
+        or not shape[1]
+    ):
+        said = f"must return [{len(images)}, F], not {shape}"
         raise ValueError(f"the function of ppo.features {said}")
     return features
+
+
+@torch.no_grad()
+def check_features(task: Task) -> None:
+    """ValueError where a function of features cannot look at what the model decodes to."""
+    backend = task.backend
+    dtype = torch.promote_types(backend.dtype, torch.float32)
+    images = backend.decode(torch.zeros(2, *backend.shape, device=backend.device, dtype=dtype))
+    try:
+        seen(task, images)
+    except (TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(
+            f"ppo.features: cannot look at {list(images.shape)}: {said[0]}"
+        ) from error
 
 
 def pull_to_fine(task: Task) -> Scoring:

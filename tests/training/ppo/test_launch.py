@@ -151,6 +151,18 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(
     assert said in refused(start(*on_twins("sd3_512", twins, *changes)))
 
 
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("os:getcwd", "cannot look at [2, 3,"), ("torch:mean", "must return [2, F], not []")],
+)
+def test_features_that_are_none_are_refused_before_there_is_a_folder(
+    function: str, said: str, twins: Path, tmp_path: Path
+) -> None:
+    changes = f"run.output_root={tmp_path / 'runs'}", f"ppo.features={function}"
+    assert said in refused(start(*on_twins("sd3_512", twins, *changes)))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_model_of_another_family_and_a_run_that_is_not_there_are_refused(
     twins: Path, tmp_path: Path
 ) -> None:
