@@ -130,8 +130,13 @@ def network_of(pipe: Any) -> Any:
 
 
 def scales(pipe: Any) -> bool:
-    """Whether a pipeline asks its scheduler to scale what its network sees."""
-    return "scale_model_input" in inspect.unwrap(type(pipe).__call__).__code__.co_names
+    """Whether a pipeline asks its scheduler to scale what its network sees.
+
+    In its call or elsewhere in its classes: one's own may wrap a call, or loop in a method.
+    """
+    parts = (part for kind in type(pipe).__mro__ for part in vars(kind).values())
+    functions = filter(inspect.isfunction, map(inspect.unwrap, filter(callable, parts)))
+    return any("scale_model_input" in function.__code__.co_names for function in functions)
 
 
 def one_time(pipe: Any) -> str | None:

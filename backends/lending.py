@@ -71,7 +71,6 @@ class CachedPrompts:
             self.results.clear()
         self.encoders = encoders
         signature = inspect.signature(encode)
-        others = [n for n, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD]
 
         def recall(arguments: dict[str, Any]) -> Any:
             key = repr(sorted(arguments.items()))
@@ -80,8 +79,7 @@ class CachedPrompts:
             return self.results[key]
 
         def encoded(*args: Any, **kwargs: Any) -> Any:
-            given = dict(signature.bind(*args, **kwargs).arguments)
-            given |= {k: v for name in others for k, v in given.pop(name, {}).items()}
+            given = bound(signature, args, kwargs)
             counts = [name for name in COUNTS if name in given]
             copies = given[counts[0]] if counts else 1
             given |= dict.fromkeys(counts, 1)
@@ -109,6 +107,13 @@ class CachedPrompts:
             return tuple(map(repeated, result)) if isinstance(result, tuple) else repeated(result)
 
         return encoded
+
+
+def bound(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, those of a `**kwargs` among the others."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    others = (n for n, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD)
+    return given | {k: v for name in others for k, v in given.pop(name, {}).items()}
 
 
 def is_layered(value: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from backends import families
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.lending import COUNTS, CachedPrompts, lent, with_latents
+from backends.lending import COUNTS, CachedPrompts, bound, lent, with_latents
 from backends.load import check_fit
 from backends.pipelines import wrap
 from backends.scheduler import EPDScheduler, PredictorLike, chosen, opened
@@ -93,10 +93,7 @@ class Parallel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline returns for these arguments; the solver is the predictor's."""
         defaults = families.parameters_of(self.pipe)
-        given: dict[str, Any] = (
-            inspect.signature(self.pipe.__call__).bind(*args, **kwargs).arguments
-        )
-        given = {**given, **given.pop("kwargs", {})}
+        given = bound(inspect.signature(self.pipe.__call__), args, kwargs)
         predictor = chosen(self.learned, given.get("num_inference_steps"), strict=True)
         rows = self.points == "rows"
         tables = (families.REFUSED, families.REFUSED_BY_ROWS, families.REFUSED_BY_GUIDANCE)

@@ -210,6 +210,22 @@ def test_points_as_rows_are_points_one_by_one(name: str, kind: str) -> None:
     assert close(fast, by_scheduler(name, scheduler, num_inference_steps=steps, **given))
 
 
+def test_a_pipeline_of_ones_own_around_anothers_call_is_scaled_once() -> None:
+    pipe = twin("sd")
+    predictor = learned(pipe, "epd-multistep")
+
+    class Own(type(pipe)):
+        def __call__(
+            self, prompt: Any = None, num_images_per_prompt: int = 1, guidance_scale: float = 7.5,
+            **more: Any,
+        ) -> Any:  # fmt: skip
+            more |= {"num_images_per_prompt": num_images_per_prompt}
+            return super().__call__(prompt, guidance_scale=guidance_scale, **more)
+
+    own = parallel(Own(**pipe.components, requires_safety_checker=False), predictor)
+    assert close(call(pipe, "sd", own), call(pipe, "sd", parallel(pipe, predictor)))
+
+
 @families
 def test_several_images_a_prompt_are_each_alone(name: str) -> None:
     pipe = twin(name)
