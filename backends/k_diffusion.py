@@ -44,31 +44,36 @@ def sample_epd(
     disable: bool | None = None,
     predictor: Predictor | None = None,
     denoise_last: bool = True,
+    points: str = "rows",
 ) -> Tensor:
     """x [B, *] at sigmas[0] -> x at sigmas[-1]; of no level or one, x as it is.
 
     A final 0 is a step by denoising alone, or, without `denoise_last`, stands for the last level
     before it. `callback` gets x, i, sigma, sigma_hat and denoised of every step; `disable` hides
     the bar. Without a predictor, two points a step at a third and two thirds on the log-sigma
-    axis, with equal weights. `sigmas` may be the end of the predictor's own (`learned_sigmas`):
-    then its last rows are taken. Levels that it was not learned on give a warning.
+    axis, with equal weights. `sigmas` may be a part of the predictor's own (`learned_sigmas`),
+    one after another: then the rows of that part are taken. Levels that it was not learned on
+    give a warning. points="sequence" asks for one point after another.
 
     Raises ValueError for levels that do not fall, another number of them than the predictor's,
     or a predictor that guides by itself.
     """
     grid = [float(sigma) for sigma in sigmas]
-    grid = grid if denoise_last or not grid or grid[-1] > 0 else grid[:-1]
+    to_image = bool(grid) and grid[-1] == 0
+    grid = grid[:-1] if to_image and not denoise_last else grid
     if len(grid) < 2 or (len(grid) == 2 and predictor and grid[1] == 0):
         return x
     loop = Loop.start(x)
     sampler = sampler_on(grid, predictor).at(loop.x)
-    ask: Any = Field(Tiled(model, dict(extra_args or {}), len(x)))
+    ask: Any = Field(Tiled(model, dict(extra_args or {}), len(x), points != "rows"))
     for i in trange(len(grid) - 1, disable=disable):
         loop = sampler.advance(ask, loop)
         if callback:
             now, sigma = loop.past[0], sigmas[i]
-            # of x0 at the start of the step, without a call for the caller's sake
+            # of x0 at the start of the step, without a call for the caller's sake; hosts give
+            # the last one out as the image
             x0 = now.x0 if "d" in vars(now) else now.x - now.sigma * loop.slopes[0]
+            x0 = loop.x if to_image and i == len(grid) - 2 else x0
             report = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
             callback(report | {"denoised": x0.squeeze(1)})
     return loop.x.squeeze(1)
@@ -86,7 +91,7 @@ def learned_sigmas(predictor: Predictor) -> tuple[float, ...] | None:
 
 
 def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
-    """A predictor on a host's levels, or on the last of its own; an even table without one."""
+    """A predictor on a host's levels, or on a part of its own; an even table without one."""
     steps = sum(sigma > 0 for sigma in grid) - 1
     if predictor is None:
         r = torch.tensor(EVEN, dtype=torch.float64).repeat(max(steps, 1), 1)
@@ -96,22 +101,25 @@ def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
     if predictor.table.guidance is not None:
         raise ValueError("this predictor guides by itself, and here the host does")
     own, rows = learned_sigmas(predictor), predictor.recipe.num_steps - 1
-    cut = rows - steps
-    same = own is not None and cut >= 0 and all(
-        math.isclose(a, b, rel_tol=SAME_LEVEL) for a, b in zip(grid, own[cut:], strict=False)
-    )  # fmt: skip
-    if cut and not same:
+
+    def same(cut: int) -> bool:
+        pairs = zip(grid, (own or ())[cut : cut + steps + 1], strict=False)
+        return own is not None and all(math.isclose(a, b, rel_tol=SAME_LEVEL) for a, b in pairs)
+
+    cuts = list(filter(same, range(rows - steps + 1)))
+    if steps != rows and not cuts:
         raise ValueError(
             f"{steps + 1} levels above 0 for a predictor of {rows + 1}: take its own, "
-            "learned_sigmas(predictor), or the last of them"
+            "learned_sigmas(predictor), or a part of them"
         )
-    if not same:
+    if not cuts:
         text = "none that are written down" if own is None else ", ".join(f"{s:.4g}" for s in own)
         warnings.warn(f"the predictor was learned on other levels: {text}", stacklevel=3)
     table = predictor.table
     tensors = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
-    last = {n: t[cut:] for n, t in tensors.items() if isinstance(t, Tensor)}
-    solver = replace(predictor.solver(process), table=replace(table, **last))
+    cut = cuts[0] if cuts else 0
+    part = {n: t[cut : cut + steps] for n, t in tensors.items() if isinstance(t, Tensor)}
+    solver = replace(predictor.solver(process), table=replace(table, **part))
     return Sampler(solver, tuple(grid), process, predictor.recipe.afs and not cut)
 
 

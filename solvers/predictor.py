@@ -31,7 +31,7 @@ from solvers.epd import EPD, Directions, MultistepTable, ParallelMultistep, Tabl
 from solvers.integrate import MAX_SLOPES
 from solvers.process import FLOW, VE, Process
 from solvers.published import from_published
-from solvers.recipe import Recipe, check_recipe, for_flow, plain, recipe_from_plain
+from solvers.recipe import FLOW_BACKENDS, Recipe, check_recipe, for_flow, plain, recipe_from_plain
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels
 from src.files import find_predictor, from_json, read_text, write_atomically, write_text
@@ -100,6 +100,9 @@ def levels_of(recipe: Recipe) -> NoiseLevels | None:
     """The levels that a recipe itself tells of; None where they are its model's alone."""
     low, high = recipe.sigma_min, recipe.sigma_max
     if for_flow(recipe):
+        named = recipe.backend in FLOW_BACKENDS or recipe.sigmas is not None
+        if "scheduler" in recipe.backend_config and not named:
+            return None
         low = low or 1e-3
         shift = recipe.flowmatch_shift or low * 999 / (1 - low)  # 1/1000 as low is shifted
         return NoiseLevels(FLOW, low, 1.0, shift=shift)

@@ -309,7 +309,8 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
             flowmatch_mu=levels.mu if flow else None,
             source="train_distill.py",
         )
-    if s.init or backend.family == OWN or sampler.sigmas != problem.student.sigmas:
+    own = backend.family == OWN or levels.own is not None  # which no name tells of
+    if s.init or own or sampler.sigmas != problem.student.sigmas:
         recipe = replace(recipe, schedule_type="custom", sigmas=sampler.sigmas)
     assert isinstance(sampler.solver, EPD | ParallelMultistep)
     tensors = (t.detach().double().cpu() for t in sampler.solver.table.tensors())

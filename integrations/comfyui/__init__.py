@@ -19,6 +19,7 @@ if not any((Path(place) / "solvers" / "predictor.py").is_file() for place in sys
 
 from backends.k_diffusion import learned_sigmas, sample_epd  # noqa: E402
 from solvers.predictor import Predictor, find_predictor, load_predictor  # noqa: E402
+from solvers.recipe import for_flow  # noqa: E402
 from solvers.vp import Table  # noqa: E402
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -30,7 +31,7 @@ class EPDPredictor:
     """A predictor's file, or its name within exps/, for SamplerCustom and its guiders."""
 
     RETURN_TYPES = ("SAMPLER", "SIGMAS", "FLOAT")
-    RETURN_NAMES = ("sampler", "sigmas", "cfg")
+    RETURN_NAMES = ("sampler", "sigmas", "guidance")
     FUNCTION = "load"
     CATEGORY = "sampling/custom_sampling"
     DESCRIPTION: ClassVar = __doc__
@@ -44,10 +45,13 @@ class EPDPredictor:
                 "model": ("MODEL",),
                 "predictor": ("STRING", {"default": "sd15-best"}),
                 "denoise": ("FLOAT", denoise),
-            }
+            },
+            "optional": {"points": (["rows", "sequence"],)},
         }
 
-    def load(self, model: Any, predictor: str, denoise: float) -> tuple[Any, Tensor, float]:
+    def load(
+        self, model: Any, predictor: str, denoise: float, points: str = "rows"
+    ) -> tuple[Any, Tensor, float]:
         """The sampler, the levels for it (with a last 0 that it leaves out) and the guidance.
 
         Below 1, `denoise` is the share of the steps that is taken, from an image. Raises
@@ -59,7 +63,7 @@ class EPDPredictor:
         sigmas = levels(learned, model.get_model_object("model_sampling"))
         taken = round(denoise * (len(sigmas) - 1))
         sigmas = sigmas[len(sigmas) - 1 - taken :] if taken else ()
-        options = {"predictor": learned, "denoise_last": False}
+        options = {"predictor": learned, "denoise_last": False, "points": points}
         sampler = comfy.samplers.KSAMPLER(sample_epd, options)
         cut = torch.tensor([*sigmas, 0.0] if taken else [])
         return sampler, cut, learned.recipe.guidance_rate
@@ -68,6 +72,8 @@ class EPDPredictor:
 def levels(learned: Predictor, sampling: Any) -> tuple[float, ...]:
     """A predictor's levels on a model; ValueError where those of the model begin elsewhere."""
     own, highest = learned_sigmas(learned), float(sampling.sigma_max)
+    if own is None and for_flow(learned.recipe):
+        raise ValueError("this predictor holds no levels of its own: distil it again")
     if own is None:
         table = Table(torch.as_tensor(sampling.sigmas).double().log().cpu())
         own = learned.sampler(table.levels).sigmas

@@ -12,6 +12,7 @@ import train_distill
 from backends.any_pipeline import any_backend
 from backends.base import ModelOptions
 from backends.generate import Job, generate
+from backends.k_diffusion import learned_sigmas
 from backends.load import load_backend
 from backends.parallel import parallel
 from backends.scheduler import EPDScheduler
@@ -51,6 +52,7 @@ def test_any_model_is_distilled_and_sampled_here_and_in_its_pipeline(
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     backend = load_backend(str(folder), options=ModelOptions(size=(side, side)))
     predictor = load_predictor(file)
+    assert learned_sigmas(predictor) == pytest.approx(predictor.sampler(backend.levels).sigmas)
     (part,) = generate(backend, predictor.sampler(backend.levels), [Job(0, TEXT)], batch=1)
     given = {"latents": randn([0], backend.shape), "guidance_scale": 3.0, "height": side}
     given |= {"width": side, "output_type": "latent", "prompt": TEXT}

@@ -53,7 +53,10 @@ def test_points_are_tiled_rows_and_so_are_tensors_among_the_arguments() -> None:
         asked.append((sigma.tolist(), cond.tolist(), scale))
         return shrink(x, sigma)
 
-    sample_epd(model, X, SIGMAS, {"cond": torch.tensor([1.0, 2.0]), "scale": 7.0}, disable=True)
+    given = {"cond": torch.tensor([1.0, 2.0]), "scale": 7.0}
+    tiled = sample_epd(model, X, SIGMAS, given, disable=True)
+    apart = sample_epd(shrink, X, SIGMAS, given, disable=True, points="sequence")
+    assert torch.allclose(apart, tiled, atol=1e-5)
     sigma, cond, scale = asked[1]
     assert cond == [1.0, 2.0, 1.0, 2.0]
     assert sigma[0] == sigma[1] > sigma[2] == sigma[3]
@@ -88,18 +91,22 @@ def test_the_callback_hears_of_every_step() -> None:
     assert torch.allclose(heard[0]["x"], X)
     assert torch.allclose(heard[0]["denoised"], shrink(X, SIGMAS[:1].expand(2)), atol=1e-4)
     assert torch.equal(heard[-1]["denoised"], last)
+    last = sample_epd(shrink, X, SIGMAS, callback=heard.append, disable=True, denoise_last=False)
+    assert torch.equal(heard[-1]["denoised"], last)  # hosts give it out as the image
 
 
-def test_the_end_of_its_levels_takes_the_end_of_its_table() -> None:
-    """denoise below 1: the host gives the last of the levels."""
+@pytest.mark.parametrize("part", [slice(6, None), slice(0, 4)])
+def test_a_part_of_its_levels_takes_that_part_of_its_table(part: slice) -> None:
+    """denoise below 1, or SplitSigmas: the host gives the last of the levels, or the first."""
     predictor = load_predictor(find_predictor("sd15-best"))
     sigmas = learned_sigmas(predictor)
     assert sigmas is not None
     assert isinstance(predictor.table, Directions)
-    table = Directions(*(t[6:] for t in predictor.table.tensors()))
-    sampler = Sampler(replace(predictor.solver(VE), table=table), sigmas[6:], VE)
+    steps = slice(part.start, part.stop and part.stop - 1)
+    table = Directions(*(t[steps] for t in predictor.table.tensors()))
+    sampler = Sampler(replace(predictor.solver(VE), table=table), sigmas[part], VE)
     *_, expected = sampler.states(Field(lambda x, s, _c: shrink(x, s)), X)
-    ours = epd_sampler(predictor)(shrink, X, torch.tensor(sigmas[6:]), None, None, True)
+    ours = epd_sampler(predictor)(shrink, X, torch.tensor(sigmas[part]), None, None, True)
     assert torch.allclose(ours, expected, rtol=1e-4)
 
 
