@@ -14,12 +14,13 @@ from backends.parametrization import parametrization_of
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
     *("LTX", "Sana", "SanaVideo", "PixArtSigma", "PixArtAlpha", "Mochi", "Bria"),
-    "Kolors",
+    *("Kolors", "BriaFibo"),
 )
 """Families whose pipelines put the rows of the negative prompt into one batch with the others."""
 APART = (
     *("Flux", "Flux2", "QwenImage", "Chroma", "Wan", "Lumina2", "HunyuanVideo"),
     *("CogView4", "ZImage", "SkyReelsV2", "OvisImage", "Flux2Klein"),
+    *("HunyuanImage", "Krea2", "NucleusMoEImage", "MotifVideo"),
 )
 """Families that call their network once more for guidance, or need no such rows."""
 VARIANTS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
@@ -36,6 +37,11 @@ ONE_TIME = {
     "Lumina": "it scales its places by one time",
     "HunyuanDiT": "it makes one number of a timestep",
     "Latte": "it cuts all prompts to one length",
+    "EasyAnimate": "it makes one number of a timestep",
+    "LongCatImage": "it has one negative prompt for all",
+    "QwenImage21": "it keeps what its first call made of the prompts",
+    "ErnieImage": "it draws its latents within its call",
+    "Kandinsky3": "it gives its latents a shape before it asks for them",
     "LTXImageToVideo": "it steps a part of its latents",
     "WanVideoToVideo": "it makes one video a prompt",
 }
@@ -52,7 +58,7 @@ UNSERVED = {
 }
 EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""
-RESCALING = ("QwenImage", "Lumina2")
+RESCALING = ("QwenImage", "Lumina2", "NucleusMoEImage")
 """Families that rescale what guidance gives."""
 FROM_ZERO = ("ZImage", "ZImageOmni", "Kandinsky3", "Krea2", "Cosmos2_5_PredictBase")
 """Families that count guidance from 0: theirs is ours less 1."""

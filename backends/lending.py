@@ -85,7 +85,8 @@ class CachedPrompts:
             given |= dict.fromkeys(counts, 1)
             embeds, texts = given.get("prompt_embeds"), given.get("prompt")
             one = isinstance(texts, str)
-            rows = len(embeds) if embeds is not None else 1 if one else len(texts or [])
+            none = given.get("batch_size", 0)  # rows of an empty text, where there is no prompt
+            rows = len(embeds) if embeds is not None else 1 if one else len(texts or "") or none
             if texts is None or not all(map(is_plain, given.values())):
                 result = encode(**given)
             elif one:

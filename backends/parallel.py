@@ -71,6 +71,7 @@ def parallel(
         refused = {
             "its guidance is part of the network": family in families.EMBEDDED,
             "it rescales what guidance gives": family in families.RESCALING,
+            "its guider guides": pipe.components.get("guider") is not None,
             reason or "": points != "rows",
         }
         for why in (why for why, holds in refused.items() if holds):
