@@ -208,7 +208,8 @@ def say_notices(options: Options, backend: Backend, sampler: Sampler) -> None:
     dtype = str(backend.dtype).removeprefix("torch.")
     if options["negative_prompt"] and sampler.strongest == 1 and ranks.is_first():
         click.echo("the negative prompt has no effect at guidance_rate 1", err=True)
-    if backend.device.type == "cpu" and isinstance(backend.usual_prompt(0), str):
+    on_cpu = backend.device.type == "cpu" and ranks.is_first()
+    if on_cpu and isinstance(backend.usual_prompt(0), str):
         slow = ", many times slower than in float32" if dtype == "float16" else ""
         click.echo(f"on a CPU the network runs in {dtype}{slow}", err=True)
 

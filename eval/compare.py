@@ -1,6 +1,7 @@
 """Solvers and predictors side by side, on any backend, by the number of sequential calls."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -54,6 +55,7 @@ MEANING = {
     "(pixels in [-1, 1] for pixel models)",
     "nfe": "network calls one after another for an image; guidance is not counted",
     "rows": "evaluations of the network for an image, each of the K points counted",
+    "evaluations": "the same, and those of 'nothing' that guidance takes: at a rate of 1 none",
     "frechet": "biased upwards at small numbers of images, so compare within this table only; "
     "'trained on' where the table was fitted in these very features",
     "precision": "how many of its images are in features within reach of the fine solution's of "
@@ -92,8 +94,9 @@ def chosen(benchmark: Benchmark, rivals: Sequence[Candidate]) -> list[Candidate]
     winners: dict[tuple[str, int], tuple[float, Candidate]] = {}
     for score, candidate in zip(scores, rivals, strict=True):
         key = (score.name, score.nfe)
-        if key not in winners or score.rmse < winners[key][0]:
-            winners[key] = (score.rmse, candidate)
+        error = score.rmse if math.isfinite(score.rmse) else math.inf
+        if key not in winners or error < winners[key][0]:
+            winners[key] = (error, candidate)
     return [candidate for _, candidate in winners.values()]
 
 
@@ -115,15 +118,22 @@ def with_sets(
     for candidate, score in results:
         values: dict[str, list[float]] = {}
         for jobs in sets:
-            mine = set_statistics(benchmark, candidate, references, jobs, cache, about)
-            fine = set_statistics(benchmark, benchmark.fine, fitted, jobs, cache, about)
+            try:
+                mine = set_statistics(benchmark, candidate, references, jobs, cache, about)
+                fine = set_statistics(benchmark, benchmark.fine, fitted, jobs, cache, about)
+            except ValueError as error:  # of images or features that are no numbers
+                score = replace(
+                    score, left_out={**score.left_out, "distances by sets": str(error)}
+                )
+                values.clear()
+                break
             for name, of in ((r.space.name, r.statistics) for r in references):
                 values.setdefault(name, []).append((of or fine[name]).distance(mine[name]))
         frechets = {
             name: Frechet(mean(each), stdev(each), name in candidate.fitted_on, tuple(each))
             for name, each in values.items()
         }
-        first = next(iter(frechets.values())).value
+        first = next((one.value for one in frechets.values()), None)
         scores.append(replace(score, frechet=first, frechets=frechets))
     return scores
 
@@ -334,7 +344,7 @@ def write_results(
     about = {**settings, "images": count, "batch": benchmark.batch, "fine": finely}
     about |= {"chosen_on": f"the first {min(CHOOSE_ON, count)} images", "meaning": meaning}
     about |= provenance(benchmark.backend.device)
-    rows = [asdict(score) for score in scores]
+    rows = [without_nan(asdict(score)) for score in scores]
     write_json(outdir / "results.json", {"about": about, "fine": asdict(fine), "scores": rows})
     write_csv(outdir / "results.csv", scores)
     metrics = [metric for metric in metrics_of(scores) if metric.less]
@@ -343,7 +353,12 @@ def write_results(
         "RMSE is over the latents (pixels in [-1, 1] for pixel models); Frechet distances are "
         "biased upwards at few images: compare within this table only."
     )
-    parts = (table(scores), *(ratios(scores, metric) for metric in metrics), note)
+    gone = "\n".join(
+        f"{s.name}, {s.nfe} calls, without {what}: {why}"
+        for s in (fine, *scores)
+        for what, why in s.left_out.items()
+    )
+    parts = (table(scores), *(ratios(scores, metric) for metric in metrics), note, gone)
     write_text(outdir / "results.txt", "\n\n".join(part for part in parts if part) + "\n")
     title = f"{settings['model']}, {count} images, against {finely}"
     figure = curves(scores, title, fine)
@@ -352,7 +367,7 @@ def write_results(
     strips = []
     for candidate in (*candidates, benchmark.fine):
         (batch,) = generate(benchmark.backend, candidate.sampler, jobs, batch=len(jobs))
-        strips.append((candidate.name, candidate.nfe, batch.images))
+        strips.append((candidate.name, candidate.nfe, batch.images.nan_to_num(0.0, 1.0, 0.0)))
     facts = {"images": str(count), "fine solution": finely}
     facts |= {name: str(value) for name, value in about.items() if value and name != "meaning"}
     text = page(
@@ -369,6 +384,12 @@ def write_results(
         ),
     )
     write_text(outdir / "report.html", text)
+
+
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, None where one is NaN or infinite: JSON has no such numbers."""
+    odd = (name for name, v in row.items() if isinstance(v, float) and not math.isfinite(v))
+    return {**row, **dict.fromkeys(odd)}
 
 
 def drawn(candidate: Candidate) -> Any:

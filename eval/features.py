@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewards.base import looking
 from rewards.efficientnet import PACKAGES, prepared
 from rewards.efficientnet import load_features as load_efficientnet
 from rewards.fashion import WEIGHTS as JUDGE
@@ -61,7 +62,8 @@ class FeatureSpace:
         """Features [N, D], float32 on the CPU, of images [N, 1 or 3, H, W], floats in [0, 1].
 
         Images are rounded to bytes first, so that they have the features of their PNGs. N >= 1.
-        Raises ValueError for other channels, and where the network returns another shape.
+        Raises ValueError for other channels, and where the network fails or returns another
+        shape.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"features need images [N, 1 or 3, H, W], not {list(images.shape)}")
@@ -69,7 +71,7 @@ class FeatureSpace:
         parts = []
         for part in images.split(at_once):
             levels = to_bytes(part.to(self.device)).float().expand(-1, 3, -1, -1)
-            with torch.no_grad():
+            with torch.no_grad(), looking(self.name, levels):
                 features = self.network(levels / 255)
             shape = list(features.shape) if isinstance(features, Tensor) else type(features)
             if (

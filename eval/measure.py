@@ -20,8 +20,9 @@ from backends.load import check_fit
 from eval.features import FeatureSpace
 from eval.fid import Statistics, merged, precision_recall, statistics_of
 from eval.machine import clock
-from rewards.base import Reward
-from rewards.scorer import score_all
+from rewards.base import Reward, WeightedSum
+from rewards.scorer import score_all, single_rewards
+from solvers.field import Condition
 from solvers.predictor import load_predictor
 from solvers.sampler import SOLVERS as ALL_SOLVERS
 from solvers.sampler import Sampler, hand_made, make_solver, parse_name
@@ -255,6 +256,8 @@ class Score:
     frechets: Mapping[str, Frechet] = field(default_factory=dict)  # by feature space
     precision: float | None = None  # how many of its images are like some of the fine solution's
     recall: float | None = None  # how many of the fine solution's are like some of its images
+    evaluations: float = 0.0  # rows an image, with those of "nothing" that guidance takes
+    left_out: Mapping[str, str] = field(default_factory=dict)  # what is missing, and why
 
 
 @dataclass
@@ -264,10 +267,13 @@ class Running:
     squared: list[Tensor] = field(default_factory=list)  # mean squares [B] of every batch
     calls: int = 0
     rows: int = 0
+    evaluations: int = 0
     times: list[float] = field(default_factory=list)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)  # [B, F], of the first space
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)  # why images have no score
+    broken: str = ""  # why there are no features of all images
 
 
 def measure(
@@ -279,8 +285,10 @@ def measure(
     """The scores of the fine solution and of candidates, in their order, on the same jobs.
 
     Candidates take turns batch by batch, so that what else the machine does meets all alike.
-    Raises ValueError for a candidate that starts or ends at another noise level than the fine
-    solution, or under other guidance.
+    A reward that fails on an image leaves it out, and where images have no features there is no
+    Frechet distance: `left_out` tells why. Raises ValueError for a candidate that
+    starts or ends at another noise level than the fine solution, or under other guidance, and
+    where the fine solution's first batch has no features or no image with a score.
     """
     for candidate in candidates:
         check_comparable(candidate, benchmark.fine)
@@ -292,16 +300,25 @@ def measure(
         prompts = ["" if job.prompt is None else str(job.prompt) for job in jobs]
         target: Tensor | None = None
         for candidate, sums in zip(every, running, strict=True):
-            batch, time = _timed(benchmark, candidate, jobs)
+            batch, time, evaluations = _timed(benchmark, candidate, jobs)
             sums.times.append(time)
             sums.calls, sums.rows = batch.tally.calls, sums.rows + batch.tally.rows
+            sums.evaluations += evaluations
             target = batch.latents.double() if target is None else target
             sums.squared.append((batch.latents - target).square().flatten(1).mean(1).cpu())
-            features = add_statistics(sums.statistics, batch.images, references)
-            sums.features += [one.cpu().float() for one in features[:1]]
+            first = not at and sums is running[0]
+            try:
+                features = add_statistics(sums.statistics, batch.images, references)
+                sums.features += [one.cpu().float() for one in features[:1]]
+            except ValueError as error:
+                if first:
+                    raise
+                sums.broken = sums.broken or str(error)
             images = batch.images.float().expand(-1, 3, -1, -1)
-            for name, values in score_all(rewards or {}, images, prompts).items():
-                sums.rewards.setdefault(name, []).append(values.double().cpu())
+            for name, values in scored(rewards or {}, images, prompts, sums.reasons).items():
+                if first and not values.isfinite().any():
+                    raise ValueError(sums.reasons[0])
+                sums.rewards.setdefault(name, []).append(values)
             bar.update(len(jobs))
     bar.close()
     fine, *scores = (
@@ -311,11 +328,34 @@ def measure(
     return replace(fine, gains={}), scores
 
 
+def scored(
+    rewards: Rewards, images: Tensor, prompts: Sequence[str], reasons: list[str]
+) -> dict[str, Tensor]:
+    """The scores [B] in float64, NaN where a reward fails: why is added to the reasons."""
+
+    def alone(name: str, reward: Reward, part: slice) -> Tensor:
+        try:
+            return score_all({name: reward}, images[part], prompts[part])[name].double().cpu()
+        except ValueError as error:
+            if part.stop - part.start == 1:
+                reasons.append(str(error))
+                return torch.full((1,), torch.nan, dtype=torch.float64)
+        ones = (slice(i, i + 1) for i in range(part.start, part.stop))
+        return torch.cat([alone(name, reward, one) for one in ones])
+
+    whole = slice(0, len(images))
+    parts = {name: alone(name, reward, whole) for name, reward in single_rewards(rewards).items()}
+    return parts | {n: r.mean(parts) for n, r in rewards.items() if isinstance(r, WeightedSum)}
+
+
 @torch.no_grad()
 def _timed(
     benchmark: Benchmark, candidate: Candidate, jobs: Sequence[Job]
-) -> tuple[ImageBatch, float]:
-    """One batch of images; its time, decoding included, over that of one bare call before it."""
+) -> tuple[ImageBatch, float, int]:
+    """One batch of images, its time, and the rows that the network was evaluated on.
+
+    The time, decoding included, is over that of one bare call before it.
+    """
     backend, sigmas = benchmark.backend, benchmark.fine.sampler.sigmas
     cond = backend.encode([job.prompt for job in jobs])
     network = backend.guided(candidate.sampler.guidance_rate, cond)
@@ -324,9 +364,17 @@ def _timed(
     sigma = x.new_full((len(jobs),), sigmas[len(sigmas) // 2])
     started = clock(backend.device)
     network(x, sigma, cond)
+    rows = 0
+
+    def counted(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return backend.denoise(x, sigma, cond)
+
+    counting = replace(backend, denoise=counted)
     called = clock(backend.device)
-    batch = next(generate(backend, candidate.sampler, jobs, batch=len(jobs)))
-    return batch, (clock(backend.device) - called) / (called - started)
+    batch = next(generate(counting, candidate.sampler, jobs, batch=len(jobs)))
+    return batch, (clock(backend.device) - called) / (called - started), rows
 
 
 def add_statistics(
@@ -335,6 +383,8 @@ def add_statistics(
     """Merge the statistics of images into the sums by feature space -> their features."""
     features = [reference.space(images) for reference in references]
     for name, each in zip((r.space.name for r in references), features, strict=True):
+        if not each.isfinite().all():
+            raise ValueError(f"the features of {name} hold NaN or infinity")
         new = statistics_of(each)
         sums[name] = merged(sums[name], new) if name in sums else new
     return features
@@ -347,13 +397,19 @@ def _score(
     assert sums.calls == candidate.nfe, f"{candidate.name} made {sums.calls} calls"
     error = mean_of(torch.cat(sums.squared))
     rewards = {name: torch.cat(values) for name, values in sums.rewards.items()}
+    gains = {name: values - torch.cat(fine.rewards[name]) for name, values in rewards.items()}
+    missing = {n: m for n, v in rewards.items() if (m := int(v.isnan().sum()))}
+    left_out = {f"{name} of {m} images": sums.reasons[0] for name, m in missing.items()}
+    broken = sums.broken or (fine.broken and f"the fine solution's: {fine.broken}")
     distances = {}
     for name, of in ((r.space.name, r.statistics) for r in references):
-        if sums.statistics[name].count > 1:
+        if broken if of is None else sums.broken:
+            left_out[f"a Frechet distance ({name})"] = str(broken)
+        elif sums.statistics[name].count > 1:
             value = (of or fine.statistics[name]).distance(sums.statistics[name])
             distances[name] = Frechet(value, trained_on=name in candidate.fitted_on)
     likeness: tuple[float | None, ...] = (None, None)
-    if references and sum(map(len, fine.features)) > 2 * NEIGHBOURS + 2:
+    if references and not broken and sum(map(len, fine.features)) > 2 * NEIGHBOURS + 2:
         # halves of other seeds, so that no image stands beside its own
         halves = torch.cat(sums.features)[::2], torch.cat(fine.features)[1::2]
         likeness = precision_recall(*halves, NEIGHBOURS)
@@ -370,9 +426,17 @@ def _score(
         source=candidate.source,
         rmse_low=error.low**0.5,
         rmse_high=error.high**0.5,
-        rewards={name: mean_of(values) for name, values in rewards.items()},
-        gains={n: mean_of(v - torch.cat(fine.rewards[n])) for n, v in rewards.items()},
+        rewards=means(rewards),
+        gains=means(gains),
         frechets=distances,
         precision=likeness[0],
         recall=likeness[1],
+        evaluations=sums.evaluations / sum(map(len, sums.squared)),
+        left_out=left_out,
     )
+
+
+def means(values: Mapping[str, Tensor]) -> dict[str, Estimate]:
+    """The means of what is a number, by name; of nothing there is none."""
+    finite = {name: v[v.isfinite()] for name, v in values.items()}
+    return {name: mean_of(v) for name, v in finite.items() if len(v)}

@@ -25,6 +25,7 @@ from src.stats import Estimate, aligned, number
 COLOURS = ("#c1121f", "#003f88", "#0f7b3f", "#7b2cbf", "#e36414", "#00798c", "#8a5a00")
 COLOURED = 6  # curves
 PANEL = (6.0, 4.6)  # inches
+NESTED = ("rewards", "gains", "frechets", "left_out")
 NARROW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8)
 
 
@@ -99,7 +100,7 @@ def table(scores: Sequence[Score]) -> str:
     rows = [
         (
             *(s.name, str(s.nfe), *(m.cell(s) for m in metrics), s.schedule),
-            *("yes" if s.afs else "no", f"{s.rows:g}", f"{s.time:.2f}"),
+            *("yes" if s.afs else "no", f"{s.evaluations or s.rows:g}", f"{s.time:.2f}"),
         )
         for s in scores
     ]
@@ -131,7 +132,7 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
     """One line a score, under the names of its fields; three columns a reward and a space."""
-    plain = [f.name for f in fields(Score) if f.name not in ("rewards", "gains", "frechets")]
+    plain = [f.name for f in fields(Score) if f.name not in NESTED]
     rewards = list(dict.fromkeys(name for s in scores for name in s.rewards))
     spaces = list(dict.fromkeys(name for s in scores for name in s.frechets))
     rows = []

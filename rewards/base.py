@@ -3,7 +3,8 @@
 B images, each with its prompt. Images are floats in [0, 1], [B, 3, H, W].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,25 @@ import torch
 from torch import Tensor
 
 from rewards.pixels import to_levels
+
+FAULTS = (
+    *(TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
+    *(ImportError, RuntimeError),
+)
+"""What a network or a function of someone's own may raise, but for the ValueErrors of ours."""
+
+
+@contextmanager
+def looking(name: str, images: Tensor) -> Iterator[None]:
+    """ValueError, with the name of what looks, where it fails on images of this shape."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except FAULTS as error:
+        said = (str(error).strip().splitlines() or [""])[0][:300]
+        shape = f"images {list(images.shape)}"
+        raise ValueError(f"{name} fails on {shape}: {type(error).__name__}: {said}") from error
 
 
 class Reward(Protocol):
@@ -33,8 +53,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
     nothing was rounded.
 
     Raises ValueError, with the reward's name, for images that are not [B, 3, H, W] floats, have no
-    pixels or hold NaN, for another number of prompts, and for a result that is not B finite
-    numbers.
+    pixels or hold NaN, for another number of prompts, for a reward that fails, and for a result
+    that is not B finite numbers.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
@@ -55,7 +75,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
             f"image {wrong[0]} of {len(images)} (and {len(wrong) - 1} more) holds NaN or infinity"
             + (f": it was made in {images.dtype}, try float32" if low else "")
         )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+    wanted = torch.is_grad_enabled() and images.requires_grad
+    with torch.set_grad_enabled(wanted), looking(name, images):
         scores = reward(to_levels(images.float() * 255) / 255, prompts)
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

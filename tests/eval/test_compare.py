@@ -2,7 +2,9 @@
 
 import csv
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,18 @@ import torch
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 pytest.importorskip("diffusers")
 
 from backends.generate import generate
 from backends.load import load_backend
-from eval.compare import chosen, jobs_for, main, runs_of
+from eval.compare import chosen, jobs_for, main, runs_of, without_nan
+from eval.features import load_space
 from eval.fid import save_statistics, statistics_of
-from eval.measure import Benchmark, fine_solution, from_here, measure, rivals_for
+from eval.measure import Benchmark, FrechetReference, fine_solution, from_here, measure, rivals_for
 from rewards.base import score
+from solvers.field import Condition
 from src.seeds import parse_seeds
 from tests import twins
 from tests.eval.pictures import CHEAP, features, redness
@@ -133,6 +138,38 @@ def test_each_solver_takes_its_best_schedule() -> None:
         assert errors[c.name, c.schedule, c.sampler.afs] == least
 
 
+def test_what_fails_on_some_images_leaves_the_rest() -> None:
+    """A candidate one of whose images is none, and a reward that has no number for another."""
+    here = benchmark(images=6)
+    exact = here.backend.denoise
+
+    def torn(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        lost = ((sigma - 9.7232).abs() < 1e-3) & (torch.arange(len(x)) == 1)
+        return exact(x, sigma, cond).masked_fill(lost[:, None, None, None], torch.nan)
+
+    here = replace(here, backend=replace(here.backend, denoise=torn))
+    rivals = rivals_for(["euler"], [3], ["polynomial", "logsnr"], here.backend.levels)
+    rivals = [c for c in rivals if not c.sampler.afs]
+    images = next(generate(here.backend, here.fine.sampler, here.jobs, batch=6)).images
+    least = images.mean((1, 2, 3)).min() + 1e-3
+
+    def picky(images: Tensor, _prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3)).where(images.mean((1, 2, 3)) > least, torch.nan)
+
+    space = FrechetReference(load_space(CHEAP, torch.device("cpu")))
+    fine, (bad, good) = measure(here, rivals, [space], {"picky": picky})
+    assert chosen(here, rivals) == rivals[1:]
+    assert isnan(bad.rmse)
+    assert (bad.frechets, without_nan(asdict(bad))["rmse"]) == ({}, None)
+    assert "holds NaN" in bad.left_out[f"a Frechet distance ({CHEAP})"]
+    assert good.frechets[CHEAP].value > 0
+    assert "picky gave nan" in fine.left_out["picky of 1 images"]
+    kept = images.mean((1, 2, 3)).sort().values[1:].mean().item()
+    assert fine.rewards["picky"].value == pytest.approx(kept, abs=2e-3)
+    with pytest.raises(ValueError, match=r"broken fails on images .*: KeyError: 'x'"):
+        measure(here, rivals, rewards={"broken": lambda _images, _prompts: {}["x"]})
+
+
 def test_rewards_come_with_intervals_and_paths_from_here(
     run,  # noqa: ANN001
     place: Path,
@@ -188,6 +225,7 @@ def test_guidance_rates_by_hand_stand_beside_the_solvers_without(tmp_path: Path)
     assert done.exit_code == 0, done.output
     plain, guided = json.loads((tmp_path / "results.json").read_text())["scores"]
     assert (plain["name"], guided["name"]) == ("euler", "euler at 1,3")
+    assert [(s["rows"], s["evaluations"]) for s in (plain, guided)] == [(2, 2), (2, 3)]
     backend = load_backend("fashion-mnist-32")
     jobs = jobs_for(backend, range(2), ())
     (rival,) = rivals_for(["euler"], ["2"], ["polynomial"], backend.levels)

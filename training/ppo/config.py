@@ -36,6 +36,11 @@ PUBLISHED = {
 }
 """Names in the published `model.backend_options`, and where the value stands here."""
 
+OF_PPO_ALONE = (
+    *("antithetic", "baseline", "clip_range", "entropy_by_interval", "entropy_coef", "kl_coef"),
+    *("learning_by_interval", "max_grad_norm", "ppo_epochs"),
+)
+"""Keys that other methods cannot honour."""
 UNBOUNDED = {"low": -math.inf, "above": -math.inf, "high": math.inf}
 NOT_NEGATIVE = UNBOUNDED | {"low": 0}
 
@@ -305,6 +310,11 @@ def check_settings(config: Config) -> None:
         if batch % size:
             said = f"ppo.{name} {size} does not divide ppo.rollout_batch_size {batch}"
             raise ValueError(f"{said}: set ppo.rollout_batch_size={-(-batch // size) * size}")
+    usual = Ppo()
+    unheard = [n for n in OF_PPO_ALONE if getattr(ppo, n) != getattr(usual, n)]
+    if ppo.method != "ppo" and unheard:
+        said = f"ppo.{unheard[0]} does nothing for ppo.method {ppo.method}"
+        raise ValueError(f"{said}: leave it out, or set ppo.method=ppo")
     wrong = {
         "there is nothing to train: set ppo.train_points=true, say": not any(
             value for name, value in vars(ppo).items() if name.startswith("train_")
@@ -318,6 +328,12 @@ def check_settings(config: Config) -> None:
         and ppo.rloo_k % 2,
         f"ppo.method {ppo.method} compares tables on equal noise: set ppo.grouping=crn": (
             ppo.method != "ppo" and ppo.grouping != "crn"
+        ),
+        f"ppo.baseline {ppo.baseline} does nothing for ppo.grouping mixed: leave it out": (
+            ppo.baseline == "james-stein" and ppo.grouping == "mixed"
+        ),
+        "ppo.entropy_by_interval does nothing at ppo.entropy_coef 0: set that too": (
+            ppo.entropy_by_interval and not ppo.entropy_coef
         ),
         f"ppo.watch {ppo.watch!r} is neither the reward nor a judge: {', '.join(rewards)}": (
             ppo.watch is not None and ppo.watch not in rewards

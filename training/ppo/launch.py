@@ -30,7 +30,7 @@ from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand
 from src.runs import Stop, Stopped, find_run, new_run
 from src.text import read_prompts
-from training.ppo.config import MULTI, Config, check_ranks, load_config, resolved, to_yaml
+from training.ppo.config import MULTI, Config, Ppo, check_ranks, load_config, resolved, to_yaml
 from training.ppo.policy import start_of
 from training.ppo.rollout import Task, check_features, thumbnails
 from training.ppo.trainer import SETTINGS, run_of, train
@@ -211,8 +211,13 @@ def make_task(
 ) -> Task:
     """The rewards, the model, and the predictor's sampler on it, loaded."""
     reward, options = config.reward, config.model.backend_options
+
+    def say(notice: str) -> None:
+        if ranks.is_first():
+            click.echo(notice, err=True)
+
     if reward.multi.weights and reward.type != MULTI:
-        click.echo(f"reward.multi.weights do nothing for reward.type {reward.type}", err=True)
+        say(f"reward.multi.weights do nothing for reward.type {reward.type}")
     setup = Setup(device, reward.enable_amp, weight_paths(config))
     loaded = load_rewards([reward.name, *reward.judges], setup)
     trained = {reward.name: loaded[reward.name]}
@@ -222,8 +227,10 @@ def make_task(
     sampler = predictor.sampler(backend.levels)
     backend.guided(sampler.strongest, backend.encode(prompts[0][:1]))
     begun = start_of(sampler, config.ppo, lambda _said: None)  # refuses before there is a folder
+    if config.ppo.method == "cma" and config.ppo.learning_rate != Ppo.learning_rate:
+        say("ppo.learning_rate does nothing for ppo.method cma")
     if config.ppo.train_scale_dir and isinstance(begun.table, MultistepTable):
-        click.echo("ppo.train_scale_dir does nothing: multistep weights are free", err=True)
+        say("ppo.train_scale_dir does nothing: multistep weights are free")
     return Task(
         backend,
         sampler,
