@@ -37,7 +37,7 @@ from solvers.field import Condition
 from solvers.predictor import find_predictor, load_predictor
 from solvers.sampler import Sampler, hand_made
 from src import ranks
-from src.files import write_json, write_text
+from src.files import check_writable, write_json, write_text
 from src.options import Device, Number, OneLineCommand
 from src.stats import aligned, number
 
@@ -266,6 +266,7 @@ def main(device: torch.device, out: Path, **options: Any) -> None:
     1 to 64 devices would take. --suite gpu checks and times a GPU in under 5 minutes.
     Prints tables in seconds, and writes them with JSON beside.
     """
+    check_writable(out)
     device, repeats = ranks.init(device), options["repeats"]
     if options["simulate"]:
         given, speed = options["simulate"], options["gather_gbs"]

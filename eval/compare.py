@@ -42,7 +42,7 @@ from solvers.epd import EPD, Directions, ParallelMultistep
 from solvers.predictor import load_predictor
 from src import ranks
 from src.figures import save, table_figure
-from src.files import to_json, write_json, write_text
+from src.files import check_writable, to_json, write_json, write_text
 from src.options import Device, DType, Names, Number, OneLineCommand, SeedList
 from src.stats import number
 from src.text import guidance_rates, read_prompts
@@ -246,6 +246,7 @@ def main(**options: Any) -> None:
     images = options["images"]
     if images and not references:
         raise ValueError(f"--images {images} is of Frechet distances: give --features too")
+    check_writable(outdir / "results.json")
     plain = [*chosen(benchmark, rivals), *fixed]
     guided = [at_rates(plain, text, backend, jobs[0]) for text in options["guidance"]]
     candidates = [*plain, *chain.from_iterable(guided)]

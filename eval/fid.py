@@ -29,11 +29,12 @@ from eval.features import SPACES, FeatureSpace, load_space
 from eval.machine import provenance
 from eval.pictures import Pictures, find_pictures, read_batches, subset
 from src import ranks
-from src.files import nearest, to_json, write_atomically, write_json
+from src.files import check_writable, nearest, to_json, write_atomically, write_json
 from src.options import Device, Names, OneLineCommand, OneLineGroup
 from src.stats import Estimate
 
-METRICS = ("fid", "kid", "pr")
+METRICS = {"fid": 2, "kid": 3, "pr": 4}
+"""What is measured, and how many images of each set that needs."""
 ROWS = 1024  # of a block of pairs; memory is ROWS times the larger set
 NORMAL_95 = 1.959963984540054
 BROKEN = (
@@ -59,13 +60,22 @@ class Statistics:
 
 
 def measure_pictures(
-    pictures: Pictures, space: FeatureSpace, *, batch: int, keep: bool
+    pictures: Pictures,
+    space: FeatureSpace,
+    *,
+    batch: int,
+    keep: bool,
+    least: int = 2,
+    size: int = 0,
 ) -> Statistics:
     """The statistics of all pictures, on every rank; `keep` keeps their features.
 
     Otherwise memory does not grow with the pictures. Raises ValueError, on every rank, for
-    pictures that cannot be read or have features that are not finite, and for fewer than 2.
+    pictures that cannot be read or have features that are not finite, for fewer than `least`, and
+    for other than `size` features, where a size is given.
     """
+    if len(pictures.items) < least:
+        raise ValueError(f"{pictures.place} has fewer than {least} images to measure")
     mine: Statistics | None = None
     kept: dict[int, Tensor] = {}
     failed = ""
@@ -77,6 +87,9 @@ def measure_pictures(
                 for at in (~features.isfinite().all(1)).nonzero()[:1, 0].tolist():
                     name = pictures.place / pictures.items[alike.which[at]].name
                     raise ValueError(f"the features of {name} are not finite (NaN or infinity)")
+                if size not in (0, features.shape[1]):
+                    said = f"the images have {features.shape[1]} features"
+                    raise ValueError(f"{said}, the reference {size}")
                 new = statistics_of(features)
                 mine = merged(mine, new) if mine else new
                 kept |= dict(zip(alike.which, features, strict=True)) if keep else {}
@@ -85,8 +98,6 @@ def measure_pictures(
         failed = str(error)
     ranks.raise_together(failed)
     shares = ranks.of_each_rank((mine, kept))
-    if len(pictures.items) < 2:
-        raise ValueError(f"{pictures.place} has fewer than 2 images to measure")
     total = reduce(merged, [share for share, _ in shares if share])
     rows = {i: row for _, some in shares for i, row in some.items()}
     features = torch.stack([rows[i] for i in sorted(rows)]) if keep else None
@@ -107,7 +118,14 @@ def statistics_of(features: Tensor) -> Statistics:
 
 
 def merged(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of two sets together (Chan, Golub & LeVeque 1979, Eq. 2.1)."""
+    """The statistics of two sets together (Chan, Golub & LeVeque 1979, Eq. 2.1).
+
+    ValueError for features of two sizes, as a function that does not pool gives of two sizes of
+    images.
+    """
+    if len(a.mean) != len(b.mean):
+        both = f"{len(a.mean)} features of one image, {len(b.mean)} of another"
+        raise ValueError(f"{both}: make the images of one size, or let features pool")
     count, apart = a.count + b.count, b.mean - a.mean
     scatter = torch.outer(apart, apart) * (a.count * b.count / count)
     scatter += a.covariance * (a.count - 1) + b.covariance * (b.count - 1)
@@ -216,9 +234,13 @@ def load_statistics(path: Path) -> Statistics:
                 raise ValueError("a single array")
             count = int(file["count"]) if "count" in file else 0
             about = json.loads(str(file["about"])) if "about" in file else {}
+            if np.iscomplexobj(file["mu"]) or np.iscomplexobj(file["sigma"]):
+                raise ValueError("complex numbers")
             mean = torch.from_numpy(file["mu"]).double()
             sigma = torch.from_numpy(file["sigma"]).double()
             features = torch.from_numpy(file["features"]) if "features" in file else None
+            if not isinstance(about, dict) or count < 0:
+                raise ValueError("of something else")
     except BROKEN as error:
         raise ValueError(f"{path} holds no reference statistics ({error})") from error
     if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
@@ -228,6 +250,8 @@ def load_statistics(path: Path) -> Statistics:
         raise ValueError(f"{path}: the statistics of one image have no covariance")
     if not (mean.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{path}: the statistics hold NaN or infinity")
+    if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or sigma.diag().min() < 0:
+        raise ValueError(f"{path}: its sigma is no covariance, symmetric and not below 0")
     return Statistics(count, mean, sigma, about, features)
 
 
@@ -241,13 +265,16 @@ def check_space(path: Path, statistics: Statistics, space: FeatureSpace) -> None
         raise ValueError(f"{path} is of {space.name} as it was with other weights or code: {fix}")
 
 
-def reference_of(place: Path, space: FeatureSpace, *, batch: int, keep: bool) -> Statistics:
+def reference_of(
+    place: Path, space: FeatureSpace, *, batch: int, keep: bool, least: int
+) -> Statistics:
     """What images are held against: an .npz, or the images of a folder or zip.
 
     Raises ValueError for a file of other features, and where it has none to `keep`.
     """
     if place.is_dir() or place.suffix in (".zip", ".json"):
-        return measure_pictures(find_pictures(place), space, batch=batch, keep=keep)
+        pictures = find_pictures(place)
+        return measure_pictures(pictures, space, batch=batch, keep=keep, least=least)
     reference = load_statistics(place)
     check_space(place, reference, space)
     if keep and reference.features is None:
@@ -289,17 +316,22 @@ def calc(images: Path, ref: Path, metrics: list[str], **options: Any) -> None:
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"no metric '{name}': did you mean {nearest(name, METRICS)}?")
+    if not metrics:
+        raise ValueError(f"--metrics names none: choose from {', '.join(METRICS)}")
     pictures = subset(find_pictures(images), options["num"], options["seed"])
+    least = max(METRICS[name] for name in metrics)
+    if len(pictures.items) < least:
+        raise ValueError(
+            f"--metrics {','.join(metrics)} needs {least} images, and {images} has fewer"
+        )
     device = ranks.init(options["device"])
     space = load_space(options["features"], device, options["weights"])
     how = {"batch": options["batch"], "keep": metrics != ["fid"]}
-    reference = reference_of(ref, space, **how)
-    measured = measure_pictures(pictures, space, **how)
+    reference = reference_of(ref, space, least=least, **how)
+    measured = measure_pictures(pictures, space, size=len(reference.mean), **how)
 
     def report() -> None:
-        count, size, other = measured.count, len(measured.mean), len(reference.mean)
-        if size != other:
-            raise ValueError(f"the images have {size} features, the reference {other}")
+        count, size = measured.count, len(measured.mean)
         numbers: dict[str, Any] = {}
         if "fid" in metrics:
             numbers["fid"] = reference.distance(measured)
@@ -344,6 +376,7 @@ def ref(data: Path, dest: Path, **options: Any) -> None:
     device = ranks.init(options["device"])
     space = load_space(options["features"], device, options["weights"])
     how = {"batch": options["batch"], "keep": options["keep_features"]}
+    check_writable(dest)
     measured = measure_pictures(pictures, space, **how)
 
     def save() -> None:

@@ -8,6 +8,7 @@ Shapes: n pictures of one size, [n, 3, H, W] uint8.
 import hashlib
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -85,6 +86,8 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
             raise ValueError(f"{place} is no whole zip: {error}") from error
         images = (n for n in names if not n.startswith("__MACOSX/") and not n.endswith("/"))
         items = [Picture(n) for n in sorted(images) if _is_picture(n)]
+    elif place.is_file() and _is_picture(place.name):
+        raise ValueError(f"{place} is one picture: give its folder")
     elif place.is_file():
         items = _listed(place)
     else:
@@ -186,12 +189,17 @@ class Alike:
 
 
 def read_batches(
-    pictures: Pictures, which: Sequence[int], *, batch: int, bad: dict[str, str] | None = None
+    pictures: Pictures,
+    which: Sequence[int],
+    *,
+    batch: int,
+    bad: dict[str, str] | None = None,
+    hint: str = "",
 ) -> Iterator[Alike]:
     """Read the items `which`, up to `batch` of them at once, those of one size together.
 
     Grey is repeated to three channels, what is transparent shows white. What cannot be read goes
-    into `bad`, with the reason, by its name; without `bad` it is a ValueError.
+    into `bad`, with the reason, by its name; without, it is a ValueError that ends in `hint`.
     """
 
     def read(picture: Picture, content: bytes) -> Tensor:
@@ -203,7 +211,7 @@ def read_batches(
         if not isinstance(pixels, str):
             group.append((i, pixels))
         elif bad is None:
-            raise ValueError(f"{pixels} (--skip-bad leaves such images out)")
+            raise ValueError(pixels + hint)
         else:
             bad[pictures.items[i].name] = pixels
         if n % batch == 0 or n == len(which):
@@ -234,7 +242,7 @@ def _each(
             except FileNotFoundError:
                 return f"no such file: {where}"
             except UNREADABLE as error:
-                reason = str(error)
+                reason = re.sub(r" image file <_io.*>", " it", str(error))
                 named = reason.startswith(str(where))
                 return reason if named else f"{where} is not a readable image: {reason}"
 

@@ -33,6 +33,7 @@ from src.stats import Estimate, aligned, mean_of, win_rate
 from src.text import read_prompts
 
 CACHE = "cache-{}.jsonl"
+HINT = " (--skip-bad leaves such images out)"
 BY_CLASS = ("fashion-judge",)  # rewards that take the number of a class for a prompt
 
 
@@ -179,7 +180,8 @@ def score_pictures(task: Scoring, folder: Path) -> tuple[list[ScoredPicture], di
     failed, skipped = "", bad if task.skip_bad else None
     try:
         with ranks.progress(len(missing), "image") as bar:
-            for alike in read_batches(task.pictures, missing, batch=task.batch, bad=skipped):
+            how = {"batch": task.batch, "bad": skipped, "hint": HINT}
+            for alike in read_batches(task.pictures, missing, **how):
                 images = alike.images.to(task.device).float() / 255
                 for at, scores in score_images(task, items, alike.which, images, bad):
                     keyed = {task.keys[name]: value for name, value in scores.items()}
@@ -228,7 +230,7 @@ def items_of(task: Scoring) -> tuple[dict[int, ScoredPicture], dict[str, str]]:
         items[at] = ScoredPicture(name, one.seed, str(prompt), {}, one.digest)
         disagreeing += one.disagrees
     if bad and not task.skip_bad:
-        raise ValueError(f"{next(iter(bad.values()))} (--skip-bad leaves such images out)")
+        raise ValueError(next(iter(bad.values())) + HINT)
     if disagreeing and ranks.is_first():
         other = "another seed or prompt than they carry themselves, which are believed"
         click.echo(f"samples.json gives {disagreeing} of {len(items)} images {other}", err=True)
@@ -240,9 +242,11 @@ def read_cache(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     cache: dict[tuple[str, str], dict[str, float]] = {}
     for path in sorted(folder.glob(CACHE.format("*"))):
         for line in read_jsonl(path):
-            if not isinstance(line, dict) or not line.keys() >= {"picture", "prompt", "scores"}:
-                raise ValueError(f"{path} holds a line that is no score: delete the file")
-            cache.setdefault((line["picture"], line["prompt"]), {}).update(line["scores"])
+            match line:
+                case {"picture": str(picture), "prompt": str(prompt), "scores": dict(scores)}:
+                    cache.setdefault((picture, prompt), {}).update(scores)
+                case _:
+                    raise ValueError(f"{path} holds a line that is no score: delete the file")
     return cache
 
 

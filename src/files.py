@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 EXPS = Path(__file__).resolve().parent.parent / "exps"
@@ -40,6 +41,16 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
             raise ValueError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temp.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """ValueError where no file can be written beside `path`: told before the work, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

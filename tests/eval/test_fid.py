@@ -203,6 +203,13 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         np.save(file, np.zeros(3))
     np.savez(tmp_path / "7.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "odd.npz", mu=np.zeros(5), sigma=np.eye(4))
+    np.savez(tmp_path / "no-sigma.npz", mu=np.zeros(5), sigma=np.triu(np.ones((5, 5))))
+    np.savez(tmp_path / "minus.npz", mu=np.zeros(5), sigma=-np.eye(5))
+    np.savez(tmp_path / "about.npz", mu=np.zeros(5), sigma=np.eye(5), about=np.array("5"))
+    np.savez(tmp_path / "i.npz", mu=np.full(5, 1j), sigma=np.eye(5))
+    sizes = fill(tmp_path / "sizes", 2)
+    save_png(sizes / "000003.png", torch.rand(3, 4, 4))
+    flat = ["--features", "tests.eval.pictures:unpooled", "--device", "cpu"]
     assert cheap("ref", "--data", a, "--dest", tmp_path / "a.npz").exit_code == 0
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
@@ -218,6 +225,19 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (cheap(*images, nan), "NaN"),
         (cheap(*images, tmp_path / "odd.npz"), "do not fit"),
         (cheap(*images, tmp_path / "7.npz"), "the images have 5 features, the reference 7"),
+        (cheap(*images, tmp_path / "no-sigma.npz"), "its sigma is no covariance"),
+        (cheap(*images, tmp_path / "minus.npz"), "its sigma is no covariance"),
+        (cheap(*images, tmp_path / "about.npz"), "holds no reference statistics"),
+        (cheap(*images, tmp_path / "i.npz"), "holds no reference statistics"),
+        (cheap(*images, a, "--metrics", ""), "--metrics names none"),
+        (cheap(*images, a, "--num", 3, "--metrics", "pr"), "pr needs 4 images,"),
+        (cheap(*images, sizes, "--metrics", "pr"), "sizes has fewer than 4 images"),
+        (
+            run("ref", "--data", sizes, "--dest", tmp_path / "s.npz", *flat),
+            "let the features pool",
+        ),
+        (cheap("calc", "--images", black / "000003.png", "--ref", a), "is one picture"),
+        (cheap("ref", "--data", a, "--dest", cut / "q.npz"), "q.npz: File exists"),
         (cheap(*images, a, "--num", 7), "has 6 images, not 7: lower --num"),
         (cheap(*images, a, "--metrics", "fib"), "no metric 'fib': did you mean fid?"),
         (cheap(*images, tmp_path / "a.npz", "--metrics", "kid"), "holds no features, which kid"),
