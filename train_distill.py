@@ -261,6 +261,9 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
     if b.reward is None and "reward" in asked:
         raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
 
+    if b.reward and "reward" not in asked:
+        raise ValueError(f"--reward {b.reward} does nothing: --distance l2+0.1*reward, say")
+
     def prompt_of(seed: int) -> Prompt:
         if prompts:
             return prompts[int(randint([seed], len(prompts), stream="prompt"))]

@@ -21,15 +21,15 @@ FAULTS = (
 
 
 @contextmanager
-def looking(name: str, images: Tensor) -> Iterator[None]:
-    """ValueError, with the name of what looks, where it fails on images of this shape."""
+def looking(name: str, x: Tensor) -> Iterator[None]:
+    """ValueError, with the name of what looks at x, and its shape, where it fails."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
         said = (str(error).strip().splitlines() or [""])[0][:300]
-        shape = f"images {list(images.shape)}"
+        shape = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise ValueError(f"{name} fails on {shape}: {type(error).__name__}: {said}") from error
 
 

@@ -27,6 +27,9 @@ DTYPES: dict[str, torch.dtype] = {
 FULL = ("can't allocate memory", "not enough memory", "Unable to allocate")
 """What NumPy and torch's allocator for the CPU say, in errors of no class of their own."""
 
+GONE = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says where another rank has ended."""
+
 
 class Parsed(click.ParamType):
     """A type of options by the function that reads their text; its ValueError is the message."""
@@ -139,6 +142,8 @@ def in_one_line(error: Exception) -> str:
         return "the GPU's memory is full: lower --batch"
     if isinstance(error, MemoryError) or any(words in said for words in FULL):
         return f"the memory is full: lower --batch, or take a smaller model ({said[:200]})"
+    if any(words in said for words in GONE):
+        return "another rank has ended; what is written stays, and the run goes on from there"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -6,6 +6,7 @@ Shapes: B samples, N intervals, K points, P free numbers, * one latent, x [B, *]
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -75,6 +76,13 @@ def distill(
     Raises ValueError for settings that cannot be served, and for a network that gives NaN.
     """
     settings = settings or Settings()
+    try:
+        sizes, device = tuple(map(index, shape)), torch.device(settings.device)
+        torch.empty(0, device=device)
+    except TypeError:
+        raise ValueError(f"shape {shape!r} is no sizes of a latent, as (4, 64, 64)") from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {settings.device!r} is not here: {error}") from error
     backend = Backend(
         family=OWN,
         denoise=denoiser,
@@ -82,9 +90,9 @@ def distill(
         decode=lambda latents: latents,
         guide=classifier_free,
         levels=named_levels(levels),
-        shape=tuple(shape),
+        shape=sizes,
         size=(0, 0),
-        device=torch.device(settings.device),
+        device=device,
         dtype=torch.float32,
     )
     cond = conditions or (lambda _numbers: None)
@@ -123,6 +131,8 @@ def named_levels(levels: NoiseLevels | Process | str) -> NoiseLevels:
     """The noise levels of a process by its name, or as they are."""
     if isinstance(levels, NoiseLevels):
         return levels
+    if not isinstance(levels, Process | str):
+        raise ValueError(f"levels {levels!r} are none: give 've', 'flow' or NoiseLevels")
     process = Process(levels) if isinstance(levels, str) else levels
     return NoiseLevels(process, *((0.001, 1.0) if process == FLOW else (0.002, 80.0)))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend
+from rewards.base import looking
 from solvers import schedules
 from solvers.classic import Heun
 from solvers.epd import Table
@@ -297,14 +298,21 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
     numbers = batches.parts[0][:2]
     slope, x = batches.start(numbers)
     level = x.new_full((len(x),), batches.teacher.sampler.sigmas[0])
-    answer = slope.denoiser(x, level, slope.cond)
+    before = x.clone()
+    with looking("the denoiser, called with x, sigma and cond,", x):
+        answer = slope.denoiser(x, level, slope.cond)
     check_finite("the denoiser", answer, tuple(x.shape))
+    if not torch.equal(before, x):
+        raise ValueError("the denoiser changes its x: let it work on x.clone()")
     names = {name for _, name in terms_of(settings)}
     try:
         if names & OF_FEATURES:
             if model.features is None:
                 raise ValueError(f"distance {settings.distance!r} needs its network of features")
             check_finite("the network of features", model.features(answer), (len(x), None))
+            seen = model.features(x / x.std())
+            if len(x) > 1 and torch.equal(seen[0], seen[1]):
+                raise ValueError("the network of features gives the same for any sample")
         if "reward" in names:
             if model.reward is None:
                 raise ValueError(f"distance {settings.distance!r} needs its reward")
@@ -323,6 +331,8 @@ def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> No
     if not isinstance(answer, Tensor) or not fits:
         wanted = str(shape).replace("None", "F")
         raise ValueError(f"{what} gives {seen} for {shape[0]} samples, not {wanted}")
+    if not answer.is_floating_point():
+        raise ValueError(f"{what} gives {answer.dtype}, which is not of floats")
     if not answer.numel():
         raise ValueError(f"{what} gives {seen}: there is nothing in it to compare")
     if not bool(answer.isfinite().all()):

@@ -166,7 +166,7 @@ def test_what_fails_on_some_images_leaves_the_rest() -> None:
     assert "picky gave nan" in fine.left_out["picky of 1 images"]
     kept = images.mean((1, 2, 3)).sort().values[1:].mean().item()
     assert fine.rewards["picky"].value == pytest.approx(kept, abs=2e-3)
-    with pytest.raises(ValueError, match=r"broken fails on images .*: KeyError: 'x'"):
+    with pytest.raises(ValueError, match=r"broken fails on float32 .*: KeyError: 'x'"):
         measure(here, rivals, rewards={"broken": lambda _images, _prompts: {}["x"]})
 
 

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from src.options import BoolFlag, Device, DType, Number, OneLineCommand, SeedList
+from src.options import BoolFlag, Device, DType, Number, OneLineCommand, SeedList, in_one_line
 
 
 @click.command(cls=OneLineCommand)
@@ -91,3 +91,5 @@ def test_defaults_hang_on_the_machine_and_an_error_of_a_library_names_its_kind_a
     assert str(path) in line
     assert "--debug" in line
     assert str(run("--fail", "--debug").exception) == "13 is\nunlucky"
+    gone = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:30418")
+    assert in_one_line(gone).startswith("another rank has ended")

@@ -166,6 +166,16 @@ REFUSED = [
     ("l2", {"conditions": lambda n: torch.zeros(len(n))}, "give a Tensor, not a .*Condition"),
     ("reward", {"reward": lambda x, _n: x}, r"reward gives \(2, 2\) for 2 samples"),
     ("huber", {}, "unknown distance 'huber'"),
+    ("features", {"features": lambda x: 0 * x}, "gives the same for any sample"),
+    ("features", {"features": lambda x: x.long()}, "gives torch.int64, which is not of floats"),
+    ("l2", {"denoiser": lambda x, _s, _c: x.mul_(0.5)}, "changes its x"),
+    ("l2", {"denoiser": lambda x, _s, _c: x + 0j}, "gives torch.complex64, which is not"),
+    ("l2", {"denoiser": lambda x, _s: x}, r"called .* fails on float32 \[2, 2\]: TypeError"),
+    ("l2", {"denoiser": lambda x, _s, _c: x.double() @ x.T}, "the denoiser, .*RuntimeError"),
+    ("l2", {"shape": 6}, "shape 6 is no sizes"),
+    ("l2", {"shape": (2.0, 3)}, "is no sizes of a latent"),
+    ("l2", {"levels": 5}, "levels 5 are none"),
+    ("l2", {"device": "cuda:77"}, "device 'cuda:77' is not here"),
 ]
 
 
@@ -179,8 +189,10 @@ def test_what_cannot_be_looked_at_is_one_line_before_any_work(
         calls.append(len(x))
         return cloud(x, sigma, cond)
 
+    settings = replace(FEW, distance=distance, device=more.pop("device", "cpu"))
+    given = {"denoiser": counted, "levels": "ve", "shape": (2,), **more}
     with pytest.raises(ValueError, match=says):
-        distill(counted, "ve", shape=(2,), settings=replace(FEW, distance=distance), **more)
+        distill(**given, settings=settings)
     assert len(calls) <= 1
 
 
