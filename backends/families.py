@@ -24,6 +24,7 @@ APART = (
 )
 """Families that call their network once more for guidance, or need no such rows."""
 VARIANTS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
+OF_FLUX = ("FluxKontext", "FluxFill", "FluxControl", "FluxControlImg2Img")
 ONE_TIME = {
     "AuraFlow": "it makes one number of a timestep",
     "Kandinsky5T2I": "it repeats its timestep for every row",
@@ -42,6 +43,9 @@ ONE_TIME = {
     "QwenImage21": "it keeps what its first call made of the prompts",
     "ErnieImage": "it draws its latents within its call",
     "Kandinsky3": "it gives its latents a shape before it asks for them",
+    "HunyuanVideoImageToVideo": "it steps a part of its latents",
+    "CogVideoXImageToVideo": "it makes one video a prompt",
+    "Kandinsky5I2V": "it repeats its timestep for every row",
     "LTXImageToVideo": "it steps a part of its latents",
     "WanVideoToVideo": "it makes one video a prompt",
 }
@@ -97,7 +101,8 @@ def check_given(given: Mapping[str, Any], *tables: Mapping[str, str]) -> None:
 def family_of(pipe: Any) -> str:
     """The family of a pipeline's class: "Flux" of FluxImg2ImgPipeline; its own name if unknown."""
     name = type(pipe).__name__.removesuffix("Pipeline")
-    return {f"{f}{v}": f for f in (*STACKED, *APART) for v in VARIANTS}.get(name, name)
+    names = {f"{f}{v}": f for f in (*STACKED, *APART) for v in VARIANTS}
+    return (names | dict.fromkeys(OF_FLUX, "Flux")).get(name, name)
 
 
 def check_served(pipe: Any) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -106,6 +107,11 @@ class Parallel:
             rate = scale + 1 if families.family_of(self.pipe) in families.FROM_ZERO else scale
             given |= with_negatives(self.pipe, given)
             scale = 0.0
+        elif rows and isinstance(given.get("prompt"), list | tuple):
+            # one for all has as many rows as one prompt in some pipelines (FLUX.1)
+            texts = {n: v for n, v in given.items() if n.startswith("negative_prompt")}
+            each = {n: [v] * len(given["prompt"]) for n, v in texts.items() if isinstance(v, str)}
+            given |= each
         columns = images_of(given, defaults) * copies
         for name in (name for name in COUNTS if name in defaults):
             given[name] = copies * given.get(name, 1)
@@ -207,10 +213,13 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
     if callable(getattr(pipe, "encode_prompt", None)):
         parts["encode_prompt"] = prompts.installed()
     handles: list[Any] = []
+    vae, encode = getattr(pipe, "vae", None), {}
     if scheduler.by_rows:
         scheduler.prepares = True
         handles = run_once(families.network_of(pipe), scheduler)
         parts["prepare_latents"] = laid_out(pipe.prepare_latents, scheduler)
+        if vae is not None:
+            encode = {"encode": encoded_once(vae.encode, scheduler)}
         cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image
         if cut is not None:
 
@@ -220,7 +229,7 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
 
             parts["get_timesteps"] = as_times
     try:
-        with lent(pipe, parts):
+        with lent(pipe, parts), lent(vae, encode):
             yield
     finally:
         for handle in handles:
@@ -244,6 +253,7 @@ def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[.
     copies, branches = scheduler.copies, 2 if scheduler.rate else 1
 
     def before(arguments: dict[str, Any]) -> None:
+        scheduler.preparing = True
         counts = [name for name in COUNTS if name in arguments]
         for name in counts:
             arguments[name] //= copies
@@ -256,9 +266,43 @@ def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[.
             return torch.cat([value.repeat_interleave(copies, 0)] * branches)
 
         images = len(latents)
+        scheduler.preparing = False
         return [scheduler.prepare(latents), *map(as_rows, others)]
 
     return with_latents(prepare, before, after)
+
+
+@dataclass(frozen=True)
+class DrawnOnce:
+    """A VAE's distribution for images whose copies share what is drawn."""
+
+    of_images: Any
+    copies: int
+
+    def sample(self, generator: Any = None) -> Tensor:
+        """Latents, the copies of an image side by side."""
+        return self.of_images.sample(generator).repeat_interleave(self.copies, 0)
+
+    def mode(self) -> Tensor:
+        """The most probable ones."""
+        return self.of_images.mode().repeat_interleave(self.copies, 0)
+
+
+def encoded_once(encode: Callable[..., Any], scheduler: EPDScheduler) -> Callable[..., Any]:
+    """A VAE's encode by which the rows of a picture that goes with an image are one draw."""
+    copies = scheduler.copies
+
+    def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        one = x[::copies]
+        if scheduler.preparing or not torch.equal(one.repeat_interleave(copies, 0), x):
+            return encode(x, *args, **kwargs)
+        result = encode(one, *args, **kwargs)
+        if not isinstance(result, AutoencoderKLOutput):
+            return encode(x, *args, **kwargs)
+        distribution: Any = DrawnOnce(result.latent_dist, copies)
+        return AutoencoderKLOutput(latent_dist=distribution)
+
+    return encoded
 
 
 def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:

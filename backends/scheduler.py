@@ -102,6 +102,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.noise_sigma: float | None = None
         self.last_scale = 1.0
         self.prepares = False  # whether `prepare` will be called
+        self.preparing = False  # whether the pipeline is at that which it hands `prepare`
         self.plain = False  # whether the pipeline hands its network x as it gets it
         self.scaled = False  # whether it has asked for what its network sees
         self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave

@@ -391,6 +391,18 @@ def controlled() -> Any:
     )
 
 
+def flux_controlled() -> Any:
+    pipe = twins.flux()
+    control = diffusers.FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2,
+    )  # fmt: skip
+    parts = {
+        n: v for n, v in pipe.components.items() if n not in ("image_encoder", "feature_extractor")
+    }
+    return diffusers.FluxControlNetPipeline(**parts, controlnet=twins.seeded(control))
+
+
 def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
     """Another pipeline of a twin's parts."""
 
@@ -423,6 +435,15 @@ VARIANTS = {
         of("FluxKontextPipeline", "flux"),
         SIZE | {"image": FROM["image"], "_auto_resize": False, "max_area": 256},
     ),
+    "FLUX.1 with ControlNet, its picture drawn from the VAE": (
+        flux_controlled,
+        SIZE | {"control_image": FROM["image"], "prompt": [TEXT, "a dog"],
+                "negative_prompt": "bad", "true_cfg_scale": 3.0},
+    ),
+    "FLUX.1 Fill": (
+        of("FluxFillPipeline", "flux", transformer={"in_channels": 48, "out_channels": 16}),
+        SIZE | {"image": FROM["image"], "mask_image": torch.ones(1, 1, 16, 16)},
+    ),
     "Wan from an image": (
         of("WanImageToVideoPipeline", "wan", transformer={"in_channels": 12}),
         {"image": Image.new("RGB", (32, 32), (90, 50, 10)), "height": 32, "width": 32,
@@ -451,12 +472,13 @@ def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
     pipe, calls = maker(), []
     pipe.set_progress_bar_config(disable=True)
     predictor = learned(pipe, "epd")
-    given = {**given, "prompt": TEXT, "output_type": "latent"}
-    fast = parallel(pipe, predictor)(**given, generator=drawn(3))[0]
+    given = {"prompt": TEXT, **given, "output_type": "latent"}
+    seeds = (3,) if given["prompt"] == TEXT else (3, 4)
+    fast = parallel(pipe, predictor)(**given, generator=drawn(*seeds))[0]
     pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
     network = pipe.components.get("transformer") or pipe.unet
     network.register_forward_hook(lambda *_: calls.append(1))
-    slow = pipe(**given, generator=drawn(3), num_inference_steps=predictor.evaluations)[0]
+    slow = pipe(**given, generator=drawn(*seeds), num_inference_steps=predictor.evaluations)[0]
     assert close(fast, slow)
     if "strength" in given:  # two of the three intervals, of three calls each
         assert len(calls) in (6, 12)
