@@ -253,23 +253,23 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
     path, prompts = find_model(b.model), read_prompts(b.prompts) if b.prompts else ()
     size = (b.resolution, b.resolution) if b.resolution else None
     about = ModelOptions(size, b.negative_prompt, b.model_config)
-    backend = load_backend(str(path), device=device, dtype=DTYPES[b.dtype], options=about)
-    if b.backend not in ("auto", backend.family):
-        raise ValueError(f"backend {b.backend} is not that of {path}: it is {backend.family}")
     if b.features is None and any(name in asked for name in OF_FEATURES):
         raise ValueError(f"distance {settings.distance} needs its network: give --features")
     if b.reward is None and "reward" in asked:
         raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
-
     if b.reward and "reward" not in asked:
-        raise ValueError(f"--reward {b.reward} does nothing: --distance l2+0.1*reward, say")
+        fix = "leave it out, or give --distance l2+0.1*reward, say"
+        raise ValueError(f"--reward {b.reward} does nothing: {fix}")
+    backend = load_backend(str(path), device=device, dtype=DTYPES[b.dtype], options=about)
+    if b.backend not in ("auto", backend.family):
+        raise ValueError(f"backend {b.backend} is not that of {path}: it is {backend.family}")
 
     def prompt_of(seed: int) -> Prompt:
         if prompts:
             return prompts[int(randint([seed], len(prompts), stream="prompt"))]
         return backend.usual_prompt(seed) if b.label is None else b.label
 
-    by = b.reward if b.reward and "reward" in asked else ""
+    by = b.reward or ""
     scorer = load_reward(by, Setup(torch.device(backend.device))) if by else None
 
     def scored(x: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -109,9 +109,9 @@ class Parallel:
             scale = 0.0
         elif rows and isinstance(given.get("prompt"), list | tuple):
             # one for all has as many rows as one prompt in some pipelines (FLUX.1)
-            texts = {n: v for n, v in given.items() if n.startswith("negative_prompt")}
-            each = {n: [v] * len(given["prompt"]) for n, v in texts.items() if isinstance(v, str)}
-            given |= each
+            for key, text in given.items():
+                if key.startswith("negative_prompt") and isinstance(text, str):
+                    given[key] = [text] * len(given["prompt"])
         columns = images_of(given, defaults) * copies
         for name in (name for name in COUNTS if name in defaults):
             given[name] = copies * given.get(name, 1)

@@ -345,8 +345,8 @@ def write_results(
     about = {**settings, "images": count, "batch": benchmark.batch, "fine": finely}
     about |= {"chosen_on": f"the first {min(CHOOSE_ON, count)} images", "meaning": meaning}
     about |= provenance(benchmark.backend.device)
-    rows = [without_nan(asdict(score)) for score in scores]
-    write_json(outdir / "results.json", {"about": about, "fine": asdict(fine), "scores": rows})
+    first, *rows = (without_nan(asdict(score)) for score in (fine, *scores))
+    write_json(outdir / "results.json", {"about": about, "fine": first, "scores": rows})
     write_csv(outdir / "results.csv", scores)
     metrics = [metric for metric in metrics_of(scores) if metric.less]
     note = (

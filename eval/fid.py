@@ -14,7 +14,7 @@ Shapes: N (or M) images, D features.
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -125,7 +125,7 @@ def merged(a: Statistics, b: Statistics) -> Statistics:
     """
     if len(a.mean) != len(b.mean):
         both = f"{len(a.mean)} features of one image, {len(b.mean)} of another"
-        raise ValueError(f"{both}: make the images of one size, or let features pool")
+        raise ValueError(f"{both}: make the images of one size, or let the features pool")
     count, apart = a.count + b.count, b.mean - a.mean
     scatter = torch.outer(apart, apart) * (a.count * b.count / count)
     scatter += a.covariance * (a.count - 1) + b.covariance * (b.count - 1)
@@ -234,23 +234,24 @@ def load_statistics(path: Path) -> Statistics:
                 raise ValueError("a single array")
             count = int(file["count"]) if "count" in file else 0
             about = json.loads(str(file["about"])) if "about" in file else {}
-            if np.iscomplexobj(file["mu"]) or np.iscomplexobj(file["sigma"]):
+            mean, sigma = (torch.from_numpy(file[name]) for name in ("mu", "sigma"))
+            if mean.is_complex() or sigma.is_complex():
                 raise ValueError("complex numbers")
-            mean = torch.from_numpy(file["mu"]).double()
-            sigma = torch.from_numpy(file["sigma"]).double()
+            mean, sigma = mean.double(), sigma.double()
             features = torch.from_numpy(file["features"]) if "features" in file else None
             if not isinstance(about, dict) or count < 0:
                 raise ValueError("of something else")
     except BROKEN as error:
         raise ValueError(f"{path} holds no reference statistics ({error})") from error
-    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or sigma.shape != (len(mean), len(mean)):
         sizes = f"{list(mean.shape)} and {list(sigma.shape)}"
         raise ValueError(f"{path}: a mean and a covariance of the sizes {sizes} do not fit")
     if count == 1:
         raise ValueError(f"{path}: the statistics of one image have no covariance")
     if not (mean.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{path}: the statistics hold NaN or infinity")
-    if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or sigma.diag().min() < 0:
+    rounding = 1e-3 * sigma.abs().max()
+    if (sigma - sigma.T).abs().max() > rounding or sigma.diag().min() < -rounding:
         raise ValueError(f"{path}: its sigma is no covariance, symmetric and not below 0")
     return Statistics(count, mean, sigma, about, features)
 
@@ -297,6 +298,16 @@ def main() -> None:
     """FID and its kin, with the sub-commands and numbers of EDM's fid.py."""
 
 
+def least_of(metrics: Sequence[str]) -> int:
+    """How many images of each set these metrics need; ValueError for none, and an unknown one."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"no metric '{name}': did you mean {nearest(name, METRICS)}?")
+    if not metrics:
+        raise ValueError(f"--metrics names none: choose from {', '.join(METRICS)}")
+    return max(METRICS[name] for name in metrics)
+
+
 @main.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder or zip.")
 @click.option("--ref", type=click.Path(path_type=Path), required=True, help=".npz, folder, zip.")
@@ -313,17 +324,13 @@ def calc(images: Path, ref: Path, metrics: list[str], **options: Any) -> None:
     python -m eval.fid calc --images a --ref b --features efficientnet --metrics fid,kid,pr
     python -m eval.fid calc --images a --ref b --features dinov2 --weights dinov2-large
     """  # noqa: D301
-    for name in metrics:
-        if name not in METRICS:
-            raise ValueError(f"no metric '{name}': did you mean {nearest(name, METRICS)}?")
-    if not metrics:
-        raise ValueError(f"--metrics names none: choose from {', '.join(METRICS)}")
+    least = least_of(metrics)
     pictures = subset(find_pictures(images), options["num"], options["seed"])
-    least = max(METRICS[name] for name in metrics)
     if len(pictures.items) < least:
-        raise ValueError(
-            f"--metrics {','.join(metrics)} needs {least} images, and {images} has fewer"
-        )
+        said = f"--metrics {','.join(metrics)} needs {least} images, not {len(pictures.items)}"
+        raise ValueError(f"{said}: give more in {images}, or raise --num")
+    if options["out"]:
+        check_writable(options["out"])
     device = ranks.init(options["device"])
     space = load_space(options["features"], device, options["weights"])
     how = {"batch": options["batch"], "keep": metrics != ["fid"]}

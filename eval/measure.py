@@ -272,7 +272,7 @@ class Running:
     statistics: dict[str, Statistics] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)  # [B, F], of the first space
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)  # why images have no score
+    reasons: dict[str, str] = field(default_factory=dict)  # why images have no score, by reward
     broken: str = ""  # why there are no features of all images
 
 
@@ -286,9 +286,9 @@ def measure(
 
     Candidates take turns batch by batch, so that what else the machine does meets all alike.
     A reward that fails on an image leaves it out, and where images have no features there is no
-    Frechet distance: `left_out` tells why. Raises ValueError for a candidate that
-    starts or ends at another noise level than the fine solution, or under other guidance, and
-    where the fine solution's first batch has no features or no image with a score.
+    Frechet distance: `left_out` tells why. Raises ValueError for a candidate that starts or ends
+    at another noise level than the fine solution, or under other guidance, and where the fine
+    solution's first batch holds NaN, or has no features or no image with a score.
     """
     for candidate in candidates:
         check_comparable(candidate, benchmark.fine)
@@ -307,6 +307,8 @@ def measure(
             target = batch.latents.double() if target is None else target
             sums.squared.append((batch.latents - target).square().flatten(1).mean(1).cpu())
             first = not at and sums is running[0]
+            if first and not target.isfinite().all():
+                raise ValueError("the fine solution holds NaN or infinity: try --dtype float32")
             try:
                 features = add_statistics(sums.statistics, batch.images, references)
                 sums.features += [one.cpu().float() for one in features[:1]]
@@ -317,7 +319,7 @@ def measure(
             images = batch.images.float().expand(-1, 3, -1, -1)
             for name, values in scored(rewards or {}, images, prompts, sums.reasons).items():
                 if first and not values.isfinite().any():
-                    raise ValueError(sums.reasons[0])
+                    raise ValueError(reason_of(name, sums.reasons))
                 sums.rewards.setdefault(name, []).append(values)
             bar.update(len(jobs))
     bar.close()
@@ -329,16 +331,16 @@ def measure(
 
 
 def scored(
-    rewards: Rewards, images: Tensor, prompts: Sequence[str], reasons: list[str]
+    rewards: Rewards, images: Tensor, prompts: Sequence[str], reasons: dict[str, str]
 ) -> dict[str, Tensor]:
-    """The scores [B] in float64, NaN where a reward fails: why is added to the reasons."""
+    """The scores [B] in float64, NaN where a reward fails: why is kept once for each reward."""
 
     def alone(name: str, reward: Reward, part: slice) -> Tensor:
         try:
             return score_all({name: reward}, images[part], prompts[part])[name].double().cpu()
         except ValueError as error:
             if part.stop - part.start == 1:
-                reasons.append(str(error))
+                reasons.setdefault(name, str(error))
                 return torch.full((1,), torch.nan, dtype=torch.float64)
         ones = (slice(i, i + 1) for i in range(part.start, part.stop))
         return torch.cat([alone(name, reward, one) for one in ones])
@@ -346,6 +348,11 @@ def scored(
     whole = slice(0, len(images))
     parts = {name: alone(name, reward, whole) for name, reward in single_rewards(rewards).items()}
     return parts | {n: r.mean(parts) for n, r in rewards.items() if isinstance(r, WeightedSum)}
+
+
+def reason_of(name: str, reasons: Mapping[str, str]) -> str:
+    """Why images have no score of a reward: its own reason, or that of a part of the sum."""
+    return reasons.get(name) or next(iter(reasons.values()))
 
 
 @torch.no_grad()
@@ -399,7 +406,7 @@ def _score(
     rewards = {name: torch.cat(values) for name, values in sums.rewards.items()}
     gains = {name: values - torch.cat(fine.rewards[name]) for name, values in rewards.items()}
     missing = {n: m for n, v in rewards.items() if (m := int(v.isnan().sum()))}
-    left_out = {f"{name} of {m} images": sums.reasons[0] for name, m in missing.items()}
+    left_out = {f"{n} of {m} images": reason_of(n, sums.reasons) for n, m in missing.items()}
     broken = sums.broken or (fine.broken and f"the fine solution's: {fine.broken}")
     distances = {}
     for name, of in ((r.space.name, r.statistics) for r in references):

@@ -142,7 +142,7 @@ def in_one_line(error: Exception) -> str:
         return "the GPU's memory is full: lower --batch"
     if isinstance(error, MemoryError) or any(words in said for words in FULL):
         return f"the memory is full: lower --batch, or take a smaller model ({said[:200]})"
-    if any(words in said for words in GONE):
+    if isinstance(error, RuntimeError) and any(words in said for words in GONE):
         return "another rank has ended; what is written stays, and the run goes on from there"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

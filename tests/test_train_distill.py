@@ -217,7 +217,7 @@ def test_a_cache_is_used_and_mended(
     ("options", "names"),
     [
         (["--preset", "cifar10-5nf"], "cifar10-5nfe"),
-        (["--preset", "cifar10-5nfe", "--backend", "ldm"], "backend ldm"),
+        (["--preset", "cifar10-5nfe", "--backend", "ldm", "--features", "f.pt"], "backend ldm"),
         (["--schedule_type", "discrete"], "discrete"),
         (["--batch", "8", "--batch_gpu", "3"], "3"),
         (["--guidance_rate", "2"], "needs prompts or classes"),
@@ -229,6 +229,7 @@ def test_a_cache_is_used_and_mended(
         (["--distance", "l2+0.1*features"], "--features"),
         (["--distance", "distribution", "--features", "no_module:f"], "no_module"),
         (["--distance", "reward"], "--reward"),
+        (["--reward", "clip"], "clip does nothing: leave it out"),
         (["--distance", "reward", "--reward", "clipp"], "clip"),
         (["--distance", "lpips"], "unknown distance 'lpips'"),
         (["--guidance_type", "uncond", "--guidance_rate", "2"], "guidance_rate 1"),

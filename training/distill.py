@@ -82,7 +82,8 @@ def distill(
     except TypeError:
         raise ValueError(f"shape {shape!r} is no sizes of a latent, as (4, 64, 64)") from None
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {settings.device!r} is not here: {error}") from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"device {settings.device!r} is not here: {said}") from error
     backend = Backend(
         family=OWN,
         denoise=denoiser,

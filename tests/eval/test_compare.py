@@ -166,6 +166,12 @@ def test_what_fails_on_some_images_leaves_the_rest() -> None:
     assert "picky gave nan" in fine.left_out["picky of 1 images"]
     kept = images.mean((1, 2, 3)).sort().values[1:].mean().item()
     assert fine.rewards["picky"].value == pytest.approx(kept, abs=2e-3)
+    both = {"odd": lambda x, _p: picky(1 - x, _p), "picky": picky}
+    _, (left,) = measure(here, rivals[1:], rewards=both)
+    assert all(what.split()[0] in why for what, why in left.left_out.items())
+    none = replace(here, backend=replace(here.backend, denoise=lambda x, _s, _c: x / 0))
+    with pytest.raises(ValueError, match="the fine solution holds NaN"):
+        measure(none, rivals)
     with pytest.raises(ValueError, match=r"broken fails on float32 .*: KeyError: 'x'"):
         measure(here, rivals, rewards={"broken": lambda _images, _prompts: {}["x"]})
 

@@ -207,6 +207,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.savez(tmp_path / "minus.npz", mu=np.zeros(5), sigma=-np.eye(5))
     np.savez(tmp_path / "about.npz", mu=np.zeros(5), sigma=np.eye(5), about=np.array("5"))
     np.savez(tmp_path / "i.npz", mu=np.full(5, 1j), sigma=np.eye(5))
+    np.savez(tmp_path / "empty.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
     sizes = fill(tmp_path / "sizes", 2)
     save_png(sizes / "000003.png", torch.rand(3, 4, 4))
     flat = ["--features", "tests.eval.pictures:unpooled", "--device", "cpu"]
@@ -224,13 +225,15 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (cheap(*images, single), "holds no reference statistics"),
         (cheap(*images, nan), "NaN"),
         (cheap(*images, tmp_path / "odd.npz"), "do not fit"),
+        (cheap(*images, tmp_path / "empty.npz"), "do not fit"),
+        (cheap(*images, a, "--out", cut / "q.json"), "q.json: File exists"),
         (cheap(*images, tmp_path / "7.npz"), "the images have 5 features, the reference 7"),
         (cheap(*images, tmp_path / "no-sigma.npz"), "its sigma is no covariance"),
         (cheap(*images, tmp_path / "minus.npz"), "its sigma is no covariance"),
         (cheap(*images, tmp_path / "about.npz"), "holds no reference statistics"),
         (cheap(*images, tmp_path / "i.npz"), "holds no reference statistics"),
         (cheap(*images, a, "--metrics", ""), "--metrics names none"),
-        (cheap(*images, a, "--num", 3, "--metrics", "pr"), "pr needs 4 images,"),
+        (cheap(*images, a, "--num", 3, "--metrics", "pr"), "pr needs 4 images, not 3: give"),
         (cheap(*images, sizes, "--metrics", "pr"), "sizes has fewer than 4 images"),
         (
             run("ref", "--data", sizes, "--dest", tmp_path / "s.npz", *flat),

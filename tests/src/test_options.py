@@ -93,3 +93,4 @@ def test_defaults_hang_on_the_machine_and_an_error_of_a_library_names_its_kind_a
     assert str(run("--fail", "--debug").exception) == "13 is\nunlucky"
     gone = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:30418")
     assert in_one_line(gone).startswith("another rank has ended")
+    assert "rank" not in in_one_line(ConnectionResetError(104, "Connection reset by peer"))

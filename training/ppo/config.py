@@ -310,11 +310,11 @@ def check_settings(config: Config) -> None:
         if batch % size:
             said = f"ppo.{name} {size} does not divide ppo.rollout_batch_size {batch}"
             raise ValueError(f"{said}: set ppo.rollout_batch_size={-(-batch // size) * size}")
-    usual = Ppo()
-    unheard = [n for n in OF_PPO_ALONE if getattr(ppo, n) != getattr(usual, n)]
-    if ppo.method != "ppo" and unheard:
-        said = f"ppo.{unheard[0]} does nothing for ppo.method {ppo.method}"
-        raise ValueError(f"{said}: leave it out, or set ppo.method=ppo")
+    usual = vars(Ppo())
+    for name in OF_PPO_ALONE if ppo.method != "ppo" else ():
+        if getattr(ppo, name) != usual[name]:
+            said = f"ppo.{name} does nothing for ppo.method {ppo.method}"
+            raise ValueError(f"{said}: set ppo.{name}={usual[name]}, or ppo.method=ppo")
     wrong = {
         "there is nothing to train: set ppo.train_points=true, say": not any(
             value for name, value in vars(ppo).items() if name.startswith("train_")
@@ -329,7 +329,7 @@ def check_settings(config: Config) -> None:
         f"ppo.method {ppo.method} compares tables on equal noise: set ppo.grouping=crn": (
             ppo.method != "ppo" and ppo.grouping != "crn"
         ),
-        f"ppo.baseline {ppo.baseline} does nothing for ppo.grouping mixed: leave it out": (
+        f"ppo.baseline {ppo.baseline} does nothing for ppo.grouping mixed: set that to mixed": (
             ppo.baseline == "james-stein" and ppo.grouping == "mixed"
         ),
         "ppo.entropy_by_interval does nothing at ppo.entropy_coef 0: set that too": (

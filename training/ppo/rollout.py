@@ -20,6 +20,7 @@ from torch import Tensor
 
 from backends.base import Backend, Prompt
 from backends.generate import Job, generate
+from rewards.base import looking
 from solvers.classic import Heun
 from solvers.predictor import named_tensors
 from solvers.recipe import Recipe
@@ -364,13 +365,8 @@ def check_features(task: Task) -> None:
     backend = task.backend
     dtype = torch.promote_types(backend.dtype, torch.float32)
     images = backend.decode(torch.zeros(2, *backend.shape, device=backend.device, dtype=dtype))
-    try:
+    with looking("ppo.features", images):
         seen(task, images)
-    except (TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
-        said = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(
-            f"ppo.features: cannot look at {list(images.shape)}: {said[0]}"
-        ) from error
 
 
 def pull_to_fine(task: Task) -> Scoring:

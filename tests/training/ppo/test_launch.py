@@ -153,7 +153,10 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     ("function", "said"),
-    [("os:getcwd", "cannot look at [2, 3,"), ("torch:mean", "must return [2, F], not []")],
+    [
+        ("os:getcwd", "ppo.features fails on float32 [2, 3,"),
+        ("torch:mean", "must return [2, F], not []"),
+    ],
 )
 def test_features_that_are_none_are_refused_before_there_is_a_folder(
     function: str, said: str, twins: Path, tmp_path: Path
