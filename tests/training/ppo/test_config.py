@@ -35,8 +35,9 @@ def test_a_file_is_whole_reads_back_as_it_was_and_has_the_published_values(
     assert {"data", "model", "reward", "ppo", "logging", "run"} == written.keys()
     config = load_config(path)
     ppo, trained = config.ppo, set(read_prompts(str(config.data.prompt_csv)))
-    if config.data.heldout_prompts != config.data.prompt_csv:  # of classes noises are held out
-        assert trained.isdisjoint(read_prompts(str(config.data.heldout_prompts)))
+    held_out = config.data.heldout_prompts  # None: taken out of the others
+    if held_out not in (None, config.data.prompt_csv):  # of classes noises are held out
+        assert trained.isdisjoint(read_prompts(held_out))
     assert len(dataclasses.asdict(ppo)) >= len(written["ppo"]) >= 20
     config = resolved(config, recipe(config))
     assert config.model.backend == recipe(config).backend
