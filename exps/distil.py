@@ -58,7 +58,10 @@ SETS = {
     ),
     "tiny-sd3": dict(
         [emoji(options("epd-multistep", 2, calls, *EMOJI)) for calls in (2, 3, 4, 5)]
+        + [emoji(options("epd-multistep", 1, calls, *EMOJI)) for calls in (2, 3, 4, 5, 7)]
+        + [emoji(options("epd-multistep", 2, 7, *EMOJI, "--rounds", "1"))]
         + [options("epd", 2, calls, *EMOJI) for calls in (4, 6, 10)]
+        + [options("epd-ipndm", 2, calls, *EMOJI) for calls in (4, 6)]
         + [options("epd", 2, calls, *EMOJI, "--rounds", "1") for calls in (14, 20)]
     ),
 }
