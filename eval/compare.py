@@ -34,7 +34,7 @@ from eval.measure import (
     predictor_files,
     rivals_for,
 )
-from eval.report import curves, metrics_of, page, ratios, table, write_csv
+from eval.report import curves, metrics_of, missing, page, ratios, table, write_csv
 from eval.score import NamedPath, reads_texts
 from rewards.fingerprint import source_hash, stamp
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
@@ -354,11 +354,7 @@ def write_results(
         "RMSE is over the latents (pixels in [-1, 1] for pixel models); Frechet distances are "
         "biased upwards at few images: compare within this table only."
     )
-    gone = "\n".join(
-        f"{s.name}, {s.nfe} calls, without {what}: {why}"
-        for s in (fine, *scores)
-        for what, why in s.left_out.items()
-    )
+    gone = "\n".join(missing((fine, *scores)))
     parts = (table(scores), *(ratios(scores, metric) for metric in metrics), note, gone)
     write_text(outdir / "results.txt", "\n\n".join(part for part in parts if part) + "\n")
     title = f"{settings['model']}, {count} images, against {finely}"

@@ -408,6 +408,8 @@ def _score(
     missing = {n: m for n, v in rewards.items() if (m := int(v.isnan().sum()))}
     left_out = {f"{n} of {m} images": reason_of(n, sums.reasons) for n, m in missing.items()}
     broken = sums.broken or (fine.broken and f"the fine solution's: {fine.broken}")
+    if not all(squares.isfinite().all() for squares in sums.squared):
+        left_out["an RMSE"] = "an image's latents hold NaN or infinity: try --dtype float32"
     distances = {}
     for name, of in ((r.space.name, r.statistics) for r in references):
         if broken if of is None else sums.broken:

@@ -130,6 +130,15 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
     return aligned([(*head, f"{metric.name}: learned / hand-made"), *lines]) if lines else ""
 
 
+def missing(scores: Sequence[Score]) -> list[str]:
+    """What the scores are without and why, a line each."""
+    return [
+        f"{s.name}, {s.nfe} calls, without {what}: {why}"
+        for s in scores
+        for what, why in s.left_out.items()
+    ]
+
+
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
     """One line a score, under the names of its fields; three columns a reward and a space."""
     plain = [f.name for f in fields(Score) if f.name not in NESTED]
@@ -277,6 +286,7 @@ def page(
         tables={name: _data(png(figure)) for name, figure in tables.items()},
         title=title,
         facts=facts,
+        missing=missing((fine, *scores)),
         meaning=meaning,
         subjects=subjects,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Backend, classifier_free
+from rewards.base import looking
 from solvers.epd import EPD, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor, validate
@@ -29,10 +30,12 @@ from training.settings import SMALL, Settings, recipe_of
 from training.student import Trajectories, rmse
 from training.table import EDGE, EXACT
 from training.teacher import (
+    DENOISER,
     Batches,
     Conditions,
     Model,
     Problem,
+    check_shape,
     make_problem,
     start_of,
     terms_of,
@@ -117,13 +120,24 @@ def sample(
 ) -> Tensor:
     """Samples [B, *] of a predictor from `distill`, from standard normal noise [B, *].
 
-    Raises ValueError for a predictor without levels of its own.
+    Raises ValueError for a predictor without levels of its own, noise that is no floats [B, *],
+    and a denoiser that does not answer x [B, *] with floats [B, *].
     """
     recipe = predictor.recipe
     if recipe.sigmas is None:
         raise ValueError("this predictor's levels are those of its backend: use sample.py")
     levels = named_levels(recipe.process or "ve")
-    field = Field(classifier_free(denoiser, recipe.guidance_rate, cond), cond)
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or not noise.ndim:
+        what = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise is no tensor of floats [B, *], but {what}")
+
+    def checked(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        with looking(DENOISER, x):
+            answer = denoiser(x, sigma, cond)
+        check_shape("the denoiser", answer, tuple(x.shape))
+        return answer
+
+    field = Field(classifier_free(checked, recipe.guidance_rate, cond), cond)
     *_, end = predictor.sampler(levels).states(field, noise * recipe.sigmas[0])
     return end
 

@@ -39,6 +39,7 @@ from training.settings import Settings, at_once, resolved
 from training.student import Reduce, Student, Trajectories
 from training.table import EPDForm, MultistepForm, TimeScales, widened
 
+DENOISER = "the denoiser, called with x, sigma and cond,"
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 
@@ -299,7 +300,7 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
     slope, x = batches.start(numbers)
     level = x.new_full((len(x),), batches.teacher.sampler.sigmas[0])
     before = x.clone()
-    with looking("the denoiser, called with x, sigma and cond,", x):
+    with looking(DENOISER, x):
         answer = slope.denoiser(x, level, slope.cond)
     check_finite("the denoiser", answer, tuple(x.shape))
     if not torch.equal(before, x):
@@ -321,8 +322,8 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
         check_finite("the reward", scores, (len(x),))
 
 
-def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> None:
-    """ValueError for an answer that is no tensor of that shape, None being any, or has NaN."""
+def check_shape(what: str, answer: object, shape: tuple[int | None, ...]) -> None:
+    """ValueError for an answer that is no tensor of floats of that shape, None being any."""
     seen = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
     fits = len(seen) == len(shape) and all(
         a in (b, None) for a, b in zip(shape, seen, strict=True)
@@ -332,7 +333,13 @@ def check_finite(what: str, answer: object, shape: tuple[int | None, ...]) -> No
         raise ValueError(f"{what} gives {seen} for {shape[0]} samples, not {wanted}")
     if not answer.is_floating_point():
         raise ValueError(f"{what} gives {answer.dtype}, which is not of floats")
+
+
+def check_finite(what: str, answer: Any, shape: tuple[int | None, ...]) -> None:
+    """ValueError for such an answer, and for one that is empty or has NaN."""
+    check_shape(what, answer, shape)
     if not answer.numel():
+        seen = tuple(answer.shape)
         raise ValueError(f"{what} gives {seen}: there is nothing in it to compare")
     if not bool(answer.isfinite().all()):
         raise ValueError(f"{what} gives numbers that are not finite")

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 
 from backends.generate import generate
 from backends.load import load_backend
-from eval.compare import chosen, jobs_for, main, runs_of, without_nan
+from eval.compare import chosen, jobs_for, main, runs_of, without_nan, write_results
 from eval.features import load_space
 from eval.fid import save_statistics, statistics_of
 from eval.measure import Benchmark, FrechetReference, fine_solution, from_here, measure, rivals_for
@@ -138,7 +138,7 @@ def test_each_solver_takes_its_best_schedule() -> None:
         assert errors[c.name, c.schedule, c.sampler.afs] == least
 
 
-def test_what_fails_on_some_images_leaves_the_rest() -> None:
+def test_what_fails_on_some_images_leaves_the_rest(tmp_path: Path) -> None:
     """A candidate one of whose images is none, and a reward that has no number for another."""
     here = benchmark(images=6)
     exact = here.backend.denoise
@@ -162,6 +162,9 @@ def test_what_fails_on_some_images_leaves_the_rest() -> None:
     assert isnan(bad.rmse)
     assert (bad.frechets, without_nan(asdict(bad))["rmse"]) == ({}, None)
     assert "holds NaN" in bad.left_out[f"a Frechet distance ({CHEAP})"]
+    write_results(tmp_path, here, rivals, fine, [bad, good], settings={"model": "m"}, shown=2)
+    for file in ("results.txt", "report.html"):
+        assert "euler, 3 calls, without an RMSE: an image" in (tmp_path / file).read_text()
     assert good.frechets[CHEAP].value > 0
     assert "picky gave nan" in fine.left_out["picky of 1 images"]
     kept = images.mean((1, 2, 3)).sort().values[1:].mean().item()

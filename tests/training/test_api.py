@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from solvers.classic import DPM2, IPNDM, Euler
 from solvers.exponential import DPMpp
 from solvers.field import Condition, Denoiser, Field
+from solvers.predictor import Predictor
 from solvers.process import FLOW
 from tests.solvers.mixture import integrate
 from training.api import Settings, distill, sample
@@ -29,6 +31,12 @@ def velocity(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
     """The same data under flow matching."""
     alpha = (1 - sigma).clamp(min=1e-6)
     return clusters(x / alpha.reshape(-1, *[1] * (x.ndim - 1)), sigma / alpha, cond)
+
+
+@pytest.fixture(scope="module")
+def few() -> Predictor:
+    """A table of 3 calls."""
+    return distill(clusters, "ve", shape=(3,), settings=replace(SMALL, nfe=3, rounds=0))
 
 
 def noise(*shape: int) -> Tensor:
@@ -104,3 +112,24 @@ def test_a_network_or_a_shape_that_cannot_be_is_one_line(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         distill(answer, "ve", shape=shape, settings=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("answer", "start", "says"),
+    [
+        (lambda x, *_: x[:1], noise(2, 3), r"gives \(1, 3\) for 4 samples, not \(4, 3\)"),
+        (lambda x, *_: x[:, :1], noise(2, 3), r"gives \(4, 1\) for 4 samples"),
+        (lambda x, *_: (x,), noise(2, 3), "gives tuple for 4 samples"),
+        (lambda x, *_: x.long(), noise(2, 3), "int64, which is not of floats"),
+        (lambda x, *_: x @ torch.eye(3).double(), noise(2, 3), "fails on float32 .*RuntimeError"),
+        (clusters, noise(2, 3).long(), "noise is no tensor of floats"),
+        (clusters, [0.5, 1.0], "noise is no tensor of floats .* but list"),
+    ],
+)
+def test_a_sample_of_a_network_or_noise_that_cannot_be_is_one_line(
+    few: Predictor, answer: Any, start: Any, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        sample(few, answer, start)
+    wide = sample(few, lambda x, s, c: clusters(x.double(), s.double(), c), noise(2, 3))
+    assert torch.allclose(wide.float(), sample(few, clusters, noise(2, 3)), atol=1e-3)

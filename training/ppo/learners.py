@@ -107,13 +107,16 @@ class Evolution:
 
     def ask(self) -> Any:
         """The candidates [k, P] of this generation."""
-        self.asked = 0
-        self.candidates = self.strategy.ask()
+        if self.candidates is None:  # else they have no scores yet
+            self.asked = 0
+            self.candidates = self.strategy.ask()
         return self.candidates
 
     def update(self, step: int, draws: Draws, rewards: Tensor, gains: Tensor) -> dict[str, float]:
         scores = gains.reshape(-1, self.ppo.rloo_k).nanmean(0)
-        worst = scores[scores.isfinite()].min() if bool(scores.isfinite().any()) else 0.0
+        if not bool(scores.isfinite().any()):  # the same candidates again, on other prompts
+            return {}
+        worst = scores[scores.isfinite()].min()
         self.tell(scores.where(scores.isfinite(), worst).tolist())
         return {"sigma": float(self.strategy.sigma)}
 
@@ -121,6 +124,7 @@ class Evolution:
         """Learn from what the candidates scored."""
         self.strategy.tell(self.candidates, [-score for score in scores])
         self.scores.append(scores)
+        self.candidates = None
 
     def mean(self) -> Draws:
         return self.start.draws(torch.tensor(self.strategy.mean))
@@ -132,6 +136,7 @@ class Evolution:
         options = {"popsize": self.ppo.rloo_k, "seed": math.nan, "randn": self.normal}
         options |= {"verbose": -9}
         self.scores: list[list[float]] = []
+        self.candidates: Any = None
         self.strategy = cma.CMAEvolutionStrategy([0.0] * self.start.size, 1.0, options)
         for scores in state["scores"]:
             self.ask()

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -195,6 +195,17 @@ class Scored:
     reasons: tuple[str, ...]  # why not
     seconds: dict[str, float]  # of the slowest rank, by part
 
+    def reason(self, name: str) -> str:
+        """Why an image has no score of this name."""
+        own = (reason for reason in self.reasons if reason.startswith(f"{name} "))
+        return next(chain(own, self.reasons), f"no score is called {name}")
+
+    def needed(self, name: str) -> dict[str, Tensor]:
+        """All scores; ValueError where no image has one of this name."""
+        if name not in self.scores or not bool(self.scores[name].isfinite().any()):
+            raise ValueError(f"no image could be scored: {self.reason(name)}")
+        return self.scores
+
 
 def rows_of(sampler: Sampler, images: slice) -> Sampler:
     """The sampler with its tables' and grids' rows of some images; [N, K] are all images'."""
@@ -260,8 +271,7 @@ def score_jobs(
 ) -> Scored:
     """All jobs' scores, on every rank; each rank makes every n-th image.
 
-    Raises Stopped, on all ranks, where a signal asks for it, and ValueError where no image has
-    any score.
+    Raises Stopped, on all ranks, where a signal asks for it.
     """
     own, mine = rows_of(sampler, slice(ranks.rank(), None, ranks.world_size())), ranks.share(jobs)
     clock, first = Stopwatch(task.backend.device), 0
@@ -282,8 +292,6 @@ def score_jobs(
         for name, values in part.items():
             empty = values.new_full((len(jobs), *values.shape[1:]), math.nan)
             scores.setdefault(name, empty)[rank :: len(gathered)] = values
-    if not any(bool(values.isfinite().any()) for values in scores.values()):
-        raise ValueError(f"no image could be scored: {why[0]}")
     slowest = {part: max(seconds[part] for _, seconds in gathered) for part in PARTS}
     return Scored(scores, why, slowest)
 
@@ -392,7 +400,7 @@ def fine_sampler(sampler: Sampler) -> Sampler:
 def features_of(task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop) -> Tensor:
     """The features [E, F] of images by one sampler, on every rank."""
     scoring = [lambda images, _jobs: {"features": seen(task, images)}]
-    return score_jobs(task, sampler, jobs, scoring, stop).scores["features"]
+    return score_jobs(task, sampler, jobs, scoring, stop).needed("features")["features"]
 
 
 def held_out_scores(
@@ -402,12 +410,13 @@ def held_out_scores(
 
     With the features `fine` [E, F] of the fine solution's also `diversity` [E], how far an image
     is in features from the others of its prompt, and `frechet` [1], the distance of the sets.
+    Raises ValueError where no image has the reward that is trained on.
     """
     scorings = [by_prompt(scorer) for scorer in (task.score, task.judge) if scorer]
     if fine is None:
-        return score_jobs(task, sampler, jobs, scorings, stop).scores
+        return score_jobs(task, sampler, jobs, scorings, stop).needed(task.reward)
     scorings.append(lambda images, _jobs: {"features": seen(task, images)})
-    scores = score_jobs(task, sampler, jobs, scorings, stop).scores
+    scores = score_jobs(task, sampler, jobs, scorings, stop).needed(task.reward)
     points = scores.pop("features")
     spread = diversity(points, [job.prompt for job in jobs])
     return scores | {"diversity": spread, "frechet": frechet(points, fine)[None]}

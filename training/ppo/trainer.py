@@ -189,8 +189,7 @@ def iterate(session: Session) -> float | None:
     progress.nonfinite += int((~rewards.isfinite()).sum())
     if progress.nonfinite > ppo.nonfinite_budget:
         said = f"{progress.nonfinite} images had no finite reward, and ppo.nonfinite_budget is"
-        why = scored.reasons[0] if scored.reasons else f"no score is called {task.reward}"
-        raise ValueError(f"{said} {ppo.nonfinite_budget}: {why}")
+        raise ValueError(f"{said} {ppo.nonfinite_budget}: {scored.reason(task.reward)}")
     updating = time.perf_counter()
     gains = advantages(rewards, k, "mixed" if mixed else ppo.baseline)
     measured = learner.update(step, draws, rewards, gains)

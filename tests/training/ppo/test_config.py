@@ -170,6 +170,10 @@ def test_what_cannot_be_is_one_line_with_the_key_and_what_would_do(
     assert (REFUSED | BY_THE_RECIPE | FILES)[given] in str(caught.value)
 
 
+def test_pairs_that_are_drawn_anyway_may_be_asked_for() -> None:
+    assert read(SD3, ["ppo.method=quotients", "ppo.antithetic=true"]).ppo.antithetic
+
+
 def leaves(tree: dict[str, Any], above: str = "") -> Iterator[str]:
     for name, value in tree.items():
         inner = isinstance(value, dict) and name != "weights"

@@ -201,6 +201,22 @@ def test_rewards_that_are_no_numbers_are_left_out_until_the_budget_is_spent(
     assert all(math.isfinite(v) for line in lines for v in line.values())
     with pytest.raises(ValueError, match=r"4 images had no finite reward.*is 3: near gave nan"):
         train(sick, replace(SHORT, nonfinite_budget=3), EVERY, tmp_path / "b")
+    # a step without any reward is its images alone, whatever else they have: of one prompt here
+    one = replace(SHORT, rollout_batch_size=4, eval_interval=0, nonfinite_budget=4, steps=7)
+    for method, more in (("cma", {}), ("ppo", {"pull_coef": 0.1})):
+        folder = tmp_path / f"{method}{more}"
+        alone = replace(sick, score=lambda *of: {"near": broken(*of)["near"]})
+        train(alone, replace(one, method=method, **more), EVERY, folder)
+        without = [line["step"] for line in metrics(folder) if "reward/near" not in line]
+        assert len(without) == 1
+        ends = [export_path(folder, step) for step in (without[0] - 1, without[0])]
+        before, after = (load_predictor(path).table for path in ends)
+        assert torch.equal(before.r, after.r), method  # nothing was learned from nothing
+    nothing = replace(
+        task(), score=lambda *of: {**reward(*of), "near": reward(*of)["near"] / 0 * 0}
+    )
+    with pytest.raises(ValueError, match="no image could be scored: near gave nan"):
+        train(nothing, SHORT, EVERY, tmp_path / "d")
     empty = replace(task(), features=lambda images: images.flatten(1)[:, :0])
     with pytest.raises(ValueError, match=r"ppo\.features must return \[1, F\], not \[1, 0\]"):
         train(empty, replace(SHORT, pull_coef=1.0), EVERY, tmp_path / "c")
