@@ -61,7 +61,7 @@ SETS = {
         + [emoji(options("epd-multistep", 1, calls, *EMOJI)) for calls in (2, 3, 4, 5, 7)]
         + [emoji(options("epd-multistep", 2, 7, *EMOJI, "--rounds", "1"))]
         + [options("epd", 2, calls, *EMOJI) for calls in (4, 6, 10)]
-        + [options("epd-ipndm", 2, calls, *EMOJI) for calls in (4, 6)]
+        + [options("epd-ipndm", 2, 4, *EMOJI)]
         + [options("epd", 2, calls, *EMOJI, "--rounds", "1") for calls in (14, 20)]
     ),
 }
