@@ -144,9 +144,10 @@ def find_predictors(name: str) -> list[Path]:
         return [find_predictor(name)]
     tried = (glob.glob(str(base / name), recursive=True) for base in (Path(), EXPS.parent))  # noqa: PTH207
     paths = next(filter(None, tried), [])
-    if not (files := sorted(path for path in map(Path, paths) if path.is_file())):
+    files = [path for path in map(Path, paths) if path.is_file()]
+    if not files:
         raise ValueError(f"no predictor is named {name!r}")
-    return files
+    return sorted(files, key=lambda path: path.with_suffix(""))  # x.pkl before x-tuned.pkl
 
 
 def find_predictor(name: str, exps: Path = EXPS) -> Path:

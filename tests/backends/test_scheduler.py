@@ -292,8 +292,10 @@ def test_several_predictors_are_chosen_by_their_calls(caplog: pytest.LogCaptureF
     assert len(scheduler.timesteps) == 15
     assert not caplog.messages
     scheduler.set_timesteps(4)
-    assert caplog.messages == ["2 predictors of 4 calls: the first of them is taken"]
-    with pytest.raises(ValueError, match=r"no predictor of 11 calls.* 6, 10, 14, 20"):
+    assert caplog.messages == ["4 predictors of 4 calls: the first of them is taken"]
+    plain = next(predictor for predictor in scheduler.learned if predictor.nfe == 6)
+    assert plain.table.guidance is None  # epd-k2-6nfe, not epd-k2-6nfe-tuned
+    with pytest.raises(ValueError, match=r"no predictor of 11 calls.* 6, 7, 10, 14, 20"):
         scheduler.set_timesteps(11)
 
 
