@@ -70,7 +70,8 @@ def load_backend(
         return load_pipeline(str(path), device, dtype, options or ModelOptions())
     channels_last = bool(options and options.channels_last)
     if options and options != ModelOptions(channels_last=channels_last):
-        raise ValueError(f"{name} is on pixels: it takes no prompts, sizes or parts of pipelines")
+        others = "sizes, parts of pipelines or predictors of text-to-image models"
+        raise ValueError(f"{name} is on pixels: it takes no prompts, {others}")
     if path.is_dir() and kind(path) == "analytic":
         return load_mixture(path, device)
     network = load_edm(path, device, dtype or torch.float32, channels_last=channels_last)
