@@ -11,6 +11,7 @@ import torch
 from backends.base import Backend, ModelOptions
 from backends.edm import load_edm, pixel_backend
 from backends.mixture import CPU, load_mixture
+from backends.parametrization import without_signal
 from solvers.recipe import Recipe
 from src.files import read_json
 
@@ -191,6 +192,8 @@ def check_fit(recipe: Recipe, backend: Backend) -> None:
     if recipe.backend != backend.family and not {recipe.backend, backend.family} <= ON_PIXELS:
         own = f"the predictor is for {recipe.backend} ({recipe.dataset_name})"
         raise ValueError(f"{own}, the model is of {backend.family}: choose one of its family")
+    if reason := without_signal(recipe, backend.config.get("scheduler", {})):
+        raise ValueError(f"the predictor for {recipe.dataset_name} {reason}")
     if recipe.backend == "ldm" or recipe.img_resolution is None:
         return  # the published recipes of LDMs give latents, or a size that is not theirs
     height, width = backend.size

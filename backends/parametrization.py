@@ -23,6 +23,7 @@ from torch import Tensor
 
 from solvers import vp
 from solvers.process import FLOW, VE, Process
+from solvers.recipe import Recipe
 from solvers.schedules import NoiseLevels
 
 FLOW_STEPS = 1000
@@ -56,11 +57,8 @@ UNSERVED = {
 }
 """Why schedulers of diffusers are not served, by their classes."""
 REFUSED = {
-    "rescale_betas_zero_snr": "its first level is without signal",
     "stochastic_sampling": "it draws noise on the way",
     "thresholding": "it thresholds every estimate",
-    "sigma_min": "it has levels of its own",
-    "sigma_max": "it has levels of its own",
 }
 SPACINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
@@ -123,9 +121,8 @@ def parametrization_of(like: Any) -> Parametrization:
         reason = UNSERVED.get(name.removesuffix("Scheduler"), served)
         raise ValueError(f"{name} is not served: {reason}")
     flow = name in FLOW_SCHEDULERS or config.get("use_flow_sigmas")
-    ends = ("sigma_min", "sigma_max")  # of its spacing alone, where levels are shares of noise
     for key, reason in REFUSED.items():
-        if config.get(key) and not (config.get("use_flow_sigmas") and key in ends):
+        if config.get(key):
             raise ValueError(f"{name} with {key}={config[key]} is not served: {reason}")
     prediction = config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", FLOW_STEPS)
@@ -138,6 +135,16 @@ def parametrization_of(like: Any) -> Parametrization:
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
     table = vp.table_of(config)
     return Parametrization(VE, vp.prediction_of(config), steps, table, clip=clip)
+
+
+def without_signal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """What is wrong where of a predictor's model and another one only one starts without signal.
+
+    `config` is that of the other's scheduler.
+    """
+    key = "rescale_betas_zero_snr"
+    own, other = (bool(c.get(key)) for c in (recipe.backend_config.get("scheduler", {}), config))
+    return None if own == other else f"was learned with {key}={own}, the model has {other}"
 
 
 def plain_like(like: Any) -> dict[str, Any]:
@@ -183,6 +190,7 @@ def course_of(
     else:
         last_alpha = getattr(own, "final_alpha_cumprod", torch.ones(()))
         alphas = torch.cat([own.alphas_cumprod[own.timesteps], last_alpha.reshape(1)])
+        alphas = alphas.clamp(min=vp.LEAST_ALPHA)  # 0 where the first level has no signal
         levels = (1 / alphas.double() - 1).sqrt().tolist()
     n = len(levels)  # Heun's stand twice, the second time with their own timestep
     kept = [i for i, s in enumerate(levels) if i + 1 == n or s != levels[i + 1]]

@@ -31,6 +31,7 @@ from backends.parametrization import (
     plain_like,
     shifted_end,
     spread_of,
+    without_signal,
 )
 from backends.trajectory import Trajectory
 from solvers import vp
@@ -368,7 +369,7 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
     """ValueError where a scheduler is not of the kind that a predictor was learned for."""
     name, is_flow = type(like).__name__, model.process == FLOW
     levels, end = levels_of(like, model), shifted_end(like.config)
-    reason = None
+    reason = without_signal(recipe, like.config)
     if for_flow(recipe) != is_flow:
         reason = (
             f"is not for {name}, which is for {'flow matching' if is_flow else 'a VP process'}"

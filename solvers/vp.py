@@ -26,6 +26,8 @@ PUBLISHED = {
 """The betas of the published latent models, by their predictors' data set."""
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+LEAST_ALPHA = 2.0**-24
+"""What schedulers write where a_t is 0, at the end of betas of zero terminal SNR (diffusers)."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,6 @@ def table_of(config: Mapping[str, Any]) -> Table:
     count = config.get("num_train_timesteps", 1000)
     low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     kind, given = config.get("beta_schedule", "linear"), config.get("trained_betas")
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr: a terminal level without signal is not served")
     if given is None and kind not in BETAS:
         raise ValueError(f"beta_schedule {kind!r} is not served: {', '.join(BETAS)}")
     if given is not None:
@@ -82,7 +82,14 @@ def table_of(config: Mapping[str, Any]) -> Table:
         betas = (1 - left[1:] / left[:-1]).clamp(max=0.999)
     else:
         betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
-    sigmas = (1 / (1 - betas).cumprod(0) - 1).sqrt()
+    alphas = (1 - betas).cumprod(0)
+    if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, arXiv:2305.08891, Algorithm 1
+        roots = alphas.sqrt()
+        alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        # some betas have less already before the end
+        rising = LEAST_ALPHA * (1 + 1e-6 * torch.arange(len(alphas), dtype=torch.float64).flip(0))
+        alphas = torch.maximum(alphas, rising)
+    sigmas = (1 / alphas - 1).sqrt()
     if not bool(sigmas.isfinite().all()) or not bool((sigmas.diff() > 0).all()):
         raise ValueError("the scheduler's betas give levels that do not rise to a finite end")
     return Table(sigmas.log())

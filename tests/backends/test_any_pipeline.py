@@ -1,5 +1,6 @@
 """Models that no adapter knows, from their folder to a predictor and to pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from backends.any_pipeline import any_backend
 from backends.base import ModelOptions
 from backends.generate import Job, generate
 from backends.k_diffusion import learned_sigmas
-from backends.load import load_backend
+from backends.load import check_fit, load_backend
 from backends.parallel import parallel
+from backends.parametrization import course_of, parametrization_of
 from backends.scheduler import EPDScheduler
+from solvers.field import Field
 from solvers.predictor import find_predictor, load_predictor
+from solvers.sampler import Sampler, SolverOptions, make_solver
 from src.seeds import randn
 from tests import twins
 
@@ -86,6 +90,35 @@ def test_options_that_a_video_model_lacks_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         load_backend(str(twins.saved(tmp_path, twins.wan())), options=options)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(("maker", "tolerance"), [(twins.sdxl, 1e-5), (twins.sd, 1e-3)])
+def test_a_model_that_starts_without_signal_is_loaded(
+    maker: Any, tolerance: float, tmp_path: Path
+) -> None:
+    """Euler's is ours; DDIM has no signal at all where we have a little."""
+    ends = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    ends |= {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    pipe = maker(scheduler=ends)
+    pipe.set_progress_bar_config(disable=True)
+    backend = load_backend(str(twins.saved(tmp_path, pipe)), options=ModelOptions(size=(16, 16)))
+    assert backend.levels.sigma_max == pytest.approx(4096)
+    given = {"latents": randn([0], backend.shape), "output_type": "latent", "height": 16}
+    given |= {"width": 16, "guidance_scale": 3.0, "num_inference_steps": 5}
+    theirs = pipe(TEXT, **given)[0]
+    sigmas = course_of(pipe.scheduler, parametrization_of(pipe.scheduler), 5).sigmas
+    cond = backend.encode([TEXT])
+    field = Field(backend.guided(3.0, cond), cond)
+    sampler = Sampler(make_solver("euler", SolverOptions()), sigmas)
+    *_, ours = sampler.states(field, given["latents"] * sigmas[0])
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    predictor = load_predictor(find_predictor("sd15-best"))
+    with pytest.raises(ValueError, match="learned with rescale_betas_zero_snr=False, the model"):
+        parallel(pipe, predictor)
+    recipe = replace(predictor.recipe, backend=backend.family)
+    with pytest.raises(ValueError, match="learned with rescale_betas_zero_snr=False, the model"):
+        check_fit(recipe, backend)
 
 
 def test_tiny_sd3_makes_six_calls_in_its_own_pipeline() -> None:

@@ -24,6 +24,9 @@ TEXT = "a red fox"
 SIZE = {"height": 16, "width": 16}
 LATENT = {"output_type": "latent", **SIZE}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+NO_SIGNAL = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+NO_SIGNAL |= {"timestep_spacing": "trailing"}
+ENDS = {"sigma_min": 0.05, "sigma_max": 20.0}
 
 
 def ours(pipe: Any, name: str, seeds: list[int], prompt: str | None = TEXT) -> Tensor:
@@ -242,20 +245,23 @@ def test_a_compiled_network_takes_rows() -> None:
 
 
 def test_a_hand_made_solver_takes_what_the_pipelines_own_would() -> None:
-    """Sigmas of the caller's own, timesteps, and Karras' spacing."""
-    pipe = quiet(twins.sdxl())
+    """Sigmas of the caller's own, timesteps, spacings and their ends, zero terminal SNR."""
+    pipe, four = quiet(twins.sdxl()), {"num_inference_steps": 4}
+    base = pipe.scheduler.config
     for options, config in (
         ({"timesteps": [900, 500, 100]}, {}),
-        ({"num_inference_steps": 4}, {"use_karras_sigmas": True}),
-        ({"num_inference_steps": 4}, {"timestep_spacing": "trailing"}),
+        (four, {"use_karras_sigmas": True}),
+        (four, {"timestep_spacing": "trailing"}),
+        (four, NO_SIGNAL),
+        (four, NO_SIGNAL | {"beta_schedule": "linear", "beta_end": 0.02}),
+        *((four, {f"use_{s}_sigmas": True, **ENDS}) for s in ("karras", "exponential", "beta")),
     ):
-        own = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **config)
+        own = diffusers.EulerDiscreteScheduler.from_config(base, **config)
         results = []
         for scheduler in (own, EPDScheduler.from_solver("euler", like=own)):
             pipe.scheduler = scheduler
             results.append(pipe(TEXT, generator=drawn(3), **options, **LATENT).images)
         assert torch.allclose(*results, rtol=1e-4, atol=1e-4)
-        pipe.scheduler = own
 
 
 @pytest.mark.parametrize(
