@@ -15,9 +15,9 @@ from torch import Tensor
 from solvers.epd import Directions, MultistepTable, Table
 from solvers.integrate import MAX_SLOPES
 from solvers.process import VE
-from solvers.recipe import Recipe, plain, recipe_from_plain
+from solvers.recipe import MOST_VALUES, Recipe, plain, recipe_from_plain
 from solvers.schedules import NoiseLevels
-from src.pickles import Inert, module_tensors
+from src.pickles import Inert, module_tensors, quoted
 
 SETTINGS = (
     *("img_resolution", "num_steps", "num_points", "schedule_type", "schedule_rho", "afs", "M"),
@@ -39,11 +39,11 @@ def from_published(content: Mapping[Any, Any]) -> tuple[Table, Recipe]:
     model = content.get("model", content.get("predictor"))
     if not isinstance(model, Inert):
         raise ValueError('it is neither a predictor of ours nor a published one with a "model"')
-    raw, metadata = module_tensors(model), {}
+    raw, metadata, room = module_tensors(model), {}, [MOST_VALUES]
     for name, value in model.state.items():
         if isinstance(name, str) and name[:1] != "_" and name != "training":
             try:
-                metadata[name] = plain(name, value, depth=3)
+                metadata[name] = plain(name, value, 3, room)
             except ValueError:
                 if name in (*SETTINGS, *LEVELS):
                     raise
@@ -51,7 +51,8 @@ def from_published(content: Mapping[Any, Any]) -> tuple[Table, Recipe]:
     if "hybrid_weights" in raw:
         return from_dyweight(metadata, raw)
     if "r_params" not in raw:
-        raise ValueError(f"its {model.class_name} has no parameters of EPD-Solver or DyWeight")
+        kind = quoted(model.class_name)
+        raise ValueError(f"its {kind} has no parameters of EPD-Solver or DyWeight")
     student = str(metadata.get("sampler_stu", "epd"))
     if student not in ("epd", "ipndm"):
         raise ValueError(f"sampler_stu {student[:80]!r} is unknown: epd or ipndm")
@@ -113,7 +114,7 @@ def from_dyweight(
     mask = raw.get("mask", torch.ones_like(w))
     scales = raw.get("t_scale", torch.ones(max(n - 1, 0)))
     shapes = w.shape == mask.shape == (n, n) and n >= 2 and scales.shape == (n - 1,)
-    if not shapes or metadata.get("afs") is False or w.is_complex() or scales.is_complex():
+    if not shapes or metadata.get("afs") not in (None, True) or w.is_complex() or scales.is_complex():
         raise ValueError("DyWeight has hybrid_weights [N, N], t_scale [N - 1], and afs on")
     w, scales = (w.double() * mask).cpu().tril(), scales.double().cpu()
     kind = {"solver": "epd-multistep", "num_points": 1, "afs": True}

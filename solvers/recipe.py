@@ -15,6 +15,7 @@ KINDS = ("epd", "epd-multistep")
 BASES = tuple(name for name in SOLVERS if name not in ("edm", "unipc"))
 """The solvers that EPD can stand on."""
 FLOW_BACKENDS = ("sd3", "flux")
+MOST_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,25 @@ def check_recipe(recipe: Recipe) -> None:
     plain("recipe", vars(recipe))
 
 
-def plain(name: str, value: object, depth: int = 9) -> Any:
-    """The value with tuples as lists; ValueError unless numbers, text, lists and dicts are all."""
+def plain(name: str, value: object, depth: int = 9, room: list[int] | None = None) -> Any:
+    """The value with tuples as lists; ValueError unless numbers, text, lists and dicts are all.
+
+    `room` counts what is copied, over several values where it is given: lists of one file may
+    share lists, and be more than memory holds.
+    """
+    room = [MOST_VALUES] if room is None else room
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
+    if isinstance(value, list | tuple | dict):
+        room[0] -= len(value)
+        if room[0] < 0:
+            raise ValueError(f"{name} holds more than {MOST_VALUES} values")
     if depth and isinstance(value, list | tuple):
-        return [plain(name, v, depth - 1) for v in value]
+        return [plain(name, v, depth - 1, room) for v in value]
     if depth and isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {k: plain(f"{name}.{k}"[:80], v, depth - 1) for k, v in value.items()}
+        return {k: plain(f"{name}.{k}"[:80], v, depth - 1, room) for k, v in value.items()}
     what = str(value) if isinstance(value, float) else f"a {type(value).__name__}"
     raise ValueError(f"{name} holds {what}, which is not a plain value")
 

@@ -155,11 +155,17 @@ def dyweight(**tensors: Tensor) -> DyWeightPredictor:
     return model
 
 
+SHARED = [[0] * 3000] * 3000
 SHAPES = r"hybrid_weights \[N, N\]"
 REFUSED = {
     "a window of six": (DyWeightPredictor(8, 0, 6, **SETTINGS), "more than 4 earlier slopes"),
     "no analytic start": (DyWeightPredictor(4, 0, afs=False, **SETTINGS), "afs on"),
+    "afs by a number": (DyWeightPredictor(4, 0, afs=0, **SETTINGS), "afs on"),
     "another num_steps": (DyWeightPredictor(4, 0, num_steps=4, **SETTINGS), "num_steps 4"),
+    "a setting of lists that are shared": (
+        nvidia.EPD_predictor({}, num_steps=[SHARED] * 3000),
+        "num_steps holds more than [0-9]+ values",
+    ),
     "nothing learned": (nvidia.EPD_predictor({}, num_steps=4), "no parameters of EPD-Solver"),
     "weights of no square": (dyweight(hybrid_weights=torch.ones(4, 3)), SHAPES),
     "one weight": (dyweight(hybrid_weights=torch.ones(())), SHAPES),
