@@ -114,7 +114,8 @@ def from_dyweight(
     mask = raw.get("mask", torch.ones_like(w))
     scales = raw.get("t_scale", torch.ones(max(n - 1, 0)))
     shapes = w.shape == mask.shape == (n, n) and n >= 2 and scales.shape == (n - 1,)
-    if not shapes or metadata.get("afs") not in (None, True) or w.is_complex() or scales.is_complex():
+    starts = metadata.get("afs") in (None, True)
+    if not shapes or not starts or w.is_complex() or scales.is_complex():
         raise ValueError("DyWeight has hybrid_weights [N, N], t_scale [N - 1], and afs on")
     w, scales = (w.double() * mask).cpu().tril(), scales.double().cpu()
     kind = {"solver": "epd-multistep", "num_points": 1, "afs": True}
