@@ -142,9 +142,8 @@ class Opened:
             return [shown.to(latents.dtype, copy=True), *others]
 
         parts: dict[str, Any] = {"scheduler": scheduler}
-        if callable(getattr(self.pipe, "prepare_latents", None)):
-            prepare = with_latents(self.pipe.prepare_latents, before, after)
-            parts["prepare_latents"] = prepare
+        if name := families.preparer(self.pipe):
+            parts[name] = with_latents(getattr(self.pipe, name), before, after)
         elif x is not None:
             (given["latents"],) = after(x, [])
         if callable(getattr(self.pipe, "encode_prompt", None)):
@@ -158,7 +157,7 @@ class Opened:
 
         Without a network call where its latents are seen before any.
         """
-        hidden = not callable(getattr(self.pipe, "prepare_latents", None))
+        hidden = families.preparer(self.pipe) is None
         sigma = torch.ones(1) if hidden else None
         scheduler = OneCall(self.like, self.model, sigma, rows=False)
         given = {"num_inference_steps": steps, "output_type": "latent"}
@@ -246,6 +245,8 @@ class Opened:
         images = images if isinstance(images, Tensor) else torch.stack(list(images))
         if images.ndim == 5:
             images = torch.cat(images.unbind(1), -1)
+        if families.family_of(self.pipe) in families.SIGNED:
+            images = images / 2 + 0.5
         return images.float().clamp(0, 1)
 
 
@@ -260,7 +261,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     model = parametrization_of(like)
     if min(options.size or (1,)) < 1:
         raise ValueError(f"resolution {options.size} is no size of a picture")
-    hidden = not callable(getattr(pipe, "prepare_latents", None)) and "latents" not in names
+    hidden = families.preparer(pipe) is None and "latents" not in names
     if "prompt" not in names or hidden:
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
     for method, reason in IN_ITS_OWN_CALL.items():
@@ -294,7 +295,8 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             config={"scheduler": plain_like(like)},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        pictures = [n for n in ("image", "video", "control_image") if n in names]
+        kinds = ("image", "video", "control_image")
+        pictures = [n for n in kinds if n in names] or [n for n in ("image_embeds",) if n in names]
         reason = (
             f"it needs {' or '.join(pictures)} besides the prompt: use parallel(pipe, predictor) "
             f"({first_line(error)})"

@@ -14,7 +14,7 @@ from backends.parametrization import parametrization_of
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
     *("LTX", "Sana", "SanaVideo", "PixArtSigma", "PixArtAlpha", "Mochi", "Bria"),
-    *("Kolors", "BriaFibo"),
+    *("Kolors", "BriaFibo", "IF"),
 )
 """Families whose pipelines put the rows of the negative prompt into one batch with the others."""
 APART = (
@@ -24,7 +24,11 @@ APART = (
 )
 """Families that call their network once more for guidance, or need no such rows."""
 VARIANTS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
-OF_FLUX = ("FluxKontext", "FluxFill", "FluxControl", "FluxControlImg2Img")
+OTHERS = {
+    **dict.fromkeys(("FluxKontext", "FluxFill", "FluxControl", "FluxControlImg2Img"), "Flux"),
+    **dict.fromkeys(("QwenImageEdit", "QwenImageEditPlus"), "QwenImage"),
+}
+"""Pipelines of those families under names of their own."""
 ONE_TIME = {
     "AuraFlow": "it makes one number of a timestep",
     "Kandinsky5T2I": "it repeats its timestep for every row",
@@ -43,6 +47,8 @@ ONE_TIME = {
     "QwenImage21": "it keeps what its first call made of the prompts",
     "ErnieImage": "it draws its latents within its call",
     "Kandinsky3": "it gives its latents a shape before it asks for them",
+    "HunyuanVideoFramepack": "it makes one video a prompt",
+    "KandinskyV22": "it gives its latents a shape before it asks for them",
     "HunyuanVideoImageToVideo": "it steps a part of its latents",
     "CogVideoXImageToVideo": "it makes one video a prompt",
     "Kandinsky5I2V": "it repeats its timestep for every row",
@@ -50,6 +56,10 @@ ONE_TIME = {
     "WanVideoToVideo": "it makes one video a prompt",
 }
 UNSERVED = {
+    "I2VGenXL": "it steps each frame of a video by itself",
+    "IFSuperResolution": "it scales its picture as if it were a part of x",
+    "IFImg2ImgSuperResolution": "it scales its picture as if it were a part of x",
+    "IFInpaintingSuperResolution": "it scales its picture as if it were a part of x",
     "TextToVideoSD": "it steps each frame of a video by itself",
     "VideoToVideoSD": "it steps each frame of a video by itself",
     "TextToVideoZero": "it goes back to noise on the way",
@@ -58,12 +68,15 @@ UNSERVED = {
     "SkyReelsV2DiffusionForcingImageToVideo": "it has a scheduler for every frame",
     "SkyReelsV2DiffusionForcingVideoToVideo": "it has a scheduler for every frame",
     "StableDiffusionPanorama": "it steps each window of an image by itself",
+    "StableDiffusionSAG": "it asks for the betas of its own scheduler",
     "StableDiffusionParadigms": "it steps many timesteps at once",
 }
 EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""
 RESCALING = ("QwenImage", "Lumina2", "NucleusMoEImage")
 """Families that rescale what guidance gives."""
+SIGNED = ("IF",)
+"""Families whose tensors of pictures lie in [-1, 1]."""
 FROM_ZERO = ("ZImage", "ZImageOmni", "Kandinsky3", "Krea2", "Cosmos2_5_PredictBase")
 """Families that count guidance from 0: theirs is ours less 1."""
 ALONE = ("Latte", "WanVACE", "PRX", "PRXPixel")
@@ -102,7 +115,7 @@ def family_of(pipe: Any) -> str:
     """The family of a pipeline's class: "Flux" of FluxImg2ImgPipeline; its own name if unknown."""
     name = type(pipe).__name__.removesuffix("Pipeline")
     names = {f"{f}{v}": f for f in (*STACKED, *APART) for v in VARIANTS}
-    return (names | dict.fromkeys(OF_FLUX, "Flux")).get(name, name)
+    return (names | OTHERS).get(name, name)
 
 
 def check_served(pipe: Any) -> None:
@@ -138,6 +151,12 @@ def network_of(pipe: Any) -> Any:
     """The network that a scheduler steps (it may lack a truth value); None under another name."""
     names = ("transformer", "unet", "transformer_2")
     return next((pipe.components[n] for n in names if pipe.components.get(n) is not None), None)
+
+
+def preparer(pipe: Any) -> str | None:
+    """The method by which a pipeline makes what its loop starts from, if it has one."""
+    names = ("prepare_latents", "prepare_intermediate_images")
+    return next((name for name in names if callable(getattr(pipe, name, None))), None)
 
 
 def scales(pipe: Any) -> bool:

@@ -21,8 +21,8 @@ from solvers.vp import clean, prediction_of, scaled, table_of
 def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
     """The backend of a StableDiffusionPipeline, or of an LDMPipeline (UNet2DModel and VQModel).
 
-    Its parts are shared. Raises ValueError for a size that the model does not allow, or a
-    negative prompt where it takes no prompts.
+    Its parts are shared. Raises ValueError for a size that the model does not allow, a
+    negative prompt where it takes no prompts, or a scheduler that thresholds what guidance gives.
     """
     vae, texts = pipe.components.get("vae"), None
     if vae is None:
@@ -32,6 +32,8 @@ def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     factor, unet = latents.vae_factor(vae), pipe.unet
     size = latents.image_size(options, unet.config.sample_size * factor, factor)
     latents.prepare_vae(vae, options)
+    if pipe.scheduler.config.get("thresholding"):
+        raise ValueError("thresholding in the scheduler's config: use parallel(pipe, predictor)")
     table, prediction = table_of(pipe.scheduler.config), prediction_of(pipe.scheduler.config)
 
     def embed(text: str) -> latents.Embedding:

@@ -26,6 +26,7 @@ from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
 from backends.lending import COUNTS, CachedPrompts, bound, lent, with_latents
 from backends.load import check_fit
+from backends.parametrization import parametrization_of
 from backends.pipelines import wrap
 from backends.scheduler import EPDScheduler, PredictorLike, chosen, opened
 from backends.sd3 import folding
@@ -68,10 +69,12 @@ def parallel(
     if guides and guidance == "pipeline":
         raise ValueError('the predictor guides by itself, not the pipeline: guidance="rows"')
     family = families.family_of(pipe)
+    model = parametrization_of(getattr(pipe.scheduler, "like", pipe.scheduler))
     if guidance == "rows":
         refused = {
             "its guidance is part of the network": family in families.EMBEDDED,
             "it rescales what guidance gives": family in families.RESCALING,
+            "its scheduler limits what guidance gives": model.clip or model.threshold,
             "its guider guides": pipe.components.get("guider") is not None,
             reason or "": points != "rows",
         }
@@ -100,6 +103,9 @@ class Parallel:
         rows = self.points == "rows"
         tables = (families.REFUSED, families.REFUSED_BY_ROWS, families.REFUSED_BY_GUIDANCE)
         families.check_given(given, *tables[: 1 + rows + self.rows_of_guidance])
+        if (texts := prompts_of(given)) > 1 and families.family_of(self.pipe) in families.ALONE:
+            raise ValueError(f"{type(self.pipe).__name__} mixes {texts} prompts of a call up: "
+                             "give one a call")  # fmt: skip
         copies = predictor.recipe.num_points if rows else 1
         name, rate = families.guidance_name(self.pipe), None
         scale = 1.0 if name is None else given.get(name, defaults[name])
@@ -166,16 +172,20 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def prompts_of(given: dict[str, Any]) -> int:
+    """How many prompts a call has, or embeddings in their place."""
+    prompt = given.get("prompt")
+    if prompt is not None:
+        return len(prompt) if isinstance(prompt, list | tuple) else 1
+    of = ("prompt_embeds", "image_embeds")
+    embeds = [v for n, v in given.items() if n.startswith(of) and v is not None]
+    return len(embeds[0]) if embeds else 1
+
+
 def images_of(given: dict[str, Any], names: Any) -> int:
     """For how many rows a call asks."""
-    prompt = given.get("prompt")
-    if prompt is None:
-        embeds = [v for n, v in given.items() if n.startswith("prompt_embeds") and v is not None]
-        prompts = len(embeds[0]) if embeds else 1
-    else:
-        prompts = len(prompt) if isinstance(prompt, list | tuple) else 1
     count = next((name for name in COUNTS if name in names), None)
-    return prompts * (given.get(count, 1) if count else 1)
+    return prompts_of(given) * (given.get(count, 1) if count else 1)
 
 
 def per_image(
@@ -217,7 +227,8 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
     if scheduler.by_rows:
         scheduler.prepares = True
         handles = run_once(families.network_of(pipe), scheduler)
-        parts["prepare_latents"] = laid_out(pipe.prepare_latents, scheduler)
+        prepare = families.preparer(pipe) or "prepare_latents"
+        parts[prepare] = laid_out(getattr(pipe, prepare), scheduler)
         if vae is not None:
             encode = {"encode": encoded_once(vae.encode, scheduler)}
         cut = getattr(pipe, "get_timesteps", None)  # of pipelines from an image

@@ -56,10 +56,6 @@ UNSERVED = {
     "IPNDM": "it has levels of its own",
 }
 """Why schedulers of diffusers are not served, by their classes."""
-REFUSED = {
-    "stochastic_sampling": "it draws noise on the way",
-    "thresholding": "it thresholds every estimate",
-}
 SPACINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("shift_terminal", "invert_sigmas", "use_flow_sigmas"),
@@ -83,6 +79,7 @@ class Parametrization:
     inverted: bool = False  # Mochi: time runs from noise at 0 to data at 1, and so does velocity
     spread: float = 1.0
     clip: float | None = None  # DDIM's clip_sample
+    threshold: tuple[float, float] | None = None  # thresholding's share of values, and largest
 
     def timesteps(self, sigma: Tensor) -> Tensor:
         """Levels [n] in float64 -> what the pipeline gives its network [n]."""
@@ -97,9 +94,16 @@ class Parametrization:
 
     def clean(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         """The network's output for x [B, *] at the levels sigma [B], as x0 [B, *]."""
-        if not self.table:
-            return flow_clean(x, -sigma if self.inverted else sigma, output)
-        x0 = vp.clean(x, sigma, output, self.prediction)
+        if self.table:
+            own = output[:, : x.shape[1]]  # some networks' variances follow
+            x0 = vp.clean(x, sigma, own, self.prediction)
+        else:
+            x0 = flow_clean(x, -sigma if self.inverted else sigma, output)
+        if self.threshold:  # Saharia et al. 2022, arXiv:2205.11487, Section 2.3
+            share, largest = self.threshold
+            end = x0.flatten(1).abs().float().quantile(share, 1).clamp(1, max(largest, 1))
+            end = vp.wide(end.to(x0), x0)
+            return x0.clamp(-end, end) / end
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
     def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -121,20 +125,27 @@ def parametrization_of(like: Any) -> Parametrization:
         reason = UNSERVED.get(name.removesuffix("Scheduler"), served)
         raise ValueError(f"{name} is not served: {reason}")
     flow = name in FLOW_SCHEDULERS or config.get("use_flow_sigmas")
-    for key, reason in REFUSED.items():
-        if config.get(key):
-            raise ValueError(f"{name} with {key}={config[key]} is not served: {reason}")
+    if config.get("stochastic_sampling"):
+        raise ValueError(f"{name} with stochastic_sampling is not served: it draws noise")
+    for key in ("sigma_min", "sigma_max"):  # elsewhere they are of its spacing alone
+        if name in FLOW_SCHEDULERS and config.get(key):
+            own = f"{name} with {key}={config[key]}"
+            raise ValueError(f"{own} is not served: it has levels of its own")
     prediction = config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", FLOW_STEPS)
     if config.get("use_flow_sigmas") and prediction != "flow_prediction":
         raise ValueError(f"{name} with use_flow_sigmas needs flow_prediction, not {prediction!r}")
+    threshold = None
+    if config.get("thresholding"):
+        threshold = config["dynamic_thresholding_ratio"], config["sample_max_value"]
     if flow:
-        return Parametrization(FLOW, "flow", steps, inverted=config.get("invert_sigmas", False))
+        inverted = config.get("invert_sigmas", False)
+        return Parametrization(FLOW, "flow", steps, inverted=inverted, threshold=threshold)
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"{name} with timestep_type={config['timestep_type']} is not served")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
-    table = vp.table_of(config)
-    return Parametrization(VE, vp.prediction_of(config), steps, table, clip=clip)
+    table, prediction = vp.table_of(config), vp.prediction_of(config)
+    return Parametrization(VE, prediction, steps, table, clip=clip, threshold=threshold)
 
 
 def without_signal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:

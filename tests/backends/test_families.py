@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from backends.any_pipeline import any_backend
@@ -90,6 +89,7 @@ FAMILIES = {
     "qwen21": Row(32, {"negative_prompt": "bad"}),
     "nucleus": Row(calls=12),
     "glm": Row(),
+    "if": Row(given={"output_type": "pt"}, solver="dpmpp-2"),
     "bria_fibo": Row(32),
     "prx_pixel": Row(given=NO_BINS),
     "motif": Row(32, {"num_frames": 5}, calls=12),
@@ -100,7 +100,7 @@ FAMILIES = {
     "cosmos25": Row(32, {"num_frames": 5}, "unipc-2"),
     "ltx2": Row(64, {"num_frames": 9}),
 }
-ONE_PROMPT = ("kandinsky5", "prx", "prx_pixel", "vace")
+ONE_PROMPT = ("kandinsky5", "latte", "prx", "prx_pixel", "vace")
 ONE_IMAGE = ("prx", "prx_pixel", "vace", "allegro", "animate_diff", "cogvideox", "hunyuan_video15")
 BY_CALL = {
     "glm": "a language model draws tokens in every call",
@@ -238,6 +238,13 @@ def test_several_images_a_prompt_are_each_alone(name: str) -> None:
     assert close(both, torch.cat(each))
 
 
+@pytest.mark.parametrize("name", ["latte", "prx", "vace"])
+def test_a_pipeline_that_mixes_prompts_takes_one_a_call(name: str) -> None:
+    fast = parallel(twin(name), learned(twin(name), "epd"))
+    with pytest.raises(ValueError, match="mixes 2 prompts of a call up: give one a call"):
+        call(twin(name), name, fast, prompt=[TEXT, "a dog"], generator=drawn(3, 4))
+
+
 @pytest.mark.parametrize("kind", ["epd", "epd-multistep"])
 def test_one_point_needs_no_rows_and_no_call_more(kind: str) -> None:
     pipe, calls = twins.sd3(), []
@@ -268,6 +275,8 @@ def test_they_are_our_loop_over_the_network_of_any_pipeline(name: str) -> None:
     noise, ours = noise[:1], ours[:1]
     given = {guidance_name(pipe) or "": theirs, "latents": noise}
     given.pop("", None)  # of those with a guider
+    if name == "if":  # its pipeline draws them itself
+        given = {"generator": drawn(5), **{n: v for n, v in given.items() if n != "latents"}}
     if name.startswith("flux2"):  # its pipeline packs latents that it is given
         given["latents"] = noise.reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
     frames = {n: v.default for n, v in twins.call_of(pipe).items() if n in FRAMES}
@@ -293,6 +302,7 @@ def test_guidance_as_rows_is_the_pipelines_guidance(name: str) -> None:
     pipe = twin(name)
     predictor = learned(pipe, "epd")
     reasons = {"part of the network": EMBEDDED, "rescales what guidance gives": RESCALING}
+    reasons["limits what guidance gives"] = ("IF",)
     for words, names in reasons.items():
         if family_of(pipe) in names:
             with pytest.raises(ValueError, match=words):
@@ -329,6 +339,8 @@ UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
     "Stable Cascade": (
         partial(bare, "StableCascadePrior", "DDPMWuerstchen"), "a stage whose result is no picture"
     ),
+    "I2VGen-XL": (partial(bare, "I2VGenXL", "DDIM"), "it steps each frame of a video"),
+    "IF, larger": (partial(bare, "IFSuperResolution", "DDPM"), "scales its picture as if it were"),
     "Kandinsky's prior": (partial(bare, "KandinskyV22Prior", "UnCLIP"), "no picture yet"),
     "aMUSEd": (partial(bare, "Amused", "Amused"), "discrete tokens"),
     "VQ-Diffusion": (partial(bare, "VQDiffusion"), "no network called transformer or unet"),
@@ -343,6 +355,9 @@ UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "SkyReels-V2, forced": (
         partial(bare, "SkyReelsV2DiffusionForcing", "UniPCMultistep"), "a scheduler for every"
+    ),
+    "self-attention guidance": (
+        partial(bare, "StableDiffusionSAG", "DDIM", requires_safety_checker=False), "for the betas"
     ),
     "panorama": (partial(bare, "StableDiffusionPanorama", "DDIM"), "each window of an image"),
 }  # fmt: skip
@@ -364,121 +379,3 @@ def test_a_rate_at_which_a_pipeline_does_not_guide_is_refused(name: str, rate: f
     cond = backend.encode([TEXT])
     with pytest.raises(ValueError, match="begins to guide above it"):
         backend.guided(rate, cond)(torch.zeros(1, *backend.shape), torch.ones(1), cond)
-
-
-def test_what_needs_a_picture_is_no_backend_and_says_so() -> None:
-    for maker, _ in (VARIANTS[name] for name in ("SDXL from an image", "Wan from an image")):
-        with pytest.raises(ValueError, match="it needs image besides the prompt: use parallel"):
-            any_backend(maker(), CPU, SMALL)
-
-
-# --- variants -----------------------------------------------------------------------------
-
-IMAGE = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
-SIZE = {"height": 16, "width": 16}
-FROM = {"image": IMAGE[..., :16, :16], "strength": 2 / 3}
-
-
-def controlled() -> Any:
-    pipe = twins.sd()
-    control = diffusers.ControlNetModel.from_unet(
-        pipe.unet, conditioning_embedding_out_channels=(8, 8)
-    )
-    for parameter in control.controlnet_down_blocks.parameters():
-        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    return diffusers.StableDiffusionControlNetPipeline(
-        **pipe.components, controlnet=control, requires_safety_checker=False
-    )
-
-
-def flux_controlled() -> Any:
-    pipe = twins.flux()
-    control = diffusers.FluxControlNetModel.from_transformer(
-        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2,
-    )  # fmt: skip
-    parts = {
-        n: v for n, v in pipe.components.items() if n not in ("image_encoder", "feature_extractor")
-    }
-    return diffusers.FluxControlNetPipeline(**parts, controlnet=twins.seeded(control))
-
-
-def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
-    """Another pipeline of a twin's parts."""
-
-    def build() -> Any:
-        pipe = twins.twin(family, **changes)
-        names = inspect.signature(getattr(diffusers, kind).__init__).parameters
-        other = getattr(diffusers, kind)(
-            **{n: v for n, v in pipe.components.items() if n in names}
-        )
-        replaced = {n: v for n, v in vars(pipe).items() if n.startswith("_get_")}
-        vars(other).update(replaced)
-        return other
-
-    return build
-
-
-VARIANTS = {
-    "SDXL from an image": (of("StableDiffusionXLImg2ImgPipeline", "sdxl"), FROM),
-    "SD3 from an image": (of("StableDiffusion3Img2ImgPipeline", "sd3"), FROM | SIZE),
-    "FLUX.1 from an image": (of("FluxImg2ImgPipeline", "flux"), FROM | SIZE),
-    "Qwen-Image from an image": (
-        of("QwenImageImg2ImgPipeline", "qwen"), FROM | SIZE | {"negative_prompt": "bad"}
-    ),
-    "SDXL, a part of an image": (
-        of("StableDiffusionXLInpaintPipeline", "sdxl"),
-        FROM | SIZE | {"mask_image": torch.ones(1, 1, 16, 16), "strength": 2 / 3},
-    ),
-    "SDXL with perturbed attention": (of("StableDiffusionXLPAGPipeline", "sdxl"), SIZE),
-    "FLUX.1 Kontext": (
-        of("FluxKontextPipeline", "flux"),
-        SIZE | {"image": FROM["image"], "_auto_resize": False, "max_area": 256},
-    ),
-    "FLUX.1 with ControlNet, its picture drawn from the VAE": (
-        flux_controlled,
-        SIZE | {"control_image": FROM["image"], "prompt": [TEXT, "a dog"],
-                "negative_prompt": "bad", "true_cfg_scale": 3.0},
-    ),
-    "FLUX.1 Fill": (
-        of("FluxFillPipeline", "flux", transformer={"in_channels": 48, "out_channels": 16}),
-        SIZE | {"image": FROM["image"], "mask_image": torch.ones(1, 1, 16, 16)},
-    ),
-    "Wan from an image": (
-        of("WanImageToVideoPipeline", "wan", transformer={"in_channels": 12}),
-        {"image": Image.new("RGB", (32, 32), (90, 50, 10)), "height": 32, "width": 32,
-         "num_frames": 5},
-    ),
-    "LTX from conditions": (
-        of("LTXConditionPipeline", "ltx", scheduler={"use_dynamic_shifting": False}),
-        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
-    ),
-    "SD1.5 with ControlNet": (controlled, {"image": FROM["image"], **SIZE}),
-    "LTX from an image": (
-        of("LTXImageToVideoPipeline", "ltx"),
-        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
-    ),
-    "Wan from a video": (
-        of("WanVideoToVideoPipeline", "wan"),
-        {"video": [Image.new("RGB", (32, 32), (90, 50, 10))] * 5, "strength": 2 / 3,
-         "height": 32, "width": 32},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
-    maker, given = VARIANTS[name]
-    pipe, calls = maker(), []
-    pipe.set_progress_bar_config(disable=True)
-    predictor = learned(pipe, "epd")
-    given = {"prompt": TEXT, **given, "output_type": "latent"}
-    seeds = (3,) if given["prompt"] == TEXT else (3, 4)
-    fast = parallel(pipe, predictor)(**given, generator=drawn(*seeds))[0]
-    pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
-    network = pipe.components.get("transformer") or pipe.unet
-    network.register_forward_hook(lambda *_: calls.append(1))
-    slow = pipe(**given, generator=drawn(*seeds), num_inference_steps=predictor.evaluations)[0]
-    assert close(fast, slow)
-    if "strength" in given:  # two of the three intervals, of three calls each
-        assert len(calls) in (6, 12)

@@ -24,6 +24,7 @@ TEXT = "a red fox"
 SIZE = {"height": 16, "width": 16}
 LATENT = {"output_type": "latent", **SIZE}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+NOISY = {"stochastic_sampling": True}
 NO_SIGNAL = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 NO_SIGNAL |= {"timestep_spacing": "trailing"}
 ENDS = {"sigma_min": 0.05, "sigma_max": 20.0}
@@ -411,7 +412,7 @@ def test_inpainting_keeps_what_it_keeps_at_the_level_of_every_call() -> None:
             diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
             "timestep_type",
         ),
-        ("sd15-best", diffusers.DPMSolverMultistepScheduler(thresholding=True), "thresholding"),
+        ("flux-best", diffusers.FlowMatchEulerDiscreteScheduler(**NOISY), "it draws noise"),
         (
             "sd3-512-best",
             diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),

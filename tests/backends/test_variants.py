@@ -1,0 +1,196 @@
+"""Pipelines from pictures, with parts of twins: points as rows, or one by one, are the same."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from backends.any_pipeline import any_backend
+from backends.parallel import parallel
+from backends.scheduler import EPDScheduler
+from tests import twins
+from tests.backends.test_families import CPU, SMALL, TEXT, close, drawn, learned
+
+diffusers = twins.diffusers
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}Warning")
+    for kind in ("Deprecation", "Future", "User")
+]
+
+
+IMAGE = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+SIZE = {"height": 16, "width": 16}
+FROM = {"image": IMAGE[..., :16, :16], "strength": 2 / 3}
+
+
+def controlled() -> Any:
+    pipe = twins.sd()
+    control = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(8, 8)
+    )
+    for parameter in control.controlnet_down_blocks.parameters():
+        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return diffusers.StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=control, requires_safety_checker=False
+    )
+
+
+def flux_controlled() -> Any:
+    pipe = twins.flux()
+    control = diffusers.FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2,
+    )  # fmt: skip
+    parts = {
+        n: v for n, v in pipe.components.items() if n not in ("image_encoder", "feature_extractor")
+    }
+    return diffusers.FluxControlNetPipeline(**parts, controlnet=twins.seeded(control))
+
+
+def qwen_controlled() -> Any:
+    pipe = twins.twin("qwen")
+    names = inspect.signature(diffusers.QwenImageControlNetModel.__init__).parameters
+    config = {n: v for n, v in pipe.transformer.config.items() if n in names}
+    control = twins.seeded(diffusers.QwenImageControlNetModel(**config))
+    return of("QwenImageControlNetPipeline", "qwen", controlnet=control)()
+
+
+def framepack() -> Any:
+    transformer = {
+        "_class_name": "HunyuanVideoFramepackTransformer3DModel", "has_image_proj": True,
+        "image_proj_dim": 16, "has_clean_x_embedder": True,
+    }  # fmt: skip
+    kind = "HunyuanVideoFramepackPipeline"
+    others = {"image_encoder": None, "feature_extractor": None}
+    pipe = of(kind, "hunyuan_video", transformer=transformer, **others)()
+    pipe.encode_image = lambda image, **_: torch.ones(len(image), 4, 16)
+    return pipe
+
+
+def edited(kind: str, *size: Any) -> Any:
+    """Qwen-Image's edit, of pictures of this size and not of 1024 x 1024."""
+    module: Any = inspect.getmodule(getattr(diffusers, kind))
+    module.calculate_dimensions = lambda *_: size
+    return of(kind, "qwen", processor=None)()
+
+
+def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
+    """Another pipeline of a twin's parts, with `changes` of them or besides them."""
+
+    def build() -> Any:
+        names = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        more = {n: v for n, v in changes.items() if not isinstance(v, dict)}
+        pipe = twins.twin(family, **{n: v for n, v in changes.items() if n not in more})
+        parts = {n: v for n, v in pipe.components.items() if n in names}
+        other = getattr(diffusers, kind)(**parts, **more)
+        replaced = {n: v for n, v in vars(pipe).items() if n.startswith("_get_")}
+        vars(other).update(replaced)
+        return other
+
+    return build
+
+
+SMALL_PICTURE = Image.new("RGB", (16, 16), (90, 50, 10))
+GUIDED = {"negative_prompt": "bad", "true_cfg_scale": 3.0}
+TWO = GUIDED | {"prompt": [TEXT, "a dog"], "negative_prompt": ["bad", "worse"]}
+EMBEDS = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1))
+VARIANTS = {
+    "Qwen-Image with ControlNet": (
+        qwen_controlled, SIZE | TWO | {"control_image": FROM["image"]}
+    ),
+    "Qwen-Image, edited": (
+        partial(edited, "QwenImageEditPipeline", 16, 16, None),
+        SIZE | TWO | {"image": SMALL_PICTURE},
+    ),
+    "Qwen-Image, edited from two pictures": (
+        partial(edited, "QwenImageEditPlusPipeline", 16, 16),
+        SIZE | GUIDED | {"image": [SMALL_PICTURE] * 2},
+    ),
+    "Framepack": (
+        framepack,
+        {"image": Image.new("RGB", (32, 32), (90, 50, 10)), "height": 32, "width": 32,
+         "num_frames": 9, "latent_window_size": 2, "output_type": "pt"},
+    ),
+    "IF from an image": (
+        of("IFImg2ImgPipeline", "if", requires_safety_checker=False),
+        FROM | {"output_type": "pt"},
+    ),
+    "Kandinsky 2.2": (
+        partial(twins.twin, "kandinsky22"),
+        SIZE | {"prompt": None, "image_embeds": EMBEDS[0], "negative_image_embeds": EMBEDS[1]},
+    ),
+    "SDXL from an image": (of("StableDiffusionXLImg2ImgPipeline", "sdxl"), FROM),
+    "SD3 from an image": (of("StableDiffusion3Img2ImgPipeline", "sd3"), FROM | SIZE),
+    "FLUX.1 from an image": (of("FluxImg2ImgPipeline", "flux"), FROM | SIZE),
+    "Qwen-Image from an image": (
+        of("QwenImageImg2ImgPipeline", "qwen"), FROM | SIZE | {"negative_prompt": "bad"}
+    ),
+    "SDXL, a part of an image": (
+        of("StableDiffusionXLInpaintPipeline", "sdxl"),
+        FROM | SIZE | {"mask_image": torch.ones(1, 1, 16, 16), "strength": 2 / 3},
+    ),
+    "SDXL with perturbed attention": (of("StableDiffusionXLPAGPipeline", "sdxl"), SIZE),
+    "FLUX.1 Kontext": (
+        of("FluxKontextPipeline", "flux"),
+        SIZE | {"image": FROM["image"], "_auto_resize": False, "max_area": 256},
+    ),
+    "FLUX.1 with ControlNet, its picture drawn from the VAE": (
+        flux_controlled,
+        SIZE | {"control_image": FROM["image"], "prompt": [TEXT, "a dog"],
+                "negative_prompt": "bad", "true_cfg_scale": 3.0},
+    ),
+    "FLUX.1 Fill": (
+        of("FluxFillPipeline", "flux", transformer={"in_channels": 48, "out_channels": 16}),
+        SIZE | {"image": FROM["image"], "mask_image": torch.ones(1, 1, 16, 16)},
+    ),
+    "Wan from an image": (
+        of("WanImageToVideoPipeline", "wan", transformer={"in_channels": 12}),
+        {"image": Image.new("RGB", (32, 32), (90, 50, 10)), "height": 32, "width": 32,
+         "num_frames": 5},
+    ),
+    "LTX from conditions": (
+        of("LTXConditionPipeline", "ltx", scheduler={"use_dynamic_shifting": False}),
+        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
+    ),
+    "SD1.5 with ControlNet": (controlled, {"image": FROM["image"], **SIZE}),
+    "LTX from an image": (
+        of("LTXImageToVideoPipeline", "ltx"),
+        {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
+    ),
+    "Wan from a video": (
+        of("WanVideoToVideoPipeline", "wan"),
+        {"video": [Image.new("RGB", (32, 32), (90, 50, 10))] * 5, "strength": 2 / 3,
+         "height": 32, "width": 32},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
+    maker, given = VARIANTS[name]
+    pipe, calls = maker(), []
+    pipe.set_progress_bar_config(disable=True)
+    predictor = learned(pipe, "epd")
+    given = {"prompt": TEXT, "output_type": "latent", **given}
+    seeds = (3, 4) if isinstance(given["prompt"], list) else (3,)
+    if given["prompt"] is None:  # two embeddings instead
+        seeds, _ = (3, 4), given.pop("prompt")
+    fast = parallel(pipe, predictor)(**given, generator=drawn(*seeds))[0]
+    pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
+    pipe.scheduler.plain = name == "Kandinsky 2.2"
+    network = pipe.components.get("transformer") or pipe.unet
+    network.register_forward_hook(lambda *_: calls.append(1))
+    slow = pipe(**given, generator=drawn(*seeds), num_inference_steps=predictor.evaluations)[0]
+    assert close(fast, slow)
+    if "strength" in given:  # two of the three intervals, of three calls each
+        assert len(calls) in (6, 12)
+
+
+def test_what_needs_a_picture_is_no_backend_and_says_so() -> None:
+    for maker, _ in (VARIANTS[name] for name in ("SDXL from an image", "Wan from an image")):
+        with pytest.raises(ValueError, match="it needs image besides the prompt: use parallel"):
+            any_backend(maker(), CPU, SMALL)
