@@ -16,7 +16,7 @@ import click
 
 from solvers.predictor import find_predictor, load_predictor
 from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe
-from solvers.sampler import SOLVERS, parse_name
+from solvers.sampler import SOLVERS, make_solver, parse_name
 from solvers.schedules import one_of
 from src.files import nearest
 from src.options import DTYPES, Number
@@ -128,7 +128,9 @@ class Settings:
     learn_grid: bool | None = setting(None, click.BOOL, "The noise levels as well; usual in fits.")
     rounds: int | None = setting(None, click.IntRange(0), "Of a fit's refinement.")
     robust: bool | None = setting(None, click.BOOL, "Refine also by a loss for stray samples.")
-    init: str | None = setting(None, TEXT, "A predictor to start from, in place of a fit.")
+    init: str | None = setting(
+        None, TEXT, "A predictor, or a solver by name, to start from in place of a fit."
+    )
     objective: str | None = setting(None, click.Choice(OBJECTIVES), "What a gradient is of.")
     lr: float | None = setting(None, POSITIVE, "Of Adam; usual: 0.2.")
     coslr: bool | None = setting(None, click.BOOL, "Cosine decay of it; usual.")
@@ -213,27 +215,43 @@ def with_usual(settings: Settings, usual: dict[str, Any]) -> Settings:
     return replace(settings, **{n: v for n, v in usual.items() if getattr(settings, n) is None})
 
 
+def hand_made(init: str) -> bool:
+    """Whether tables start from a hand-made solver of this name ("unipc-2"), not from a file.
+
+    Raises ValueError for an order that it lacks, and where it makes two calls a step.
+    """
+    base, _, order = init.partition("-")
+    if base not in SOLVERS or (order and not order.isdecimal()):
+        return False
+    make_solver(init)
+    if SOLVERS[base].calls != 1:
+        raise ValueError(f"init {init} makes {SOLVERS[base].calls} calls a step, and a table one")
+    return True
+
+
 def adopted(settings: Settings) -> Settings:
-    """The settings with those of the predictor that they start from.
+    """The settings with those of the predictor, or of the solver, that they start from.
 
     Raises ValueError where they are for another solver or grid than that predictor.
     """
     if settings.init is None:
         return settings
-    predictor = load_predictor(find_predictor(settings.init))
-    recipe = predictor.recipe
-    if predictor.table.guidance is not None:
-        raise ValueError(
-            f"init {settings.init} has rates of guidance in its table: tune it by ppo"
-        )
-    solver = recipe.solver if recipe.base == "euler" else f"epd-{recipe.base}"
-    own = {"solver": solver, "num_steps": recipe.num_steps, "afs": recipe.afs}
-    own |= {"max_order": recipe.max_order}
+    own: dict[str, Any] = {"solver": "epd-multistep", "afs": False}
+    if not hand_made(settings.init):
+        predictor = load_predictor(find_predictor(settings.init))
+        recipe = predictor.recipe
+        if predictor.table.guidance is not None:
+            raise ValueError(
+                f"init {settings.init} has rates of guidance in its table: tune it by ppo"
+            )
+        if settings.points < recipe.num_points:
+            raise ValueError(f"points {settings.points}: {settings.init} has {recipe.num_points}")
+        solver = recipe.solver if recipe.base == "euler" else f"epd-{recipe.base}"
+        own = {"solver": solver, "num_steps": recipe.num_steps, "afs": recipe.afs}
+        own |= {"max_order": recipe.max_order}
     for name, value in own.items():
         if getattr(settings, name) not in (None, value):
             raise ValueError(f"{name} {getattr(settings, name)}: {settings.init} has {value}")
-    if settings.points < recipe.num_points:
-        raise ValueError(f"points {settings.points}: {settings.init} has {recipe.num_points}")
     return replace(settings, **own)
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from solvers.epd import Directions, MultistepTable, Table
+from solvers.field import Condition, Field
 from solvers.integrate import MAX_SLOPES
+from solvers.sampler import Sampler
 
 HISTORY = 1 + MAX_SLOPES
 """H, as many slopes as the loop keeps, and the free one."""
@@ -188,12 +190,41 @@ def even_table(intervals: int, points: int, history: int = 0) -> Table:
     return MultistepTable(newest, r, one / points, none, one)
 
 
+def table_of(sampler: Sampler) -> MultistepTable:
+    """The steps of a hand-made solver of one call a step, as a table of one point.
+
+    All its states are x at first and a sum of slopes, so they are followed as vectors of these.
+    The weight of slopes older than a table has goes to the oldest that it has (in float64 the
+    same to rounding up to 5 steps, and for solvers that look back no further).
+    """
+    n = len(sampler.sigmas) - 1
+    basis = torch.eye(n + 1, dtype=torch.float64)
+    slopes = iter(basis[1:])
+
+    def network(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
+        return x - sigma[:, None] * next(slopes)
+
+    states = torch.cat([basis[:1], *sampler.states(Field(network), basis[:1])])
+    h = torch.tensor(sampler.sigmas, dtype=torch.float64).diff()
+    steps = states.diff(dim=0)[:, 1:] / h[:, None]
+    even = even_table(n, 1, HISTORY)
+    assert isinstance(even, MultistepTable)
+    b = torch.zeros_like(even.b)
+    for i, step in enumerate(steps):
+        kept = min(i, HISTORY - 1)
+        b[i, 1 : 1 + kept] = step[i - kept : i].flip(0)
+        b[i, kept] += step[: i - kept].sum()
+    weight = steps.diagonal()[:, None].clone()
+    return MultistepTable(even.a, torch.zeros_like(even.r), weight, b, even.time_scale)
+
+
 def widened(table: Table, points: int) -> Table:
     """The same steps by a table of K points, K at least as many as there are.
 
     The new points weigh nothing yet, so that nothing but rows are added. They come first, as
     slopes of earlier calls are counted from the last point to the first; of these there are
-    HISTORY then, where files may have fewer.
+    HISTORY then, where files may have fewer. What is too far back for it with so many points
+    adds to the oldest that is kept.
     """
     n, k = table.r.shape
     assert points >= k
@@ -210,7 +241,7 @@ def widened(table: Table, points: int) -> Table:
     for given in (table.a.double(), table.b.double()):
         wide = torch.zeros(n, HISTORY).double()
         wide[:, 0] = given[:, 0]
-        there = new < HISTORY
-        wide[:, new[there]] = given[:, old[there]]
+        oldest = int(new[new < HISTORY][-1:].sum())
+        wide.index_add_(1, new.clamp(max=oldest), given[:, old])
         coefficients.append(wide)
     return MultistepTable(coefficients[0], r, weight, coefficients[1], scale)

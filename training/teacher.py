@@ -35,9 +35,9 @@ from src.runs import read_sealed, write_sealed
 from src.seeds import randn
 from training.distances import OF_FEATURES, Network, parse_terms
 from training.refine import Reward
-from training.settings import Settings, at_once, resolved
+from training.settings import Settings, at_once, hand_made, resolved
 from training.student import Reduce, Student, Trajectories
-from training.table import EPDForm, MultistepForm, TimeScales, widened
+from training.table import EPDForm, MultistepForm, TimeScales, table_of, widened
 
 DENOISER = "the denoiser, called with x, sigma and cond,"
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
@@ -396,7 +396,7 @@ def make_student(levels: NoiseLevels, settings: Settings) -> Student:
         options = SolverOptions(order, levels.process, s.predict_x0, s.lower_order_final)
         base = make_solver(name, options)
         form = EPDForm(*shape, s.scale_dir, time, s.fcn)
-    if s.init:
+    if s.init and not hand_made(s.init):
         sigmas = load_predictor(find_predictor(s.init)).sampler(levels).sigmas
     else:
         sigmas = as_levels(grid_of(levels, s, s.num_steps))
@@ -407,7 +407,12 @@ def make_student(levels: NoiseLevels, settings: Settings) -> Student:
 
 
 def start_of(student: Student, settings: Settings) -> Table:
-    """The table that a gradient starts from: one by hand, or that of another predictor."""
-    if settings.init:
-        return widened(load_predictor(find_predictor(settings.init)).table, settings.points)
-    return student.even_table()
+    """The table that is started from: one by hand, a solver's, or that of another predictor."""
+    if settings.init is None:
+        return student.even_table()
+    if hand_made(settings.init):
+        solver = make_solver(settings.init, SolverOptions(process=student.process))
+        table = table_of(Sampler(solver, student.sigmas, student.process))
+    else:
+        table = load_predictor(find_predictor(settings.init)).table
+    return widened(table, settings.points)

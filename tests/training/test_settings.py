@@ -1,13 +1,21 @@
 """Settings: what is usual, what does not go together, and the published ones by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from backends.base import NoiseLevels
+from solvers.field import Field
 from solvers.predictor import find_predictor, load_predictor
-from tests.training.students import model
+from solvers.process import FLOW, VE
+from solvers.sampler import Sampler, SolverOptions, make_solver
+from tests.training.students import curved, model
 from training.settings import Settings, at_once, preset, preset_names, recipe_of, resolved
-from training.teacher import Model, make_problem
+from training.teacher import Model, make_problem, make_student, start_of
+
+LEVELS = NoiseLevels(VE, 0.01, 1.0)
 
 
 def settings(flow: bool = False, **options: Any) -> Settings:
@@ -64,6 +72,10 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"init": "nowhere.pkl"}, "nowhere.pkl"),
         ({"init": "epd-k2-5nfe", "solver": "epd-ipndm"}, "solver epd-ipndm: epd-k2-5nfe has epd"),
         ({"init": "epd-k2-5nfe", "points": 1}, "points 1: epd-k2-5nfe has 2"),
+        ({"init": "unipc-4", "nfe": 5}, "unipc has the orders"),
+        ({"init": "heun", "nfe": 4}, "init heun makes 2 calls a step, and a table one"),
+        ({"init": "unipc-2", "solver": "epd"}, "solver epd: unipc-2 has epd-multistep"),
+        ({"init": "unipc-2", "afs": True}, "afs True: unipc-2 has False"),
         ({"flow": True, "afs": True}, "no analytic first step"),
         ({"flow": True, "sigma_max": 80.0}, r"sigma_max 80.0 is out of range"),
     ],
@@ -90,6 +102,26 @@ def test_a_batch_divides_by_ranks_and_by_what_fits() -> None:
         at_once(settings(samples=64, batch=32), 3)
     with pytest.raises(ValueError, match="batch_gpu 5 does not divide"):
         at_once(settings(samples=64, batch=32, batch_gpu=5), 1)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(
+    "name", ["euler", "ipndm-4", "ipndm_v-4", "deis-4", "dpmpp-1", "dpmpp-3", "unipc-2", "unipc-3"]
+)
+def test_a_table_that_starts_from_a_solver_makes_its_steps(name: str, flow: bool) -> None:
+    levels = replace(LEVELS, process=FLOW) if flow else LEVELS
+    for count, points in ((5, 1), (5, 2), (9, 1)):
+        options = Settings(init=name, num_steps=count + 1, points=points)
+        s = resolved(options, flow=flow, shape=(1, 3, 3))
+        student = make_student(levels, s)
+        solver = make_solver(name, SolverOptions(process=levels.process))
+        x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+        wanted = Sampler(solver, student.sigmas, levels.process)
+        table = student.holding(start_of(student, s))
+        ends = [list(way.states(Field(curved), 0.9 * x))[-1] for way in (wanted, table)]
+        exact = (count < 6 and points == 1) or name in ("euler", "dpmpp-1")
+        assert (ends[0] - ends[1]).abs().max() < (1e-9 if exact else 0.1)
+        assert table.calls == wanted.calls
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "gradient"}, {"M": 2}])
