@@ -235,6 +235,8 @@ Reward: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
 """Latents [B, *] and the numbers of these samples -> how good each is, [B]."""
 PRICES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of a step as far as the ends are from their targets, in units of the start's objective."""
+FLOOR = 1.0
+"""What a step of 1 in any number costs at least, so that one which does little yet goes not far."""
 STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
@@ -400,7 +402,7 @@ class Linearised:
         """The step [P] that makes the objective, as far as it is linear, and its price least."""
         a, q, left = self.products[:-1, :-1], self.products[:-1, -1], self.products[-1, -1]
         metric = a / left
-        ridge = metric.diagonal() * 1e-3 + metric.diagonal().max() * 1e-9
+        ridge = metric.diagonal() * 1e-3 + metric.diagonal().max() * 1e-9 + FLOOR
         root = torch.linalg.cholesky(metric + torch.diag(ridge))
         z = torch.zeros(len(a), dtype=torch.float64, requires_grad=True)
         method = torch.optim.LBFGS([z], max_iter=STEPS, line_search_fn="strong_wolfe")
