@@ -236,7 +236,7 @@ Reward: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
 PRICES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of a step as far as the ends are from their targets, in units of the start's objective."""
 FLOOR = 1.0
-"""What a step of 1 in any number costs at least, so that one which does little yet goes not far."""
+"""What a step of 1 in any number costs at least: one that does little yet does not go far."""
 STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
