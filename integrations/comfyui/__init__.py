@@ -25,6 +25,8 @@ from solvers.vp import Table  # noqa: E402
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 SAME_END = 0.05
 """By how much a model's highest level may differ from the predictor's."""
+NO_SIGNAL = 1000.0
+"""Highest levels above this are of models of zero terminal SNR, each cut where its host does."""
 
 
 class EPDPredictor:
@@ -77,7 +79,7 @@ def levels(learned: Predictor, sampling: Any) -> tuple[float, ...]:
     if own is None:
         table = Table(torch.as_tensor(sampling.sigmas).double().log().cpu())
         own = learned.sampler(table.levels).sigmas
-    if abs(own[0] / highest - 1) > SAME_END:
+    if abs(own[0] / highest - 1) > SAME_END and min(own[0], highest) < NO_SIGNAL:
         kind = learned.recipe.backend
         raise ValueError(
             f"this predictor is for another model ({learned.recipe.dataset_name}, {kind}): "

@@ -213,6 +213,48 @@ def test_the_node_samples_in_comfyui(node: Any, denoise: float, mask: Tensor | N
         assert torch.allclose(x, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "name",
+    ["lsun-bedroom-5nfe-ipndm", "exps/tiny-sd3/epd-ipndm-k2-4nfe.pkl", "epd-multistep-k2-5nfe"],
+)
+def test_the_node_takes_epd_over_a_base_and_half_precision(
+    node: Any, name: str, dtype: torch.dtype
+) -> None:
+    """A network in float16 answers with noise or velocity; the state stays float32."""
+    predictor = load_predictor(find_predictor(name))
+    own = learned_sigmas(predictor)
+    assert own is not None
+
+    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        wide = sigma.reshape(-1, 1, 1, 1)
+        return x - wide * ((x - shrink(x, sigma)) / wide).to(dtype).float()
+
+    sampler, sigmas, _ = node.load(Sampling(own[0]), name, 1.0)
+    start = X * own[0] / SIGMAS[0]
+    x = sampler.function(model, start, sigmas, disable=True, **sampler.options)
+    process = FLOW if own[0] == 1 else VE
+    loop = Sampler(predictor.solver(process), own, process, predictor.recipe.afs)
+    *_, expected = loop.states(Field(lambda x, s, _c: shrink(x, s)), start)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert x.dtype == torch.float32
+    assert (x - expected).norm() <= tolerance * expected.norm()
+
+
+def test_levels_without_signal_are_one_end(node: Any) -> None:
+    """ComfyUI's zero terminal SNR begins at 4518, diffusers' at 4096."""
+    predictor = load_predictor(find_predictor("sd15-best"))
+    scheduler = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "rescale_betas_zero_snr": True, "prediction_type": "v_prediction",
+    }  # fmt: skip
+    recipe = replace(predictor.recipe, backend_config={"scheduler": scheduler})
+    levels = node.load.__globals__["levels"]
+    assert levels(replace(predictor, recipe=recipe), Sampling(4518.0))[0] == pytest.approx(4096)
+    with pytest.raises(ValueError, match="begin at 4096, the model's at 14"):
+        levels(replace(predictor, recipe=recipe), Sampling())
+
+
 def test_a_predictor_of_another_model_is_refused_by_the_node(node: Any) -> None:
     with pytest.raises(ValueError, match=r"for another model .ms_coco, sd3.*begin at 1, "):
         node.load(Sampling(), "sd3-512-best", 1.0)
