@@ -140,11 +140,14 @@ def main(
 def distil(problem: Problem, run: Run, stop: Stop, resume: str | None) -> None:
     """Learn tick by tick, writing what each gives into the run's folder."""
     state, tick, started = {}, 0, time.monotonic()
+    own = dataclasses.asdict(problem.settings)
+    settings = {**vars(Backbone()), **problem.model.training, **own}
+    settings["shape"] = list(problem.model.backend.shape)
     if resume and checkpoints(run.folder):
         by_name = resume.endswith(".pt")
         path, content = (Path(resume), read_sealed(resume)) if by_name else run.newest()
         for name, was in content["settings"].items():
-            if name not in MOVABLE and vars(problem.settings).get(name, was) != was:
+            if name not in MOVABLE and settings.get(name, was) != was:
                 raise ValueError(f"{path} was made with {name} {was}: mend {CONFIG}")
         state, tick = content["state"], content["ticks"]
         run.log(f"going on from {path.name}")
@@ -162,7 +165,6 @@ def distil(problem: Problem, run: Run, stop: Stop, resume: str | None) -> None:
         if run.writes:
             for name in (f"predictor-{tick:05d}.pkl", "predictor.pkl"):
                 save_predictor(predictor_of(problem, state), run.folder / name)
-        settings = dataclasses.asdict(problem.settings)
         run.save(tick, {"ticks": tick, "settings": settings, "state": state})
         stop.held = False
         stop.poll()
@@ -182,6 +184,8 @@ def configured(
     Raises ValueError where an explicit option is not that of the run.
     """
     kimg, values = options["total_kimg"], dict(options)
+    if kimg is not None and "samples" in given:
+        raise ValueError("give either --samples or --total_kimg, not both")
     if kimg is not None:
         values, given = values | {"samples": max(1, round(kimg * 1000))}, {*given, "samples"}
     if "name" in given and "model" not in given:
@@ -211,11 +215,16 @@ def split(values: Mapping[str, Any]) -> tuple[Backbone, Settings]:
     return Backbone(**{n: v for n, v in values.items() if n in own}), settings
 
 
+def of_features(distances: str) -> list[str]:
+    """Those of some distances, joined by +, that look at features."""
+    return [each for each in distances.split("+") if any(name in each for name in OF_FEATURES)]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of a run; ValueError for a file that is missing or holds other names."""
     try:
         content: Any = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, AssertionError) as error:
         raise ValueError(f"{path} is not YAML that can be read: {error}") from error
     if isinstance(content, dict) and content.pop("try_schedules", None):  # False was the usual
         raise ValueError(f"{path}: try_schedules is gone: name one with --schedule_type")
@@ -253,8 +262,8 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
     path, prompts = find_model(b.model), read_prompts(b.prompts) if b.prompts else ()
     size = (b.resolution, b.resolution) if b.resolution else None
     about = ModelOptions(size, b.negative_prompt, b.model_config)
-    if b.features is None and any(name in asked for name in OF_FEATURES):
-        raise ValueError(f"distance {settings.distance} needs its network: give --features")
+    if b.features is None and (looks := of_features(asked)):
+        raise ValueError(f"distance {looks[0]} needs its network: give --features")
     if b.reward is None and "reward" in asked:
         raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
     if b.reward and "reward" not in asked:
@@ -304,6 +313,8 @@ def features_of(name: str, inception: bool, backend: Backend) -> Callable[[Tenso
         return lambda x: network(backend.decode(x))
     kind, _, place = name.partition("=")
     if kind == "efficientnet-lite0":  # at a side of 224, or of another, which is faster
+        if place and not 8 <= int(place if place.isdecimal() else 0) <= 4096:
+            raise ValueError(f"features {name}: the side of its images is 8 to 4096 pixels")
         maps, side = load_features(backend.device).maps, int(place or 224)
         return lambda x: maps(prepared(backend.decode(x), side)).mean((2, 3))
     space = load_space(kind, backend.device, Path(place) if place else None)

@@ -192,6 +192,10 @@ def test_resume_refuses_other_settings_and_other_folders(
         (text.replace("num_steps: 4", "num_steps: abc"), "num_steps abc"),
         (text.replace("points: 2", "points: null"), "points None is out of range"),
         (text.replace("points: 2", "points: 3"), "was made with points 2"),
+        (text.replace("label: null", "label: 1"), "was made with label None"),
+        (text.replace("seed: 0", "seed: {a: 1}"), "seed {'a': 1} is out of range"),
+        (text.replace("dtype: float32", "dtype: f9"), "dtype f9 is out of range"),
+        ("3", "not YAML"),
         (text.replace("batch: 8", "batch: -8"), "batch -8"),
     ):
         config.write_text(wrong)
@@ -229,6 +233,9 @@ def test_a_cache_is_used_and_mended(
         (["--distance", "l2+0.1*features"], "--features"),
         (["--distance", "distribution", "--features", "no_module:f"], "no_module"),
         (["--distance", "reward"], "--reward"),
+        (["--features", "efficientnet-lite0=big", "--distance", "energy"], "8 to 4096 pixels"),
+        (["--samples", "8", "--total_kimg", "1"], "not both"),
+        (["--init", "cifar10-5nfe", "--sigma_max", "20"], "cifar10-5nfe has its own noise levels"),
         (["--reward", "clip"], "clip does nothing: leave it out"),
         (["--distance", "reward", "--reward", "clipp"], "clip"),
         (["--distance", "lpips"], "unknown distance 'lpips'"),

@@ -26,7 +26,7 @@ METHODS = ("fit", "gradient")
 OBJECTIVES = ("per-step", "final", "end-to-end")
 BACKENDS = ("auto", "edm", "analytic", "ldm", "sd3", "flux")
 TEACHERS = ("heun", "dpm2", "euler", "ipndm", "dpmpp", "edm")
-PUBLISHED = {("teacher", "dpm"): "dpm2", ("solver", "ipndm"): "epd-ipndm"}
+PUBLISHED: dict[Any, str] = {("teacher", "dpm"): "dpm2", ("solver", "ipndm"): "epd-ipndm"}
 """What the published code calls a setting's value."""
 VE_SCHEDULES = ("time_uniform", "polynomial", "logsnr", "discrete")
 FLOW_SCHEDULES = ("flowmatch",)
@@ -52,6 +52,21 @@ def setting(default: Any, kind: click.ParamType, about: str, *names: str) -> Any
     )
 
 
+def convert(values: Any) -> None:
+    """Bring the fields to their types; ValueError, naming it, for one that is none."""
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if value is None and field.default is None:
+            continue
+        try:
+            value = PUBLISHED.get((field.name, value), value)
+            typed = field.metadata["kind"].convert(value, None, None)
+        except (click.UsageError, TypeError) as error:
+            said = error.message if isinstance(error, click.UsageError) else "it is no such value"
+            raise ValueError(f"{field.name} {value} is out of range: {said}") from error
+        object.__setattr__(values, field.name, typed)
+
+
 @dataclass(frozen=True)
 class Backbone:
     """The network that a command distils, what it is told, and what looks at its samples."""
@@ -75,6 +90,9 @@ class Backbone:
         None, TEXT, "Of its distance: a name of rewards/, or module:function."
     )
     dtype: str = setting("float32", click.Choice(list(DTYPES)), "")
+
+    def __post_init__(self) -> None:
+        convert(self)
 
 
 @dataclass(frozen=True)
@@ -141,17 +159,7 @@ class Settings:
     name: str = setting("unknown", TEXT, "Of the data, for the recipe.", "--dataset_name")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            value = PUBLISHED.get((field.name, value), value)
-            if value is None and field.default is None:
-                continue
-            try:
-                typed = field.metadata["kind"].convert(value, None, None)
-            except (click.UsageError, TypeError) as error:
-                said = error.message if isinstance(error, click.UsageError) else "it is empty"
-                raise ValueError(f"{field.name} {value} is out of range: {said}") from error
-            object.__setattr__(self, field.name, typed)
+        convert(self)
 
     @property
     def multistep(self) -> bool:
@@ -249,6 +257,11 @@ def adopted(settings: Settings) -> Settings:
         solver = recipe.solver if recipe.base == "euler" else f"epd-{recipe.base}"
         own = {"solver": solver, "num_steps": recipe.num_steps, "afs": recipe.afs}
         own |= {"max_order": recipe.max_order}
+        usual = {"schedule": (VE_SCHEDULES[0], FLOW_SCHEDULES[0]), "schedule_rho": (1.0,)}
+        for name in ("schedule", "schedule_rho", "sigma_min", "sigma_max"):
+            if (value := getattr(settings, name)) not in (None, *usual.get(name, ())):
+                said = f"{settings.init} has its own noise levels, leave it out"
+                raise ValueError(f"{name} {value}: {said}")
     for name, value in own.items():
         if getattr(settings, name) not in (None, value):
             raise ValueError(f"{name} {getattr(settings, name)}: {settings.init} has {value}")
@@ -267,7 +280,7 @@ def usual_grid(settings: Settings, flow: bool) -> dict[str, Any]:
         num_steps = s.nfe + 1 + bool(afs)
     elif s.nfe:
         calls = 1 + SOLVERS[base].calls
-        choices = [False, True] if flow else [True, False]
+        choices = [False, bool(afs)] if flow else [True, False]
         fitting = [a for a in choices if afs in (None, a) and not (s.nfe + a) % calls]
         if not fitting or s.nfe + fitting[0] < calls:
             raise ValueError(f"{s.solver} cannot make {s.nfe} calls: change nfe by 1")
