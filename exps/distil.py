@@ -39,7 +39,7 @@ def emoji(named: tuple[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
 def by_distribution(points: int, calls: int) -> tuple[str, tuple[str, ...]]:
     """The same for a parallel multistep table that goes on by what sets of samples look like."""
     start = f"epd-multistep-k{points}-{calls}nfe"
-    more = ("--features", "fashion-judge", "--distance", "distribution")
+    more = ("--features", "fashion-judge", "--distance", "distribution", "--rounds", "3")
     init = ("--init", f"exps/fashion-mnist-32/{start}.pkl", "--num_points", str(points))
     return f"{start}-distribution", (*init, *more)
 

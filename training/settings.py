@@ -318,7 +318,7 @@ def usual_fit(settings: Settings, shape: Sequence[int]) -> dict[str, Any]:
         "samples": max(64 if squares else 96, min(MANY // numbers**2, 4096)),
         "batch": max(16, min(1 << 15 >> (numbers - 1).bit_length(), 1024)),
         "fine_steps": 49 if small else 33,
-        "rounds": 15 if small else 2 + (not squares),
+        "rounds": 15 if small else 2,
         "robust": small,
         "learn_grid": True,
     }
