@@ -245,7 +245,10 @@ def adopted(settings: Settings) -> Settings:
     if settings.init is None:
         return settings
     own: dict[str, Any] = {"solver": "epd-multistep", "afs": False}
-    if not hand_made(settings.init):
+    if hand_made(settings.init):
+        base, order = parse_name(settings.init)
+        own["max_order"] = order or settings.max_order or SOLVERS[base].default_order
+    else:
         predictor = load_predictor(find_predictor(settings.init))
         recipe = predictor.recipe
         if predictor.table.guidance is not None:

@@ -411,7 +411,8 @@ def start_of(student: Student, settings: Settings) -> Table:
     if settings.init is None:
         return student.even_table()
     if hand_made(settings.init):
-        solver = make_solver(settings.init, SolverOptions(process=student.process))
+        ways = settings.max_order, student.process, settings.predict_x0, settings.lower_order_final
+        solver = make_solver(settings.init, SolverOptions(*ways))
         table = table_of(Sampler(solver, student.sigmas, student.process))
     else:
         table = load_predictor(find_predictor(settings.init)).table

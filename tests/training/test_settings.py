@@ -76,6 +76,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"init": "heun", "nfe": 4}, "init heun makes 2 calls a step, and a table one"),
         ({"init": "unipc-2", "solver": "epd"}, "solver epd: unipc-2 has epd-multistep"),
         ({"init": "unipc-2", "afs": True}, "afs True: unipc-2 has False"),
+        ({"init": "unipc-2", "max_order": 1}, "max_order 1: unipc-2 has 2"),
         ({"flow": True, "afs": True}, "no analytic first step"),
         ({"flow": True, "sigma_max": 80.0}, r"sigma_max 80.0 is out of range"),
     ],
@@ -122,6 +123,17 @@ def test_a_table_that_starts_from_a_solver_makes_its_steps(name: str, flow: bool
         exact = (count < 6 and points == 1) or name in ("euler", "dpmpp-1")
         assert (ends[0] - ends[1]).abs().max() < (1e-9 if exact else 0.1)
         assert table.calls == wanted.calls
+
+
+@pytest.mark.parametrize("more", [{"predict_x0": False}, {"lower_order_final": False}, {}])
+def test_a_table_that_starts_from_a_solver_heeds_what_that_is_given(more: dict[str, Any]) -> None:
+    s = settings(init="dpmpp", max_order=3, num_steps=5, points=1, **more)
+    student = make_student(LEVELS, s)
+    x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    wanted = Sampler(make_solver("dpmpp", SolverOptions(3, **more)), student.sigmas)
+    table = student.holding(start_of(student, s))
+    ends = [list(way.states(Field(curved), 0.9 * x))[-1] for way in (wanted, table)]
+    assert (ends[0] - ends[1]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "gradient"}, {"M": 2}])
