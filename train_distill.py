@@ -204,7 +204,7 @@ def configured(
     elif options["preset"]:
         values |= {n: v for n, v in preset(options["preset"]).items() if n not in given}
         if options["method"] == "fit":
-            values |= {n: DEFAULTS[n] for n in {*GRADIENT_ALONE, "last_distance"} - given}
+            values |= {n: DEFAULTS[n] for n in {*GRADIENT_ALONE, "last_distance", "alpha"} - given}
     return split(values)
 
 

@@ -344,6 +344,10 @@ def check(settings: Settings, flow: bool) -> None:
         f"{s.solver} has free scales: leave out fcn, scale_dir and ends": s.multistep
         and (s.fcn or s.scale_dir or s.scale_time_ends),
         "fcn is for --method gradient: a fit has free weights there": fits and s.fcn,
+        f"alpha {s.alpha} is for --method gradient: weigh as in l2+0.1*features": fits
+        and s.alpha != Settings.alpha,
+        f"positions {s.positions} are tried without init alone": s.init
+        and s.positions != Settings.positions,
         "learn_grid needs a fit: a gradient does not reach the time grid": not fits
         and s.learn_grid,
         f"sigma_max {s.sigma_max} is out of range: flow matching starts at 1 or below": flow

@@ -77,6 +77,8 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"init": "unipc-2", "solver": "epd"}, "solver epd: unipc-2 has epd-multistep"),
         ({"init": "unipc-2", "afs": True}, "afs True: unipc-2 has False"),
         ({"init": "unipc-2", "max_order": 1}, "max_order 1: unipc-2 has 2"),
+        ({"alpha": 1.0}, "alpha 1.0 is for --method gradient"),
+        ({"init": "epd-k2-5nfe", "positions": 9}, "positions 9 are tried without init alone"),
         ({"flow": True, "afs": True}, "no analytic first step"),
         ({"flow": True, "sigma_max": 80.0}, r"sigma_max 80.0 is out of range"),
     ],
