@@ -226,12 +226,10 @@ def test_a_pipeline_of_ones_own_around_anothers_call_is_scaled_once() -> None:
     assert close(call(pipe, "sd", own), call(pipe, "sd", parallel(pipe, predictor)))
 
 
-@families
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ONE_IMAGE])
 def test_several_images_a_prompt_are_each_alone(name: str) -> None:
     pipe = twin(name)
     counts = [count for count in COUNTS if count in twins.call_of(pipe)]
-    if not counts or name in ONE_IMAGE:
-        pytest.skip("it makes one image a prompt")
     fast = parallel(pipe, learned(pipe, "epd-multistep"))
     both = call(pipe, name, fast, **{counts[0]: 2}, generator=drawn(3, 4))
     each = [call(pipe, name, fast, generator=drawn(seed)) for seed in (3, 4)]
@@ -288,10 +286,10 @@ def test_they_are_our_loop_over_the_network_of_any_pipeline(name: str) -> None:
     assert bool(((images >= 0) & (images <= 1)).all())
 
 
-@families
-def test_a_solver_by_name_is_the_pipelines_own(name: str) -> None:
-    if (solver := FAMILIES[name].solver) is None:
-        pytest.skip("its own draws noise")
+@pytest.mark.parametrize(
+    ("name", "solver"), [(n, r.solver) for n, r in FAMILIES.items() if r.solver]
+)
+def test_a_solver_by_name_is_the_pipelines_own(name: str, solver: str) -> None:
     scheduler = EPDScheduler.from_solver(solver, like=twin(name).scheduler)
     theirs = call(twin(name), name, num_inference_steps=4)
     assert close(by_scheduler(name, scheduler, num_inference_steps=4), theirs)
