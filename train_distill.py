@@ -264,6 +264,9 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
     about = ModelOptions(size, b.negative_prompt, b.model_config)
     if b.features is None and (looks := of_features(asked)):
         raise ValueError(f"distance {looks[0]} needs its network: give --features")
+    if b.features and settings.distance and not of_features(asked):
+        fix = "leave it out, or give --distance distribution, say"
+        raise ValueError(f"--features {b.features} does nothing for {settings.distance}: {fix}")
     if b.reward is None and "reward" in asked:
         raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
     if b.reward and "reward" not in asked:

@@ -237,6 +237,7 @@ def test_a_cache_is_used_and_mended(
         (["--samples", "8", "--total_kimg", "1"], "not both"),
         (["--init", "cifar10-5nfe", "--sigma_max", "20"], "cifar10-5nfe has its own noise levels"),
         (["--reward", "clip"], "clip does nothing: leave it out"),
+        (["--features", "efficientnet-lite0", "--distance", "l2"], "does nothing for l2"),
         (["--distance", "reward", "--reward", "clipp"], "clip"),
         (["--distance", "lpips"], "unknown distance 'lpips'"),
         (["--guidance_type", "uncond", "--guidance_rate", "2"], "guidance_rate 1"),

@@ -36,12 +36,12 @@ from src.files import write_json
 ZEROS = 256  # rows, in the pipeline's default
 NO_TEXT = 0.1
 FEWER_ZEROS = 0.3  # the share with fewer rows of zeros, so that their number matters little
-POOL, POOL_STEPS = 2048, 256  # scenes that are encoded together, and the steps they serve
+POOL, POOL_STEPS = 2048, 512  # scenes that are encoded together, and the steps they serve
 
 
 @dataclass
 class Pool:
-    """Scenes' latents and captions, the same for POOL_STEPS steps: each is drawn four times."""
+    """Scenes' latents and captions, the same for POOL_STEPS steps: each is drawn eight times."""
 
     parts: Parts
     stage: Stage

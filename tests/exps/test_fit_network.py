@@ -65,5 +65,13 @@ def test_parts_do_not_change_the_gradient(part: int) -> None:
     rows = draw(0, Generator().manual_seed(1))
     loss(whole, *rows).backward()
     with ThreadPoolExecutor(2) as pool:
-        gradients(split, loss, rows, part, pool)
+        gradients(split, loss, rows, part, pool.map)
     torch.testing.assert_close(split.weight.grad, whole.weight.grad)
+
+
+def test_a_compiled_network_ends_where_the_plain_one_does(tmp_path: Path) -> None:
+    plain, compiled = line(), line()
+    fit_network(plain, draw, loss, Plan(20, 8, 0.05), tmp_path / "plain", lambda *_: None)
+    plan = Plan(20, 8, 0.05, compiled=True)
+    fit_network(compiled, draw, loss, plan, tmp_path / "compiled", lambda *_: None)
+    torch.testing.assert_close(compiled.weight, plain.weight, rtol=1e-4, atol=1e-5)
