@@ -153,6 +153,7 @@ def training(defaults: Plan, data: Path | None = None) -> Callable[[Work], click
     folder = click.Path(path_type=Path, file_okay=False)
     kinds = {"steps": click.IntRange(1), "batch": click.IntRange(2), "lr": click.FloatRange(0)}
     kinds |= {"seed": click.IntRange(0), "threads": click.IntRange(1)}
+    kinds |= {"cooldown": click.FloatRange(0, 1)}
 
     def decorate(work: Work) -> click.Command:
         @click.option("--data", type=folder, default=data, required=data is None)
