@@ -31,8 +31,11 @@ from exps.build.tiny_models import (
     velocity,
     write_pipeline,
 )
+from exps.study.composed import PROMPTS, parse
 from src.files import write_json
+from src.text import read_prompts
 
+COMMON = PROMPTS.with_name("emoji-common.txt")
 ZEROS = 256  # rows, in the pipeline's default
 NO_TEXT = 0.1
 FEWER_ZEROS = 0.3  # the share with fewer rows of zeros, so that their number matters little
@@ -97,7 +100,10 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     parts = load_parts(outdir.with_name("vae") / "vae", outdir.with_name("clip") / "clip")
     transformer = load_part(diffusers.SD3Transformer2DModel, "transformer", start).train()
     fold_zeros(transformer, ZEROS, 0)
-    pool = Pool(parts, Stage(emoji), load_pictures(data, emoji), plan.seed)
+    composed = [frozenset(parse(prompt).names) for prompt in read_prompts(PROMPTS)]
+    pairs = {names for names in composed if len(names) > 1}  # to judge by
+    stage = Stage(emoji, common=read_prompts(COMMON), apart=pairs)
+    pool = Pool(parts, stage, load_pictures(data, emoji), plan.seed)
     silence = tokenise(parts.tokenizer, [""])
     draw = partial(drawn, pool=pool, silence=silence, batch=plan.batch)
 

@@ -4,7 +4,7 @@ One object or two, of any size, place and angle, mirrored or not, on any ground:
 does not say differs from picture to picture, so that a model of them has something to vary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import cos, pi, sin
 from random import Random
@@ -32,6 +32,8 @@ COLOURS = {
 JITTER = 14  # of a ground's red, green and blue
 WHITE, PAIRS, PLAIN = 0.35, 0.25, 0.4
 """The shares of scenes on white, of two objects, and of single objects at full size."""
+COMMON, COMMON_PAIRS = 0.65, 0.85
+"""The shares of single objects and of pairs' that are common ones, where there are any."""
 PAIRABLE = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Objects",
             "Activities")  # fmt: skip
 ONE_WAY = ("left", "right", "facing", "button", "clockwise", "clock", "letter", "keycap", "flag")
@@ -60,14 +62,26 @@ class Scene:
 
 
 class Stage:
-    """Draws scenes of the emoji that may be trained on; held out ones never."""
+    """Draws scenes of the emoji that may be trained on; held out ones never.
 
-    def __init__(self, emoji: Sequence[Emoji], *, held_out: bool = False) -> None:
-        self.emoji = emoji
+    `common`: names that a share of the single objects, and more of the pairs, are drawn from;
+    `apart`: two names each that are never drawn together.
+    """
+
+    def __init__(
+        self,
+        emoji: Sequence[Emoji],
+        *,
+        held_out: bool = False,
+        common: Container[str] = (),
+        apart: Container[frozenset[str]] = (),
+    ) -> None:
+        self.emoji, self.apart = emoji, apart
         weights = drawing_weights(emoji) * torch.tensor([e.held_out == held_out for e in emoji])
         pairable = torch.tensor([e.category in PAIRABLE and not e.tone for e in emoji])
-        self.single = weights.cumsum(0).tolist()
-        self.paired = (weights * pairable).cumsum(0).tolist()
+        usual = torch.tensor([e.names[0] in common and not e.tone for e in emoji])
+        self.single = _often(weights, usual, COMMON).cumsum(0).tolist()
+        self.paired = _often(weights * pairable, usual, COMMON_PAIRS).cumsum(0).tolist()
 
     def draw(self, count: int, g: Generator) -> list[Scene]:
         """So many scenes, by the generator alone."""
@@ -111,7 +125,9 @@ class Stage:
         return (placed,), text
 
     def _two(self, chance: Random) -> tuple[tuple[Placed, ...], str]:
-        rows = (_row(self.paired, chance), _row(self.paired, chance))
+        rows: tuple[int, ...] = ()
+        while not rows or frozenset(self.emoji[row].names[0] for row in rows) in self.apart:
+            rows = (_row(self.paired, chance), _row(self.paired, chance))
         across = chance.random() < 0.6
         objects = []
         for row, along in zip(rows, (0.26, 0.74), strict=True):
@@ -168,6 +184,14 @@ def _transformed(placed: Sequence[Placed], pictures: Tensor) -> Tensor:
         maps.append([[sign * c, sign * s, -sign * (c * x + s * y)], [-s, c, s * x - c * y]])
     grid = F.affine_grid(torch.tensor(maps), list(source.shape), align_corners=False)
     return F.grid_sample(source, grid, mode="bilinear", align_corners=False)
+
+
+def _often(weights: Tensor, usual: Tensor, share: float) -> Tensor:
+    """Weights [N] of which the usual ones [N] make up a share, if there are any."""
+    within, without = weights * usual, weights * ~usual
+    if not within.any():
+        return weights
+    return within / within.sum() * share + without / without.sum() * (1 - share)
 
 
 def _row(cumulative: list[float], chance: Random) -> int:

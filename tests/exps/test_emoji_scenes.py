@@ -65,6 +65,23 @@ def test_scenes_hang_on_the_seed_show_what_is_trained_and_say_what_is_so(
     assert all(any(words in text for text in said) for words in (" and ", " above ", "small "))
 
 
+def test_common_things_are_drawn_more_often_and_pairs_that_are_to_judge_by_never(
+    emoji: list[Emoji],
+) -> None:
+    pair = frozenset(("red apple", "rocket"))
+    stage = Stage(emoji, common=[*pair, "dog face"], apart={pair})
+    drawn = stage.draw(1000, Generator().manual_seed(0))
+    ones = [emoji[s.objects[0].row].names[0] for s in drawn if len(s.objects) == 1]
+    assert sum(name in (*pair, "dog face") for name in ones) / len(ones) == pytest.approx(
+        0.65, abs=0.05
+    )
+    twos = [
+        frozenset(emoji[o.row].names[0] for o in s.objects) for s in drawn if len(s.objects) > 1
+    ]
+    assert pair not in twos
+    assert frozenset(("red apple", "dog face")) in twos
+
+
 def test_a_scene_is_painted_as_it_is_described() -> None:
     picture = torch.zeros(1, 4, 64, 64, dtype=torch.uint8)
     picture[:, 0, :, :32] = 255  # red on the left half, nothing on the right
