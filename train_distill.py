@@ -71,6 +71,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resume", help="A run's folder, a checkpoint, or latest.")
 @click.option("--outdir", type=click.Path(path_type=Path), help="Default: exps/00001-WHAT.")
 @click.option("--points_degree", type=click.IntRange(1), default=1, help="Ranks for a call.")
+@click.option("--compile", cls=BoolFlag, help="Compile the network: slow to start, then fast.")
 @click.option("--device", type=Device(), default="auto")
 @click.option("--dry-run", is_flag=True, help="Print the resolved settings, and do nothing.")
 @click.pass_context
@@ -114,7 +115,9 @@ def main(
             return ranks.all_reduce_sum(tensor)
 
         model = opened(backbone, settings, device)
-        model = replace(model, backend=spread(model.backend, mesh))
+        denoise = model.backend.denoise
+        compiled = torch.compile(denoise) if options["compile"] else denoise
+        model = replace(model, backend=spread(replace(model.backend, denoise=compiled), mesh))
         if cache:
             path = find_model(backbone.model)
             key = fingerprint(path) if path.exists() else backbone.model

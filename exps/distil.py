@@ -67,13 +67,13 @@ SETS = {
 }
 
 
-def distil(name: str, asked: tuple[str, ...], target: Path, work: Path) -> str:
+def distil(name: str, asked: tuple[str, ...], target: Path, work: Path, *more: str) -> str:
     """Run, or go on with, the distillation of a predictor; return the end of what it said."""
     run = work / name
     started = ("--resume", str(run)) if any(run.glob("checkpoint-*.pt")) else ()
     command = [sys.executable, "train_distill.py", "--device", "cpu"]
     command += started or (*asked, "--outdir", str(run))
-    command += ["--teacher-cache", str(work / "teacher")]
+    command += ["--teacher-cache", str(work / "teacher"), *more]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True, env=one_thread
@@ -92,16 +92,20 @@ def distil(name: str, asked: tuple[str, ...], target: Path, work: Path) -> str:
 @click.option("--target", type=click.Path(path_type=Path), help="For predictors: exps/NAME.")
 @click.option("--work", type=click.Path(path_type=Path), help="For the runs: runs/NAME.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="At once, one thread each.")
-def main(name: str, only: str, target: Path | None, work: Path | None, jobs: int) -> None:
+@click.option("--compile", "compiled", is_flag=True, help="Compile the network: less time.")
+def main(
+    name: str, only: str, target: Path | None, work: Path | None, jobs: int, compiled: bool
+) -> None:
     """Distil the predictors of the model NAME that are not there yet."""
     wanted = {one: asked for one, asked in SETS[name].items() if fnmatch(one, only)}
     if not wanted:
         raise click.ClickException(f"--only {only!r} names none of {', '.join(SETS[name])}")
+    more = ("--compile",) if compiled else ()
     target, work = target or ROOT / "exps" / name, work or ROOT / "runs" / name
     missing = [one for one in wanted if not (target / f"{one}.pkl").exists()]
 
     def make(one: str) -> str:
-        return f"{one}: {distil(one, wanted[one], target, work)}"
+        return f"{one}: {distil(one, wanted[one], target, work, *more)}"
 
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="predictor") as bar:
         for text in pool.map(make, missing):

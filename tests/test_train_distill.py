@@ -140,6 +140,24 @@ def test_either_method_starts_from_another_predictor(distill: Distill, tmp_path:
 
 
 @EACH
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo itself
+def test_a_compiled_network_gives_the_same_table(
+    method: str, whole: dict[str, Path], distill: Distill, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Compiled by dynamo, but without a C++ compiler."""
+    asked, compiled = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f: asked.append(f) or compiled(f, backend="eager")
+    )
+    result = distill(*OPTIONS[method], "--compile")
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 1
+    for ours, plain in zip(table(tmp_path / "out"), table(whole[method]), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@EACH
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     distill: Distill, whole: dict[str, Path], tmp_path: Path, method: str, damaged: bool
