@@ -14,7 +14,7 @@ from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
 from backends.load import backbone_of, check_fit, load_backend, usual_size
 from backends.spread import spread
-from solvers.predictor import Predictor, find_predictor, load_predictor
+from solvers.predictor import Predictor, find_predictor, load_predictor, named_tensors
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, parse_name
 from solvers.schedules import SCHEDULES
 from src import ranks
@@ -180,9 +180,11 @@ def described(
     order = recipe.max_order if recipe else options["max_order"]
     has_orders = len(SOLVERS[parse_name(recipe.base if recipe else name)[0]].orders) > 1
     num_steps = len(sampler.sigmas) - options["denoise_to_zero"]
+    table = named_tensors(predictor.table) if predictor else {}
     about = {
         "model": options["model"],
         "predictor": options["predictor"],
+        "table": digest([f"{n} {t.tolist()}" for n, t in table.items()]) if table else None,
         "solver": f"epd over {recipe.base}" if recipe else name,
         "order": order if has_orders else None,
         "num_steps": num_steps,

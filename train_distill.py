@@ -130,6 +130,9 @@ def main(
             click.echo(to_json(vars(backbone) | vars(problem.settings) | levels, 2))
             return
         run = open_run(backbone, problem.settings, folder, outdir)
+        both = f"{problem.settings.distance}+{problem.settings.last_distance}"
+        if backbone.features and not of_features(both):
+            run.log(f"--features {backbone.features} are not looked at by the distance {both}")
         try:
             with stop.listening():
                 distil(problem, run, stop, resume)
@@ -193,7 +196,7 @@ def configured(
         values, given = values | {"samples": max(1, round(kimg * 1000))}, {*given, "samples"}
     if "name" in given and "model" not in given:
         values["model"] = options["name"]
-    if options["guidance_type"] == "uncond" and options["guidance_rate"] != 1:
+    if options["guidance_type"] == "uncond" and options["guidance_rate"] not in (None, 1):
         raise ValueError("guidance_type uncond is guidance_rate 1")
     if folder:
         run = read_config(folder / CONFIG)
@@ -267,9 +270,6 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
     about = ModelOptions(size, b.negative_prompt, b.model_config)
     if b.features is None and (looks := of_features(asked)):
         raise ValueError(f"distance {looks[0]} needs its network: give --features")
-    if b.features and settings.distance and not of_features(asked):
-        fix = "leave it out, or give --distance distribution, say"
-        raise ValueError(f"--features {b.features} does nothing for {settings.distance}: {fix}")
     if b.reward is None and "reward" in asked:
         raise ValueError(f"distance {settings.distance} needs its reward: give --reward NAME")
     if b.reward and "reward" not in asked:
@@ -294,6 +294,7 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
 
     key = {"dtype": str(backend.dtype), "prompts": list(prompts)}
     key |= {"class": b.label, "negative_prompt": b.negative_prompt}
+    key |= {"model_config": fingerprint(Path(b.model_config))} if b.model_config else {}
     return Model(
         backend,
         lambda seeds: backend.encode([prompt_of(seed) for seed in seeds]),
@@ -310,7 +311,7 @@ def features_of(name: str, inception: bool, backend: Backend) -> Callable[[Tenso
 
     A space is one of `eval.features`, as a name (dinov2=FOLDER) or module:function.
     """
-    if name.endswith((".pt", ".pth", ".ts", ".torchscript")):
+    if "=" not in name and name.endswith((".pt", ".pth", ".ts", ".torchscript")):
         network = load_network(name, backend.device)
         if inception:  # NVIDIA's TorchScript
             return lambda x: network(

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -157,7 +158,11 @@ def set_statistics(
     for space in (reference.space for reference in references):
         key = hashlib.sha256(to_json([*whole, space.about, space.version]).encode())
         paths[space.name] = cache / f"{key.hexdigest()[:32]}.npz"
-    if missing := [r for r in references if not paths[r.space.name].is_file()]:
+    kept: dict[str, Statistics] = {}
+    for name, path in paths.items():
+        with suppress(ValueError):  # none, or a damaged one
+            kept[name] = load_statistics(path)
+    if missing := [r for r in references if r.space.name not in kept]:
         sums: dict[str, Statistics] = {}
         bar = ranks.progress(len(jobs), "image", f"{candidate.name}, {candidate.nfe} calls")
         for batch in generate(benchmark.backend, sampler, jobs, batch=benchmark.batch):
@@ -165,8 +170,12 @@ def set_statistics(
             bar.update(len(batch.jobs))
         bar.close()
         for name, statistics in sums.items():
-            save_statistics(paths[name], statistics)
-    return {name: load_statistics(path) for name, path in paths.items()}
+            try:
+                save_statistics(paths[name], statistics)
+            except ValueError as error:  # a full disk does not cost what is measured
+                click.echo(f"not kept for another time: {error}", err=True)
+        kept |= sums
+    return kept
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -243,6 +252,11 @@ def main(**options: Any) -> None:
         raise ValueError(f"nothing to compare: {fix}")
     rewards = load_rewards(names, setup)
     references = references_for(model, options["features"], options["reference"], paths, device)
+    for one in references:
+        look = torch.zeros(1, 3, *backend.size, device=device)
+        if one.statistics and (count := one.space(look).shape[1]) != len(one.statistics.mean):
+            there = len(one.statistics.mean)
+            raise ValueError(f"--reference has {there} numbers, {one.space.name} gives {count}")
     images = options["images"]
     if images and not references:
         raise ValueError(f"--images {images} is of Frechet distances: give --features too")
@@ -267,7 +281,9 @@ def main(**options: Any) -> None:
         sets = [jobs_for(backend, seeds, texts, even=True) for seeds in ranges]
         version = stamp(model) if model.exists() else str(model)
         code = [source_hash(f"backends.{module}") for module in ("load", "generate")]
-        about = (version, settings["dtype"], *code)
+        weights = [stamp(Path(paths[r.space.name])) for r in references if r.space.name in paths]
+        size = [list(backend.shape), list(backend.size), str(backend.dtype)]
+        about = (version, *size, *weights, *code)
         results = [*zip(candidates, scores, strict=True), (fine, fine_score)]
         *scores, fine_score = with_sets(
             benchmark, results, references, sets, outdir / "cache", about
@@ -286,15 +302,20 @@ def at_rates(
 
     ValueError where there is none, and for a model that cannot be guided so.
     """
-    count, guided = text.count(",") + 1, []
+    count, guided, said = text.count(",") + 1, [], ""
     for one in candidates:
         sampler, levels = one.sampler, one.sampler.sigmas[:-1]
         if count in (1, len(levels)):
-            sampler = sampler.with_rates(guidance_rates(text, levels))
+            try:
+                sampler = sampler.with_rates(guidance_rates(text, levels))
+            except ValueError as error:  # no step of this one in the interval
+                said = str(error)
+                continue
             backend.guided(sampler.strongest, backend.encode([job.prompt]))
             guided.append(replace(one, name=f"{one.name} at {text}", sampler=sampler))
     if not guided:
-        raise ValueError(f"--guidance {text}: no solver or predictor here has {count} steps")
+        said = said or f"no solver or predictor here has {count} steps"
+        raise ValueError(f"--guidance {text}: {said}")
     return guided
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from src.files import read_json
 from src.images import FORMATS, read_image
+from src.samples import INDEX, differing, recipe_in
 
-INDEX = "samples.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THREADS = 4
 AHEAD = 256  # pictures whose texts are read at once
@@ -71,8 +71,8 @@ class Identity:
 def find_pictures(place: Path, pattern: str = "*") -> Pictures:
     """The pictures of a folder, a zip or a samples.json whose file names match `pattern`.
 
-    A folder that has a samples.json has the pictures that it lists, and those beside it that
-    carry a recipe of their own: a stopped run's index may lag behind. Raises ValueError where
+    A folder that has a samples.json has the pictures that it lists, and those of other seeds that
+    say the same recipe: a stopped run's index may lag behind. Raises ValueError where
     there are none.
     """
     if not place.exists():
@@ -98,17 +98,25 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
             there = {picture.name for picture in listed}
             rest = [i for i, picture in enumerate(items) if picture.name not in there]
             of_rest = identities(Pictures(place, tuple(items)), rest, by_recipe=True)
-            kept = [(items[i].name, one) for i, one in of_rest.items()]
-            items = listed + [
-                Picture(name, one.seed, one.prompt)
-                for name, one in kept
-                if isinstance(one, Identity) and one.seed is not None
-            ]
+            recipe = read_json(place / INDEX).get("recipe", {})
+            by_seed: dict[int, Picture] = {}
+            for i, one in of_rest.items():
+                if not isinstance(one, Identity) or one.seed is None:
+                    continue
+                if not differing(of_all(recipe_in(place / items[i].name)), of_all(recipe)):
+                    by_seed.setdefault(one.seed, Picture(items[i].name, one.seed, one.prompt))
+            seeds = {picture.seed for picture in listed}
+            items = listed + [p for seed, p in by_seed.items() if seed not in seeds]
     items = [p for p in items if fnmatch(PurePosixPath(p.name).name, pattern)]
     if not items:
         which = "" if pattern == "*" else f" whose names match {pattern}"
         raise ValueError(f"no images in {place}{which}: PNG, JPEG, WebP, BMP, GIF, TIFF are read")
     return Pictures(folder, tuple(items))
+
+
+def of_all(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what is of one picture."""
+    return {name: v for name, v in recipe.items() if name not in ("seed", "prompt", "class")}
 
 
 def _is_picture(name: str) -> bool:

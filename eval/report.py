@@ -126,7 +126,8 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
                     (f"{best[1].name} {number(best[0])}", f"{best[1].rows:g}") if best else None
                 )
                 cells += named or ("-", "-")
-            lines.append((str(n), *cells, f"{ours[0] / by_hand[0]:.3f}"))
+            ratio = f"{ours[0] / by_hand[0]:.3f}" if by_hand[0] else "-"
+            lines.append((str(n), *cells, ratio))
     return aligned([(*head, f"{metric.name}: learned / hand-made"), *lines]) if lines else ""
 
 

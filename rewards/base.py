@@ -87,7 +87,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
             f"{name} gave {scores[wrong[0]].item()} for image {wrong[0]} of {len(images)} "
             f"(and {len(wrong) - 1} more): try it without --amp, and check its weights"
         )
-    return scores.to(torch.float32)
+    return scores.to(images.device, torch.float32)
 
 
 def has_gradient(

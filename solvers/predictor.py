@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = ", ".join(f"{sigma:.6g}" for sigma in predictor.sampler(levels).sigmas)
         else:
             raise ValueError("its levels are those of its model's own timesteps, not written down")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(text + "\n")

@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
     The temporary path keeps the suffix, for writers that look at it. If the block raises, or
     the machine stops, `path` is as it was. Missing folders are made. ValueError where the
-    folder cannot be made or the file cannot be put in its place.
+    folder cannot be made, or the file cannot be written or put in its place.
     """
     path = Path(path)
     temp = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
@@ -35,12 +35,14 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         yield temp
         with temp.open("r+b") as file:
             os.fsync(file.fileno())
-        try:
-            temp.replace(path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        temp.replace(path)
+    except OSError as error:
+        if error.errno is None or str(error.filename or temp) != str(temp):
+            raise  # not of this file
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -165,7 +167,7 @@ def find_predictor(name: str, exps: Path = EXPS) -> Path:
     for pattern in IN_RUN:
         if files := sorted((runs[0] if runs else Path(name)).glob(pattern)):
             return files[-1]
-    shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("*.pkl")}
+    shipped = {p.relative_to(exps).with_suffix("").as_posix(): p for p in exps.rglob("[!.]*.pkl")}
     wanted = name.removesuffix(".pkl").removeprefix("exps/").rstrip("/")
     matches = [k for k in shipped if k in (wanted, f"{wanted}/predictor")]
     matches = matches or [k for k in shipped if k.endswith(f"/{wanted}")]

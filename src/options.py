@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -162,6 +163,10 @@ def is_ours(file: str) -> bool:
     return Path(file).resolve().is_relative_to(ROOT) and "site-packages" not in file
 
 
+MAY_BE_EMPTY = ("__prompt", "__negative_prompt", "__solvers", "__override", "__vary", "__weights")
+"""Options whose empty value means something, or is told of in other words."""
+
+
 class OneLineCommand(click.Command):
     """A command whose errors are one line each, of usage and of its work; it has `--debug`.
 
@@ -181,6 +186,11 @@ class OneLineCommand(click.Command):
             for word in args:
                 if not word.isascii() and word != word.encode(errors="ignore").decode():
                     raise click.UsageError(f"{word!a} is not UTF-8 text")
+            for word, after in pairwise([*args, "-"]):
+                name, is_one, value = word.partition("=")
+                empty = not value if is_one else not after
+                if name.startswith("--") and empty and name.replace("-", "_") not in MAY_BE_EMPTY:
+                    raise click.UsageError(f"{name} is empty: give it a value, or leave it out")
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -29,7 +29,7 @@ from src.files import append_jsonl, read_jsonl, to_json, write_atomically, write
 from src.pickles import BROKEN
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-NUMBERED = re.compile(r"([0-9]{5,})-")
+NUMBERED = re.compile(r"(?![0-9]{8}-[0-9]{6}(?:\.[0-9]+)?-)([0-9]{5,})-")  # not by time
 LATEST = "latest"
 MARK = b"epd-sealed-1 "
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{8,}\.pt")

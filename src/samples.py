@@ -62,7 +62,7 @@ class Samples:
         ValueError where the folder, or a picture in the place of one, is of something else.
         """
         index = self.folder / INDEX
-        if index.exists() and read_json(index)["recipe"] != plain(self.about):
+        if index.exists() and differing(read_json(index)["recipe"], plain(self.about)):
             raise ValueError(f"{index} tells of another recipe than this: choose another --outdir")
         lacking = set()
         for seed, subject in wanted:
@@ -71,7 +71,7 @@ class Samples:
                 lacking.add(seed)
                 continue
             own = recipe_in(path)
-            for name in (name for name in recipe if own.get(name) != recipe[name]):
+            for name in differing(own, recipe):
                 other = f"says {name} {own.get(name)!r}, this would be {recipe[name]!r}"
                 raise ValueError(f"{path} {other}: choose another --outdir")
         self.write_index()
@@ -83,7 +83,7 @@ class Samples:
         for path in self.folder.glob("*/[0-9]*.png" if self.subdirs else "[0-9]*.png"):
             own = recipe_in(path)
             subject = own.get("prompt", own.get("class"))
-            if own and own == self.recipe(own.get("seed", -1), subject):
+            if own and not differing(own, self.recipe(own.get("seed", -1), subject)):
                 key = "prompt" if isinstance(subject, str) else "class"
                 file = path.relative_to(self.folder).as_posix()
                 images.append({"file": file, "seed": own["seed"], key: subject})
@@ -103,6 +103,12 @@ def usual_folder(about: Mapping[str, Any]) -> Path:
         for path in (Path(about["model"]), Path(about["predictor"] or about["solver"]))
     )
     return Path("samples") / model / f"{method}_nfe{about['nfe']}"
+
+
+def differing(own: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """What a picture's recipe says otherwise than another; older ones do not say their table."""
+    names = dict.fromkeys([*recipe, *own])
+    return [n for n in names if own.get(n) != recipe.get(n) and (n in own or n != "table")]
 
 
 def recipe_in(path: Path) -> dict[str, Any]:

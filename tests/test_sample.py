@@ -12,6 +12,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from sample import main
+from solvers.epd import Directions
+from solvers.predictor import Predictor, save_predictor
+from solvers.recipe import Recipe
 from src.images import read_png, save_png
 from tests.tiny import tiny_model
 
@@ -69,6 +72,19 @@ def test_what_is_there_is_kept_and_the_rest_made(sample: Sample, tmp_path: Path)
     assert (tmp_path / "out" / "000001.png").stat().st_mtime_ns == stamp
     after = images(tmp_path / "out")
     assert all((after[name] - before[name]).abs().max() <= 1 / 255 for name in before)
+
+
+def test_pictures_of_a_table_that_has_changed_are_not_kept(sample: Sample, tmp_path: Path) -> None:
+    path, ends = tmp_path / "ours.pkl", (0.002, 80.0)
+    given = ("--predictor", str(path), "--seeds", "0")
+    for places, done in ((0.5, True), (0.5, True), (0.6, False)):
+        r = torch.full((2, 1), places).double()
+        table = Directions(r, r / r, r / r, r / r)
+        recipe = Recipe(3, 1, "polynomial", sigma_min=ends[0], sigma_max=ends[1], afs=False)
+        save_predictor(Predictor(table, recipe), path)
+        result = sample(*given)
+        assert (result.exit_code == 0) is done, result.output
+    assert "says table" in result.output or "another recipe" in result.output
 
 
 def test_another_recipe_does_not_mix_into_a_folder(sample: Sample) -> None:
@@ -188,6 +204,8 @@ def test_an_option_against_the_predictor_names_both(
         (["--backend", "ldm"], "--backend ldm: the model is of edm"),
         (["--backend-config", '{"size": 3}'], "--backend-config takes resolution"),
         (["--prompt", "bad\udcff"], "not UTF-8"),
+        (["--predictor", ""], "--predictor is empty"),
+        (["--prompt-file="], "--prompt-file is empty"),
     ],
 )
 def test_bad_input_is_one_line(sample: Sample, options: list[str], names: str) -> None:

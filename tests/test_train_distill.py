@@ -16,7 +16,9 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 import sample
+from backends.load import load_backend
 from solvers.predictor import load_predictor, save_predictor
+from solvers.schedules import polynomial
 from src.runs import Metrics, checkpoints, read_sealed, write_sealed
 from tests import twins
 from train_distill import main
@@ -255,7 +257,6 @@ def test_a_cache_is_used_and_mended(
         (["--samples", "8", "--total_kimg", "1"], "not both"),
         (["--init", "cifar10-5nfe", "--sigma_max", "20"], "cifar10-5nfe has its own noise levels"),
         (["--reward", "clip"], "clip does nothing: leave it out"),
-        (["--features", "efficientnet-lite0", "--distance", "l2"], "does nothing for l2"),
         (["--distance", "reward", "--reward", "clipp"], "clip"),
         (["--distance", "lpips"], "unknown distance 'lpips'"),
         (["--guidance_type", "uncond", "--guidance_rate", "2"], "guidance_rate 1"),
@@ -270,6 +271,29 @@ def test_bad_input_is_one_line_before_any_work(
 ) -> None:
     assert names in refused(distill(*options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("process", ["ve", "flow"])
+@pytest.mark.parametrize("ways", [["--no-learn_grid"], [], ["--method", "gradient"]], ids=str)
+def test_the_ends_that_are_asked_for_are_those_of_the_predictor(
+    process: str, ways: list[str], model: Path, tmp_path: Path
+) -> None:
+    about = json.loads((model / "config.json").read_text()) | {"process": process}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(about))
+    ends = ["--sigma_min", "0.05", "--sigma_max", {"ve": "40", "flow": "0.9"}[process]]
+    short = ["--total_kimg", "0.016", "--batch", "8", "--M", "3", "--validation", "8"]
+    short += ["--schedule_type", {"ve": "polynomial", "flow": "flowmatch"}[process]]
+    result = distilled(folder, tmp_path / "out", *ends, *short, *ways, "--num_steps", "4")
+    assert result.exit_code == 0, result.output
+    sampler = load_predictor(tmp_path / "out" / "predictor.pkl").sampler(
+        load_backend(str(folder)).levels
+    )
+    assert (sampler.sigmas[0], sampler.sigmas[-1]) == pytest.approx((float(ends[3]), 0.05))
+    if process == "ve" and ways:
+        wanted = polynomial(4, 0.05, 40).tolist()
+        assert sampler.sigmas == pytest.approx(wanted)
 
 
 def test_dry_run_resolves_a_preset_without_its_weights() -> None:

@@ -328,13 +328,14 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
             recipe,
             backend_config=dict(backend.config),
             img_resolution=round(math.sqrt(math.prod(backend.size))),
-            sigma_min=levels.sigma_min,
-            sigma_max=levels.sigma_max,
+            sigma_min=levels.sigma_min if s.sigma_min is None else s.sigma_min,
+            sigma_max=levels.sigma_max if s.sigma_max is None else s.sigma_max,
             flowmatch_shift=levels.shift if flow else None,
             flowmatch_mu=levels.mu if flow else None,
             source="train_distill.py",
         )
     own = backend.family == OWN or levels.own is not None  # which no name tells of
+    own |= flow and (s.sigma_min, s.sigma_max) != (None, None)
     if s.init or own or sampler.sigmas != problem.student.sigmas:
         recipe = replace(recipe, schedule_type="custom", sigmas=sampler.sigmas)
     assert isinstance(sampler.solver, EPD | ParallelMultistep)

@@ -352,13 +352,17 @@ def descend(
 
     def looks(theta: Tensor) -> tuple[Tensor, Tensor]:
         """What is looked at of a vector's ends in the judges, and their mean squared error."""
-        sampler, seen, errors, size = student.sampler(theta), [], torch.zeros(()), 0
+        sampler, seen, errors, size, lost = student.sampler(theta), [], torch.zeros(()), 0, 0
         for batch in judges:
             end = last_state(sent([sampler], batch.x)[0], batch)
-            seen.append(lens(end, batch.numbers))
+            lost += not bool(end.isfinite().all())
+            seen += [] if lost else [lens(end, batch.numbers)]
             errors = errors + squared(end, batch.targets[-1]).double().sum()
             size += batch.x.numel()
-        total = reduce(torch.stack([errors.cpu().double(), torch.tensor(float(size)).double()]))
+        sums = [errors.cpu().double(), *torch.tensor([size, lost], dtype=torch.float64)]
+        total = reduce(torch.stack(sums))
+        if total[2]:  # on any rank: a reward, say, cannot look at what is no number
+            return torch.full((1, 1), math.nan), total[0] / 0
         return gathered(seen), total[0] / total[1]
 
     y, error = looks(theta)

@@ -7,6 +7,7 @@ Each field says its range and its help; `train_distill.py` makes its options of 
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -121,7 +122,7 @@ class Settings:
     schedule_rho: float | None = setting(None, POSITIVE, "Its exponent.")
     sigma_min: float | None = setting(None, POSITIVE, "Last noise level; usual: the model's.")
     sigma_max: float | None = setting(None, POSITIVE, "First noise level; usual: the model's.")
-    guidance_rate: float = setting(1.0, Number(0), "1 is no guidance.")
+    guidance_rate: float | None = setting(None, Number(0), "1 is none; default: of --init, or 1.")
     teacher: str = setting(
         "heun", click.Choice([*TEACHERS, "dpm"]), "", "--teacher", "--sampler_tea"
     )
@@ -196,7 +197,7 @@ def resolved(
 
     Raises ValueError in one line where they contradict each other or the model.
     """
-    s = adopted(settings)
+    s = with_usual(adopted(settings), {"guidance_rate": 1.0})
     s = replace(s, solver=s.solver or ("epd-multistep" if s.nfe else "epd"))
     s = with_usual(s, usual_grid(s, flow))
     assert s.num_steps
@@ -265,6 +266,12 @@ def adopted(settings: Settings) -> Settings:
             if (value := getattr(settings, name)) not in (None, *usual.get(name, ())):
                 said = f"{settings.init} has its own noise levels, leave it out"
                 raise ValueError(f"{name} {value}: {said}")
+        for name in ("predict_x0", "lower_order_final"):
+            own[name] = getattr(recipe, name)
+            if not getattr(settings, name) and own[name]:
+                raise ValueError(f"{name} False: {settings.init} has True")
+            settings = replace(settings, **{name: own[name]})
+        settings = with_usual(settings, {"guidance_rate": recipe.guidance_rate})
     for name, value in own.items():
         if getattr(settings, name) not in (None, value):
             raise ValueError(f"{name} {getattr(settings, name)}: {settings.init} has {value}")
@@ -392,6 +399,7 @@ def recipe_of(settings: Settings) -> Recipe:
     s = settings
     assert s.num_steps
     assert s.schedule
+    assert s.guidance_rate is not None
     free = s.scale_dir is None
     return Recipe(
         num_steps=s.num_steps,
@@ -420,8 +428,11 @@ def recipe_of(settings: Settings) -> Recipe:
 @cache
 def preset_names() -> list[str]:
     """The names of all presets: those of the shipped predictors that the papers' authors made."""
-    paths = (Path(__file__).resolve().parent.parent / "exps").glob("*/*.pkl")
-    return sorted(p.stem for p in paths if "metadata" in load_predictor(p).recipe.training)
+    names = []
+    for path in (Path(__file__).resolve().parent.parent / "exps").glob("*/[!.]*.pkl"):
+        with suppress(ValueError):  # a file that is none, or of a run that was killed
+            names += [path.stem] * ("metadata" in load_predictor(path).recipe.training)
+    return sorted(names)
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -244,8 +244,9 @@ def make_problem(model: Model, settings: Settings) -> Problem:
     solver = make_solver(s.teacher, SolverOptions(process=process))
     teacher = Teacher(Sampler(solver, grid, process), stops)
     rank, world = ranks.rank(), ranks.world_size()
+    size, mine = at_once(s, world), s.batch // world
 
-    def batches(stream: str, by: Teacher, count: int, size: int = s.batch) -> Batches:
+    def batches(stream: str, by: Teacher, count: int) -> Batches:
         return make_batches(model, s, stream, by, in_parts(range(rank, count, world), size))
 
     last = replace(teacher, stops=teacher.stops[-1:])
@@ -253,7 +254,6 @@ def make_problem(model: Model, settings: Settings) -> Problem:
     if s.every or s.teacher != "heun":
         reference = batches("validation", fine, s.validation)
     judges = batches("judge", fine, s.judges)
-    size, mine = at_once(s, world), s.batch // world
     firsts = range(rank * mine, s.samples, s.batch)
     parts = tuple(part for i in firsts for part in in_parts(range(i, i + mine), size))
     learned = make_batches(model, s, "distill", teacher, parts)
@@ -271,6 +271,7 @@ def make_batches(
     """Batches by seed, their noise from a stream of its own for each purpose."""
     backend, stream = model.backend, f"{purpose}/{settings.seed}"
     rate, shape = settings.guidance_rate, backend.shape
+    assert rate is not None
     dtype = torch.promote_types(backend.dtype, torch.float32)
 
     def start(seeds: Sequence[int]) -> tuple[Field, Tensor]:
@@ -364,6 +365,13 @@ def grid_of(levels: NoiseLevels, settings: Settings, count: int) -> tuple[float,
         ends = {"sigma_min": low or levels.sigma_min, "sigma_max": high or levels.sigma_max}
         grid = replace(levels, **ends).grid(settings.schedule, count, rho=settings.schedule_rho)
         return tuple(grid.tolist())
+    return flow_grid(levels, count, low, high)
+
+
+def flow_grid(
+    levels: NoiseLevels, count: int, low: float | None, high: float | None
+) -> tuple[float, ...]:
+    """The flow's own grid [count], moved and stretched to these ends where they are given."""
     first, *inner, last = levels.grid("flowmatch", count).tolist()
     low, high = last if low is None else low, first if high is None else high
     if (low, high) != (last, first):
@@ -377,8 +385,7 @@ def fine_grid(
     """The grid of the fine solution between the same ends: polynomial 7, or the flow's own."""
     assert settings.fine_steps
     if levels.process == FLOW:
-        grid = levels.grid("flowmatch", settings.fine_steps).tolist()
-        return (sigmas[0], *grid[1:-1], sigmas[-1])
+        return flow_grid(levels, settings.fine_steps, sigmas[-1], sigmas[0])
     return tuple(schedules.polynomial(settings.fine_steps, sigmas[-1], sigmas[0]).tolist())
 
 

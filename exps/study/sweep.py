@@ -5,7 +5,7 @@
 
 --vary again adds curves of another key; settings after a space hold for its values alone, as in
 --vary "ppo.method=cma ppo.rloo_k=16". Every run is `python -m training.ppo.launch` with one value
-and one seed. What has ended is not run again.
+and one seed. What has ended is not run again, unless its settings are others.
 """
 
 import subprocess
@@ -17,14 +17,14 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from backends.load import find_model
 from backends.mixture import Mixture, read_mixture
-from src.files import read_jsonl, write_atomically, write_text
+from src.files import read_jsonl, read_text, write_atomically, write_text
 from src.options import OneLineCommand, SeedList
 from src.stats import Estimate, mean_of
+from training.ppo.config import load_config, to_yaml
 
 
 def nearness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -32,6 +32,7 @@ def nearness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     mixture = shipped_mixture()
     classes = torch.tensor([int(prompt) for prompt in prompts])
     means, std = mixture.means[classes].clamp(-1, 1), mixture.std[classes]
+    means, std = means.to(images.device), std.to(images.device)
     return -(images.double() * 2 - 1 - means).square().flatten(1).mean(1) / std.square()
 
 
@@ -78,21 +79,29 @@ def main(
                     f"--vary {text!r}: write section.key=value,value, each value once"
                 )
             arms[value] = (f"{key}={value}", *fixed)
-    settings = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(override)))
-    name, batch = settings.reward.type, settings.ppo.rollout_batch_size
-    rows, figure = ["value,images,gain,low,high"], Figure((6, 4), layout="constrained")
+    name, batch, rows, figure = (
+        "",
+        0,
+        ["value,images,gain,low,high"],
+        Figure((6, 4), layout="constrained"),
+    )
     axes = figure.subplots()
     for value, own in arms.items():
         runs = []
         for seed in seeds:
             folder = outdir / "runs" / f"{value}-{seed}"
-            if not any(line["step"] >= settings.ppo.steps for line in metrics_of(folder)):
-                here = (f"run.seed={seed}", f"run.output_root={folder}")
-                more = [w for o in (*override, *own, *here) for w in ("--override", o)]
+            here = (*override, *own, f"run.seed={seed}", f"run.output_root={folder}")
+            settings, ended = load_config(config, here), folder / "ended.yaml"
+            name, batch = settings.reward.name, settings.ppo.rollout_batch_size
+            if not ended.exists() or read_text(ended) != to_yaml(settings):
+                more = [w for o in here for w in ("--override", o)]
                 command = [sys.executable, "-m", "training.ppo.launch", "--config", config]
                 subprocess.run([*command, *more], check=True)
+                write_text(ended, to_yaml(settings))
             runs.append(metrics_of(folder))
         line = curve(runs, f"eval/{name}_gain")
+        if not line:
+            raise ValueError(f"the runs of {value} have no gain of {name}: set ppo.eval_interval")
         images = [step * batch for step, _ in line]
         axes.plot(images, [g.value for _, g in line], marker=".", label=value)
         axes.fill_between(images, [g.low for _, g in line], [g.high for _, g in line], alpha=0.2)

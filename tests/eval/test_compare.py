@@ -123,6 +123,12 @@ def test_the_command_leaves_its_files_and_distances_by_sets_of_many_images(
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out/cache").iterdir()} == stamps
     again = results(tmp_path)["scores"]
     assert [s["frechets"] for s in again] == [s["frechets"] for s in scores]
+    damaged = min(stamps)
+    damaged.write_bytes(damaged.read_bytes()[:99])
+    assert run(*options).exit_code == 0
+    assert damaged.stat().st_size > 99
+    mended = [s["frechets"][CHEAP]["value"] for s in results(tmp_path)["scores"]]
+    assert mended == pytest.approx([s["frechets"][CHEAP]["value"] for s in scores])
 
 
 def test_each_solver_takes_its_best_schedule() -> None:

@@ -131,7 +131,15 @@ def test_a_folder_has_what_its_list_names_and_what_says_itself_that_it_belongs(
     assert [one.prompt for one in identity(folder)] == ["a", "aa", "aaa", "a", "aa"]
     assert names(folder / "samples.json") == ["000000.png", "000001.png"]
     assert names(folder, "*[13].png") == ["000001.png", "000003.png"]
-    (folder / "samples.json").unlink()
+    sampled(folder / "other", 3)  # of another recipe, and some of this one again
+    again = folder / "000000" / "000001.png"
+    again.parent.mkdir()
+    again.write_bytes((folder / "000001.png").read_bytes())
+    other = folder / "other" / "samples.json"
+    assert names(folder) == [f"{i:06d}.png" for i in range(5)]
+    other.unlink()
+    for path in (again, *(folder / "other").iterdir(), folder / "samples.json"):
+        path.unlink()
     assert len(names(folder)) == 7
 
 

@@ -33,6 +33,11 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     for place, words in (("x/a.png/b.txt", "cannot make the folder"), ("folder.txt", "write")):
         with pytest.raises(ValueError, match=words):
             write_text(tmp_path / place, "")
+    for place in ("/proc/a.txt", str(tmp_path / ("a" * 300))):
+        with pytest.raises(ValueError, match=r"^cannot write /[^\n]*$"):
+            write_text(place, "")
+    with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "b.txt"):
+        (tmp_path / "none").read_text()
 
 
 def test_json_holds_numbers_alone_and_broken_json_is_one_line_with_its_file(

@@ -39,6 +39,7 @@ def test_runs_are_numbered_above_the_highest_and_stamped_ones_keep_their_order(
         (folder / "configs").mkdir()
         (folder / "configs" / "c.yaml").write_text("")
     assert find_run("latest", tmp_path, settings="configs/c.yaml", name="twice") == folders[-1]
+    assert new_run("after", tmp_path).name == "00045-after"
     for what in ("", "a/b", "../a", ".hidden", "a b"):
         with pytest.raises(ValueError, match="cannot name a run"):
             new_run(what, tmp_path)

@@ -199,11 +199,22 @@ def test_what_cannot_be_looked_at_is_one_line_before_any_work(
 
 @pytest.mark.parametrize(
     ("distance", "calls"),
-    [("l2", 20), ("l2", 60), ("l2", 100), ("distribution", 60), ("distribution", 130)],
+    [
+        ("l2", 20),
+        ("l2", 60),
+        ("l2", 100),
+        ("distribution", 60),
+        ("distribution", 130),
+        ("reward", 130),
+    ],
 )
 def test_a_network_that_breaks_on_the_way_crashes_nothing(distance: str, calls: int) -> None:
     """One sample is not a number after so many calls: in a fit, a Jacobian, a comparison."""
     count = []
+
+    def picky(x: Tensor, numbers: object) -> Tensor:
+        assert x.isfinite().all()
+        return near_first(x, numbers)
 
     def breaking(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         count.append(1)
@@ -212,6 +223,7 @@ def test_a_network_that_breaks_on_the_way_crashes_nothing(distance: str, calls: 
 
     settings = replace(FEW, distance=distance, samples=16, judges=8, rounds=3)
     with contextlib.suppress(ValueError):
-        table = distill(breaking, "ve", shape=(2,), settings=settings, features=waves).table
+        more = {"features": waves, "reward": picky}
+        table = distill(breaking, "ve", shape=(2,), settings=settings, **more).table
         assert all(bool(t.isfinite().all()) for t in table.tensors())
     assert len(count) > calls

@@ -236,7 +236,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for name, place in PUBLISHED.items():  # stands at our place, where that is empty
         if isinstance(options, dict) and name in options:
             section = options if place.startswith("backend_options.") else model
-            section.setdefault(place.rpartition(".")[2], options.pop(name))
+            value, key = options.pop(name), place.rpartition(".")[2]
+            section[key] = value if section.get(key) is None else section[key]
     config = build(Config, tree)
     check_settings(config)
     return config
@@ -305,7 +306,7 @@ def check_settings(config: Config) -> None:
     ppo, reward, run = config.ppo, config.reward, config.run
     batch, rewards = ppo.rollout_batch_size, (reward.type, reward.name, *reward.judges)
     between = ppo.guidance_interval
-    for name in ("rloo_k", "minibatch_size"):
+    for name in ("rloo_k", *(["minibatch_size"] * (ppo.method == "ppo"))):
         size = getattr(ppo, name)
         if batch % size:
             said = f"ppo.{name} {size} does not divide ppo.rollout_batch_size {batch}"
@@ -335,6 +336,9 @@ def check_settings(config: Config) -> None:
         ),
         "ppo.entropy_by_interval does nothing at ppo.entropy_coef 0: set that too": (
             ppo.entropy_by_interval and not ppo.entropy_coef
+        ),
+        f"ppo.features {ppo.features} do nothing: set ppo.pull_coef, or ppo.eval_seeds above 1": (
+            ppo.features and not ppo.pull_coef and ppo.eval_seeds < 2
         ),
         f"ppo.watch {ppo.watch!r} is neither the reward nor a judge: {', '.join(rewards)}": (
             ppo.watch is not None and ppo.watch not in rewards

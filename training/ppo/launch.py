@@ -33,7 +33,7 @@ from src.text import read_prompts
 from training.ppo.config import MULTI, Config, Ppo, check_ranks, load_config, resolved, to_yaml
 from training.ppo.policy import start_of
 from training.ppo.rollout import Task, check_features, thumbnails
-from training.ppo.trainer import SETTINGS, run_of, train
+from training.ppo.trainer import SETTINGS, train
 
 CLASSES = ("edm", "analytic")
 """Backends whose prompts are class numbers."""
@@ -90,7 +90,6 @@ def main(
         new = new_run(*place, stamped=True) if first else ""
         folder = Path(ranks.of_each_rank(str(new))[0])
     stop, say = Stop(), partial(tqdm.write, file=sys.stderr)
-    run_of(folder, say, config.logging).write_settings(config)
     start = Path(resume) if resume and Path(resume).is_file() else folder
     steps = min(max_steps or config.ppo.steps, config.ppo.steps)
     reward, watch = config.reward, config.ppo.watch
@@ -99,7 +98,8 @@ def main(
     start = start if resume else None
     try:
         with stop.listening():
-            outcome = train(task, ppo, config.logging, folder, resume=start, stop=stop, say=say)
+            more = {"resume": start, "settings": config, "stop": stop, "say": say}
+            outcome = train(task, ppo, config.logging, folder, **more)
     except Stopped:
         ranks.close()
         sys.exit(stop.exit_status)
@@ -120,9 +120,11 @@ def settings(
         if given is None:
             raise ValueError("--config is missing: training/ppo/cfgs/sd3_512.yaml, say")
         return given, None
-    root = Path(given.run.output_root if given else "exps")
-    name = given.run.run_name if given else "*"
-    folder = find_run(resume, root, settings=SETTINGS, name=name, checkpoints="checkpoints/*.pt")
+    asked = dict(change.split("=", 1) for change in changes if "=" in change)
+    root = given.run.output_root if given else asked.get("run.output_root", "exps")
+    name = given.run.run_name if given else asked.get("run.run_name", "*").strip('"')
+    pattern = "checkpoints/checkpoint-*.pt"
+    folder = find_run(resume, Path(root), settings=SETTINGS, name=name, checkpoints=pattern)
     return given or load_config(folder / SETTINGS, changes), folder
 
 
@@ -140,6 +142,8 @@ def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
         if both and config.model.backend not in CLASSES:
             said = f"{min(both)!r} is in {data.prompt_csv} and in {data.heldout_prompts}"
             raise ValueError(f"{said}: held-out prompts are not trained on, drop it from one")
+        if len(others) < 2:
+            raise ValueError(f"{data.heldout_prompts} has {len(others)} prompt: 2 or more")
         count = min(wanted, len(others))
         held_out = tuple(others[i * len(others) // count] for i in range(count))
     elif wanted < len(prompts):
@@ -225,7 +229,8 @@ def make_task(
     backend = open_backend(config, predictor.recipe, prompts, device)
     check_fit(predictor.recipe, backend)
     sampler = predictor.sampler(backend.levels)
-    backend.guided(sampler.strongest, backend.encode(prompts[0][:1]))
+    numbers = sorted({p for part in prompts for p in part if isinstance(p, int)})
+    backend.guided(sampler.strongest, backend.encode(numbers or prompts[0][:1]))
     begun = start_of(sampler, config.ppo, lambda _said: None)  # refuses before there is a folder
     if config.ppo.method == "cma" and config.ppo.learning_rate != Ppo.learning_rate:
         say("ppo.learning_rate does nothing for ppo.method cma")

@@ -75,10 +75,13 @@ class Clipped:
 
     def state(self) -> dict[str, Any]:
         """All that changes, as tensors and plain values."""
-        return {"policy": self.policy.state_dict(), "optimiser": self.optimiser.state_dict()}
+        parts = {"policy": self.policy, "optimiser": self.optimiser}
+        return {n: p.state_dict() for n, p in parts.items()} | {"learning": "of outputs"}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state; KeyError or RuntimeError where it is another's."""
+        if self.ppo.learning_by_interval:  # its factors were of gradients once, which did little
+            state["learning"]
         self.policy.load_state_dict(state["policy"])
         self.optimiser.load_state_dict(state["optimiser"])
 

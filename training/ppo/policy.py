@@ -336,12 +336,11 @@ class Policy(nn.Module):
         self.last.bias.zero_()
 
     def forward(self) -> Law:
-        """The policy as it stands; `learning` scales the gradient of each interval."""
+        """The policy as it stands; `learning` scales how far each interval has moved."""
         x = self.steps.weight
         for block in self.blocks:
             x = x + block(x)
-        residual = REACH * (self.last(x) / REACH).tanh()
-        return self.around(residual.detach() + self.learning * (residual - residual.detach()))
+        return self.around(REACH * (self.learning * self.last(x) / REACH).tanh())
 
     def initial(self) -> Law:
         """The policy before any training, pi_0."""

@@ -364,7 +364,7 @@ def seen(task: Task, images: Tensor) -> Tensor:
     ):
         said = f"must return [{len(images)}, F], not {shape}"
         raise ValueError(f"the function of ppo.features {said}")
-    return features
+    return features.to(images.device)
 
 
 @torch.no_grad()

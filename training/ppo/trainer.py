@@ -45,7 +45,7 @@ SETTINGS = "configs/resolved_config.yaml"
 SHOWN = 8
 """Pictures in samples/ at each save."""
 FORMAT = 2
-MAY_CHANGE = ("steps", "eval_interval", "early_stop", "watch", "nonfinite_budget")
+MAY_CHANGE = ("steps", "eval_interval", "early_stop", "nonfinite_budget")
 """The settings that a run may change when it goes on."""
 BEST = "best"
 
@@ -129,6 +129,7 @@ def train(
     folder: Path,
     *,
     resume: Path | None = None,
+    settings: Any = None,
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda _text: None,
 ) -> Outcome:
@@ -136,7 +137,8 @@ def train(
 
     Every rank calls this with the same arguments, after `src.ranks.init`. `resume` is a
     checkpoint, or a run's folder, whose newest whole checkpoint is taken; the run that goes on is
-    bit for bit the one that was never stopped. `stop` is asked on the way: on a signal a
+    bit for bit the one that was never stopped. `settings`, a dataclass, is written into the folder
+    once they are found to be those of the run. `stop` is asked on the way: on a signal a
     checkpoint is written and Stopped raised, on all ranks. `say` hears lines for people.
 
     Raises ValueError, in one line, for a table or settings that cannot be trained, a checkpoint
@@ -144,6 +146,8 @@ def train(
     """
     session = begin(task, ppo, logging, run_of(folder, say, logging), resume, stop or Stop())
     run, progress, board = session.run, session.progress, session.board
+    if settings is not None:
+        run.write_settings(settings)
     try:
         with ranks.progress(ppo.steps, "step", "ppo") as bar:
             bar.update(progress.step)
@@ -234,15 +238,15 @@ def evaluate(session: Session) -> None:
     if ppo.eval_seeds > 1 and not session.fine:
         session.fine.append(features_of(task, fine_sampler(task.sampler), jobs, stop))
     fine = session.fine[0] if session.fine else None
-    if not progress.start_scores:
-        scores = held_out_scores(task, session.start.sampler, jobs, stop, fine)
-        progress.start_scores = {name: values.tolist() for name, values in scores.items()}
-    start = {n: torch.tensor(v, dtype=torch.float64) for n, v in progress.start_scores.items()}
-    now = start
+    now: dict[str, Tensor] = {}
     if progress.step:
         sampler = session.start.sampler_of(session.learner.mean())
         now = held_out_scores(task, sampler, jobs, stop, fine)
-    numbers = compared(start, now, jobs)
+    if not now or now.keys() - progress.start_scores.keys():  # a judge that was added, or at first
+        scores = held_out_scores(task, session.start.sampler, jobs, stop, fine)
+        progress.start_scores = {name: values.tolist() for name, values in scores.items()}
+    start = {n: torch.tensor(v, dtype=torch.float64) for n, v in progress.start_scores.items()}
+    numbers = compared(start, now or start, jobs)
     watched = ppo.watch or task.reward
     gain = numbers.get(f"eval/{watched}_gain", -math.inf)
     is_best = not progress.step or gain > progress.best_gain

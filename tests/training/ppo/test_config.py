@@ -81,6 +81,7 @@ def test_the_published_layout_is_read_as_it_is(tmp_path: Path) -> None:
     assert (options.dtype, options.cpu_offload) == ("bfloat16", True)
     assert config.data.prompt_csv == "src/prompts/train.txt"
     assert config.reward.name == "hps"
+    assert read(tmp_path / "c.yaml", ["model.model=null"]).model.model == "/my/flux"
 
 
 REFUSED = {
@@ -131,6 +132,7 @@ REFUSED = {
     "ppo.entropy_by_interval=[1]": "does nothing at ppo.entropy_coef 0",
     "ppo.guidance_interval=[0, 5]": "or nothing is guided",
     "ppo.train_guidance=true ppo.guidance_interval=[5, 1]": "is no pair, low first",
+    "ppo.features=a:b ppo.eval_seeds=1": "do nothing: set ppo.pull_coef, or ppo.eval_seeds above",
     "ppo.watch=clip": "ppo.watch 'clip' is neither the reward nor a judge",
     "reward.type=multi reward.multi.weights={hps: 0}": "are all 0",
     "reward.type=multi reward.multi.weights={hps: -1}": "hps -1.0 is out of range",

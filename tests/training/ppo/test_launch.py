@@ -128,6 +128,7 @@ def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path
         ("data.prompt_csv=nowhere.csv", "nowhere.csv: No such file"),
         ("data.heldout_prompts=null ppo.eval_prompts=2000", "leaves none of src/prompts"),
         ("data.heldout_prompts=src/prompts/train.txt", "held-out prompts are not trained on"),
+        ("data.heldout_prompts={folder}/one.txt", "one.txt has 1 prompt: 2 or more"),
         ("reward.type=hsp reward.weights_path=null", "no reward 'hsp': did you mean hps?"),
         ("reward.judges=[clap]", "no reward 'clap': did you mean clip?"),
         ("reward.weights_path=no.pt", "hps: no such file or folder: no.pt"),
@@ -136,7 +137,10 @@ def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path
         ("reward.weights_path={folder}/cut.pt", "cut.pt"),
         (f"model.model={load_config(SD3).model.model}", "bash launch.sh weights sd3"),
         ("model.backend_options.model_config=/no/where", "no model at '/no/where'"),
-        ("ppo.features=rewards.fashion:nothing", "'rewards.fashion:nothing' cannot be imported"),
+        (
+            "ppo.pull_coef=1 ppo.features=rewards.fashion:nothing",
+            "'rewards.fashion:nothing' cannot be imported",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_loaded(
@@ -146,6 +150,7 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr(launch, "make_task", loaded)
+    (twins / "one.txt").write_text("a fox\na fox\n")
     (twins / "cut.pt").write_bytes((twins / "hps.pt").read_bytes()[:999])
     changes = override.replace("{folder}", str(twins)).split(" ")
     assert said in refused(start(*on_twins("sd3_512", twins, *changes)))
@@ -162,6 +167,7 @@ def test_features_that_are_none_are_refused_before_there_is_a_folder(
     function: str, said: str, twins: Path, tmp_path: Path
 ) -> None:
     changes = f"run.output_root={tmp_path / 'runs'}", f"ppo.features={function}"
+    changes += ("ppo.pull_coef=0.1",)
     assert said in refused(start(*on_twins("sd3_512", twins, *changes)))
     assert not (tmp_path / "runs").exists()
 
@@ -178,6 +184,7 @@ def test_a_model_of_another_family_and_a_run_that_is_not_there_are_refused(
         (["--config", "nowhere.yaml"], "no such file: nowhere.yaml"),
         (["--resume", "nowhere"], "no run and no checkpoint at nowhere"),
         (["--config", SD3, "--resume", "latest", "--run-name", "none"], "no run 'none' with"),
+        (["--resume", "latest", "--run-name", "none"], "no run 'none' with"),
     ):
         assert words in refused(start(*arguments))
 
@@ -221,6 +228,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_never_was_but_not_with_other_images
     ):
         again = start("--resume", str(run_of(tmp_path, "cut")), "--override", change)
         assert words in refused(again)
+    assert start("--resume", str(run_of(tmp_path, "cut")), "--max-steps", "2").exit_code == 0
     done = [cut, start(*given, "--run-name", "whole"), start(*given, *latest)]
     assert [each.exit_code for each in done] == [0, 0, 0], done[-1].output
     both = [run_of(tmp_path, name) for name in ("cut", "whole")]

@@ -122,6 +122,18 @@ def test_an_evaluation_watches_judges_and_sets_and_ends_a_run_that_no_longer_gai
     assert all(line["reward/pull"] > 0 for line in metrics(tmp_path, "reward"))
 
 
+def test_a_judge_that_comes_later_is_held_against_the_start_too(
+    whole: Path, tmp_path: Path
+) -> None:
+    def judge(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"far": -reward(images, prompts)["near"]}
+
+    source = whole / "checkpoints" / "checkpoint-00000001.pt"
+    train(replace(task(), judge=judge), SHORT, EVERY, tmp_path, resume=source)
+    for line in metrics(tmp_path, "eval/near_gain"):
+        assert line["eval/far_gain"] == pytest.approx(-line["eval/near_gain"], rel=1e-5)
+
+
 # --- what a run survives, and what it refuses ---------------------------------------------
 
 
