@@ -130,9 +130,7 @@ def main(
             click.echo(to_json(vars(backbone) | vars(problem.settings) | levels, 2))
             return
         run = open_run(backbone, problem.settings, folder, outdir)
-        both = f"{problem.settings.distance}+{problem.settings.last_distance}"
-        if backbone.features and not of_features(both):
-            run.log(f"--features {backbone.features} are not looked at by the distance {both}")
+        say_notices(run, backbone, settings, problem.settings)
         try:
             with stop.listening():
                 distil(problem, run, stop, resume)
@@ -255,6 +253,15 @@ def open_run(
         write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(values)))
     place = ranks.of_each_rank(str(folder))[0]
     return Run(Path(place), functools.partial(tqdm.write, file=sys.stderr), ranks.is_first())
+
+
+def say_notices(run: Run, backbone: Backbone, asked: Settings, settings: Settings) -> None:
+    """Say what is easily overlooked."""
+    if asked.samples not in (None, settings.samples):
+        run.log(f"samples {asked.samples} became {settings.samples}, of whole batches")
+    both = f"{settings.distance}+{settings.last_distance}"
+    if backbone.features and not of_features(both):
+        run.log(f"--features {backbone.features} are not looked at by the distance {both}")
 
 
 def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Model:
