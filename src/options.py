@@ -163,7 +163,15 @@ def is_ours(file: str) -> bool:
     return Path(file).resolve().is_relative_to(ROOT) and "site-packages" not in file
 
 
-MAY_BE_EMPTY = ("__prompt", "__negative_prompt", "__solvers", "__override", "__vary", "__weights")
+MAY_BE_EMPTY = (
+    "__metrics",
+    "__prompt",
+    "__negative_prompt",
+    "__solvers",
+    "__override",
+    "__vary",
+    "__weights",
+)
 """Options whose empty value means something, or is told of in other words."""
 
 
