@@ -19,7 +19,7 @@ import transformers as texts_library
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.files import write_atomically
+from src.files import read_json, write_atomically, write_json
 
 diffusers: Any = library  # its own annotations are not those of what it returns
 transformers: Any = texts_library
@@ -152,6 +152,9 @@ def write_pipeline(transformer: Any, parts: Parts, folder: Path) -> None:
     towers = dict.fromkeys(("text_encoder", "text_encoder_2"), parts.tower)
     for name, part in {"transformer": transformer, "vae": parts.vae, **towers}.items():
         deepcopy(part).half().save_pretrained(new / name)
+        config = read_json(new / name / "config.json")
+        config.pop("_name_or_path", None)  # a folder of this machine
+        write_json(new / name / "config.json", config)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
