@@ -30,7 +30,7 @@ COLOURS = {
     "brown": (140, 95, 65),
 }
 JITTER = 14  # of a ground's red, green and blue
-WHITE, PAIRS, PLAIN = 0.35, 0.25, 0.4
+WHITE, PAIRS, PLAIN = 0.35, 0.5, 0.4
 """The shares of scenes on white, of two objects, and of single objects at full size."""
 COMMON, COMMON_PAIRS = 0.65, 0.85
 """The shares of single objects and of pairs' that are common ones, where there are any."""
