@@ -243,6 +243,8 @@ def open_run(
     backbone: Backbone, settings: Settings, folder: Path | None, outdir: Path | None
 ) -> Run:
     """Where the run writes: a new folder, the given one, or the one that it goes on in."""
+    if folder and outdir and outdir.resolve() != folder.resolve():
+        raise ValueError(f"--outdir {outdir}: the run goes on in {folder}, leave it out")
     if ranks.is_first() and folder is None:
         if outdir and (outdir / CONFIG).exists():
             raise ValueError(f"{outdir} has a run already: --resume {outdir}, or another --outdir")

@@ -220,6 +220,8 @@ def test_resume_refuses_other_settings_and_other_folders(
     ):
         config.write_text(wrong)
         assert says in refused(distill("--resume", out)), wrong
+    config.write_text(text)
+    assert "leave it out" in refused(distill("--resume", out, "--outdir", f"{out}-other"))
 
 
 def test_a_cache_is_used_and_mended(
