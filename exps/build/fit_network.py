@@ -132,8 +132,8 @@ def gradients(
 def follow(average: nn.Module, network: nn.Module, halflife: float) -> None:
     """Move the average towards the network, half of the way in so many steps."""
     with torch.no_grad():
-        means, values = list(average.parameters()), list(network.parameters())
-        torch._foreach_lerp_(means, values, 1 - 0.5 ** (1 / halflife))
+        for mean, p in zip(average.parameters(), network.parameters(), strict=True):
+            mean.lerp_(p, 1 - 0.5 ** (1 / halflife))
 
 
 def lr_at(step: int, plan: Plan) -> float:
