@@ -139,8 +139,9 @@ def test_a_table_that_starts_from_a_solver_heeds_what_that_is_given(more: dict[s
 
 
 def test_a_table_keeps_the_guidance_of_the_one_that_it_starts_from_unless_told() -> None:
-    for more, rate in (({}, 4.0), ({"guidance_rate": 2.0}, 2.0), ({"guidance_rate": 1.0}, 1.0)):
-        assert resolved(Settings(init="epd-k2-10nfe", **more), flow=True).guidance_rate == rate
+    for given, rate in ((None, 4.0), (2.0, 2.0), (1.0, 1.0)):
+        asked = Settings(init="epd-k2-10nfe", guidance_rate=given)
+        assert resolved(asked, flow=True).guidance_rate == rate
     assert settings().guidance_rate == 1.0
 
 
