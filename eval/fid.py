@@ -242,7 +242,10 @@ def load_statistics(path: Path) -> Statistics:
             if not isinstance(about, dict) or count < 0:
                 raise ValueError("of something else")
     except BROKEN as error:
-        raise ValueError(f"{path} holds no reference statistics ({error})") from error
+        why = (
+            error if zipfile.is_zipfile(path) else "it is no .npz"
+        )  # NumPy's words: read it unsafely
+        raise ValueError(f"{path} holds no reference statistics ({why})") from error
     if mean.ndim != 1 or not len(mean) or sigma.shape != (len(mean), len(mean)):
         sizes = f"{list(mean.shape)} and {list(sigma.shape)}"
         raise ValueError(f"{path}: a mean and a covariance of the sizes {sizes} do not fit")

@@ -98,12 +98,13 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
             there = {picture.name for picture in listed}
             rest = [i for i, picture in enumerate(items) if picture.name not in there]
             of_rest = identities(Pictures(place, tuple(items)), rest, by_recipe=True)
-            recipe = read_json(place / INDEX).get("recipe", {})
+            recipe = read_json(place / INDEX).get("recipe")  # of all, where it says so
             by_seed: dict[int, Picture] = {}
             for i, one in of_rest.items():
                 if not isinstance(one, Identity) or one.seed is None:
                     continue
-                if not differing(of_all(recipe_in(place / items[i].name)), of_all(recipe)):
+                own = of_all(recipe_in(place / items[i].name))
+                if not isinstance(recipe, dict) or not differing(own, of_all(recipe)):
                     by_seed.setdefault(one.seed, Picture(items[i].name, one.seed, one.prompt))
             seeds = {picture.seed for picture in listed}
             items = listed + [p for seed, p in by_seed.items() if seed not in seeds]

@@ -62,7 +62,9 @@ class Samples:
         ValueError where the folder, or a picture in the place of one, is of something else.
         """
         index = self.folder / INDEX
-        if index.exists() and differing(read_json(index)["recipe"], plain(self.about)):
+        told = read_json(index) if index.exists() else {"recipe": plain(self.about)}
+        own = told.get("recipe") if isinstance(told, dict) else None
+        if not isinstance(own, dict) or differing(own, plain(self.about)):
             raise ValueError(f"{index} tells of another recipe than this: choose another --outdir")
         lacking = set()
         for seed, subject in wanted:

@@ -87,8 +87,14 @@ def test_pictures_of_a_table_that_has_changed_are_not_kept(sample: Sample, tmp_p
     assert "says table" in result.output or "another recipe" in result.output
 
 
-def test_another_recipe_does_not_mix_into_a_folder(sample: Sample) -> None:
+def test_another_recipe_does_not_mix_into_a_folder(sample: Sample, tmp_path: Path) -> None:
     sample("--num_steps", "3", "--seeds", "0")
+    index = tmp_path / "out" / "samples.json"
+    before = index.read_text()
+    for broken in ('{"images": []}', '{"recipe": 3}', "[]"):
+        index.write_text(broken)
+        assert "another --outdir" in refused(sample("--num_steps", "3", "--seeds", "0"))
+    index.write_text(before)
     assert "another --outdir" in refused(sample("--num_steps", "4", "--seeds", "0"))
     assert "another --outdir" in refused(
         sample("--num_steps", "3", "--seeds", "1", "--class", "1")

@@ -90,6 +90,7 @@ def fit_network(
             g = Generator().manual_seed(plan.seed * 1_000_000_007 + step)
             losses.append(gradients(called, loss, draw(step, g), rows, each))
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            # a checkpoint of before has its own word of `fused`
             optimiser.param_groups[0].update(lr=lr_at(step, plan), fused=True)
             optimiser.step()
             step += 1

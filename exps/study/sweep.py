@@ -79,12 +79,8 @@ def main(
                     f"--vary {text!r}: write section.key=value,value, each value once"
                 )
             arms[value] = (f"{key}={value}", *fixed)
-    name, batch, rows, figure = (
-        "",
-        0,
-        ["value,images,gain,low,high"],
-        Figure((6, 4), layout="constrained"),
-    )
+    name, batch, rows = "", 0, ["value,images,gain,low,high"]
+    figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for value, own in arms.items():
         runs = []

@@ -137,6 +137,9 @@ def test_a_folder_has_what_its_list_names_and_what_says_itself_that_it_belongs(
     again.write_bytes((folder / "000001.png").read_bytes())
     other = folder / "other" / "samples.json"
     assert names(folder) == [f"{i:06d}.png" for i in range(5)]
+    index["recipe"] = None  # then every picture that says what it is
+    (folder / "samples.json").write_text(json.dumps(index))
+    assert len(names(folder)) == 5
     other.unlink()
     for path in (again, *(folder / "other").iterdir(), folder / "samples.json"):
         path.unlink()
