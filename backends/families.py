@@ -84,20 +84,22 @@ ALONE = ("Latte", "WanVACE", "PRX", "PRXPixel")
 
 OWN_LEVELS, ENDS = "a predictor has levels of its own", "it cuts a predictor's levels"
 HALF, MIXED = "it asks half of the rows alone", "the solver mixes guidance"
+ORDER = "it puts the rows in another order"
 REFUSED = {
     **dict.fromkeys(("sigmas", "timesteps"), OWN_LEVELS),
     **dict.fromkeys(("denoising_start", "denoising_end"), ENDS),
+    "eta": "its steps draw no noise",
 }
 """Arguments of calls that no predictor goes with, and why."""
 REFUSED_BY_ROWS = {
     **dict.fromkeys(("guess_mode", "skip_guidance_layers"), HALF),
+    **dict.fromkeys(("negative_original_size", "negative_target_size"), ORDER),
     "callback": "it is deprecated: use callback_on_step_end",
 }
 """Those that do not go with points as rows."""
 REFUSED_BY_GUIDANCE = {
     **dict.fromkeys(("guidance_rescale", "cfg_normalization"), MIXED),
     **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), MIXED),
-    **dict.fromkeys(("negative_original_size", "negative_target_size"), MIXED),
     "negative_prompt_embeds": "it takes texts",
 }
 """Those that do not go with guidance as rows."""

@@ -1,7 +1,7 @@
 """A pipeline with other parts for a while: its scheduler, its latents, prompts encoded once."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,8 @@ COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 PLAIN = (str, int, float, type(None), torch.device, torch.dtype)
 ADAPTERS = ("scaling", "merged_adapters", "_active_adapter", "_disable_adapters", "_lora_scale")
 """What peft's and diffusers' LoRA layers hold apart from their weights."""
+OF_PROMPTS_ALONE = ("clip_skip", "complex_human_instruction")
+"""Arguments of encode_prompt that no pipeline heeds for its negative prompts."""
 MOST_PROMPTS = 256
 LOOKED_AT = 4096  # numbers of a tensor, evenly
 
@@ -63,6 +65,7 @@ class CachedPrompts:
     pipe: Any
     results: dict[str, Any] = field(default_factory=dict)
     encoders: Any = None
+    negatives: int = 0  # how many of the texts, the last ones, are negative prompts
 
     def installed(self) -> Callable[..., Any]:
         """What takes the place of the pipeline's encode_prompt for a call of the pipeline."""
@@ -76,7 +79,7 @@ class CachedPrompts:
             key = repr(sorted(arguments.items()))
             if key not in self.results:
                 self.results[key] = encode(**arguments)
-            return self.results[key]
+            return copied(self.results[key])  # callbacks edit them in place
 
         def encoded(*args: Any, **kwargs: Any) -> Any:
             given = bound(signature, args, kwargs)
@@ -92,8 +95,11 @@ class CachedPrompts:
             elif one:
                 result = recall(given)
             else:
-                lists = {n: v for n, v in given.items() if isinstance(v, list) and len(v) == rows}
+                lists = {n: given[n] for n in texts_in(given) if isinstance(given[n], list)}
+                lists = {n: v for n, v in lists.items() if len(v) == rows}
                 each = [given | {n: [v[i]] for n, v in lists.items()} for i in range(rows)]
+                for negative in each[rows - self.negatives :]:
+                    negative |= {n: None for n in OF_PROMPTS_ALONE if n in negative}
                 result = joined([recall(one) for one in each])
             if result is None or (one and any(map(is_layered, result))):
                 return recall(given | copies_of(given, copies))
@@ -117,6 +123,18 @@ def bound(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any
     return given | {k: v for name in others for k, v in given.pop(name, {}).items()}
 
 
+def copied(value: Any) -> Any:
+    """The same tensors, in lists and tuples too, in memory of their own."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(copied, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def texts_in(given: Mapping[str, Any]) -> list[str]:
+    """The names of the texts among the arguments of encode_prompt."""
+    return [n for n in given if n.removeprefix("negative_").rstrip("_234") == "prompt"]
+
+
 def is_layered(value: Any) -> bool:
     """Whether what a text gave has layers before its row, as HiDream's has, and Bria FIBO's."""
     large = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 3)
@@ -128,7 +146,7 @@ def copies_of(given: dict[str, Any], copies: int) -> dict[str, Any]:
 
     One text beside a list of prompts is for all of them, and stays one.
     """
-    names = [n for n in given if n.removeprefix("negative_").rstrip("_234") == "prompt"]
+    names = texts_in(given)
     one = isinstance(given["prompt"], str)
     texts = {n: [given[n]] if one and isinstance(given[n], str) else given[n] for n in names}
     lists = {n: v for n, v in texts.items() if isinstance(v, list | tuple)}
@@ -149,7 +167,9 @@ def state_of_encoders(pipe: Any) -> Any:
         return None
     layers = [vars(layer) for network in networks for layer in network.modules()]
     adapters = [repr([own[name] for name in ADAPTERS if name in own]) for own in layers]
-    words = [len(part) for n, part in parts.items() if n.startswith("tokenizer") and part]
+    named = [part for n, part in parts.items() if n.startswith("tokenizer")]
+    tokenizers = [getattr(part, "tokenizer", part) for part in named]  # of a processor, its own
+    words = [len(part) if hasattr(part, "__len__") else None for part in tokenizers]
     # which tensor, how often it was changed in place, and a sum, as `.data` is not counted
     versions, sums = [(id(t), t._version) for t in tensors], dict[torch.device, list[Tensor]]()
     for t in tensors:

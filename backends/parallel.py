@@ -9,7 +9,7 @@ start of a step) the network is run on one of them.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,11 +106,14 @@ class Parallel:
         if (texts := prompts_of(given)) > 1 and families.family_of(self.pipe) in families.ALONE:
             raise ValueError(f"{type(self.pipe).__name__} mixes {texts} prompts of a call up: "
                              "give one a call")  # fmt: skip
+        check_pictures(self.pipe, given, rows=rows)
         copies = predictor.recipe.num_points if rows else 1
+        self.prompts.negatives = texts if self.rows_of_guidance else 0
         name, rate = families.guidance_name(self.pipe), None
         scale = 1.0 if name is None else given.get(name, defaults[name])
         if self.rows_of_guidance:
             rate = scale + 1 if families.family_of(self.pipe) in families.FROM_ZERO else scale
+            given |= decoding(self.pipe, given, images_of(given, defaults))
             given |= with_negatives(self.pipe, given)
             scale = 0.0
         elif rows and isinstance(given.get("prompt"), list | tuple):
@@ -151,7 +154,9 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     texts, names = given.get("prompt"), families.parameters_of(pipe)
     if texts is None:
         raise ValueError("guidance as rows takes texts: give prompt, not its embeddings")
-    if given.get("negative_prompt") is None and pipe.config.get("force_zeros_for_empty_prompt"):
+    negative, bria = given.get("negative_prompt"), families.family_of(pipe) == "Bria"
+    zeros = negative is None and pipe.config.get("force_zeros_for_empty_prompt")
+    if zeros or (bria and not negative):
         raise ValueError("this pipeline guides away from zeros: give negative_prompt for rows")
     count = 1 if isinstance(texts, str) else len(texts)
 
@@ -170,6 +175,36 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
             result[pair[0]] = [*of_each(pair[0], usual[0]), *of_each(pair[1], usual[1])]
             result |= {pair[1]: None} if pair[1] in names else {}
     return result
+
+
+def check_pictures(pipe: Any, given: Mapping[str, Any], *, rows: bool) -> None:
+    """ValueError for a way with pictures, or with noise, that goes beyond a scheduler."""
+    nets = getattr(pipe, "controlnet", None)
+    nets = getattr(nets, "nets", [nets] if nets is not None else [])
+    pictures = [given.get(name) for name in ("image", "mask_image", "masked_image_latents")]
+    several = any(isinstance(p, Tensor | list) and len(p) > 1 for p in pictures)
+    by_rows = {
+        "it lays several pictures out in another order": several
+        and type(pipe).__name__ == "FluxFillPipeline",
+        "its ControlNet asks half of the rows alone": any(
+            net.config.get("global_pool_conditions") for net in nets
+        ),
+    }
+    for why in (why for why, holds in by_rows.items() if rows and holds):
+        raise ValueError(f'points as rows do not go with this: {why}: use points="sequence"')
+    if getattr(pipe, "free_init_enabled", False):
+        raise ValueError(
+            "FreeInit is not served, as it noises anew: call pipe.disable_free_init()"
+        )
+
+
+def decoding(pipe: Any, given: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Arguments of a decoder that takes a time, which LTX counts by prompts, negatives too."""
+    vae, names = getattr(pipe, "vae", None), ("decode_timestep", "decode_noise_scale")
+    if vae is None or not vae.config.get("timestep_conditioning"):
+        return {}
+    values = {name: given.get(name, families.parameters_of(pipe).get(name)) for name in names}
+    return {n: [v] * count for n, v in values.items() if isinstance(v, int | float)}
 
 
 def prompts_of(given: dict[str, Any]) -> int:

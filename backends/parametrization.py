@@ -117,9 +117,18 @@ def flow_clean(x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
     return x - vp.wide(sigma, x) * velocity.to(x.dtype)
 
 
+def heeded(like: Any) -> dict[str, Any]:
+    """The part of a scheduler's config that its class knows.
+
+    `from_config` of another's config keeps the other's keys, which do nothing there.
+    """
+    known = inspect.signature(type(like).__init__).parameters
+    return {key: value for key, value in like.config.items() if key in known}
+
+
 def parametrization_of(like: Any) -> Parametrization:
     """That of a scheduler's model; ValueError names what cannot be served."""
-    name, config = type(like).__name__, like.config
+    name, config = type(like).__name__, heeded(like)
     if name not in (*FLOW_SCHEDULERS, *BETA_SCHEDULERS):
         served = "flow matching (Euler, Heun) and the discrete VP schedulers are"
         reason = UNSERVED.get(name.removesuffix("Scheduler"), served)
@@ -127,9 +136,9 @@ def parametrization_of(like: Any) -> Parametrization:
     flow = name in FLOW_SCHEDULERS or config.get("use_flow_sigmas")
     if config.get("stochastic_sampling"):
         raise ValueError(f"{name} with stochastic_sampling is not served: it draws noise")
-    for key in ("sigma_min", "sigma_max"):  # elsewhere they are of its spacing alone
-        if name in FLOW_SCHEDULERS and config.get(key):
-            own = f"{name} with {key}={config[key]}"
+    for key in ("sigma_min", "sigma_max"):  # of the pipeline (Cosmos 2), or of its spacing alone
+        if name in FLOW_SCHEDULERS and like.config.get(key):
+            own = f"{name} with {key}={like.config[key]}"
             raise ValueError(f"{own} is not served: it has levels of its own")
     prediction = config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", FLOW_STEPS)
@@ -214,14 +223,16 @@ def course_of(
 
 def spread_of(like: Any, mu: float | None) -> float:
     """What a scheduler's shift multiplies the odds sigma / (1 - sigma) by."""
-    if not like.config.get("use_dynamic_shifting"):
-        return like.config.get("shift", 1.0)
+    config = heeded(like)
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift", 1.0)
     assert mu is not None  # pipelines that shift dynamically give it
-    return mu if like.config.get("time_shift_type") == "linear" else math.exp(mu)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-def shifted_end(config: Mapping[str, Any]) -> float:
+def shifted_end(like: Any) -> float:
     """The level of a scheduler's first timestep, the lowest that its model was trained on."""
+    config = heeded(like)
     end = 1 / config.get("num_train_timesteps", FLOW_STEPS)
     shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
     return end if config.get("use_dynamic_shifting") else shift * end / (1 + (shift - 1) * end)
@@ -232,13 +243,13 @@ def levels_of(like: Any, model: Parametrization, mu: float | None = None) -> Noi
     if model.table:
         return model.table.levels
     grid = partial(table_grid, like, model)
-    return NoiseLevels(FLOW, shifted_end(like.config), 1.0, mu=mu, own=grid)
+    return NoiseLevels(FLOW, shifted_end(like), 1.0, mu=mu, own=grid)
 
 
 def levels_at(like: Any, tokens: int) -> NoiseLevels:
     """The levels of a flow-matching model for an image of so many tokens."""
     like = getattr(like, "like", like)  # that of a pipeline whose scheduler is ours
-    config, mu = like.config, None
+    config, mu = heeded(like), None
     if config.get("use_dynamic_shifting"):
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         first, last = (
@@ -259,7 +270,7 @@ def table_grid(like: Any, model: Parametrization, num_steps: int, mu: float | No
     """The levels [num_steps] of a table on a flow-matching scheduler's own spacing."""
     *levels, _ = course_of(like, model, num_steps, mu=mu).sigmas
     if levels[-1] > NEAR_DATA or len(levels) != num_steps:
-        end = shifted_end(like.config)
+        end = shifted_end(like)
         *levels, _ = course_of(like, model, num_steps - 1, mu=mu).sigmas
         levels = [*(s for s in levels if s > end), end]
     if levels[0] > NEAR_NOISE:

@@ -26,6 +26,7 @@ from backends.parametrization import (
     FLOW_SCHEDULERS,
     Parametrization,
     course_of,
+    heeded,
     levels_of,
     parametrization_of,
     plain_like,
@@ -44,7 +45,7 @@ from solvers.predictor import (
 )
 from solvers.process import FLOW
 from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
-from solvers.sampler import Sampler, SolverOptions, make_solver
+from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, parse_name
 from src.files import find_predictors
 
 diffusers: Any = library  # its own annotations are not those of what it returns
@@ -64,7 +65,6 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     takes the levels that the pipeline's own scheduler makes of all of them.
     """
 
-    order = 1
     _compatibles: ClassVar = [*FLOW_SCHEDULERS, *BETA_SCHEDULERS]
 
     @register_to_config
@@ -209,8 +209,10 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this timestep; ValueError inside an interval, whose start is not there."""
         self.located = True
-        calls, asked = len(self.timesteps), self.num_inference_steps
-        if begin_index and asked != calls:
+        calls, asked = len(self.timesteps), self.num_inference_steps or 0
+        if not self.running.beginnings[1:]:
+            self.running.begin(begin_index)
+        if begin_index and calls != self.order * asked - (self.order - 1):
             raise ValueError(
                 f"num_inference_steps {asked} and a strength below 1, but this solver takes "
                 f"{calls} timesteps: give num_inference_steps={calls}"
@@ -250,8 +252,15 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             )
         following = run.answer(sample / self.shown if self.plain else sample, model_output)
         following = following * (self.shown if run.index < len(run.calls) else self.last_scale)
-        following = following.to(sample.dtype, copy=True)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)  # as some pipelines expect
+        following = following.to(dtype, copy=True)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    @property
+    def order(self) -> int:
+        """The timesteps of a step that was asked for: pipelines cut a strength by it."""
+        solver = own(self, "solver")
+        return SOLVERS[parse_name(solver)[0]].calls if solver else 1
 
     @property
     def shown(self) -> float:
@@ -368,8 +377,8 @@ def own(scheduler: EPDScheduler, name: str) -> Any:
 def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
     """ValueError where a scheduler is not of the kind that a predictor was learned for."""
     name, is_flow = type(like).__name__, model.process == FLOW
-    levels, end = levels_of(like, model), shifted_end(like.config)
-    reason = without_signal(recipe, like.config)
+    levels, end = levels_of(like, model), shifted_end(like)
+    reason = without_signal(recipe, heeded(like))
     if for_flow(recipe) != is_flow:
         reason = (
             f"is not for {name}, which is for {'flow matching' if is_flow else 'a VP process'}"
@@ -380,7 +389,7 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
             reason = f"has levels that start at {ends}"
     elif recipe.sigmas is None:
         kinds, dynamic = ("one shift", "a dynamic shift"), recipe.flowmatch_mu is not None
-        theirs = bool(like.config.get("use_dynamic_shifting"))
+        theirs = bool(heeded(like).get("use_dynamic_shifting"))
         if theirs != dynamic and recipe.backend in FLOW_BACKENDS:
             reason = f"was learned with {kinds[dynamic]}, and {name} has {kinds[theirs]}"
         elif recipe.sigma_min is not None and not math.isclose(

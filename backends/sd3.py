@@ -27,7 +27,8 @@ PLAIN = "JointAttnProcessor2_0"
 TEXT_TOKENS = 256
 """T5's, in the pipeline's own default."""
 OWN_SAY = (
-    *("prompt_embeds", "max_sequence_length", "joint_attention_kwargs"),
+    *("prompt_embeds", "negative_prompt_embeds", "max_sequence_length"),
+    "joint_attention_kwargs",
     *("skip_guidance_layers", "ip_adapter_image"),
 )
 LEAST_SHARE = 0.25

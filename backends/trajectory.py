@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from backends.parametrization import Parametrization
+from solvers.epd import ParallelMultistep
 from solvers.field import Rates, of_points
 from solvers.integrate import Loop
 from solvers.process import Level
@@ -163,6 +164,8 @@ class Trajectory:
     @property
     def beginnings(self) -> list[int]:
         """The calls at which images may begin: those that open an interval."""
+        if isinstance(self.sampler.solver, ParallelMultistep):
+            return [0]  # later intervals need the slopes of the calls before
         opening = [i for i, call in enumerate(self.calls) if call.first]
         return [i for i in opening if not (i and self.calls[i - 1].blank)]
 
@@ -170,7 +173,12 @@ class Trajectory:
         """Begin at this call; ValueError inside an interval, whose start is not there."""
         if index not in self.beginnings:
             n = len(self.calls)
-            strengths = ", ".join(f"{(n - j) / n:.4g}" for j in self.beginnings)
+            strengths = ", ".join(repr((n - j) / n).removesuffix(".0") for j in self.beginnings)
+            if self.beginnings == [0]:
+                raise ValueError(
+                    f"a run cannot begin at timestep {index} of {n}: each call of this solver "
+                    "needs those before; use a strength of 1, or an EPD predictor"
+                )
             raise ValueError(
                 f"timestep {index} of {n} is inside an interval of the solver: "
                 f"use num_inference_steps={n} and a strength of {strengths}"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from backends.any_pipeline import any_backend
 from backends.parallel import parallel
+from backends.parametrization import parametrization_of, shifted_end
 from backends.scheduler import EPDScheduler
 from tests import twins
 from tests.backends.test_families import CPU, SMALL, TEXT, close, drawn, learned
@@ -194,3 +195,143 @@ def test_what_needs_a_picture_is_no_backend_and_says_so() -> None:
     for maker, _ in (VARIANTS[name] for name in ("SDXL from an image", "Wan from an image")):
         with pytest.raises(ValueError, match="it needs image besides the prompt: use parallel"):
             any_backend(maker(), CPU, SMALL)
+
+
+def test_what_is_for_prompts_alone_does_not_reach_their_negatives() -> None:
+    """Sana's instruction, which is eight lines long, and clip_skip."""
+    pipe, seen = twins.twin("sana"), []
+    pipe.set_progress_bar_config(disable=True)
+    embed = pipe._get_gemma_prompt_embeds
+
+    def spy(prompt: Any, **more: Any) -> Any:
+        seen.append((prompt, more["complex_human_instruction"]))
+        return embed(prompt, **more)
+
+    pipe._get_gemma_prompt_embeds = spy
+    given = {"height": 32, "width": 32, "output_type": "latent", "use_resolution_binning": False}
+    lines = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
+    parallel(pipe, learned(pipe, "epd"))([f"p{i}" for i in range(len(lines))], **given)
+    assert all(told == lines for prompt, told in seen if prompt != [""])
+    seen.clear()
+    parallel(pipe, learned(pipe, "epd"), guidance="rows")(TEXT, negative_prompt="bad", **given)
+    assert [bool(told) for prompt, told in seen] == ["bad" not in prompt for prompt, _ in seen]
+    pipe = twins.sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    given = {"negative_prompt": "bad", "clip_skip": 1, "guidance_scale": 5.0, **SIZE}
+    ours, theirs = (
+        parallel(pipe, learned(pipe, "epd"), guidance=way)(
+            TEXT, output_type="latent", generator=drawn(3), **given
+        )[0]
+        for way in ("rows", "pipeline")
+    )
+    assert close(ours, theirs)
+
+
+def test_a_tokenizer_that_is_a_processor_has_no_words_of_its_own() -> None:
+    from transformers import ProcessorMixin  # noqa: PLC0415
+
+    pipe = twins.twin("flux2")
+    pipe.set_progress_bar_config(disable=True)
+    fast, given = parallel(pipe, learned(pipe, "epd")), {"output_type": "latent", **SIZE}
+    before = fast(prompt=TEXT, **given, generator=drawn(3))[0]
+    pipe.tokenizer = type("PixtralProcessor", (ProcessorMixin,), {"__init__": lambda _: None})()
+    assert torch.equal(fast(prompt=TEXT, **given, generator=drawn(3))[0], before)
+
+
+def test_a_pipeline_that_steps_in_float32_gets_its_latents_so() -> None:
+    """Z-Image from an image in bfloat16, which asserts it."""
+    base = twins.twin("z_image")
+    encode = base._encode_prompt
+    pipe = diffusers.ZImageImg2ImgPipeline(**base.components)
+    pipe._encode_prompt = lambda prompt, **more: [e.bfloat16() for e in encode(prompt, **more)]
+    pipe.to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    given = {**FROM, **SIZE, "strength": 1.0, "output_type": "latent", "guidance_scale": 3.0}
+    images = parallel(pipe, learned(pipe, "epd"))(TEXT, **given, generator=drawn(3))[0]
+    assert bool(images.isfinite().all())
+
+
+def test_an_edit_of_embeddings_does_not_reach_the_next_call() -> None:
+    pipe = twins.flux()
+    pipe.set_progress_bar_config(disable=True)
+
+    def spoil(_p: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"].zero_()}
+
+    fast = parallel(pipe, learned(pipe, "epd"), points="sequence")
+    more = {"callback_on_step_end": spoil}
+    more |= {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    before, _, after = (
+        fast(TEXT, output_type="latent", **SIZE, **each, generator=drawn(3))[0]
+        for each in ({}, more, {})
+    )
+    assert torch.equal(before, after)
+
+
+def test_hand_made_solvers_of_two_calls_cut_a_strength_as_diffusers_do() -> None:
+    pipe, calls = of("StableDiffusionImg2ImgPipeline", "sd")(), []
+    pipe.set_progress_bar_config(disable=True)
+    theirs = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    counts = []
+    for scheduler in (theirs, EPDScheduler.from_solver("heun", like=theirs)):
+        calls.clear()
+        pipe.scheduler = scheduler
+        pipe(
+            TEXT, num_inference_steps=10, output_type="latent", generator=drawn(3), **FROM, **SIZE
+        )
+        counts.append(len(calls))
+    assert counts[0] in (counts[1], counts[1] + 1)  # theirs ends at 0
+
+
+@pytest.mark.parametrize(
+    ("maker", "given", "ways", "message"),
+    [
+        (twins.sdxl, {"negative_original_size": (512, 512)}, {}, "another order"),
+        (twins.sd, {"eta": 1.0}, {}, "eta does not go .* draw no noise"),
+        (of("BriaPipeline", "bria"), {"negative_prompt": ""}, {"guidance": "rows"}, "from zeros"),
+        (
+            VARIANTS["FLUX.1 Fill"][0],
+            {"prompt": ["a", "b"], "image": IMAGE[..., :16, :16].repeat(2, 1, 1, 1),
+             "mask_image": torch.ones(2, 1, 16, 16)},
+            {}, "several pictures",
+        ),
+    ],
+)  # fmt: skip
+def test_calls_that_rows_cannot_take_are_one_line(
+    maker: Callable[[], Any], given: dict[str, Any], ways: dict[str, Any], message: str
+) -> None:
+    pipe = maker()
+    with pytest.raises(ValueError, match=message):
+        parallel(pipe, learned(pipe, "epd"), **ways)(**{"prompt": TEXT, **SIZE, **given})
+
+
+def test_free_init_is_refused_and_so_is_a_control_that_pools() -> None:
+    pipe = twins.twin("animate_diff")
+    pipe.enable_free_init(num_iters=2)
+    with pytest.raises(ValueError, match=r"FreeInit is not served.*disable_free_init"):
+        parallel(pipe, learned(pipe, "epd"))(TEXT, num_frames=2, **SIZE)
+    pipe = controlled()
+    pipe.controlnet.register_to_config(global_pool_conditions=True)
+    with pytest.raises(ValueError, match=r"half of the rows alone.*sequence"):
+        parallel(pipe, learned(pipe, "epd"))(TEXT, image=FROM["image"], **SIZE)
+
+
+def test_a_video_is_decoded_once_under_guidance_as_rows() -> None:
+    pipe = twins.twin("ltx", vae={"timestep_conditioning": True})
+    pipe.set_progress_bar_config(disable=True)
+    given = {"height": 64, "width": 64, "num_frames": 9, "output_type": "pt"}
+    fast = parallel(pipe, learned(pipe, "epd"), guidance="rows")
+    assert len(fast(TEXT, **given, generator=drawn(3))[0]) == 1
+
+
+def test_keys_that_a_schedulers_class_does_not_have_do_nothing() -> None:
+    """As `from_config` of another's leaves them."""
+    ddim = diffusers.DDIMScheduler(clip_sample=True)
+    euler = diffusers.EulerDiscreteScheduler.from_config(ddim.config)
+    assert (parametrization_of(ddim).clip, parametrization_of(euler).clip) == (1.0, None)
+    unipc = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+    )
+    flow = diffusers.FlowMatchEulerDiscreteScheduler.from_config(unipc.config, shift=8.0)
+    assert shifted_end(flow) == shifted_end(diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0))
