@@ -24,6 +24,7 @@ from backends.base import Backend, ModelOptions, Prompt
 from backends.load import find_model, load_backend
 from backends.spread import spread
 from eval.features import load_space
+from eval.score import reads_texts
 from rewards.efficientnet import load_features, prepared
 from rewards.registry import Setup, load_reward
 from solvers.predictor import save_predictor
@@ -285,6 +286,9 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
         fix = "leave it out, or give --distance l2+0.1*reward, say"
         raise ValueError(f"--reward {b.reward} does nothing: {fix}")
     backend = load_backend(str(path), device=device, dtype=DTYPES[b.dtype], options=about)
+    texts = bool(prompts) or isinstance(backend.usual_prompt(0), str)
+    if b.reward and (readers := reads_texts([b.reward])) and not texts:
+        raise ValueError(f"{readers[0]} judges images by their prompts: this model takes none")
     if b.backend not in ("auto", backend.family):
         raise ValueError(f"backend {b.backend} is not that of {path}: it is {backend.family}")
 

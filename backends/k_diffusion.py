@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from solvers.epd import EPD, Directions
+from solvers.epd import EPD, Directions, MultistepTable, restarted
 from solvers.field import Condition, Field
 from solvers.integrate import Loop
 from solvers.predictor import Predictor, levels_of
@@ -115,9 +115,11 @@ def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
     if not cuts:
         text = "none that are written down" if own is None else ", ".join(f"{s:.4g}" for s in own)
         warnings.warn(f"the predictor was learned on other levels: {text}", stacklevel=3)
-    table = predictor.table
-    tensors = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
     cut = cuts[0] if cuts else 0
+    table = predictor.table
+    if cut and isinstance(table, MultistepTable):
+        table = restarted(table, cut)
+    tensors = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
     part = {n: t[cut : cut + steps] for n, t in tensors.items() if isinstance(t, Tensor)}
     solver = replace(predictor.solver(process), table=replace(table, **part))
     return Sampler(solver, tuple(grid), process, predictor.recipe.afs and not cut)

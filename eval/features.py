@@ -94,7 +94,7 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
     load = {"inception": _inception, "clip": _clip, "dinov2": _dinov2}.get(name)
     if load:
         return load(require([name], {name: weights} if weights else {})[name], device)
-    if weights:
+    if weights and name != "efficientnet":
         raise ValueError(f"--weights {weights} is of no use to the features {name}")
     if name == "fashion-judge":
         judge = load_judge(device=device)
@@ -105,7 +105,7 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
     if name != "efficientnet":
         choice = f"there are {', '.join(SPACES)}, and your own as module:function"
         raise ValueError(f"no features {name!r}: did you mean {nearest(name, SPACES)}? {choice}")
-    features = load_efficientnet(device)
+    features = load_efficientnet(device, path=weights)
 
     def efficientnet(images: Tensor) -> Tensor:
         return features.maps(prepared(images, features.side)).mean((2, 3))

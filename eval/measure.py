@@ -14,13 +14,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from backends.base import Backend, NoiseLevels
+from backends.base import Backend, NoiseLevels, Prompt
 from backends.generate import ImageBatch, Job, generate
 from backends.load import check_fit
 from eval.features import FeatureSpace
 from eval.fid import Statistics, merged, precision_recall, statistics_of
 from eval.machine import clock
 from rewards.base import Reward, WeightedSum
+from rewards.registry import MULTI, parse
 from rewards.scorer import score_all, single_rewards
 from solvers.field import Condition
 from solvers.predictor import load_predictor
@@ -168,7 +169,7 @@ def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
                 _label(recipe.schedule_type, recipe.schedule_rho),
                 recipe.num_points,
                 from_here(path),
-                tuple(map(space_name, recipe.training.get("fitted_on") or ())),
+                spaces_of(recipe.training.get("fitted_on") or ()),
             )
         )
     seen = Counter((c.name, c.nfe) for c in candidates)
@@ -179,11 +180,30 @@ def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
     return sorted(named, key=lambda c: (c.nfe, c.name))
 
 
-def space_name(network: str) -> str:
-    """The feature space of a network by the name that train_distill.py knows it by."""
-    kind = network.partition("=")[0]  # of dinov2=FOLDER
-    file = "inception" if "inception" in kind and Path(kind).suffix else kind
-    return {"efficientnet-lite0": "efficientnet"}.get(kind, file)
+def spaces_of(fitted_on: Sequence[str]) -> tuple[str, ...]:
+    """The feature spaces of networks and rewards, by train_distill.py's names of them."""
+    spaces = []
+    for name in fitted_on:
+        for single in parse(name) if name.startswith(f"{MULTI}:") else [name]:
+            kind = single.partition("=")[0]  # of dinov2=FOLDER
+            file = "inception" if "inception" in kind and Path(kind).suffix else kind
+            efficientnet = kind in ("efficientnet-lite0", "efficientnet-minilm")
+            spaces.append("efficientnet" if efficientnet else file)
+    return tuple(spaces)
+
+
+def halves_of(prompts: Sequence[Prompt]) -> tuple[list[int], list[int]]:
+    """Two sets of images of other seeds, so that none stands beside its own, of the same prompts.
+
+    Of each prompt (or class, or None) every other image; one that stands alone is in neither.
+    """
+    halves: tuple[list[int], list[int]] = ([], [])
+    seen, all_of = Counter[Prompt](), Counter(prompts)
+    for i, prompt in enumerate(prompts):
+        if all_of[prompt] > 1:
+            halves[seen[prompt] % 2].append(i)
+        seen[prompt] += 1
+    return halves
 
 
 def from_here(path: Path | str) -> str:
@@ -323,8 +343,9 @@ def measure(
                 sums.rewards.setdefault(name, []).append(values)
             bar.update(len(jobs))
     bar.close()
+    asked = [job.prompt for job in benchmark.jobs]
     fine, *scores = (
-        _score(candidate, sums, references, running[0])
+        _score(candidate, sums, references, running[0], asked)
         for candidate, sums in zip(every, running, strict=True)
     )
     return replace(fine, gains={}), scores
@@ -398,7 +419,11 @@ def add_statistics(
 
 
 def _score(
-    candidate: Candidate, sums: Running, references: Sequence[FrechetReference], fine: Running
+    candidate: Candidate,
+    sums: Running,
+    references: Sequence[FrechetReference],
+    fine: Running,
+    prompts: Sequence[Prompt],
 ) -> Score:
     """The score of all batches; `fine` is what was seen of the fine solution's."""
     assert sums.calls == candidate.nfe, f"{candidate.name} made {sums.calls} calls"
@@ -418,10 +443,14 @@ def _score(
             value = (of or fine.statistics[name]).distance(sums.statistics[name])
             distances[name] = Frechet(value, trained_on=name in candidate.fitted_on)
     likeness: tuple[float | None, ...] = (None, None)
-    if references and not broken and sum(map(len, fine.features)) > 2 * NEIGHBOURS + 2:
-        # halves of other seeds, so that no image stands beside its own
-        halves = torch.cat(sums.features)[::2], torch.cat(fine.features)[1::2]
-        likeness = precision_recall(*halves, NEIGHBOURS)
+    if references and not broken:
+        halves = halves_of(prompts)
+        if min(map(len, halves)) > NEIGHBOURS + 1:
+            ours, theirs = (
+                torch.cat(seen.features)[half]
+                for seen, half in zip((sums, fine), halves, strict=True)
+            )
+            likeness = precision_recall(ours, theirs, NEIGHBOURS)
     return Score(
         name=candidate.name,
         nfe=sums.calls,

@@ -72,6 +72,23 @@ class MultistepTable:
 Table: TypeAlias = Directions | MultistepTable
 
 
+def restarted(table: MultistepTable, start: int) -> MultistepTable:
+    """The table [N] for a run that begins at step `start`, where there are no earlier slopes.
+
+    That step is Euler's; in the next ones the coefficients of slopes that are not there go to
+    the oldest that is. What is left is of first order where the table was not.
+    """
+    a, r, weight, b, scale = (t.clone() for t in table.tensors())
+    points, history = r.shape[-1], a.shape[-1]
+    for tensor, value in ((a, 0), (r, 0), (b, 0), (weight, 1 / points), (scale, 1)):
+        tensor[..., start, :] = value
+    for step in range(start + 1, r.shape[-2]):
+        there = min(1 + (step - start) * points, history)
+        for tensor in (a, b):
+            tensor[..., step, there - 1] += tensor[..., step, there:].sum(-1)
+    return MultistepTable(a, r, weight, b, scale, table.guidance)
+
+
 @dataclass(frozen=True)
 class EPD:
     """Take K slopes at points that `base` reaches, and step along their mixture.

@@ -258,6 +258,10 @@ def test_a_cache_is_used_and_mended(
         (["--features", "efficientnet-lite0=big", "--distance", "energy"], "8 to 4096 pixels"),
         (["--samples", "8", "--total_kimg", "1"], "not both"),
         (["--init", "cifar10-5nfe", "--sigma_max", "20"], "cifar10-5nfe has its own noise levels"),
+        (
+            ["--reward", "clip", "--distance", "l2+0.1*reward"],
+            "clip judges images by their prompts",
+        ),
         (["--reward", "clip"], "clip does nothing: leave it out"),
         (["--distance", "reward", "--reward", "clipp"], "clip"),
         (["--distance", "lpips"], "unknown distance 'lpips'"),

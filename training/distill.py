@@ -17,7 +17,7 @@ from backends.base import Backend, classifier_free
 from rewards.base import looking
 from solvers.epd import EPD, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field
-from solvers.predictor import Predictor, validate
+from solvers.predictor import Predictor, find_predictor, load_predictor, validate
 from solvers.process import FLOW, Process
 from solvers.sampler import Sampler
 from solvers.schedules import NoiseLevels
@@ -26,7 +26,7 @@ from training.distances import OF_FEATURES, Network, distance_named
 from training.fit import fit
 from training.gradient import GradientLearner, checkpointed
 from training.refine import ROBUST, Lens, Reward, descend, enough, gauss_newton
-from training.settings import SMALL, Settings, recipe_of
+from training.settings import SMALL, Settings, hand_made, recipe_of
 from training.student import Trajectories, rmse
 from training.table import EDGE, EXACT
 from training.teacher import (
@@ -290,7 +290,7 @@ def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]
             parts: list[Trajectories] = batches[first : first + count]
             parts = [checkpointed(part) for part in parts] if s.checkpointing else parts
             losses.append(learner.learn(parts, s.batch))
-        learner.judge(problem.reference)
+        learner.judge(problem.judges)
         state["learner"] = learner.state()
         good = [loss for loss in losses if math.isfinite(loss)]
         metrics = {"loss": sum(good) / len(good)} if good else {}
@@ -317,8 +317,12 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
         training |= {"rmse": best_of(state["candidates"])[1]}
     names, (features, reward) = {name for _, name in terms_of(s)}, problem.model.fitted_on
     used = ((features, names & OF_FEATURES), (reward, "reward" in names))
-    if fitted_on := [name for name, is_used in used if is_used]:
-        training["fitted_on"] = fitted_on
+    fitted_on = [name for name, is_used in used if is_used]
+    if s.init and not hand_made(s.init):
+        start = load_predictor(find_predictor(s.init)).recipe.training
+        fitted_on += start.get("fitted_on") or []
+    if fitted_on:
+        training["fitted_on"] = list(dict.fromkeys(fitted_on))
     levels, flow = backend.levels, backend.levels.process == FLOW
     recipe = replace(
         recipe, process=sampler.process.name, training=training, backend=backend.family

@@ -152,6 +152,7 @@ class GradientLearner:
         """Everything that changes, as tensors and numbers."""
         tensors = {"theta": self.theta.detach().clone(), "ema": self.ema.clone()}
         tensors |= {"best": self.best.clone(), "adam": copy.deepcopy(self.adam.state_dict())}
+        tensors |= {"chosen_by": "judges"}
         return tensors | {name: getattr(self, name) for name in CHANGING}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -166,6 +167,8 @@ class GradientLearner:
         self.adam.load_state_dict(state["adam"])
         for name in CHANGING:
             setattr(self, name, state[name])
+        if state.get("chosen_by") != "judges":  # of an earlier version: the best is judged anew
+            self.error = math.inf
 
 
 def checkpointed(batch: Trajectories) -> Trajectories:

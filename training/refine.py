@@ -260,12 +260,12 @@ class Lens:
         """The features and the latents [B, F] as they are, in float32."""
         return [v.flatten(1).float() for v in (self.features(x), x)] if self.features else []
 
-    def on(self, batches: Sequence[Trajectories]) -> "Lens":
+    def on(self, batches: Sequence[Trajectories], reduce: Reduce) -> "Lens":
         """The lens with the directions of the teacher's ends in these batches, of all ranks."""
         parts = [self.views(batch.targets[-1]) for batch in batches]
         bases = []
         for views in zip(*parts, strict=True):
-            view = gathered(views)
+            view = gathered(views, reduce)
             if not bool(view.isfinite().all()):
                 raise ValueError("the features of the teacher's samples are not finite")
             mean = view.mean(0)
@@ -347,8 +347,8 @@ def descend(
     Each round tries several prices of a step, at one trajectory each. The objective is the sum of
     the weights at first, but for rewards.
     """
-    lens = lens.on([*batches, *judges])
-    targets = gathered([lens(batch.targets[-1], batch.numbers) for batch in judges])
+    lens = lens.on([*batches, *judges], reduce)
+    targets = gathered([lens(batch.targets[-1], batch.numbers) for batch in judges], reduce)
 
     def looks(theta: Tensor) -> tuple[Tensor, Tensor]:
         """What is looked at of a vector's ends in the judges, and their mean squared error."""
@@ -363,7 +363,7 @@ def descend(
         total = reduce(torch.stack(sums))
         if total[2]:  # on any rank: a reward, say, cannot look at what is no number
             return torch.full((1, 1), math.nan), total[0] / 0
-        return gathered(seen), total[0] / total[1]
+        return gathered(seen, reduce), total[0] / total[1]
 
     y, error = looks(theta)
     if not bool(y.isfinite().all() & targets.isfinite().all() & error.isfinite()):
@@ -387,8 +387,9 @@ def descend(
     return search(theta, linearise, values, rounds=rounds, choices=every, coarse=every)
 
 
-def gathered(parts: Sequence[Tensor]) -> Tensor:
+def gathered(parts: Sequence[Tensor], reduce: Reduce) -> Tensor:
     """The rows of all parts of all ranks, on the CPU."""
+    reduce(torch.zeros(1))  # where ranks that are asked to stop meet those that are not
     return torch.cat(of_each_rank(torch.cat(list(parts)).cpu()))
 
 
@@ -450,7 +451,7 @@ def linearised(
         moves.append(torch.stack(seen, 1))
         targets.append(lens(part.targets[-1], part.numbers))
         size += part.x.numel()
-    rows = gathered(looks), gathered(moves), gathered(targets)
+    rows = [gathered(parts, reduce) for parts in (looks, moves, targets)]
     finite = torch.stack([part.flatten(1).isfinite().all(1) for part in rows]).all(0)
     look, move, target = (part[finite] for part in rows)
     count = int(reduce(torch.tensor([float(size)])))

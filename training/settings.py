@@ -208,13 +208,14 @@ def resolved(
     distance = s.distance or ("distribution" if by_looks else "l2")
     s = replace(s, nfe=nfe, distance=distance, last_distance=s.last_distance or distance)
     if gradient and not s.multistep:
-        s = with_usual(s, {"scale_dir": 0.05, "scale_time": 0.05})
+        s = with_usual(s, usual_reach(s.init))
     s = with_usual(s, PUBLISHED_WAY if gradient else usual_fit(s, shape))
     assert s.batch
     assert s.samples
     batch = min(s.batch, s.samples)
     samples = max(1, round(s.samples / batch)) * batch
-    s = replace(s, batch=batch, samples=samples, judges=s.judges or samples // 2 or 1)
+    judges = s.judges or (s.validation if gradient else samples // 2 or 1)
+    s = replace(s, batch=batch, samples=samples, judges=judges)
     check(s, flow)
     return s
 
@@ -236,6 +237,15 @@ def hand_made(init: str) -> bool:
     if SOLVERS[base].calls != 1:
         raise ValueError(f"init {init} makes {SOLVERS[base].calls} calls a step, and a table one")
     return True
+
+
+def usual_reach(init: str | None) -> dict[str, float]:
+    """How far a gradient's scales go from 1: a little, or as far as the predictor's own."""
+    reach = {"scale_dir": 0.05, "scale_time": 0.05}
+    if init is None or hand_made(init):
+        return reach
+    recipe = load_predictor(find_predictor(init)).recipe
+    return {name: max(usual, getattr(recipe, name)) for name, usual in reach.items()}
 
 
 def adopted(settings: Settings) -> Settings:
@@ -348,6 +358,11 @@ def check(settings: Settings, flow: bool) -> None:
     clashes = {
         f"{s.solver} and max_order {s.max_order} disagree": order and order != s.max_order,
         no_afs: s.afs and flow,
+        "schedule discrete has the model's own ends: leave out sigma_min and sigma_max": (
+            s.schedule == "discrete" and (s.sigma_min or s.sigma_max)
+        ),
+        f"teacher_substeps {s.teacher_substeps} does nothing without M": s.M is None
+        and s.teacher_substeps != Settings.teacher_substeps,
         f"{s.solver} has free scales: leave out fcn, scale_dir and ends": s.multistep
         and (s.fcn or s.scale_dir or s.scale_time_ends),
         "fcn is for --method gradient: a fit has free weights there": fits and s.fcn,

@@ -8,6 +8,7 @@ batches of a model and settings. Shapes: B samples, N intervals of the student,
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from backends.base import Backend
 from rewards.base import looking
 from solvers import schedules
 from solvers.classic import Heun
-from solvers.epd import Table
+from solvers.epd import Directions, Table
 from solvers.field import Condition, Field
 from solvers.integrate import levels as as_levels
 from solvers.predictor import find_predictor, load_predictor
@@ -40,6 +41,8 @@ from training.student import Reduce, Student, Trajectories
 from training.table import EPDForm, MultistepForm, TimeScales, table_of, widened
 
 DENOISER = "the denoiser, called with x, sigma and cond,"
+OFF = 0.02
+"""How far a number may be from a given table's: bounded ones cannot be at their very bounds."""
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 
@@ -233,13 +236,15 @@ def make_problem(model: Model, settings: Settings) -> Problem:
     fine = Teacher(Sampler(Heun(), finest, process), sigmas[-1:])
     if not s.every:
         grid = tuple(sorted({*finest, *sigmas[1:]}, reverse=True))
-    elif s.init:  # whose levels are no schedule's
-        between = (
-            a * (b / a) ** (i / s.every) for a, b in pairwise(sigmas) for i in range(s.every)
-        )
-        grid = (*between, sigmas[-1])
     else:  # refines the student's own (EPD-Solver, arXiv:2507.14797, Sec. 3.3)
         grid = grid_of(levels, s, s.every * (len(sigmas) - 1) + 1)
+        met = zip(grid[:: s.every], sigmas, strict=True)
+        if s.init or not all(math.isclose(a, b, rel_tol=1e-5) for a, b in met):
+            # those levels are no schedule's, or one that does not refine itself
+            between = (
+                a * (b / a) ** (i / s.every) for a, b in pairwise(sigmas) for i in range(s.every)
+            )
+            grid = (*between, sigmas[-1])
     stops = grid[s.every :: s.every] if s.every else sigmas[1:]
     solver = make_solver(s.teacher, SolverOptions(process=process))
     teacher = Teacher(Sampler(solver, grid, process), stops)
@@ -409,8 +414,26 @@ def make_student(levels: NoiseLevels, settings: Settings) -> Student:
         sigmas = as_levels(grid_of(levels, s, s.num_steps))
     grid = bool(s.learn_grid) and s.num_steps > 2
     student = Student(sigmas, form, base, levels.process, bool(s.afs), grid)
-    student.holding(start_of(student, s))  # EPD refuses what cannot be its base
+    table = start_of(student, s)
+    student.holding(table)  # EPD refuses what cannot be its base
+    if s.init and s.method == "gradient":
+        check_reach(student, table, s)
     return student
+
+
+def check_reach(student: Student, table: Table, settings: Settings) -> None:
+    """ValueError where a gradient's bounded numbers cannot be those of a given table."""
+    written, _ = replace(student, grid=False).decode(replace(student, grid=False).encode(table))
+    (mix, times), (our_mix, our_times) = (
+        (t.weight * t.dir_scale if isinstance(t, Directions) else t.weight, t.time_scale)
+        for t in (table, written)
+    )
+    off = max(float((mix - our_mix).abs().max()), float((times - our_times).abs().max()))
+    if off > OFF:
+        raise ValueError(
+            f"{settings.init} is out of reach of scale_dir {settings.scale_dir} and scale_time "
+            f"{settings.scale_time}, by {off:.2g}: raise them, or give --method fit"
+        )
 
 
 def start_of(student: Student, settings: Settings) -> Table:

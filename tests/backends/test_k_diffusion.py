@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.k_diffusion import epd_sampler, learned_sigmas, sample_epd
+from solvers.classic import Euler
 from solvers.epd import Directions
 from solvers.field import Field
 from solvers.predictor import find_predictor, load_predictor
@@ -44,6 +45,26 @@ def test_it_is_our_loop_on_the_predictors_own_levels(name: str) -> None:
             predictor=predictor, denoise_last=not end,
         )  # fmt: skip
         assert torch.allclose(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["epd-multistep-k2-5nfe", "epd-multistep-k1-7nfe"])
+def test_a_part_of_a_multistep_predictor_begins_anew(name: str) -> None:
+    """A normal distribution of width 1/2, from its exact state: as near as Euler, or nearer."""
+
+    def normal(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        return x * 0.25 / (0.25 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    predictor = load_predictor(find_predictor(f"fashion-mnist-32/{name}"))
+    sigmas = torch.tensor(learned_sigmas(predictor), dtype=torch.float64)
+    width = (0.25 + sigmas**2).sqrt()
+    for cut in range(1, len(sigmas) - 1):
+        x = X.double() * width[cut]
+        end = X.double() * width[-1]
+        ours = sample_epd(normal, x, sigmas[cut:], disable=True, predictor=predictor)
+        (*_, euler) = Sampler(Euler(), tuple(sigmas[cut:].tolist())).states(
+            Field(lambda x, s, _c: normal(x, s)), x
+        )
+        assert (ours - end).norm() < 1.01 * (euler - end).norm()
 
 
 def test_points_are_tiled_rows_and_so_are_tensors_among_the_arguments() -> None:

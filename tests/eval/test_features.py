@@ -145,11 +145,11 @@ def test_dinov2_gives_its_class_token(tmp_path: Path) -> None:
 def test_spaces_that_there_are_not_and_features_of_another_shape_are_refused(
     tmp_path: Path,
 ) -> None:
-    names = {"inceptoin": "did you mean inception", "efficientnet": "is of no use"}
+    names = {"inceptoin": "did you mean inception", "fashion-judge": "is of no use"}
     names |= {"tests.eval.pictures:none": "cannot be imported"}
     for name, words in (names | {"tests.eval.pictures:CHEAP": "is no function"}).items():
         with pytest.raises(ValueError, match=words):
-            load_space(name, CPU, tmp_path if name == "efficientnet" else None)
+            load_space(name, CPU, tmp_path if name == "fashion-judge" else None)
     space = load_space("tests.eval.pictures:shapeless_features", CPU)
     empty = replace(space, network=lambda images: images.flatten(1)[:, :0])
     with pytest.raises(ValueError, match=r"must return \[2, D\], not \[2, 0\]"):

@@ -17,10 +17,11 @@ from eval.measure import (
     FrechetReference,
     by_hand,
     fine_solution,
+    halves_of,
     learned,
     measure,
     rivals_for,
-    space_name,
+    spaces_of,
 )
 from solvers.epd import EPD, Directions
 from src.images import to_bytes
@@ -85,7 +86,9 @@ def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
     one, two = (c.name for c in learned(["c.pkl", "e.pkl"], exact()))
     assert (one, two) == ("epd K=1 (c.pkl)", "epd K=1 (e.pkl)")
     networks = ("efficientnet-lite0=112", "dinov2=here", "w/inception.pt")
-    assert [*map(space_name, networks)] == ["efficientnet", "dinov2", "inception"]
+    assert spaces_of(networks) == ("efficientnet", "dinov2", "inception")
+    rewards = ("efficientnet-minilm", "multi:clip=1,hps=2", "own:look")
+    assert spaces_of(rewards) == ("efficientnet", "clip", "hps", "own:look")
     save_multistep(Path("flow.pkl"), process="flow")
     for name, words in (
         ("flow.pkl", "is not for a ve model"),
@@ -158,6 +161,13 @@ def test_precision_and_recall_are_of_images_of_other_seeds_than_the_fine_solutio
     assert score.precision is not None
     assert score.precision < 1
     assert measure(many, [heun(2)])[1][0].recall is None
+
+
+def test_the_halves_are_of_the_same_prompts() -> None:
+    """Prompts go round, and their number may be even; one that is drawn once is in neither."""
+    prompts = ["a", "b", "a", "b", "a", "b", "a", "b", "c"]
+    assert halves_of(prompts) == ([0, 1, 4, 5], [2, 3, 6, 7])
+    assert halves_of([None] * 5) == ([0, 2, 4], [1, 3])
 
 
 def test_candidates_that_solve_another_problem_are_refused() -> None:

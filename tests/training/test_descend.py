@@ -13,6 +13,7 @@ from torch import Tensor
 
 from solvers.classic import Heun
 from solvers.field import Condition, Field
+from solvers.predictor import save_predictor
 from solvers.sampler import Sampler
 from solvers.schedules import polynomial
 from training.api import Settings, distill, sample
@@ -142,6 +143,23 @@ def test_each_objective_lowers_itself_on_fresh_noise(
     assert after < before + 0.02 * abs(before)
     looked = f"{__name__}:{'near_first' if distance == 'reward' else 'waves'}"
     assert predictors[1].recipe.training["fitted_on"] == [looked]
+
+
+def test_what_the_start_was_fitted_on_stays_in_the_recipe(tmp_path: Path) -> None:
+    few = replace(FEW, nfe=3, rounds=1, samples=32)
+    start = distill(
+        cloud, "ve", shape=(2,), settings=replace(few, distance="energy"), features=waves
+    )
+    save_predictor(start, tmp_path / "start.pkl")
+    more = replace(
+        few,
+        init=str(tmp_path / "start.pkl"),
+        rounds=0,
+        schedule=None,
+        positions=Settings.positions,
+    )
+    after = distill(cloud, "ve", shape=(2,), settings=more)
+    assert after.recipe.training["fitted_on"] == [f"{__name__}:waves"]
 
 
 def test_a_step_of_squares_is_that_of_gauss_newton() -> None:

@@ -64,6 +64,10 @@ def test_a_resumed_learner_is_the_same_to_the_bit_and_so_is_a_checkpointed_gradi
     for name in ("theta", "ema", "best"):
         assert torch.equal(getattr(through, name), getattr(after, name))
     assert (through.seen, through.error) == (after.seen, after.error)
+    older = {name: value for name, value in before.state().items() if name != "chosen_by"}
+    after.load(older)  # chosen by other samples: judged anew, and kept where it is the best
+    assert after.error == math.inf
+    assert torch.equal(after.best, before.best)
     with pytest.raises(ValueError, match="18 numbers, this run 24"):
         learner().load(
             learner(student=with_points(PUBLISHED, 1)).state() | {"theta": torch.ones(18)}

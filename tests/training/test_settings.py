@@ -13,6 +13,7 @@ from solvers.process import FLOW, VE
 from solvers.sampler import Sampler, SolverOptions, make_solver
 from tests.training.students import curved, model
 from training.settings import Settings, at_once, preset, preset_names, recipe_of, resolved
+from training.table import EXACT
 from training.teacher import Model, make_problem, make_student, start_of
 
 LEVELS = NoiseLevels(VE, 0.01, 1.0)
@@ -77,6 +78,8 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"init": "unipc-2", "solver": "epd"}, "solver epd: unipc-2 has epd-multistep"),
         ({"init": "unipc-2", "afs": True}, "afs True: unipc-2 has False"),
         ({"init": "unipc-2", "max_order": 1}, "max_order 1: unipc-2 has 2"),
+        ({"schedule": "discrete", "sigma_max": 5.0}, "discrete has the model's own ends"),
+        ({"teacher_substeps": 4}, "teacher_substeps 4 does nothing without M"),
         ({"alpha": 1.0}, "alpha 1.0 is for --method gradient"),
         ({"init": "epd-k2-5nfe", "positions": 9}, "positions 9 are tried without init alone"),
         ({"flow": True, "afs": True}, "no analytic first step"),
@@ -125,6 +128,41 @@ def test_a_table_that_starts_from_a_solver_makes_its_steps(name: str, flow: bool
         exact = (count < 6 and points == 1) or name in ("euler", "dpmpp-1")
         assert (ends[0] - ends[1]).abs().max() < (1e-9 if exact else 0.1)
         assert table.calls == wanted.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "reach"), [("cifar10-5nfe", 0.05), ("cifar10-5nfe-ipndm", 0.2), ("epd-k2-5nfe", 0)]
+)
+def test_a_gradient_starts_from_the_predictor_or_says_that_it_cannot(
+    name: str, reach: float
+) -> None:
+    s = settings(init=name, method="gradient")
+    if not reach:
+        with pytest.raises(ValueError, match=r"epd-k2-5nfe is out of reach .* --method fit"):
+            make_student(LEVELS, s)
+        return
+    assert s.scale_time == reach
+    student = make_student(LEVELS, s)
+    table, _ = student.decode(student.encode(start_of(student, s), EXACT))
+    given = load_predictor(find_predictor(name)).table
+    for ours, theirs in zip(table.tensors(), given.tensors(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_a_teacher_by_m_passes_through_the_levels_of_the_student() -> None:
+    """On a scheduler's own levels, which do not refine themselves, as well."""
+    own = NoiseLevels(
+        FLOW,
+        0.001,
+        1.0,
+        own=lambda n, _mu: [*(1 - i * 0.9 / (n - 2) for i in range(n - 1)), 0.001],
+    )
+    for levels in (own, NoiseLevels(FLOW, 0.001, 1.0), replace(own, own=None, shift=3.0)):
+        backend = replace(model(), levels=levels)
+        s = Settings(num_steps=5, solver="epd-multistep", M=3, samples=16, learn_grid=False)
+        problem = make_problem(Model(backend), s)
+        stops = problem.learned.teacher.stops
+        assert stops == pytest.approx(problem.student.sigmas[1:], rel=1e-5)
 
 
 @pytest.mark.parametrize("more", [{"predict_x0": False}, {"lower_order_final": False}, {}])
