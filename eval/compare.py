@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
@@ -251,12 +252,8 @@ def main(**options: Any) -> None:
         fix = "name solvers that can make these calls, or predictors"
         raise ValueError(f"nothing to compare: {fix}")
     rewards = load_rewards(names, setup)
-    references = references_for(model, options["features"], options["reference"], paths, device)
-    for one in references:
-        look = torch.zeros(1, 3, *backend.size, device=device)
-        if one.statistics and (count := one.space(look).shape[1]) != len(one.statistics.mean):
-            there = len(one.statistics.mean)
-            raise ValueError(f"--reference has {there} numbers, {one.space.name} gives {count}")
+    look = torch.zeros(1, 3, *backend.size, device=device)
+    references = references_for(model, options["features"], options["reference"], paths, look)
     images = options["images"]
     if images and not references:
         raise ValueError(f"--images {images} is of Frechet distances: give --features too")
@@ -324,27 +321,38 @@ def references_for(
     features: Sequence[str],
     files: Sequence[Path],
     weights: Mapping[str, str],
-    device: torch.device,
+    look: Tensor,
 ) -> list[FrechetReference]:
     """The feature spaces, each with the file of statistics that is of it, if there is one.
 
-    Files are those given, and those in the model's folder. ValueError for a file of other
-    features than those asked for.
+    Files are those given, and those in the model's folder; one that does not say whose features
+    it holds (EDM's) is of the space that gives as many for images like `look`. ValueError for a
+    file of other features than those asked for, and for two of one space.
     """
     shipped = sorted(model.glob("test-features*.npz")) if model.is_dir() else []
     statistics = {path: load_statistics(path) for path in (*files, *shipped)}
+    spaces = [
+        load_space(name, look.device, Path(weights[name]) if name in weights else None)
+        for name in dict.fromkeys(features or (("efficientnet",) if statistics else ()))
+    ]
     references: list[FrechetReference] = []
-    unused = set(files)
-    for name in dict.fromkeys(features or (("efficientnet",) if statistics else ())):
-        space = load_space(name, device, Path(weights[name]) if name in weights else None)
-        fits = [p for p, s in statistics.items() if s.about.get("features") in (None, space.about)]
-        for path in fits[:1]:
+    unused = dict.fromkeys(files)
+    for space in spaces:
+        count = space(look).shape[1] if statistics else 0
+        own = [p for p, s in statistics.items() if s.about.get("features") == space.about]
+        silent = [p for p in files if "features" not in statistics[p].about]
+        fits = [p for p in (*own, *silent) if len(statistics[p].mean) == count]
+        given = [p for p in fits if p in unused]
+        if len(given) > 1:
+            raise ValueError(f"--reference {given[0]} and {given[1]} are both of {space.name}")
+        for path in (given or fits)[:1]:
             check_space(path, statistics[path], space)
-        unused -= set(fits)
-        references.append(FrechetReference(space, statistics[fits[0]] if fits else None))
+            unused.pop(path, None)
+        chosen_file = (given or fits or [None])[0]
+        references.append(FrechetReference(space, chosen_file and statistics[chosen_file]))
     for path in unused:
-        about = statistics[path].about["features"]
-        raise ValueError(f"--reference {path} is of other features ({about}): see --features")
+        there = statistics[path].about.get("features", f"{len(statistics[path].mean)} numbers")
+        raise ValueError(f"--reference {path} is of other features ({there}): see --features")
     return references
 
 

@@ -18,7 +18,15 @@ pytest.importorskip("diffusers")
 
 from backends.generate import generate
 from backends.load import load_backend
-from eval.compare import chosen, jobs_for, main, runs_of, without_nan, write_results
+from eval.compare import (
+    chosen,
+    jobs_for,
+    main,
+    references_for,
+    runs_of,
+    without_nan,
+    write_results,
+)
 from eval.features import load_space
 from eval.fid import save_statistics, statistics_of
 from eval.measure import Benchmark, FrechetReference, fine_solution, from_here, measure, rivals_for
@@ -281,6 +289,26 @@ def test_what_cannot_be_compared_is_an_error_of_one_line(
     done = run(*options)
     assert done.exit_code != 0
     assert words in done.output.strip().splitlines()[-1]
+
+
+def test_a_file_that_does_not_say_its_features_is_of_the_space_of_its_size(tmp_path: Path) -> None:
+    """EDM's; and two files of one space are one too many."""
+    look, files = torch.zeros(1, 3, 8, 8), [tmp_path / "edm.npz", tmp_path / "own.npz"]
+    seen = [load_space(name, look.device)(torch.rand(9, 3, 8, 8)) for name in (FREE, CHEAP)]
+    assert len({one.shape[1] for one in seen}) == 2
+    save_statistics(files[0], replace(statistics_of(seen[0]), about={}))
+    save_statistics(files[1], replace(statistics_of(seen[1]), about={"features": CHEAP}))
+    for names in ((FREE, CHEAP), (CHEAP, FREE)):
+        found = references_for(tmp_path, names, files, {}, look)
+        assert [r.space.name for r in found] == list(names)
+        assert all(r.statistics for r in found)
+    save_statistics(
+        tmp_path / "more.npz", replace(statistics_of(seen[0]), about={"features": FREE})
+    )
+    with pytest.raises(ValueError, match=r"more.npz and .*edm.npz are both of"):
+        references_for(tmp_path, (FREE,), [files[0], tmp_path / "more.npz"], {}, look)
+    with pytest.raises(ValueError, match=r"edm.npz is of other features \(\d+ numbers\)"):
+        references_for(tmp_path, (CHEAP,), files[:1], {}, look)
 
 
 @given(st.sets(st.integers(0, 60), min_size=1).map(sorted))
