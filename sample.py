@@ -89,7 +89,8 @@ def main(ctx: click.Context, **options: Any) -> None:
         click.echo(to_json(about | {"outdir": str(samples.folder), "images": len(jobs)}, 2))
         return
     wanted = [(job.seed, job.prompt) for job in jobs]
-    missing = ranks.of_each_rank(samples.missing(wanted) if ranks.is_first() else None)[0]
+    lacking = samples.missing(wanted, options["trajectory"]) if ranks.is_first() else None
+    missing = ranks.of_each_rank(lacking)[0]
     say_notices(options, backend, sampler)
     rest, size = [job for job in jobs if job.seed in missing], options["batch"]
     parts = [rest[i : i + size] for i in range(0, len(rest), size)]
@@ -128,9 +129,9 @@ def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | 
     backend = load_backend(options["model"], **where, options=ModelOptions(**opening))
     if options["backend"] not in (None, backend.family):
         raise ValueError(f"--backend {options['backend']}: the model is of {backend.family}")
-    if options["compile"]:
-        return replace(backend, denoise=torch.compile(backend.denoise))
-    return backend
+    return (
+        replace(backend, denoise=torch.compile(backend.denoise)) if options["compile"] else backend
+    )
 
 
 def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) -> Sampler:

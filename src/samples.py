@@ -53,12 +53,17 @@ class Samples:
                 raise ValueError(f"seed {seed} became NaN or infinite: try --dtype float32")
             if steps:
                 strip = grid(torch.stack([step[i] for step in steps]), len(steps))
-                save_png(path.parent / "trajectory" / path.name, strip)
+                save_png(self.strip(path), strip)
             save_png(path, image, {"recipe": self.recipe(seed, subject)})
 
-    def missing(self, wanted: Iterable[tuple[int, Subject]]) -> set[int]:
+    def strip(self, path: Path) -> Path:
+        """Where the steps towards a picture are."""
+        return path.parent / "trajectory" / path.name
+
+    def missing(self, wanted: Iterable[tuple[int, Subject]], strips: bool = False) -> set[int]:
         """Which seeds of these (seed, subject) have no picture yet; samples.json is brought up.
 
+        With `strips` those too that lack the steps towards it.
         ValueError where the folder, or a picture in the place of one, is of something else.
         """
         index = self.folder / INDEX
@@ -76,6 +81,8 @@ class Samples:
             for name in differing(own, recipe):
                 other = f"says {name} {own.get(name)!r}, this would be {recipe[name]!r}"
                 raise ValueError(f"{path} {other}: choose another --outdir")
+            if strips and not self.strip(path).exists():
+                lacking.add(seed)
         self.write_index()
         return lacking
 
