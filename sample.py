@@ -129,9 +129,8 @@ def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | 
     backend = load_backend(options["model"], **where, options=ModelOptions(**opening))
     if options["backend"] not in (None, backend.family):
         raise ValueError(f"--backend {options['backend']}: the model is of {backend.family}")
-    return (
-        replace(backend, denoise=torch.compile(backend.denoise)) if options["compile"] else backend
-    )
+    network = torch.compile(backend.denoise) if options["compile"] else backend.denoise
+    return replace(backend, denoise=network)
 
 
 def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) -> Sampler:
