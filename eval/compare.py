@@ -61,7 +61,8 @@ MEANING = {
     "frechet": "biased upwards at small numbers of images, so compare within this table only; "
     "'trained on' where the table was fitted in these very features",
     "precision": "how many of its images are in features within reach of the fine solution's of "
-    "other seeds, among their 3 neighbours; recall: how many of those are within reach of its own",
+    "other seeds of the same prompts, among their 3 neighbours; recall: how many of those are "
+    "within reach of its own; none of prompts that have one image each",
     "intervals": "95 %, by the bootstrap over images (resampled 4000 times)",
     "time": "sampling a batch, in bare network calls of that batch timed just before it; "
     "median over the batches",
