@@ -79,6 +79,9 @@ SIGNED = ("IF",)
 """Families whose tensors of pictures lie in [-1, 1]."""
 FROM_ZERO = ("ZImage", "ZImageOmni", "Kandinsky3", "Krea2", "Cosmos2_5_PredictBase")
 """Families that count guidance from 0: theirs is ours less 1."""
+    "StableDiffusionAttendAndExcite": "it asks its network about x that nobody has scaled",
+    "UniDiffuser": "it guides away from noise that it draws in every call",
+    "KandinskyImg2Img": "it noises its picture by levels of its own",
 ALONE = ("Latte", "WanVACE", "PRX", "PRXPixel")
 """Families that take one prompt a call, or mix those of a call up."""
 
