@@ -14,19 +14,21 @@ from backends.parametrization import parametrization_of
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
     *("LTX", "Sana", "SanaVideo", "PixArtSigma", "PixArtAlpha", "Mochi", "Bria"),
-    *("Kolors", "BriaFibo", "IF"),
+    *("Kolors", "BriaFibo", "BriaFiboEdit", "IF", "StableUnCLIPImg2Img"),
 )
 """Families whose pipelines put the rows of the negative prompt into one batch with the others."""
 APART = (
     *("Flux", "Flux2", "QwenImage", "Chroma", "Wan", "Lumina2", "HunyuanVideo"),
     *("CogView4", "ZImage", "SkyReelsV2", "OvisImage", "Flux2Klein"),
     *("HunyuanImage", "Krea2", "NucleusMoEImage", "MotifVideo"),
+    *("LongCatImageEdit", "QwenImageLayered", "Ideogram4"),
 )
 """Families that call their network once more for guidance, or need no such rows."""
 VARIANTS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
 OTHERS = {
     **dict.fromkeys(("FluxKontext", "FluxFill", "FluxControl", "FluxControlImg2Img"), "Flux"),
     **dict.fromkeys(("QwenImageEdit", "QwenImageEditPlus"), "QwenImage"),
+    "StableDiffusionLDM3D": "StableDiffusion",
 }
 """Pipelines of those families under names of their own."""
 ONE_TIME = {
@@ -54,6 +56,13 @@ ONE_TIME = {
     "Kandinsky5I2V": "it repeats its timestep for every row",
     "LTXImageToVideo": "it steps a part of its latents",
     "WanVideoToVideo": "it makes one video a prompt",
+    "SkyReelsV2ImageToVideo": "it makes one video a prompt",
+    "AnimateDiffSDXL": "it makes one video a prompt",
+    "Kandinsky5I2I": "it repeats its timestep for every row",
+    "Kandinsky": "it gives its latents a shape before it asks for them",
+    "StableUnCLIP": "it gives its latents a shape before it asks for them",
+    "StableDiffusionGLIGEN": "it grounds a share of its calls",
+    "DreamLite": "it makes one image a prompt",
 }
 UNSERVED = {
     "I2VGenXL": "it steps each frame of a video by itself",
@@ -70,6 +79,9 @@ UNSERVED = {
     "StableDiffusionPanorama": "it steps each window of an image by itself",
     "StableDiffusionSAG": "it asks for the betas of its own scheduler",
     "StableDiffusionParadigms": "it steps many timesteps at once",
+    "StableDiffusionAttendAndExcite": "it asks its network about x that nobody has scaled",
+    "UniDiffuser": "it guides away from noise that it draws in every call",
+    "KandinskyImg2Img": "it noises its picture by levels of its own",
 }
 EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""
@@ -79,8 +91,18 @@ SIGNED = ("IF",)
 """Families whose tensors of pictures lie in [-1, 1]."""
 FROM_ZERO = ("ZImage", "ZImageOmni", "Kandinsky3", "Krea2", "Cosmos2_5_PredictBase")
 """Families that count guidance from 0: theirs is ours less 1."""
-ALONE = ("Latte", "WanVACE", "PRX", "PRXPixel")
+ALONE = (
+    *("Latte", "WanVACE", "PRX", "PRXPixel"),
+    *("LongCatImageEdit", "QwenImageLayered", "DreamLite"),
+)
 """Families that take one prompt a call, or mix those of a call up."""
+NO_NEGATIVES = {
+    **dict.fromkeys(ALONE, "it takes one prompt a call"),
+    "BriaFiboEdit": "its prompts are instructions in JSON, and its negatives are not",
+    "StableUnCLIPImg2Img": "its negative prompts have no picture",
+    "Ideogram4": "a network of its own stands for the negative prompt",
+}
+"""Families whose negative prompts cannot be rows beside the others, and why."""
 
 OWN_LEVELS, ENDS = "a predictor has levels of its own", "it cuts a predictor's levels"
 HALF, MIXED = "it asks half of the rows alone", "the solver mixes guidance"
@@ -88,6 +110,7 @@ ORDER = "it puts the rows in another order"
 REFUSED = {
     **dict.fromkeys(("sigmas", "timesteps"), OWN_LEVELS),
     **dict.fromkeys(("denoising_start", "denoising_end"), ENDS),
+    "guidance_schedule": "it has a rate for each step of the pipeline's own",
     "eta": "its steps draw no noise",
 }
 """Arguments of calls that no predictor goes with, and why."""

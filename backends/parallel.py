@@ -76,6 +76,7 @@ def parallel(
             "it rescales what guidance gives": family in families.RESCALING,
             "its scheduler limits what guidance gives": model.clip or model.threshold,
             "its guider guides": pipe.components.get("guider") is not None,
+            families.NO_NEGATIVES.get(family, ""): family in families.NO_NEGATIVES,
             reason or "": points != "rows",
         }
         for why in (why for why, holds in refused.items() if holds):

@@ -60,6 +60,22 @@ def t5(kind: str = "T5") -> Any:
     return seeded(getattr(transformers, f"{kind}EncoderModel")(config), 7, 0.3)
 
 
+def mclip() -> Any:
+    """Kandinsky 2.1's text encoder."""
+    config = diffusers.pipelines.kandinsky.text_encoder.MCLIPConfig(
+        transformerDimSize=16, imageDimSize=16, vocab_size=MARKS + 2, hidden_size=16,
+        intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=100,
+    )  # fmt: skip
+    return seeded(diffusers.pipelines.kandinsky.MultilingualCLIP(config), 1, 0.3)
+
+
+def normalizer() -> Any:
+    """What Stable unCLIP shifts and scales pictures' embeddings by: here, nothing."""
+    module = diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer
+    return module.StableUnCLIPImageNormalizer(embedding_dim=16)
+
+
 class Chat:
     """What stands for a processor of chats, which pipelines ask for lengths and marks."""
 
@@ -90,9 +106,11 @@ TEXTS = {
     "clip-projected": partial(clip, "CLIPTextModelWithProjection"),
     "t5": t5,
     "umt5": partial(t5, "UMT5"),
+    "mclip": mclip,
+    "normalizer": normalizer,
 }
 WEIGHTS: dict[str, tuple[int, float]] = {"vae": (3, 0.2), "vqvae": (4, 0.2), "movq": (4, 0.2)}
-WEIGHTS["transformer_2"] = (5, 0.1)
+WEIGHTS |= dict.fromkeys(("transformer_2", "unconditional_transformer"), (5, 0.1))
 
 
 def part(name: str, config: Any) -> Any:
@@ -237,6 +255,17 @@ def tokens(prompt: Any, height: int, width: int, **_: Any) -> Any:
     return torch.stack([places % len(text) for text in texts]), None, None
 
 
+def packed(prompt: Any, grid_h: int, grid_w: int, max_sequence_length: int, device: Any) -> Any:
+    """What Ideogram 4 makes of prompts: texts, then places for pictures [B, L + S, *]."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    lengths = [min(len(text), max_sequence_length) for text in texts]
+    places = diffusers.Ideogram4Pipeline._prepare_ids(
+        lengths, grid_h, grid_w, max_sequence_length, device
+    )
+    empty = torch.zeros(len(texts), grid_h * grid_w, 16)
+    return torch.cat([words(texts, max_sequence_length), empty], 1), *places
+
+
 STUBS: dict[str, tuple[str, Callable[..., Any]]] = {
     "flux2": ("_get_mistral_3_small_prompt_embeds", lambda prompt, **_: words(prompt)),
     "qwen": ("_get_qwen_prompt_embeds", lambda prompt, *_: (words(prompt), mask(prompt))),
@@ -295,6 +324,11 @@ STUBS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "motif": ("encode_prompt", encoded(words, mask)),
     "bria_fibo": ("get_prompt_embeds", alone(partial(words, width=32), layers, mask)),
+    "ideogram": ("encode_prompt", packed),
+    "dreamlite": (
+        "encode_prompt",
+        lambda prompts, **_: (words(prompts), mask(prompts)),
+    ),
     "ernie": ("encode_prompt", lambda prompt, _device, count=1: list(words(prompt, count=count))),
 }
 

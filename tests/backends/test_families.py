@@ -179,6 +179,15 @@ def bare(kind: str, scheduler: str | None = None, **parts: Any) -> Any:
     return made_by(**parts)
 
 
+def unidiffuser() -> Any:
+    sizes = {"prefix_inner_dim": 16, "prefix_hidden_dim": 16, "n_embd": 16, "n_layer": 1}
+    decoder = diffusers.UniDiffuserTextDecoder(prefix_length=4, n_head=2, vocab_size=60, **sizes)
+    parts = {"text_encoder": twins.clip(), "text_tokenizer": twins.tokenizer()}
+    parts |= {"image_encoder": twins.clip("CLIPTextModelWithProjection"), "vae": twins.vae()}
+    unet = twin("sd").unet
+    return bare("UniDiffuser", "DDIM", **parts, text_decoder=decoder, unet=unet)
+
+
 @families
 @pytest.mark.parametrize("kind", ["epd", "epd-multistep"])
 def test_points_as_rows_are_points_one_by_one(name: str, kind: str) -> None:
@@ -358,6 +367,15 @@ UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
         partial(bare, "StableDiffusionSAG", "DDIM", requires_safety_checker=False), "for the betas"
     ),
     "panorama": (partial(bare, "StableDiffusionPanorama", "DDIM"), "each window of an image"),
+    "Attend-and-Excite": (
+        partial(
+            bare, "StableDiffusionAttendAndExcite", "DDIM", requires_safety_checker=False
+        ), "x that nobody has scaled",
+    ),
+    "UniDiffuser": (unidiffuser, "from noise that it draws in every call"),
+    "Kandinsky 2.1 from an image": (
+        partial(bare, "KandinskyImg2Img", "DDIM"), "noises its picture by levels of its own"
+    ),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from backends.any_pipeline import any_backend
+from backends.families import one_time, scales
 from backends.parallel import parallel
 from backends.parametrization import parametrization_of, shifted_end
 from backends.scheduler import EPDScheduler
@@ -72,11 +73,36 @@ def framepack() -> Any:
     return pipe
 
 
-def edited(kind: str, *size: Any) -> Any:
-    """Qwen-Image's edit, of pictures of this size and not of 1024 x 1024."""
+def edited(kind: str, *size: Any, family: str = "qwen", **changes: Any) -> Any:
+    """A pipeline that edits pictures, of this size and not of 1024 x 1024."""
     module: Any = inspect.getmodule(getattr(diffusers, kind))
     module.calculate_dimensions = lambda *_: size
-    return of(kind, "qwen", processor=None)()
+    return of(kind, family, **(changes or {"processor": None}))()
+
+
+def skyreels() -> Any:
+    transformer = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 32}
+    kind, others = "SkyReelsV2ImageToVideoPipeline", {"image_encoder": None}
+    pipe = of(kind, "skyreels", transformer=transformer, image_processor=None, **others)()
+    pipe.encode_image = lambda *_: twins.words([TEXT], 4)
+    return pipe
+
+
+def kandinsky5_edited() -> Any:
+    pipe = of("Kandinsky5I2IPipeline", "kandinsky5", transformer=SEEING)()
+    pipe.resolutions, pipe.vae_scale_factor_spatial = [(16, 16)], 2
+    return pipe
+
+
+def kandinsky5_from_an_image() -> Any:
+    vae = twins.part("vae", twins.CONFIGS["hunyuan_video"]["vae"])
+    return of("Kandinsky5I2VPipeline", "kandinsky5", transformer=SEEING, vae=vae)()
+
+
+class Processor:
+    """What stands for a processor, of which LongCat-Image's edit asks that of its pictures."""
+
+    image_processor = None
 
 
 def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
@@ -87,14 +113,19 @@ def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
         more = {n: v for n, v in changes.items() if not isinstance(v, dict)}
         pipe = twins.twin(family, **{n: v for n, v in changes.items() if n not in more})
         parts = {n: v for n, v in pipe.components.items() if n in names}
-        other = getattr(diffusers, kind)(**parts, **more)
-        replaced = {n: v for n, v in vars(pipe).items() if n.startswith("_get_")}
+        other = getattr(diffusers, kind)(**parts | more)
+        method, _ = twins.STUBS.get(family, ("", None))
+        replaced = {n: v for n, v in vars(pipe).items() if n == method}
         vars(other).update(replaced)
         return other
 
     return build
 
 
+SEEING = {"visual_cond": True}
+MASKED = FROM | SIZE | {"mask_image": torch.ones(1, 1, 16, 16)}
+LAYERED = {"processor": None, "transformer": {"use_additional_t_cond": True}}
+FIBO = ['{"edit_instruction": "red"}', '{"edit_instruction": "a dog"}']
 SMALL_PICTURE = Image.new("RGB", (16, 16), (90, 50, 10))
 GUIDED = {"negative_prompt": "bad", "true_cfg_scale": 3.0}
 TWO = GUIDED | {"prompt": [TEXT, "a dog"], "negative_prompt": ["bad", "worse"]}
@@ -167,7 +198,74 @@ VARIANTS = {
         {"video": [Image.new("RGB", (32, 32), (90, 50, 10))] * 5, "strength": 2 / 3,
          "height": 32, "width": 32},
     ),
+    "Z-Image from an image": (
+        of("ZImageImg2ImgPipeline", "z_image"), FROM | SIZE | {"prompt": [TEXT, "a dog"]}
+    ),
+    "Z-Image, a part of an image": (of("ZImageInpaintPipeline", "z_image"), MASKED),
+    "Chroma from an image": (
+        of("ChromaImg2ImgPipeline", "chroma"), FROM | SIZE | {"prompt": [TEXT, "a dog"]}
+    ),
+    "SkyReels-V2 from an image": (
+        skyreels, {"image": IMAGE[..., :32, :32], "height": 32, "width": 32, "num_frames": 5}
+    ),
+    "LongCat-Image, edited": (
+        partial(edited, "LongCatImageEditPipeline", 16, 16, family="longcat",
+                text_processor=Processor),
+        {"image": SMALL_PICTURE, "num_images_per_prompt": 1},
+    ),
+    "Qwen-Image, layered": (
+        lambda: edited("QwenImageLayeredPipeline", 16, 16, text_encoder=twins.clip(), **LAYERED),
+        GUIDED | {"image": SMALL_PICTURE, "layers": 2, "output_type": "pt"},
+    ),
+    "FIBO, edited": (
+        of("BriaFiboEditPipeline", "bria_fibo"),
+        {"image": SMALL_PICTURE, "height": 32, "width": 32, "prompt": FIBO,
+         "negative_prompt": ["bad", "worse"]},
+    ),
+    "Ideogram 4": (
+        partial(twins.twin, "ideogram"),
+        SIZE | {"prompt": [TEXT, "a dog"], "max_sequence_length": 12, "guidance_scale": 3.0,
+                "guidance_schedule": None},
+    ),
+    "Stable unCLIP from an image": (
+        partial(twins.twin, "unclip_image"),
+        SIZE | {"prompt": [TEXT, "a dog"], "image_embeds": EMBEDS[0], "noise_level": 3},
+    ),
+    "Stable unCLIP": (
+        partial(twins.twin, "unclip"), SIZE | {"prior_num_inference_steps": 2}
+    ),
+    "LDM3D": (
+        of("StableDiffusionLDM3DPipeline", "sd", vae={"in_channels": 6, "out_channels": 6},
+           requires_safety_checker=False),
+        SIZE | {"prompt": [TEXT, "a dog"], "output_type": "np"},
+    ),
+    "GLIGEN": (
+        of("StableDiffusionGLIGENPipeline", "sd", unet={"attention_type": "gated"},
+           requires_safety_checker=False),
+        SIZE | {"gligen_phrases": ["a fox"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]},
+    ),
+    "AnimateDiff SDXL": (
+        partial(twins.twin, "animate_diff_sdxl"),
+        SIZE | {"num_frames": 2, "prompt": [TEXT, "a dog"]},
+    ),
+    "Kandinsky 2.1": (
+        partial(twins.twin, "kandinsky21"),
+        SIZE | {"image_embeds": EMBEDS[0, :1], "negative_image_embeds": EMBEDS[1, :1],
+                "output_type": "pt"},
+    ),
+    "Kandinsky 5 from an image": (
+        kandinsky5_from_an_image,
+        {"image": IMAGE, "height": 32, "width": 32, "num_frames": 17},
+    ),
+    "Kandinsky 5, edited": (kandinsky5_edited, SIZE | {"image": FROM["image"]}),
+    "DreamLite": (partial(twins.twin, "dreamlite"), SIZE),
+    "DreamLite, edited": (partial(twins.twin, "dreamlite"), SIZE | {"image": SMALL_PICTURE}),
 }  # fmt: skip
+
+
+def stacked(images: Any) -> torch.Tensor:
+    """Images as one tensor, however a pipeline gives them."""
+    return torch.stack([torch.as_tensor(image) for image in images])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -180,15 +278,55 @@ def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
     seeds = (3, 4) if isinstance(given["prompt"], list) else (3,)
     if given["prompt"] is None:  # two embeddings instead
         seeds, _ = (3, 4), given.pop("prompt")
-    fast = parallel(pipe, predictor)(**given, generator=drawn(*seeds))[0]
-    pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
-    pipe.scheduler.plain = name == "Kandinsky 2.2"
+    if reason := one_time(pipe):
+        with pytest.raises(ValueError, match="cannot take points as rows") as error:
+            parallel(pipe, predictor, points="rows")
+        assert reason in str(error.value)
     network = pipe.components.get("transformer") or pipe.unet
     network.register_forward_hook(lambda *_: calls.append(1))
+    fast = stacked(parallel(pipe, predictor)(**given, generator=drawn(*seeds))[0])
+    by_rows = len(calls)
+    calls.clear()
+    pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
+    pipe.scheduler.plain = pipe.scheduler.model.table is not None and not scales(pipe)
     slow = pipe(**given, generator=drawn(*seeds), num_inference_steps=predictor.evaluations)[0]
-    assert close(fast, slow)
+    assert close(fast, stacked(slow))
+    assert by_rows == (
+        len(calls) if reason else len(calls) * predictor.nfe // predictor.evaluations
+    )
     if "strength" in given:  # two of the three intervals, of three calls each
         assert len(calls) in (6, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("LongCat-Image, edited", "it takes one prompt a call"),
+        ("Qwen-Image, layered", "it takes one prompt a call"),
+        ("FIBO, edited", "its prompts are instructions in JSON"),
+        ("Stable unCLIP from an image", "its negative prompts have no picture"),
+        ("Ideogram 4", "a network of its own stands for the negative prompt"),
+    ],
+)
+def test_negative_prompts_that_cannot_be_rows_are_refused(name: str, why: str) -> None:
+    maker, given = VARIANTS[name]
+    pipe = maker()
+    with pytest.raises(ValueError, match=f"cannot take guidance as rows: {why}"):
+        parallel(pipe, learned(pipe, "epd"), guidance="rows")
+    if "one prompt" in why:
+        with pytest.raises(ValueError, match="mixes 2 prompts of a call up: give one a call"):
+            parallel(pipe, learned(pipe, "epd"))(**given | {"prompt": [TEXT, "a dog"]})
+
+
+def test_depth_has_the_guidance_of_its_picture() -> None:
+    pipe = VARIANTS["LDM3D"][0]()
+    pipe.set_progress_bar_config(disable=True)
+    given = {"negative_prompt": "bad", "guidance_scale": 4.0, "output_type": "np", **SIZE}
+    ours, theirs = (
+        parallel(pipe, learned(pipe, "epd"), guidance=way)(TEXT, **given, generator=drawn(3))
+        for way in ("rows", "pipeline")
+    )
+    assert all(close(stacked(ours[i]), stacked(theirs[i])) for i in (0, 1))
 
 
 def test_what_needs_a_picture_is_no_backend_and_says_so() -> None:
@@ -288,6 +426,7 @@ def test_hand_made_solvers_of_two_calls_cut_a_strength_as_diffusers_do() -> None
     ("maker", "given", "ways", "message"),
     [
         (twins.sdxl, {"negative_original_size": (512, 512)}, {}, "another order"),
+        (VARIANTS["Ideogram 4"][0], {"guidance_schedule": [7.0] * 6}, {}, "a rate for each step"),
         (twins.sd, {"eta": 1.0}, {}, "eta does not go .* draw no noise"),
         (of("BriaPipeline", "bria"), {"negative_prompt": ""}, {"guidance": "rows"}, "from zeros"),
         (
