@@ -1,7 +1,7 @@
 """A pipeline with other parts for a while: its scheduler, its latents, prompts encoded once."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,7 +169,7 @@ def state_of_encoders(pipe: Any) -> Any:
     adapters = [repr([own[name] for name in ADAPTERS if name in own]) for own in layers]
     named = [part for n, part in parts.items() if n.startswith("tokenizer")]
     tokenizers = [getattr(part, "tokenizer", part) for part in named]  # of a processor, its own
-    words = [len(part) if hasattr(part, "__len__") else None for part in tokenizers]
+    words = [len(part) if isinstance(part, Sized) else None for part in tokenizers]
     # which tensor, how often it was changed in place, and a sum, as `.data` is not counted
     versions, sums = [(id(t), t._version) for t in tensors], dict[torch.device, list[Tensor]]()
     for t in tensors:
