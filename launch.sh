@@ -106,8 +106,8 @@ sample() {
       model=${EPD_SD15:-} hub=stable-diffusion-v1-5/stable-diffusion-v1-5
       places=({"$weights",src/ms_coco}/v1-5-pruned-emaonly.{safetensors,ckpt})
       ;;
-    flux) model=${EPD_FLUX:-} hub=black-forest-labs/FLUX.1-dev places=("$weights/FLUX.1-dev") size=1024 ;;
-    *) model=${EPD_SD3:-} hub=stabilityai/$sd3 places=("$weights/$sd3") size=${name#sd3-} ;;
+    flux) model=${EPD_FLUX:-} hub=black-forest-labs/FLUX.1-dev places=({"$weights",src/ms_coco}/FLUX.1-dev) size=1024 ;;
+    *) model=${EPD_SD3:-} hub=stabilityai/$sd3 places=({"$weights",src/ms_coco}/"$sd3") size=${name#sd3-} ;;
   esac
   for place in "${places[@]}"; do
     [ -n "$model" ] || [ ! -e "$place" ] || model=$place
@@ -119,7 +119,7 @@ sample() {
 score() {
   local name=$1
   shift
-  [ $# -gt 0 ] || set -- "samples/$name"
+  case ${1:--} in -*) set -- "samples/$name" "$@" ;; esac
   run -m eval.score "$@" --reward hps --reward pickscore --reward imagereward --reward clip --reward aesthetic
 }
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from backends.base import Backend, ModelOptions, Prompt
-from backends.load import find_model, load_backend
+from backends.load import find_model, load_backend, published_model
 from backends.spread import spread
 from eval.features import load_space
 from eval.score import reads_texts
@@ -194,7 +194,7 @@ def configured(
     if kimg is not None:
         values, given = values | {"samples": max(1, round(kimg * 1000))}, {*given, "samples"}
     if "name" in given and "model" not in given:
-        values["model"] = options["name"]
+        values["model"] = published_model(options["name"], options["backend"])
     if options["guidance_type"] == "uncond" and options["guidance_rate"] not in (None, 1):
         raise ValueError("guidance_type uncond is guidance_rate 1")
     if folder:

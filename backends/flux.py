@@ -53,7 +53,8 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
     size = latents.image_size(options, USUAL_LATENTS * factor, factor * PATCH)
     latents.prepare_vae(pipe.vae, options)
     height, width = (side // factor for side in size)
-    dtype = pipe.transformer.dtype
+    transformer = pipe.transformer  # all of the pipe that sampling keeps: encoders may be let go
+    dtype = transformer.dtype
 
     def encode(text: str) -> latents.Embedding:
         clip = pipe.tokenizer, pipe.tokenizer.model_max_length
@@ -64,13 +65,13 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
         return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
 
     texts = latents.Texts(encode, device, None, options.encode_first)
-    shape = (pipe.transformer.config.in_channels // PATCH**2, height, width)
-    embeds_guidance = pipe.transformer.config.guidance_embeds
+    shape = (transformer.config.in_channels // PATCH**2, height, width)
+    embeds_guidance = transformer.config.guidance_embeds
 
     def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         given = (cond or texts.condition([None] * len(x))).given
         strength = given.get("guidance", torch.full_like(sigma, NO_GUIDANCE, dtype=torch.float32))
-        velocity = pipe.transformer(
+        velocity = transformer(
             hidden_states=pack(x).to(dtype),
             timestep=sigma,
             guidance=strength if embeds_guidance else None,

@@ -17,6 +17,8 @@ Embedding: TypeAlias = dict[str, Tensor]
 """What a network is given for one prompt: tensors without the dimension of the batch."""
 
 LOG = logging.getLogger(__name__)
+MOST_TEXTS = 1024
+"""Embeddings that are kept while they can be made again: those of a T5 have megabytes."""
 USUAL = Path(__file__).resolve().parent.parent / "src" / "prompts" / "test.txt"
 
 
@@ -60,7 +62,10 @@ class Texts:
                     reason = f"the text encoders were let go before {text[:80]!r} was encoded"
                     raise ValueError(reason)
                 self.cache[text] = {n: t.cpu() for n, t in encoder(text).items()}
+            self.cache[text] = self.cache.pop(text)  # the last one used is the last to go
         rows = [self.cache[text] for text in texts]
+        while self.encoder and len(self.cache) > MOST_TEXTS:
+            self.cache.pop(next(iter(self.cache)))
         return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
 
 

@@ -132,7 +132,8 @@ def backbone_of(recipe: Recipe | None, root: Path = ROOT, default: str | None = 
         return default or DEFAULT
     own = recipe.training.get("model")
     places = places_of(recipe, root)
-    for place in (*([own] if own else []), recipe.dataset_name, *places):
+    shipped = [recipe.dataset_name] if recipe.dataset_name in shipped_models() else []
+    for place in (*([own] if own else []), *shipped, *places):
         if Path(place).exists() or place in shipped_models() or cached(place):
             return str(place)
     if default:
@@ -144,6 +145,24 @@ def backbone_of(recipe: Recipe | None, root: Path = ROOT, default: str | None = 
         f"the predictor is for {own or recipe.dataset_name} ({recipe.backend}){looked}{source}; "
         "give its folder or file with --model"
     )
+
+
+def published_model(dataset: str, backend: str = "auto") -> str:
+    """The model of a published data set's name, where it is; any other name as it is.
+
+    Raises ValueError where it is nowhere, with its source and the places.
+    """
+    families = [k.partition("/")[2] for k in BACKBONES if k.startswith(f"{dataset}/")]
+    families = [family for family in families if backend in ("auto", family)]
+    if not families or dataset in shipped_models():
+        return dataset
+    recipes = [Recipe(2, 1, dataset_name=dataset, backend=family) for family in families]
+    places = [place for recipe in recipes for place in places_of(recipe)]
+    for place in places:
+        if Path(place).exists() or cached(place):
+            return place
+    source = " or ".join(BACKBONES[f"{dataset}/{family}"].source for family in families)
+    raise ValueError(f"no model of {dataset} at {', '.join(places)}: it is {source}; give --model")
 
 
 def places_of(recipe: Recipe, root: Path = ROOT) -> list[str]:

@@ -73,7 +73,7 @@ KINDS = {
         ("model.diffusion_model.input_blocks.0.0.weight",),
         "stable-diffusion-v1-5",
     ),
-    "LDMPipeline": Kind(ldm_backend, "CompVis/ldm-celebahq-256", 1.3),
+    "LDMPipeline": Kind(ldm_backend, "CompVis/ldm-celebahq-256", 1.3, half=torch.float32),
     "StableDiffusion3Pipeline": Kind(
         sd3_backend,
         "stabilityai/stable-diffusion-3-medium-diffusers",

@@ -115,6 +115,8 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     others = tokens + pipe.tokenizer_max_length
     folded = pipe.text_encoder_3 is None and fold_zeros(pipe.transformer, TEXT_TOKENS, others)
 
+    transformer = pipe.transformer  # all of the pipe that sampling keeps: encoders may be let go
+
     def encode(text: str) -> latents.Embedding:
         t5 = None if pipe.text_encoder_3 is None else pipe.tokenizer_3
         latents.say_what_is_cut(
@@ -128,16 +130,15 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             do_classifier_free_guidance=False,
             max_sequence_length=1 if folded else TEXT_TOKENS,
         )
-        dtype = pipe.transformer.dtype
-        return {"text": embeds[0].to(dtype), "pooled": pooled[0].to(dtype)}
+        return {n: t[0].to(transformer.dtype) for n, t in (("text", embeds), ("pooled", pooled))}
 
     texts = latents.Texts(encode, device, options.negative_prompt or "", options.encode_first)
 
     def denoise(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         given = cond.given if cond else texts.condition([None] * len(x)).given
         zeros = {"log_zeros": torch.full_like(sigma, log(TEXT_TOKENS))} if folded else None
-        velocity = pipe.transformer(
-            hidden_states=x.to(pipe.transformer.dtype),
+        velocity = transformer(
+            hidden_states=x.to(transformer.dtype),
             timestep=sigma * FLOW_STEPS,
             encoder_hidden_states=given["text"],
             pooled_projections=given["pooled"],
@@ -156,7 +157,7 @@ def sd3_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         shape=(config.in_channels, height, width),
         size=size,
         device=device,
-        dtype=pipe.transformer.dtype,
+        dtype=transformer.dtype,
         usual_prompt=latents.usual_text,
         config={"scheduler": plain_like(pipe.scheduler)},
     )

@@ -83,6 +83,8 @@ def main(**options: Any) -> None:
         raise ValueError(f"{len(places)} places: give one, or two to compare")
     if options["prompt"] and options["prompt_file"]:
         raise ValueError("--prompt and --prompt-file are given: choose one of them")
+    if options["output_json"] and len(places) == 2:
+        raise ValueError("--output-json is of one place: of two each has its summary.json")
     file = options["prompt_file"]
     texts = read_prompts(file) if file else options["prompt"]
     sets = [find_pictures(place, options["pattern"]) for place in places]
@@ -318,7 +320,10 @@ def write_scores(
         ends = {"min": values.min().item(), "max": values.max().item()}
         numbers[name] = {**named(mean), "std": spread, **ends}
         rows.append((name, str(mean), f"{spread:.4f}"))
-    settings = {"amp": setup.amp, **{f"weights of {n}": str(p) for n, p in setup.paths.items()}}
+    settings = {
+        "amp": setup.amp and task.device.type != "cpu",
+        **{f"weights of {n}": str(p) for n, p in setup.paths.items()},
+    }
     about = {"place": str(place), "count": len(scored), "left_out": left_out}
     about |= {"rewards": numbers, "settings": settings, "fingerprints": list(task.keys.values())}
     write_json(folder / "summary.json", {**about, **provenance(task.device)})

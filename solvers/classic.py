@@ -67,15 +67,20 @@ class EDM:
             raise ValueError(f"EDM needs s_churn, s_noise >= 0 and s_min <= s_max, not {given}")
 
     def __call__(self, field: Field, step: Step) -> Tensor:
+        return Heun()(field, dataclasses.replace(step, now=self.churned(field, step)))
+
+    def churned(self, field: Field, step: Step) -> Point:
+        """Where the step begins, a little noise later."""
         now, gamma = step.now, 0.0
         if self.s_min <= now.sigma <= self.s_max:
-            gamma = min(self.s_churn / (len(step.sigmas) - 1), math.sqrt(2) - 1)
-        if gamma:
-            sigma = now.sigma * (1 + gamma)
-            spread = self.s_noise * math.sqrt(sigma**2 - now.sigma**2)
-            x = now.x + spread * self.noise(step.index, now.x)
-            now = Point(sigma, x, lambda: field(x, sigma))
-        return Heun()(field, dataclasses.replace(step, now=now))
+            steps = len(step.sigmas) - 1 + step.to_zero
+            gamma = min(self.s_churn / steps, math.sqrt(2) - 1)
+        if not gamma:
+            return now
+        sigma = now.sigma * (1 + gamma)
+        spread = self.s_noise * math.sqrt(sigma**2 - now.sigma**2)
+        x = now.x + spread * self.noise(step.index, now.x)
+        return Point(sigma, x, lambda: field(x, sigma))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Step:
     sigma_next: Level
     past: tuple[Point, ...] = ()  # newest first
     slopes: tuple[Tensor, ...] = ()  # [B, 1, *] each, of earlier calls at any place; newest first
+    to_zero: bool = False  # whether the grid has a final 0
 
     @property
     def h(self) -> Level:

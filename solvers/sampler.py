@@ -143,8 +143,9 @@ class Sampler:
         if isinstance(self.solver, UniPC) and loop.step:
             now = self.solver.correct(loop.step, now)
         above_0 = grid[:-1] if self.sigmas[-1] == 0 else grid
-        step = Step(i, above_0, now, sigma_next, loop.past, loop.slopes)
-        x = now.x0 if last else self.solver(field, step)
+        step = Step(i, above_0, now, sigma_next, loop.past, loop.slopes, self.sigmas[-1] == 0)
+        begin = self.solver.churned(field, step) if isinstance(self.solver, EDM) and last else now
+        x = begin.x0 if last else self.solver(field, step)
         points = [point for d in answers for point in d.split(1, 1)]  # of [B, K, *], oldest first
         slopes = (*reversed(points), *loop.slopes)[:MAX_SLOPES]
         return Loop(x, i + 1, (now, *loop.past)[:MAX_PAST], slopes, step)

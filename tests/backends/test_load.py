@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from backends.base import Backend
-from backends.load import backbone_of, check_fit, load_backend, places_of
+from backends.load import backbone_of, check_fit, load_backend, places_of, published_model
 from solvers.predictor import find_predictor, load_predictor
 from solvers.recipe import Recipe
 
@@ -75,6 +75,22 @@ def test_what_is_nowhere_is_named_with_its_source_and_the_places(tmp_path: Path)
     own = replace(recipe("epd-k2-6nfe"), dataset_name="mine", training={"model": "/none/mine"})
     with pytest.raises(ValueError, match=r"for /none/mine .sd3.; give"):
         backbone_of(own, tmp_path)
+
+
+def test_a_published_data_set_is_its_model_where_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name in the current one is no model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EPD_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "cifar10").mkdir()
+    with pytest.raises(ValueError, match=r"no model of cifar10 at .*weights.*; give --model"):
+        published_model("cifar10")
+    file = tmp_path / "weights" / "edm-cifar10-32x32-uncond-vp.pkl"
+    file.parent.mkdir()
+    file.touch()
+    assert published_model("cifar10") == backbone_of(recipe("cifar10-5nfe")) == str(file)
+    assert published_model("mine") == "mine"
 
 
 def test_a_predictor_of_another_family_is_refused() -> None:

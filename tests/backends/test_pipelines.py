@@ -1,6 +1,8 @@
 """The families with backends of their own, and how models are opened: folders, names, files."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +191,36 @@ def test_encoders_are_let_go_of_on_request(folders: Folders) -> None:
     assert torch.equal(ours.given["text"], theirs.given["text"])
     with pytest.raises(ValueError, match="let go before 'another'"):
         released.encode(["another"])
+
+
+@pytest.mark.parametrize("maker", [twins.sd, twins.sd3, twins.flux])
+def test_encoders_that_were_let_go_are_nowhere(maker: Callable[[], Any]) -> None:
+    pipe = maker()
+    encoder = weakref.ref(pipe.text_encoder)
+    options = replace(SMALL, encode_first=(TEXT,))
+    backend = wrap(pipe, CPU, options)
+    del pipe
+    gc.collect()
+    assert encoder() is None
+    assert backend.encode([TEXT])
+
+
+def test_embeddings_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one used is the last to go; those of one call are all there."""
+    monkeypatch.setattr(latents, "MOST_TEXTS", 3)
+    asked: list[str] = []
+
+    def encoder(text: str) -> dict[str, torch.Tensor]:
+        asked.append(text)
+        return {"text": torch.tensor([float(len(text))])}
+
+    texts = latents.Texts(encoder, CPU, negative=None)
+    many = ["a", "bb", "ccc", "dddd", "eeeee"]
+    for prompts in (many, ["eeeee", "ccc"], ["a", "ccc"]):
+        given = texts.condition(prompts).given["text"]
+        assert given[:, 0].tolist() == [float(len(prompt)) for prompt in prompts]
+    assert asked == [*many, "a"]
+    assert len(texts.cache) == 3
 
 
 @pytest.mark.parametrize("kind", [wrap, any_backend])

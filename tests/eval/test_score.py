@@ -122,6 +122,8 @@ def test_the_published_spellings_are_understood(tmp_path: Path) -> None:
     assert [entry["prompt"] for entry in content["images"]] == ["one", "two", "three"]
     values = [entry[BRIGHT] for entry in content["images"]]
     assert content["rewards"][BRIGHT]["mean"] == pytest.approx(sum(values) / 3)
+    done = run(folder, folder, "--output-json", out, "--reward", BRIGHT)
+    assert "--output-json is of one place" in done.output
 
 
 def test_a_picture_of_a_class_is_scored_under_its_number(tmp_path: Path) -> None:

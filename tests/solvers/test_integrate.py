@@ -141,6 +141,23 @@ def test_churn_takes_its_noise_from_the_callable_alone_and_is_its_formula() -> N
     assert distance(run(churned, torch.tensor([sigma, after]), x=LATENTS), end) < 1e-12
 
 
+def test_churn_to_zero_is_karras_algorithm_2() -> None:
+    """All N steps, the last of which ends at 0, have their noise."""
+    levels = [4.0, 1.0, 0.2, 0.0]
+    churned = EDM(noise, s_churn=0.9, s_noise=1.1)
+    gamma, x, field = 0.3, LATENTS * levels[0], Field(ve)
+    for i, (sigma, after) in enumerate(pairwise(levels)):
+        higher = sigma * (1 + gamma)
+        x = x + math.sqrt(higher**2 - sigma**2) * 1.1 * noise(i, x[:, None])[:, 0]
+        d = field(x[:, None], higher)[:, 0]
+        end = x + (after - higher) * d
+        if after:
+            end = x + (after - higher) * (d + field(end[:, None], after)[:, 0]) / 2
+        x = end
+    grid = torch.tensor(levels, dtype=torch.float64)
+    assert distance(run(churned, grid, x=LATENTS * levels[0]), x) < 1e-12
+
+
 def test_conditions_reach_the_network_at_every_point() -> None:
     def denoiser(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         assert cond is not None

@@ -386,8 +386,10 @@ def resolved(config: Config, recipe: Recipe) -> Config:
         section = model.backend_options if "." in name else model
         ours = getattr(section, name.rpartition(".")[2])
         if ours is not None and ours != value:
-            said = f"model.{name} {ours} is not that of {where}, which is {value}"
-            raise ValueError(f"{said}: set model.{name}={value}, or choose another predictor")
+            theirs_in_yaml = "null" if value is None else value
+            said = f"model.{name} {ours} is not that of {where}, which is {theirs_in_yaml}"
+            fix = f"set model.{name}={theirs_in_yaml}, or choose another predictor"
+            raise ValueError(f"{said}: {fix}")
     for name_by in ("learning_by_interval", "entropy_by_interval"):
         count = len(getattr(config.ppo, name_by))
         if count not in (0, recipe.num_steps - 1):

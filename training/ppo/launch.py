@@ -204,7 +204,10 @@ def weight_paths(config: Config) -> dict[str, str]:
         return paths
     if paths and name not in ADAPTERS:
         raise ValueError(f"reward.weights_path {paths!r} does nothing for {name}: leave it out")
-    return {ADAPTERS[name].weights[0]: paths} if paths else {}
+    if not paths:
+        return {}
+    weights = ADAPTERS[name].weights  # of an aesthetic score CLIP's stand before its own
+    return {name if name in weights else weights[0]: paths}
 
 
 def make_task(
@@ -230,7 +233,8 @@ def make_task(
     check_fit(predictor.recipe, backend)
     sampler = predictor.sampler(backend.levels)
     numbers = sorted({p for part in prompts for p in part if isinstance(p, int)})
-    backend.guided(sampler.strongest, backend.encode(numbers or prompts[0][:1]))
+    strongest = max(sampler.strongest, 2.0) if config.ppo.train_guidance else sampler.strongest
+    backend.guided(strongest, backend.encode(numbers or prompts[0][:1]))
     begun = start_of(sampler, config.ppo, lambda _said: None)  # refuses before there is a folder
     if config.ppo.method == "cma" and config.ppo.learning_rate != Ppo.learning_rate:
         say("ppo.learning_rate does nothing for ppo.method cma")
@@ -249,6 +253,13 @@ def make_task(
         batch=options.max_batch_size,
         decode_batch=options.decode_batch,
         points_chunk=options.points_chunk,
+        about={
+            "model.model": Path(config.model.model or "").name,  # its folder may be elsewhere now
+            "model.resolution": list(backend.size),
+            "model.backend_options.dtype": str(backend.dtype).removeprefix("torch."),
+            "model.backend_options.negative_prompt": options.negative_prompt,
+            "reward.enable_amp": reward.enable_amp,
+        },
     )
 
 

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
@@ -77,6 +77,7 @@ class Task:
     batch: int = 16  # images denoised at once on a rank
     decode_batch: int = 8  # latents decoded at once
     points_chunk: int | None = None  # points of a call evaluated at once, where memory is short
+    about: Mapping[str, Any] = field(default_factory=dict)  # what else scores hang on, by key
 
     def __post_init__(self) -> None:
         if not self.prompts or len(self.held_out) < 2:

@@ -384,5 +384,6 @@ def about(task: Task, ppo: Ppo) -> dict[str, Any]:
         "seed": task.seed,
         "prompts": digest([str(p) for p in task.prompts]),
         "held_out": digest([str(p) for p in task.held_out]),
+        **task.about,
         **{f"ppo.{name}": v for name, v in settings.items() if name not in MAY_CHANGE},
     }

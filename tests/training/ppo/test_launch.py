@@ -19,7 +19,7 @@ from src.runs import Metrics, read_sealed
 from tests import twins as pipelines
 from tests.rewards.twins import OPEN_CLIP, open_clip_state
 from training.ppo import launch
-from training.ppo.config import load_config
+from training.ppo.config import Config, Data, RewardSettings, load_config
 
 ROOT = Path(__file__).parents[3]
 CFGS = ROOT / "training" / "ppo" / "cfgs"
@@ -208,6 +208,14 @@ def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> N
     assert launch.prompts_of(config) == (trained, kept)
 
 
+def test_one_path_of_weights_is_the_rewards_own() -> None:
+    """Of an aesthetic score, which CLIP's come before, its head."""
+    for name, own in (("aesthetic", "aesthetic"), ("hps", "hps"), ("clip", "clip")):
+        reward = RewardSettings(type=name, weights_path="here.pt")
+        config = Config(Data("start.pkl"), reward)
+        assert launch.weight_paths(config) == {own: "here.pt"}
+
+
 def run_of(folder: Path, name: str) -> Path:
     (run,) = folder.glob(f"*-{name}")
     return run
@@ -225,6 +233,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_never_was_but_not_with_other_images
     for change, words in (
         ("model.guidance_rate=5", "model.guidance_rate 5.0 is not that of"),
         ("ppo.learning_rate=0.1", "was made with ppo.learning_rate 7e-05, not 0.1"),
+        ("model.backend_options.negative_prompt=blur", "negative_prompt None, not blur"),
     ):
         again = start("--resume", str(run_of(tmp_path, "cut")), "--override", change)
         assert words in refused(again)
