@@ -127,7 +127,10 @@ def test_either_method_starts_from_another_predictor(distill: Distill, tmp_path:
     init = ["--init", str(tmp_path / "out" / "predictor.pkl")]
     fit = ["--total_kimg", "0.016", "--batch", "8", "--rounds", "2", "--validation", "8"]
     assert distill(*fit, *init, outdir="wide").exit_code == 0
-    assert distill(*ADAM, *init, outdir="adam").exit_code == 0
+    assert "out of reach" in refused(distill(*ADAM, *init, outdir="refused"))
+    assert distill(*ADAM, outdir="first").exit_code == 0
+    published = ["--init", str(tmp_path / "first" / "predictor.pkl")]
+    assert distill(*ADAM, *published, outdir="adam").exit_code == 0
     start = untimed(tmp_path / "out")[-1]["rmse_judged"]
     assert untimed(tmp_path / "wide")[0]["rmse_judged"] == pytest.approx(start, rel=1e-4)
     assert untimed(tmp_path / "wide")[-1]["rmse_judged"] < start
