@@ -345,17 +345,6 @@ def test_image_to_image_is_refused_inside_an_interval() -> None:
         image_to_image(stock(twins.sd, "sd15-best"), num_inference_steps=30, strength=0.55)
 
 
-def test_multistep_tables_begin_at_the_start_alone() -> None:
-    """Whose calls need the slopes of those before."""
-    name = "exps/tiny-sd3/epd-multistep-k2-5nfe-emoji.pkl"
-    like = twins.sd3(scheduler={"shift": 1}).scheduler
-    scheduler = EPDScheduler.from_predictor(name, like=like)
-    scheduler.set_timesteps(5)
-    with pytest.raises(ValueError, match=r"at timestep 2 of \d+: each call .* needs those before"):
-        scheduler.set_begin_index(2)
-    scheduler.set_begin_index(0)
-
-
 @pytest.mark.parametrize("steps", [10, 29, 50, 200])
 @pytest.mark.parametrize(
     ("kind", "maker", "name"),

@@ -474,3 +474,14 @@ def test_keys_that_a_schedulers_class_does_not_have_do_nothing() -> None:
     )
     flow = diffusers.FlowMatchEulerDiscreteScheduler.from_config(unipc.config, shift=8.0)
     assert shifted_end(flow) == shifted_end(diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0))
+
+
+def test_multistep_tables_begin_at_the_start_alone() -> None:
+    """Whose calls need the slopes of those before."""
+    name = "exps/tiny-sd3/epd-multistep-k2-5nfe-emoji.pkl"
+    like = twins.sd3(scheduler={"shift": 1}).scheduler
+    scheduler = EPDScheduler.from_predictor(name, like=like)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match=r"at timestep 2 of \d+: each call .* needs those before"):
+        scheduler.set_begin_index(2)
+    scheduler.set_begin_index(0)
