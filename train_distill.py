@@ -193,7 +193,7 @@ def configured(
         raise ValueError("give either --samples or --total_kimg, not both")
     if kimg is not None:
         values, given = values | {"samples": max(1, round(kimg * 1000))}, {*given, "samples"}
-    if "name" in given and "model" not in given:
+    if "name" in given and "model" not in given and not folder:  # a run has its own
         values["model"] = published_model(options["name"], options["backend"])
     if options["guidance_type"] == "uncond" and options["guidance_rate"] not in (None, 1):
         raise ValueError("guidance_type uncond is guidance_rate 1")

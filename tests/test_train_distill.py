@@ -120,6 +120,8 @@ def test_without_outdir_the_folder_is_numbered(
     assert folder.name == f"00001-{model.name}-4-epd-k2"
     again = CliRunner().invoke(main, ["--model", str(model), "--resume", "latest"])
     assert again.exit_code == 0, again.output
+    named = CliRunner().invoke(main, ["--dataset_name", "cifar10", "--resume", "latest"])
+    assert "--name cifar10: the run has" in named.output  # not where a model of it might be
 
 
 def test_either_method_starts_from_another_predictor(distill: Distill, tmp_path: Path) -> None:
