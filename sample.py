@@ -38,7 +38,7 @@ Options: TypeAlias = Mapping[str, Any]
 @click.option("--max_order", type=click.IntRange(1, 4), help="Order of a multistep solver.")
 @click.option("--afs/--no-afs", cls=BoolFlag, help="Analytic first step: one call less.")
 @click.option("--guidance_rate", type=Number(0), default=1.0, help="1 is no guidance.")
-@click.option("--guidance", help="Rates by step, 1,4,6,4, or in a range of levels, 4@0.2-0.8.")
+@click.option("--guidance", help="In its place: 1,4,6,4 by step, or 4@0.2-0.8 in a range.")
 @click.option("--denoise_to_zero", cls=BoolFlag, help="One more call at the end, to sigma 0.")
 @click.option("--s_churn", type=Number(0), default=0.0, help="EDM's noise, with --solver edm.")
 @click.option("--s_min", type=Number(0), default=0.0, help="Its lowest level.")

@@ -16,7 +16,7 @@ from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Field, Rates, Tally
 from solvers.integrate import MAX_PAST, MAX_SLOPES, Loop, Point, Solver, Step, levels
 from solvers.process import FLOW, VE, Level, Process
-from solvers.schedules import NoiseLevels, one_of
+from solvers.schedules import NO_EXPONENT, NoiseLevels, one_of
 
 LEARNED = (EPD, ParallelMultistep)
 
@@ -228,9 +228,13 @@ def hand_made(
     """The sampler of a solver without a table ("dpmpp-3") on a network with these levels.
 
     num_steps are grid points. `schedule` None is the process's usual one, `rho` None the
-    schedule's own. Raises ValueError for unknown names, and for AFS on a flow model.
+    schedule's own. Raises ValueError for unknown names, for AFS on a flow model, and for an
+    exponent (but 1) of a schedule that has none.
     """
-    process, usual = levels.process, "flowmatch" if levels.process == FLOW else "polynomial"
+    process = levels.process
+    schedule = schedule or ("flowmatch" if process == FLOW else "polynomial")
     solver = make_solver(name, replace(options or SolverOptions(), process=process))
-    sigmas = tuple(levels.grid(schedule or usual, num_steps, rho=rho).tolist())
+    if rho not in (None, 1) and schedule in NO_EXPONENT:
+        raise ValueError(f"schedule_rho {rho:g} does nothing on {schedule}: leave it out")
+    sigmas = tuple(levels.grid(schedule, num_steps, rho=rho).tolist())
     return Sampler(solver, sigmas, process, afs, guidance_rate)

@@ -11,6 +11,8 @@ from torch import Tensor
 from solvers.process import FLOW, Level, Process, expm1, log
 
 SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
+NO_EXPONENT = ("logsnr", "flowmatch")
+"""Those without a rho."""
 VP_FIRST_TIME = 1e-3
 """The time of sigma_min in the VP process, as the published schedules have it."""
 

@@ -18,7 +18,7 @@ import click
 from solvers.predictor import find_predictor, load_predictor
 from solvers.recipe import BASES, FLOW_BACKENDS, Recipe, check_recipe
 from solvers.sampler import SOLVERS, make_solver, parse_name
-from solvers.schedules import one_of
+from solvers.schedules import NO_EXPONENT, one_of
 from src.files import nearest
 from src.options import DTYPES, Number
 from training.distances import FIT_NAMES, NAMES, parse_terms
@@ -360,6 +360,9 @@ def check(settings: Settings, flow: bool) -> None:
         no_afs: s.afs and flow,
         "schedule discrete has the model's own ends: leave out sigma_min and sigma_max": (
             s.schedule == "discrete" and (s.sigma_min or s.sigma_max)
+        ),
+        f"schedule_rho {s.schedule_rho} does nothing on {s.schedule}: leave it out": (
+            s.schedule in NO_EXPONENT and s.schedule_rho not in (None, 1)
         ),
         f"teacher_substeps {s.teacher_substeps} does nothing without M": s.M is None
         and s.teacher_substeps != Settings.teacher_substeps,

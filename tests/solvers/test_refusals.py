@@ -12,7 +12,7 @@ from solvers.classic import DPM2, EDM, IPNDM, IPNDMv
 from solvers.exponential import DEIS, DPMpp, UniPC, dynamic_threshold
 from solvers.field import Field
 from solvers.process import FLOW, VE, Process
-from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, parse_name
+from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, make_solver, parse_name
 from solvers.schedules import NoiseLevels, Timesteps, flowmatch, polynomial, time_uniform
 from src.text import guidance_rates
 from tests.solvers.mixture import LATENTS, integrate, log_snr, ve
@@ -36,6 +36,10 @@ def discrete(first: float, last: float) -> Tensor:
 
 def level_grid(name: str) -> Tensor:
     return NoiseLevels(VE, 0.1, 1.0).grid(name, 5)
+
+
+def exponent(schedule: str) -> Sampler:
+    return hand_made("euler", NoiseLevels(FLOW, 0.1, 1.0), 5, schedule=schedule, rho=7)
 
 
 def sampler(*grid: float) -> Sampler:
@@ -82,6 +86,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     *each(discrete, "a grid needs", (5, 5), (9, 3), (-1, 999), (0, INF)),
     *each(level_grid, "unknown schedule 'cosine'", "cosine"),
     *each(level_grid, "no 'discrete' schedule", "discrete"),
+    *each(exponent, "schedule_rho 7 does nothing on", "logsnr", "flowmatch"),
     *((lambda s=s: flowmatch(5, shift=s), "shift above 0") for s in (0.0, -3.0, NAN)),
     (lambda: flowmatch(5, mu=NAN), "shift above 0"),
     *each(flowmatch, "num_steps >= 2", 1),

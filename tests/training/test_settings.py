@@ -63,6 +63,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"solver": "epd-dpmpp", "max_order": 4}, "max_order 4"),
         ({"schedule": "flowmatch"}, "not for a VE model"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"schedule": "logsnr", "schedule_rho": 5.0}, "schedule_rho 5.0 does nothing on logsnr"),
         ({"method": "gradient", "learn_grid": True}, "does not reach the time grid"),
         ({"fcn": True}, "--method gradient"),
         ({"lr": 0.1, "method": "fit"}, "lr 0.1 does nothing in --method fit"),
