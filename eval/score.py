@@ -97,12 +97,8 @@ def main(**options: Any) -> None:
     rewards = load_rewards(names, setup)
     keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
     by_prompt = any(n not in ADAPTERS or ADAPTERS[n].by_prompt for n in keys)
-    scored: list[list[ScoredPicture]] = []
-    for at, pictures in enumerate(sets):
-        folder = options["outdir"] or scores_folder(pictures.place)
-        if options["outdir"] and len(sets) == 2:
-            folder /= f"{at + 1}-{pictures.place.stem}"
-        task = Scoring(
+    tasks = [
+        Scoring(
             pictures,
             texts * len(pictures.items) if len(texts) == 1 else texts,
             rewards,
@@ -113,7 +109,17 @@ def main(**options: Any) -> None:
             by_prompt,
             not reads_texts(names),
         )
-        rows, left_out = score_pictures(task, folder)
+        for pictures in sets
+    ]
+    unscored = [items_of(task) for task in tasks]
+    if len(tasks) == 2:
+        pairs(*([*items.values()] for items, _ in unscored))
+    scored: list[list[ScoredPicture]] = []
+    for at, (task, (items, bad)) in enumerate(zip(tasks, unscored, strict=True)):
+        folder = options["outdir"] or scores_folder(task.pictures.place)
+        if options["outdir"] and len(sets) == 2:
+            folder /= f"{at + 1}-{task.pictures.place.stem}"
+        rows, left_out = score_pictures(task, items, bad, folder)
         write = partial(write_scores, task, folder, rows, left_out, setup, options["output_json"])
         ranks.on_first(write)
         scored.append(rows)
@@ -163,14 +169,15 @@ class Scoring:
     by_class: bool = False  # whether all of them understand the number of a class
 
 
-def score_pictures(task: Scoring, folder: Path) -> tuple[list[ScoredPicture], dict[str, str]]:
-    """All scores, on every rank, and why pictures were left out, by their names.
+def score_pictures(
+    task: Scoring, items: Mapping[int, ScoredPicture], bad: dict[str, str], folder: Path
+) -> tuple[list[ScoredPicture], dict[str, str]]:
+    """All scores of what items_of gave, on every rank, and why pictures were left out, by name.
 
     Scores that the folder has already are kept; new ones are added batch by batch. Raises
-    ValueError, on every rank, for a picture that cannot be read (unless the task skips it) or
-    has no prompt, and for a reward that breaks.
+    ValueError, on every rank, for a picture that cannot be read and for a reward that breaks,
+    unless the task skips them.
     """
-    items, bad = items_of(task)
     cache = read_cache(folder)
     ranks.barrier()  # all have read before the first writes
     done: dict[int, dict[str, float]] = {}

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from eval.pictures import find_pictures
-from eval.score import ScoredPicture, Scoring, main, pairs, score_pictures
+from eval.score import ScoredPicture, Scoring, items_of, main, pairs, score_pictures
 from rewards.base import Reward
 from src.images import read_png, save_png
 from tests.eval.pictures import brightness, image, on_two_ranks, redness, refused, sampled
@@ -89,12 +89,15 @@ def test_nothing_that_was_scored_is_lost_or_scored_again_and_what_changed_is(
             raise KeyboardInterrupt
         return counting(images, prompts)
 
+    def scored(task: Scoring, folder: Path) -> tuple[list[ScoredPicture], dict[str, str]]:
+        return score_pictures(task, *items_of(task), folder)
+
     with pytest.raises(KeyboardInterrupt):
-        score_pictures(task(folder, stopped, batch=3), out)
+        scored(task(folder, stopped, batch=3), out)
     before = sum(seen)
     with (out / "cache-0.jsonl").open("a") as file:
         file.write('{"picture": "half a li')
-    first, bad = score_pictures(task(folder, counting, batch=3), out)
+    first, bad = scored(task(folder, counting, batch=3), out)
     assert 5 < before < sum(seen) == 11
     assert bad == {}
     values = [one.scores["it"] for one in first]
@@ -103,12 +106,12 @@ def test_nothing_that_was_scored_is_lost_or_scored_again_and_what_changed_is(
     old = path.stat()
     save_png(path, image(77, height=12), {"recipe": {"seed": 1, "prompt": "aa"}})
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
-    second, _ = score_pictures(task(folder, counting), out)
+    second, _ = scored(task(folder, counting), out)
     same = [a.scores == b.scores for a, b in zip(first, second, strict=True)]
     assert same == [i != 1 for i in range(11)]
     assert sum(seen) == 12
     given = replace(task(folder, brightness), prompts=("long prompt",) * 11)
-    third, _ = score_pictures(given, out)
+    third, _ = scored(given, out)
     assert all(one.prompt == "long prompt" and one.scores["it"] > 11 for one in third)
 
 
@@ -191,6 +194,11 @@ def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
     assert numbers["difference"]["mean"] == pytest.approx(leads.mean().item(), abs=1e-6)
     assert numbers["win_rate"]["mean"] == (leads > 0).float().mean().item()
     assert "8 pairs of one seed and prompt, 2 images without" in done.output
+    others = tmp_path / "c"
+    for seed in (90, 91):
+        save_png(others / f"{seed}.png", image(seed), {"recipe": {"seed": seed, "prompt": "a"}})
+    refused(run(a, others, "--reward", RED), "no picture of one seed and prompt")
+    assert not (others / "scores").exists()
 
 
 def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> None:
