@@ -201,7 +201,7 @@ def described(
     if isinstance(backend.usual_prompt(0), str):
         about["resolution"] = "{1}x{0}".format(*backend.size)
         about["prompts"] = f"{len(texts)} prompts, {digest(texts)}" if texts else "by seed"
-        about["negative_prompt"] = options["negative_prompt"]
+        about |= {n: options[n] or None for n in ("negative_prompt", "vae_tiling")}
     return about
 
 

@@ -108,6 +108,8 @@ def test_another_range_of_seeds_does_not_give_a_picture_another_prompt(
     error = run(*EULER, *prompts, "--seeds", "1-4").output
     assert "000001.png says prompt 'dog', this would be 'apple'" in error
     assert subjects(tmp_path / "out") == before
+    tiled = run(*EULER, *prompts, "--seeds", "0-3", "--vae_tiling").output
+    assert "another recipe" in tiled
 
 
 def test_what_is_cut_of_a_long_prompt_is_said_once(
