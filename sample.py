@@ -23,9 +23,7 @@ from src.options import BoolFlag, Number, OneLineCommand, SeedList, check_decide
 from src.samples import Samples, usual_folder
 from src.text import chosen_prompts, digest, guidance_rates, meet
 
-NUMBERED = click.Choice(["seed", "order"])
 OF_RECIPE = ("num_steps", "schedule_type", "schedule_rho", "max_order", "afs", "guidance_rate")
-"""The options that a predictor's recipe decides, besides --solver."""
 Options: TypeAlias = Mapping[str, Any]
 
 
@@ -48,7 +46,7 @@ Options: TypeAlias = Mapping[str, Any]
 @click.option("--class", type=click.IntRange(0), help="Class; else drawn by the seed.")
 @click.option("--prompt", multiple=True, help="A text; again for the next seed's.")
 @click.option("--prompt-file", help=".txt, one a line, or .csv with a column text.")
-@click.option("--prompts_by", type=NUMBERED, default="seed", help="Which prompt of the file.")
+@click.option("--prompts_by", type=click.Choice(["seed", "order"]), default="seed", help="Whose.")
 @model_options
 @click.option("--batch", "--max_batch_size", type=click.IntRange(1), default=64, help="At once.")
 @click.option("--points_chunk", type=click.IntRange(1), help="Points at once, to save memory.")
@@ -67,21 +65,21 @@ def main(ctx: click.Context, **options: Any) -> None:
     python sample.py --predictor cifar10-5nfe --model edm-cifar10.pkl --seeds 0-63
     python sample.py --solver dpmpp-3 --num_steps 8 --class 7 --grid
     python sample.py --predictor sd15-best --model v1-5-pruned-emaonly.ckpt --prompt "a red fox"
-    torchrun --nproc_per_node=4 sample.py --predictor sd3-512-best --points_degree 2 --seeds 0-7
     """  # noqa: D301
     options["device"] = ranks.init(options["device"])
     mesh = ranks.point_mesh(options["points_degree"], options["device"], options["timeout"])
-    predictor, name = None, options["predictor"]
-    if name:
-        predictor = load_predictor(find_predictor(name))
-        decided = {option: getattr(predictor.recipe, option) for option in OF_RECIPE}
-        check_decided(ctx, {"solver": predictor.recipe.base, **decided}, name)
+    name = options["predictor"]
+    predictor = load_predictor(find_predictor(name)) if name else None
     recipe = predictor.recipe if predictor else None
+    if recipe:
+        own = recipe.solver if recipe.base == "euler" else recipe.base
+        decided = {option: getattr(recipe, option) for option in OF_RECIPE}
+        check_decided(ctx, {"solver": own, **decided}, name)
     options["model"] = options["model"] or backbone_of(recipe, default=ctx.obj)
     texts = chosen_prompts(options["prompt"], options["prompt_file"], options["class"])
     backend = spread(open_model(options, texts, predictor), mesh)
     sampler = sampler_of(options, predictor, backend)
-    jobs = jobs_of(options, texts, backend)
+    jobs = jobs_of(options, texts, backend.usual_prompt)
     backend.guided(sampler.strongest, backend.encode([job.prompt for job in jobs[:1]]))
     about = described(options, texts, predictor, backend, sampler)
     samples = Samples(options["outdir"] or usual_folder(about), about, options["subdirs"])
@@ -124,7 +122,7 @@ def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | 
     opening = {f.name: options[f.name] for f in fields(ModelOptions) if f.name in options}
     opening["size"] = options["size"] or usual_size(predictor and predictor.recipe)
     if options["release_encoders"]:
-        opening["encode_first"] = tuple(dict.fromkeys(texts))
+        opening["encode_first"] = tuple({str(job.prompt): 0 for job in jobs_of(options, texts)})
     where = {"device": options["device"], "dtype": options["dtype"]}
     backend = load_backend(options["model"], **where, options=ModelOptions(**opening))
     if options["backend"] not in (None, backend.family):
@@ -135,13 +133,13 @@ def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | 
 
 def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) -> Sampler:
     """The predictor's sampler, or the solver on its grid that the options ask for."""
-    if options["s_churn"] and (predictor or options["solver"] != "edm"):
-        raise ValueError(f"--s_churn {options['s_churn']} is for --solver edm alone")
+    churn = {name: value for name, value in options.items() if name.startswith("s_")}
+    if SolverOptions(**churn) != SolverOptions() and (predictor or options["solver"] != "edm"):
+        raise ValueError(f"--{', --'.join(churn)} are for --solver edm alone")
     if predictor:
         check_fit(predictor.recipe, backend)
         sampler = predictor.sampler(backend.levels)
     else:
-        churn = {name: value for name, value in options.items() if name.startswith("s_")}
         sampler = hand_made(
             options["solver"] or "euler",
             backend.levels,
@@ -153,19 +151,21 @@ def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) 
             options=SolverOptions(order=options["max_order"], **churn),
         )
     if options["guidance"]:
+        if predictor and predictor.table.guidance is not None:
+            raise ValueError("--guidance: this predictor's table has its own rates, leave it out")
         sampler = sampler.with_rates(guidance_rates(options["guidance"], sampler.sigmas[:-1]))
     return replace(sampler, sigmas=(*sampler.sigmas, *[0.0] * options["denoise_to_zero"]))
 
 
-def jobs_of(options: Options, texts: tuple[str, ...], backend: Backend) -> list[Job]:
-    """A job a seed: of its prompt, of the class, or of what the seed itself says."""
+def jobs_of(options: Options, texts: tuple[str, ...], usual: Any = str) -> list[Job]:
+    """A job a seed: of its prompt, of the class, or of what is usual for the seed."""
     seeds, label = options["seeds"], options["class"]
     if options["prompt_file"] and options["prompts_by"] == "seed":
         return [Job(seed, texts[seed % len(texts)]) for seed in seeds]
     if texts:
         enough = texts[: len(seeds)] if options["prompt_file"] else texts
         return [Job(seed, text) for seed, text in meet(seeds, enough)]
-    return [Job(s, backend.usual_prompt(s) if label is None else label) for s in seeds]
+    return [Job(s, usual(s) if label is None else label) for s in seeds]
 
 
 def described(
@@ -185,7 +185,7 @@ def described(
         "model": options["model"],
         "predictor": options["predictor"],
         "table": digest([f"{n} {t.tolist()}" for n, t in table.items()]) if table else None,
-        "solver": f"epd over {recipe.base}" if recipe else name,
+        "solver": f"{recipe.solver} over {recipe.base}" if recipe else name,
         "order": order if has_orders else None,
         "num_steps": num_steps,
         "num_points": recipe.num_points if recipe else None,
@@ -201,7 +201,7 @@ def described(
     if isinstance(backend.usual_prompt(0), str):
         about["resolution"] = "{1}x{0}".format(*backend.size)
         about["prompts"] = f"{len(texts)} prompts, {digest(texts)}" if texts else "by seed"
-        about |= {n: options[n] or None for n in ("negative_prompt", "vae_tiling")}
+        about |= {n: options[n] or None for n in ("negative_prompt", "vae_tiling", "config")}
     return about
 
 

@@ -195,8 +195,8 @@ def configured(
         values, given = values | {"samples": max(1, round(kimg * 1000))}, {*given, "samples"}
     if "name" in given and "model" not in given and not folder:  # a run has its own
         values["model"] = published_model(options["name"], options["backend"])
-    if options["guidance_type"] == "uncond" and options["guidance_rate"] not in (None, 1):
-        raise ValueError("guidance_type uncond is guidance_rate 1")
+    if options["guidance_type"] == "uncond" and "guidance_rate" not in given and not folder:
+        values, given = values | {"guidance_rate": 1.0}, {*given, "guidance_rate"}
     if folder:
         run = read_config(folder / CONFIG)
         asked = {n: v for part in split(values) for n, v in vars(part).items()}
@@ -210,7 +210,17 @@ def configured(
         values |= {n: v for n, v in preset(options["preset"]).items() if n not in given}
         if options["method"] == "fit":
             values |= {n: DEFAULTS[n] for n in {*GRADIENT_ALONE, "last_distance", "alpha"} - given}
+    check_guidance(options["guidance_type"], values)
     return split(values)
+
+
+def check_guidance(kind: str | None, values: Mapping[str, Any]) -> None:
+    """ValueError where the rate is another one than --guidance_type says."""
+    rate = values["guidance_rate"]
+    if kind == "uncond" and rate not in (None, 1):
+        raise ValueError(f"guidance_type uncond is guidance_rate 1, not {rate}")
+    if kind == "cfg" and rate in (None, 1) and not (rate is None and values["init"]):
+        raise ValueError("guidance_type cfg needs a guidance_rate other than 1")
 
 
 def split(values: Mapping[str, Any]) -> tuple[Backbone, Settings]:

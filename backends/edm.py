@@ -7,7 +7,6 @@ their published names) and `model.safetensors` (tensors under theirs), or in an 
 Shapes: B batch, C channels, H = W = img_resolution, L classes. x [B, C, H, W], sigma [B].
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import exp, inf, isfinite, sqrt
@@ -25,7 +24,8 @@ from backends.edm_networks import UNet, build_unet
 from solvers.field import Condition
 from solvers.process import VE
 from solvers.schedules import NoiseLevels
-from src.files import write_atomically, write_json
+from src.files import from_json, write_atomically, write_json
+from src.options import OneLineGroup
 from src.pickles import Inert, module_tensors, read_pickle
 from src.seeds import randint
 
@@ -297,7 +297,7 @@ def opened(path: Path) -> EDMNetwork:
                 raise ValueError(f"{name} is {list(value.shape)} in the file, must be {wanted}")
             if not value.is_floating_point() or not value.isfinite().all():
                 raise ValueError(f"{name} holds values that are no finite floats")
-    except ValueError as e:
+    except (ValueError, ArithmeticError) as e:
         raise ValueError(f"{path}: {e}") from e
     network.load_state_dict(state, assign=True)
     return network
@@ -331,12 +331,12 @@ def read_pickled(path: Path) -> Stored:
 def read_folder(folder: Path) -> Stored:
     """The network of a folder of ours; ValueError, in one line with the path, for another one."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
         state = load_file(folder / WEIGHTS)
     except OSError as e:
         name = Path(str(e.filename or WEIGHTS)).name
         raise ValueError(f"{folder}: cannot read {name}: {e.strerror or e}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise ValueError(f"{folder / CONFIG}: not JSON: {one_line(e)}") from e
     except SafetensorError as e:
         raise ValueError(f"{folder / WEIGHTS}: not a safetensors file: {one_line(e)}") from e
@@ -382,7 +382,7 @@ def save_edm(
     write_json(folder / CONFIG, config)
 
 
-@click.group()
+@click.group(cls=OneLineGroup)
 def main() -> None:
     """Networks of the EDM family."""
 
@@ -396,12 +396,9 @@ def convert(source: Path, target: Path) -> None:
     Example: python -m backends.edm convert edm-cifar10-32x32-cond-vp.pkl models/cifar10
     """
     if target.suffix == ".pkl":
-        raise click.ClickException(f"{target}: NVIDIA's pickles are only read: name a folder")
-    try:
-        network = opened(source)
-        save_edm(target, network)
-    except (ValueError, OSError) as e:
-        raise click.ClickException(one_line(e)) from e
+        raise ValueError(f"{target}: NVIDIA's pickles are only read: name a folder")
+    network = opened(source)
+    save_edm(target, network)
     count = sum(p.numel() for p in network.parameters())
     click.echo(f"{target}: {network.class_name}, {count:,} parameters")
 

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MOST_PARTS, LARGEST = 32, 1 << 16
+"""Of a list, and of blocks at a resolution; of a number. A config is read before its weights."""
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -403,9 +406,12 @@ def wanted(name: str, value: Any) -> str:
         return "" if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])}"
     if name in ("channel_mult", "attn_resolutions", "resample_filter"):
         fine = isinstance(value, tuple) and all(isinstance(v, int) and v > 0 for v in value)
-        fine = fine and (len(value) > 0 or name == "attn_resolutions")
-        return "" if fine else "a list of whole numbers above 0"
+        fine = fine and (len(value) > 0 or name == "attn_resolutions") and len(value) <= MOST_PARTS
+        fine = fine and max(value, default=0) <= LARGEST
+        return "" if fine else f"a list of up to {MOST_PARTS} whole numbers from 1 to {LARGEST}"
     if name in ("dropout", "label_dropout"):
         return "" if isinstance(value, int | float) and 0 <= value < 1 else "in [0, 1)"
     lowest = 0 if name in ("label_dim", "augment_dim") else 1
-    return "" if isinstance(value, int) and value >= lowest else f"a whole number from {lowest}"
+    highest = MOST_PARTS if name == "num_blocks" else LARGEST
+    fine = isinstance(value, int) and lowest <= value <= highest
+    return "" if fine else f"a whole number from {lowest} to {highest}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
+from solvers.classic import Euler
 from solvers.epd import EPD, Directions, MultistepTable, restarted
 from solvers.field import Condition, Field
 from solvers.integrate import Loop
@@ -61,7 +62,7 @@ def sample_epd(
     grid = [float(sigma) for sigma in sigmas]
     to_image = bool(grid) and grid[-1] == 0
     grid = grid[:-1] if to_image and not denoise_last else grid
-    if len(grid) < 2 or (len(grid) == 2 and predictor and grid[1] == 0):
+    if len(grid) < 2:
         return x
     loop = Loop.start(x)
     sampler = sampler_on(grid, predictor).at(loop.x)
@@ -72,7 +73,8 @@ def sample_epd(
             now, sigma = loop.past[0], sigmas[i]
             # of x0 at the start of the step, without a call for the caller's sake; hosts give
             # the last one out as the image
-            x0 = now.x0 if "d" in vars(now) else now.x - now.sigma * loop.slopes[0]
+            known = "d" in vars(now) or not loop.slopes  # the free slope of afs costs none
+            x0 = now.x0 if known else now.x - now.sigma * loop.slopes[0]
             x0 = loop.x if to_image and i == len(grid) - 2 else x0
             report = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
             callback(report | {"denoised": x0.squeeze(1)})
@@ -100,6 +102,8 @@ def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
     process = FLOW if for_flow(predictor.recipe) else VE
     if predictor.table.guidance is not None:
         raise ValueError("this predictor guides by itself, and here the host does")
+    if not steps:  # what is left is to denoise
+        return Sampler(Euler(), tuple(grid), process)
     own, rows = learned_sigmas(predictor), predictor.recipe.num_steps - 1
 
     def same(cut: int) -> bool:

@@ -42,7 +42,8 @@ class Texts:
 
     def __post_init__(self) -> None:
         if self.first:
-            self.condition(self.first)
+            for text in self.first if self.negative is None else (*self.first, self.negative):
+                self.stacked([text])
             self.encoder = None
 
     def condition(self, prompts: Sequence[Prompt]) -> Condition:

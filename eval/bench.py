@@ -35,6 +35,8 @@ from eval.latency import POINTS, SIZES, Table, Tables, even_points, simulated, t
 from eval.machine import ROOT, clock, provenance
 from solvers.field import Condition
 from solvers.predictor import find_predictor, load_predictor
+from solvers.process import FLOW
+from solvers.recipe import for_flow
 from solvers.sampler import Sampler, hand_made
 from src import ranks
 from src.files import check_writable, write_json, write_text
@@ -128,7 +130,11 @@ def bench_solvers(backend: Backend, predictor: str, repeats: int) -> Tables:
     table = load_predictor(find_predictor(predictor))
     points = table.recipe.num_points
     samplers = {name: (hand_made(name, backend.levels, NUM_STEPS), 1) for name in SOLVERS}
-    samplers[f"epd K={points}"] = table.sampler(backend.levels), points
+    same = for_flow(table.recipe) == (backend.levels.process == FLOW)
+    sampler = (
+        table.sampler(backend.levels) if same else even_points(backend.levels, points, NUM_STEPS)
+    )
+    samplers[f"epd K={points}"] = sampler, points
     lines: Table = []
     with ranks.progress(len(BATCHES) * len(samplers), "solver") as bar:
         for batch in BATCHES:
@@ -266,7 +272,13 @@ def main(device: torch.device, out: Path, **options: Any) -> None:
     1 to 64 devices would take. --suite gpu checks and times a GPU in under 5 minutes.
     Prints tables in seconds, and writes them with JSON beside.
     """
+    if out.suffix == ".txt":
+        raise ValueError(f"--out {out} is for JSON, the table goes into a .txt beside it")
     check_writable(out)
+    kinds = {"--simulate": options["simulate"], "--suite gpu": options["suite"] == "gpu"}
+    kinds["--points_degree"] = options["points_degree"] > 1
+    if len(asked := [name for name, is_asked in kinds.items() if is_asked]) > 1:
+        raise ValueError(f"{asked[0]} and {asked[1]} are benches of their own: give one of them")
     device, repeats = ranks.init(device), options["repeats"]
     if options["simulate"]:
         given, speed = options["simulate"], options["gather_gbs"]

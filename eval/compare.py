@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,6 +28,7 @@ from eval.measure import (
     FrechetReference,
     Score,
     add_statistics,
+    check_comparable,
     fine_solution,
     from_here,
     learned,
@@ -50,6 +50,7 @@ from src.stats import number
 from src.text import guidance_rates, read_prompts
 
 CHOOSE_ON = 64
+SETS = 3
 SHOWN = 8
 REFERENCE = "test-features.npz"
 MEANING = {
@@ -200,7 +201,9 @@ def set_statistics(
     "--reference", multiple=True, type=click.Path(path_type=Path), help="Statistics for them."
 )
 @click.option("--images", type=click.IntRange(2), help="Frechet distances of so many, by sets.")
-@click.option("--sets", type=click.IntRange(2), default=3, help="Disjoint sets of --images seeds.")
+@click.option(
+    "--sets", type=click.IntRange(2), default=SETS, help="Disjoint sets of --images seeds."
+)
 @click.option("--reward", multiple=True, help="Repeatable: clip, hps, ...")
 @click.option(
     "--weights", type=NamedPath(), multiple=True, help="Where rewards' and features' are."
@@ -247,6 +250,8 @@ def main(**options: Any) -> None:
     fixed = learned(patterns, backend)
     asked = (options["solvers"], options["nfe"], options["schedules"])
     rivals = rivals_for(*asked, backend.levels, options["guidance_rate"])
+    for candidate in fixed:
+        check_comparable(candidate, fine)
     for text in options["guidance"]:
         at_rates([*rivals, *fixed], text, backend, jobs[0])
     if not fixed and not rivals:
@@ -258,10 +263,20 @@ def main(**options: Any) -> None:
     images = options["images"]
     if images and not references:
         raise ValueError(f"--images {images} is of Frechet distances: give --features too")
+    if not images and options["sets"] != SETS:
+        raise ValueError(f"--sets {options['sets']} are of --images: give it too")
+    used = {*files, *(reference.space.name for reference in references)}
+    if spare := [name for name in paths if name not in used]:
+        raise ValueError(f"--weights {spare[0]}={paths[spare[0]]}: nothing here reads them")
+    for reference in references:  # a function of one's own may not do, and the work is long
+        reference.space(look)
     check_writable(outdir / "results.json")
-    plain = [*chosen(benchmark, rivals), *fixed]
-    guided = [at_rates(plain, text, backend, jobs[0]) for text in options["guidance"]]
-    candidates = [*plain, *chain.from_iterable(guided)]
+    plain, guided = [*chosen(benchmark, rivals), *fixed], []
+    for text in options["guidance"]:  # a rate for each step: of the rivals with as many, the best
+        fit = [c for c in rivals if text.count(",") in (0, len(c.sampler.sigmas) - 2)]
+        best = plain if len(fit) == len(rivals) else [*chosen(benchmark, fit), *fixed]
+        guided += at_rates(best, text, backend, jobs[0])
+    candidates = [*plain, *guided]
     fine_score, scores = measure(benchmark, candidates, references, rewards)
     settings: dict[str, Any] = {
         "model": from_here(options["model"]),
@@ -278,7 +293,8 @@ def main(**options: Any) -> None:
         ranges = [range(k * images, (k + 1) * images) for k in range(options["sets"])]
         sets = [jobs_for(backend, seeds, texts, even=True) for seeds in ranges]
         version = stamp(model) if model.exists() else str(model)
-        code = [source_hash(f"backends.{module}") for module in ("load", "generate")]
+        modules = ("backends.load", "backends.generate", "eval.measure", "solvers.predictor")
+        code = [source_hash(module) for module in modules]
         weights = [stamp(Path(paths[r.space.name])) for r in references if r.space.name in paths]
         size = [list(backend.shape), list(backend.size), str(backend.dtype)]
         about = (version, *size, *weights, *code)

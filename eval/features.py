@@ -110,7 +110,8 @@ def load_space(name: str, device: torch.device, weights: Path | None = None) -> 
     def efficientnet(images: Tensor) -> Tensor:
         return features.maps(prepared(images, features.side)).mean((2, 3))
 
-    return FeatureSpace(name, EFFICIENTNET, efficientnet, device, PACKAGES)
+    version = sha256(weights)[:16] if weights else PACKAGES
+    return FeatureSpace(name, EFFICIENTNET, efficientnet, device, version)
 
 
 def _inception(path: Path, device: torch.device) -> FeatureSpace:

@@ -92,7 +92,8 @@ def measure_pictures(
                     raise ValueError(f"{said}, the reference {size}")
                 new = statistics_of(features)
                 mine = merged(mine, new) if mine else new
-                kept |= dict(zip(alike.which, features, strict=True)) if keep else {}
+                if keep:  # rows of their own: a view is pickled with all that it is a view of
+                    kept |= {i: row.clone() for i, row in zip(alike.which, features, strict=True)}
                 bar.update(len(alike.which))
     except ValueError as error:
         failed = str(error)

@@ -25,6 +25,7 @@ from rewards.registry import MULTI, parse
 from rewards.scorer import score_all, single_rewards
 from solvers.field import Condition
 from solvers.predictor import load_predictor
+from solvers.recipe import fitted_on
 from solvers.sampler import SOLVERS as ALL_SOLVERS
 from solvers.sampler import Sampler, hand_made, make_solver, parse_name
 from solvers.schedules import SCHEDULES as ALL_SCHEDULES
@@ -169,7 +170,7 @@ def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
                 _label(recipe.schedule_type, recipe.schedule_rho),
                 recipe.num_points,
                 from_here(path),
-                spaces_of(recipe.training.get("fitted_on") or ()),
+                spaces_of(fitted_on(recipe.training)),
             )
         )
     seen = Counter((c.name, c.nfe) for c in candidates)
@@ -180,15 +181,19 @@ def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
     return sorted(named, key=lambda c: (c.nfe, c.name))
 
 
-def spaces_of(fitted_on: Sequence[str]) -> tuple[str, ...]:
+RIDES_ON = {"aesthetic": "clip"}
+"""Rewards that see an image by the features of another."""
+
+
+def spaces_of(names: Sequence[str]) -> tuple[str, ...]:
     """The feature spaces of networks and rewards, by train_distill.py's names of them."""
     spaces = []
-    for name in fitted_on:
-        for single in parse(name) if name.startswith(f"{MULTI}:") else [name]:
+    for name in names:
+        for single in parse(name) if name.partition(":")[0] == MULTI else [name]:
             kind = single.partition("=")[0]  # of dinov2=FOLDER
             file = "inception" if "inception" in kind and Path(kind).suffix else kind
-            efficientnet = kind in ("efficientnet-lite0", "efficientnet-minilm")
-            spaces.append("efficientnet" if efficientnet else file)
+            efficientnet = kind.startswith(("efficientnet-lite0", "efficientnet-minilm"))
+            spaces.append("efficientnet" if efficientnet else RIDES_ON.get(file, file))
     return tuple(spaces)
 
 

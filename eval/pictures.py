@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -84,15 +84,15 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
                 names = archive.namelist()
         except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{place} is no whole zip: {error}") from error
-        images = (n for n in names if not n.startswith("__MACOSX/") and not n.endswith("/"))
-        items = [Picture(n) for n in sorted(images) if _is_picture(n)]
+        files = (n for n in names if not n.startswith("__MACOSX/") and not n.endswith("/"))
+        items = _pictures(files)
     elif place.is_file() and _is_picture(place.name):
         raise ValueError(f"{place} is one picture: give its folder")
     elif place.is_file():
         items = _listed(place)
     else:
         files = (p.relative_to(place).as_posix() for p in place.rglob("*") if not p.is_dir())
-        items = [Picture(name) for name in sorted(files) if _is_picture(name)]
+        items = _pictures(files)
         if (place / INDEX).is_file():
             listed = _listed(place / INDEX)
             there = {picture.name for picture in listed}
@@ -118,6 +118,18 @@ def find_pictures(place: Path, pattern: str = "*") -> Pictures:
 def of_all(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what is of one picture."""
     return {name: v for name, v in recipe.items() if name not in ("seed", "prompt", "class")}
+
+
+def _pictures(files: Iterable[str]) -> list[Picture]:
+    """The pictures among the files, sorted; not the grids and strips that sample.py adds."""
+    names = sorted(files)
+    sampled = {path.parent for path in map(PurePosixPath, names) if path.name == INDEX}
+
+    def is_added(path: PurePosixPath) -> bool:
+        strip = path.parent.name == "trajectory" and not sampled.isdisjoint(path.parents)
+        return strip or (path.name == "grid.png" and path.parent in sampled)
+
+    return [Picture(n) for n in names if _is_picture(n) and not is_added(PurePosixPath(n))]
 
 
 def _is_picture(name: str) -> bool:

@@ -11,9 +11,10 @@ picture's content, the prompt, and the reward's code, weights and precision.
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -21,13 +22,13 @@ import torch
 from torch import Tensor
 
 from eval.machine import provenance
-from eval.pictures import Identity, Pictures, find_pictures, identities, read_batches
+from eval.pictures import Identity, Picture, Pictures, find_pictures, identities, read_batches
 from rewards.base import Reward, WeightedSum
 from rewards.fingerprint import fingerprint
-from rewards.registry import ADAPTERS, Setup, load_rewards, singles
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, singles
 from rewards.scorer import names_of, score_all, single_rewards
 from src import ranks
-from src.files import append_jsonl, read_jsonl, write_json, write_text
+from src.files import append_jsonl, check_writable, read_jsonl, write_json, write_text
 from src.options import Device, OneLineCommand
 from src.stats import Estimate, aligned, mean_of, win_rate
 from src.text import read_prompts
@@ -87,13 +88,12 @@ def main(**options: Any) -> None:
         raise ValueError("--output-json is of one place: of two each has its summary.json")
     file = options["prompt_file"]
     texts = read_prompts(file) if file else options["prompt"]
-    sets = [find_pictures(place, options["pattern"]) for place in places]
-    for pictures in sets:
-        count = len(pictures.items)
-        if len(texts) not in (0, 1, count):
-            where = f"{count} images in {pictures.place}"
-            raise ValueError(f"{where} need as many prompts, or one, not {len(texts)}")
-    setup = Setup(ranks.init(options["device"]), options["amp"], dict(options["weights"]))
+    sets, folders = zip(*sets_of(places, texts, options), strict=True)
+    paths = dict(options["weights"])
+    used = files_of(names, paths)
+    if spare := [name for name in paths if name not in used]:
+        raise ValueError(f"--weights {spare[0]}={paths[spare[0]]}: nothing here reads them")
+    setup = Setup(ranks.init(options["device"]), options["amp"], paths)
     rewards = load_rewards(names, setup)
     keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
     by_prompt = any(n not in ADAPTERS or ADAPTERS[n].by_prompt for n in keys)
@@ -115,10 +115,7 @@ def main(**options: Any) -> None:
     if len(tasks) == 2:
         pairs(*([*items.values()] for items, _ in unscored))
     scored: list[list[ScoredPicture]] = []
-    for at, (task, (items, bad)) in enumerate(zip(tasks, unscored, strict=True)):
-        folder = options["outdir"] or scores_folder(task.pictures.place)
-        if options["outdir"] and len(sets) == 2:
-            folder /= f"{at + 1}-{task.pictures.place.stem}"
+    for task, (items, bad), folder in zip(tasks, unscored, folders, strict=True):
         rows, left_out = score_pictures(task, items, bad, folder)
         write = partial(write_scores, task, folder, rows, left_out, setup, options["output_json"])
         ranks.on_first(write)
@@ -127,6 +124,39 @@ def main(**options: Any) -> None:
         folder = options["outdir"] or scores_folder(sets[0].place)
         ranks.on_first(partial(write_versus, places, scored, names_of(rewards), folder))
     ranks.close()
+
+
+def sets_of(
+    places: Sequence[Path], texts: Sequence[str], options: Mapping[str, Any]
+) -> list[tuple[Pictures, Path]]:
+    """The pictures of each place, in the order of the texts, and the folder for their scores.
+
+    ValueError for another number of pictures than texts, and where nothing can be written.
+    """
+    sets = []
+    for number, place in enumerate(places, 1):
+        pictures = find_pictures(place, options["pattern"])
+        count, folder = len(pictures.items), options["outdir"] or scores_folder(pictures.place)
+        if len(texts) not in (0, 1, count):
+            where = f"{count} images in {pictures.place}"
+            raise ValueError(f"{where} need as many prompts, or one, not {len(texts)}")
+        if len(texts) > 1:
+            pictures = replace(pictures, items=by_number(pictures.items))
+        if options["outdir"] and len(places) == 2:
+            folder /= f"{number}-{pictures.place.stem}"
+        check_writable(folder / "scores.csv")
+        sets.append((pictures, folder))
+    if options["output_json"]:
+        check_writable(options["output_json"])
+    return sets
+
+
+def by_number(items: Sequence[Picture]) -> tuple[Picture, ...]:
+    """Pictures whose names are numbers by these, so that 2.png goes before 10.png; else as is."""
+    stems = [PurePosixPath(picture.name).stem for picture in items]
+    if not all(stem.isdecimal() for stem in stems):
+        return tuple(items)
+    return tuple(p for _, p in sorted(zip(map(int, stems), items, strict=True), key=itemgetter(0)))
 
 
 def reads_texts(names: Sequence[str]) -> list[str]:

@@ -74,20 +74,21 @@ SETS = {
 def distil(name: str, asked: tuple[str, ...], target: Path, work: Path, *more: str) -> str:
     """Run, or go on with, the distillation of a predictor; return the end of what it said."""
     run = work / name
-    started = ("--resume", str(run)) if any(run.glob("checkpoint-*.pt")) else ()
+    started = ("--resume", str(run)) if (run / "config.yaml").exists() else ()
     command = [sys.executable, "train_distill.py", "--device", "cpu"]
     command += started or (*asked, "--outdir", str(run))
     command += ["--teacher-cache", str(work / "teacher"), *more]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True, env=one_thread
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
+    said = done.stderr.strip().rpartition("\n")[2]
+    if done.returncode:
+        raise click.ClickException(f"{name}: {said}")
     kept = target / "runs" / name
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         shutil.copyfile(run / file, kept / file)
     shutil.copyfile(run / "predictor.pkl", target / f"{name}.pkl")
-    return done.stderr.strip().rpartition("\n")[2]
+    return said
 
 
 @click.command(context_settings={"show_default": True})

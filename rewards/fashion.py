@@ -82,7 +82,8 @@ class FashionJudge:
 
     def _grey(self, images: Tensor) -> Tensor:
         grey = images.to(self.device, torch.float32).mean(1, keepdim=True)
-        return grey if grey.shape[-1] == SIDE else F.interpolate(grey, (SIDE, SIDE), mode="area")
+        size = (SIDE, SIDE)
+        return grey if grey.shape[2:] == size else F.interpolate(grey, size, mode="area")
 
 
 def class_of(prompt: str | int) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +54,7 @@ class EDM:
     for a negative or infinite s_churn or s_noise, or an empty range of levels.
     """
 
-    noise: Callable[[int, Tensor], Tensor]
+    noise: Callable[[int, Tensor], Tensor] = field(repr=False)
     s_churn: float = 0.0
     s_min: float = 0.0
     s_max: float = math.inf

@@ -83,7 +83,7 @@ def decode(
         if need and name not in raw:
             raise ValueError(f"the predictor has no parameter {name}")
         own = raw.get(name, torch.zeros(shape))
-        if own.shape != shape or len(shape) != 2 or own.is_complex():
+        if own.shape != shape or len(shape) != 2 or 0 in shape or own.is_complex():
             shapes = f"{list(own.shape)} beside r_params {list(shape)}"
             raise ValueError(f"{name} has the shape {shapes}: both are real [num_steps - 1, K]")
         wide.append(own.detach().double().cpu())

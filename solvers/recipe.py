@@ -58,6 +58,16 @@ class Recipe:
     format_version: int = 1
 
 
+def fitted_on(training: Mapping[str, Any]) -> list[str]:
+    """The networks and rewards whose numbers a table was fitted to, in stage 1 and in stage 2.
+
+    training: what a recipe says of it.
+    """
+    tuned = training.get("ppo")
+    reward = [tuned["reward"]] if isinstance(tuned, dict) and tuned.get("reward") else []
+    return list(dict.fromkeys([*(training.get("fitted_on") or []), *reward]))
+
+
 def for_flow(recipe: Recipe) -> bool:
     """Whether the predictor is for flow matching."""
     by_kind = recipe.schedule_type == "flowmatch" or recipe.backend in FLOW_BACKENDS

@@ -24,6 +24,7 @@ PUBLISHED = {
     },
 }  # fmt: skip
 """The betas of the published latent models, by their predictors' data set."""
+MOST_TIMESTEPS = 100_000
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 LEAST_ALPHA = 2.0**-24
@@ -67,9 +68,22 @@ class Table:
 
 def table_of(config: Mapping[str, Any]) -> Table:
     """The table of a diffusers scheduler's config; ValueError where its betas are unknown."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a scheduler's config is a table of settings, not {config!r:.40}")
     count = config.get("num_train_timesteps", 1000)
     low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     kind, given = config.get("beta_schedule", "linear"), config.get("trained_betas")
+    if type(count) is not int or not 2 <= count <= MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps {count!r} must be from 2 to {MOST_TIMESTEPS}")
+    try:
+        numbers = torch.as_tensor((low, high) if given is None else given, dtype=torch.float64)
+        wrong = (
+            numbers.ndim != 1 or len(numbers) < 2 or not ((numbers >= 0) & (numbers <= 1)).all()
+        )
+    except (TypeError, ValueError, RuntimeError):
+        wrong = True
+    if wrong:
+        raise ValueError("a scheduler's betas must be two or more numbers from 0 to 1")
     if given is None and kind not in BETAS:
         raise ValueError(f"beta_schedule {kind!r} is not served: {', '.join(BETAS)}")
     if given is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older torch.save
-MOST_MODULES = 100_000
+MOST_MODULES = MOST_NAMES = 100_000
 SPARE = 1 << 16  # values that calls may copy beyond four times the bytes of the file
 DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},
@@ -127,13 +127,16 @@ def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tens
 def module_tensors(module: Inert) -> dict[str, Tensor]:
     """Parameters and buffers of a pickled or scripted module and those in it, by dotted name."""
     tensors: dict[str, Tensor] = {}
-    rest = [("", module)]
+    rest, names = [("", module)], MOST_NAMES
     for _ in range(MOST_MODULES):
         if not rest:
             return tensors
         prefix, part = rest.pop()
         groups = [part.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
         groups = [group for group in groups if isinstance(group, dict)] or [part.state]
+        names -= sum(map(len, groups))
+        if names < 0:
+            raise ValueError(f"its modules hold more than {MOST_NAMES} values by name")
         named = [(prefix + n, v) for g in groups for n, v in g.items() if isinstance(n, str)]
         tensors |= {name: value for name, value in named if isinstance(value, Tensor)}
         children = [(f"{name}.", value) for name, value in named if isinstance(value, Inert)]
@@ -404,10 +407,15 @@ def whole(value: Any) -> int:
 
 
 def key(value: Any) -> Any:
-    """A plain value or a tuple of some, hashed at once: no wide int, as many share a hash."""
-    plain = (str, bytes, int, float, type(None), torch.dtype, Global, Inert)
+    """A plain value or a tuple of some, hashed at once: no wide int, as many share a hash.
+
+    In a tuple an int is narrower, and there is no float: many pairs of these share one, too.
+    """
+    plain, bits = (str, bytes, int, type(None), torch.dtype, Global, Inert), 31
+    if not isinstance(value, tuple):
+        plain, bits = (*plain, float), 64
     for v in value if isinstance(value, tuple) else (value,):
-        if not isinstance(v, plain) or (isinstance(v, int) and v.bit_length() > 64):
+        if not isinstance(v, plain) or (isinstance(v, int) and v.bit_length() > bits):
             raise ValueError(f"a {type(v).__name__}, wide or with values in it, cannot be a key")
     return value
 

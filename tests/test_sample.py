@@ -186,7 +186,8 @@ def test_a_predictor_never_samples_another_model_in_silence(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["--solver", "heun"], ["heun", "euler"]),
+        (["--solver", "heun"], ["heun", "epd"]),
+        (["--solver", "euler"], ["euler", "epd"]),
         (["--no-afs"], ["afs False", "True"]),
         (["--guidance_rate", "2"], ["2", "1"]),
     ],
@@ -211,6 +212,7 @@ def test_an_option_against_the_predictor_names_both(
         (["--model", "no/such"], "no/such"),
         (["--schedule_type", "flowmatch"], "flowmatch"),
         (["--s_churn", "9"], "edm"),
+        (["--s_noise", "3", "--solver", "heun"], "for --solver edm alone"),
         (["--backend", "ldm"], "--backend ldm: the model is of edm"),
         (["--backend-config", '{"size": 3}'], "--backend-config takes resolution"),
         (["--prompt", "bad\udcff"], "not UTF-8"),

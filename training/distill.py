@@ -19,6 +19,7 @@ from solvers.epd import EPD, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor, find_predictor, load_predictor, validate
 from solvers.process import FLOW, Process
+from solvers.recipe import fitted_on
 from solvers.sampler import Sampler
 from solvers.schedules import NoiseLevels
 from src import ranks
@@ -317,12 +318,12 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
         training |= {"rmse": best_of(state["candidates"])[1]}
     names, (features, reward) = {name for _, name in terms_of(s)}, problem.model.fitted_on
     used = ((features, names & OF_FEATURES), (reward, "reward" in names))
-    fitted_on = [name for name, is_used in used if is_used]
+    used_on = [name for name, is_used in used if is_used]
     if s.init and not hand_made(s.init):
         start = load_predictor(find_predictor(s.init)).recipe.training
-        fitted_on += start.get("fitted_on") or []
-    if fitted_on:
-        training["fitted_on"] = list(dict.fromkeys(fitted_on))
+        used_on += fitted_on(start)
+    if used_on:
+        training["fitted_on"] = list(dict.fromkeys(used_on))
     levels, flow = backend.levels, backend.levels.process == FLOW
     recipe = replace(
         recipe, process=sampler.process.name, training=training, backend=backend.family

@@ -105,7 +105,9 @@ class Settings:
 
     nfe: int | None = setting(None, COUNT, "Sequential calls, for num_steps.")
     num_steps: int | None = setting(None, click.IntRange(2), "Grid points; usual: 4.")
-    points: int = setting(2, click.IntRange(1, 8), "K, parallel points.", "--num_points")
+    points: int | None = setting(
+        None, click.IntRange(1, 8), "K, parallel points; usual: of --init, or 2.", "--num_points"
+    )
     solver: str | None = setting(
         None, TEXT, "epd, epd-BASE or epd-multistep; usual: epd, by nfe epd-multistep.",
         "--solver", "--sampler_stu",
@@ -197,7 +199,7 @@ def resolved(
 
     Raises ValueError in one line where they contradict each other or the model.
     """
-    s = with_usual(adopted(settings), {"guidance_rate": 1.0})
+    s = with_usual(adopted(settings), {"guidance_rate": 1.0, "points": 2})
     s = replace(s, solver=s.solver or ("epd-multistep" if s.nfe else "epd"))
     s = with_usual(s, usual_grid(s, flow))
     assert s.num_steps
@@ -266,6 +268,8 @@ def adopted(settings: Settings) -> Settings:
             raise ValueError(
                 f"init {settings.init} has rates of guidance in its table: tune it by ppo"
             )
+        settings = with_usual(settings, {"points": recipe.num_points})
+        assert settings.points
         if settings.points < recipe.num_points:
             raise ValueError(f"points {settings.points}: {settings.init} has {recipe.num_points}")
         solver = recipe.solver if recipe.base == "euler" else f"epd-{recipe.base}"
@@ -354,7 +358,7 @@ def check(settings: Settings, flow: bool) -> None:
     calls, student = SOLVERS[s.teacher].calls * s.every, 1 if s.multistep else 2
     no_afs = "afs is for VE models: flow matching has no analytic first step"
     finer = f"{s.teacher} with M {s.M} makes {calls} calls an interval, the student {student}: "
-    greedy, k = fits and not s.init, s.points
+    greedy, k = fits and not s.init, s.points or 0
     clashes = {
         f"{s.solver} and max_order {s.max_order} disagree": order and order != s.max_order,
         no_afs: s.afs and flow,
@@ -371,8 +375,14 @@ def check(settings: Settings, flow: bool) -> None:
         "fcn is for --method gradient: a fit has free weights there": fits and s.fcn,
         f"alpha {s.alpha} is for --method gradient: weigh as in l2+0.1*features": fits
         and s.alpha != Settings.alpha,
-        f"positions {s.positions} are tried without init alone": s.init
+        f"positions {s.positions} are tried in a fit without init alone": not greedy
         and s.positions != Settings.positions,
+        f"predict_x0 and lower_order_final are of a dpmpp base: {s.solver} has none": (
+            s.base[0] != "dpmpp" and not (s.predict_x0 and s.lower_order_final) and not s.init
+        ),
+        f"robust needs rounds, and there are {s.rounds}": fits and s.robust and not s.rounds,
+        f"tick {s.tick:g} is of a gradient: a fit writes after each round": fits
+        and s.tick != Settings.tick,
         "learn_grid needs a fit: a gradient does not reach the time grid": not fits
         and s.learn_grid,
         f"sigma_max {s.sigma_max} is out of range: flow matching starts at 1 or below": flow
@@ -416,6 +426,7 @@ def recipe_of(settings: Settings) -> Recipe:
     """The recipe of a predictor that is learned so, but for what only the model knows."""
     s = settings
     assert s.num_steps
+    assert s.points
     assert s.schedule
     assert s.guidance_rate is not None
     free = s.scale_dir is None

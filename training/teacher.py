@@ -134,6 +134,7 @@ class Batches(Sequence[Trajectories]):
     about: Mapping[str, Any] = field(default_factory=dict)  # what a target depends on but seeds
     cache: Cache | None = None
     levels: tuple[float, ...] | None = None
+    once: bool = False  # whether each is asked for once, and need not be kept
     kept: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
@@ -153,6 +154,8 @@ class Batches(Sequence[Trajectories]):
         if self.cache:
             about = {**self.about, "seeds": list(seeds)}
             targets = self.cache.get(about, lambda: self.teacher.targets(slope, x))
+        elif self.once:
+            targets = self.teacher.targets(slope, x)
         else:
             if seeds not in self.kept:
                 self.kept[seeds] = self.teacher.targets(slope, x)
@@ -262,6 +265,7 @@ def make_problem(model: Model, settings: Settings) -> Problem:
     firsts = range(rank * mine, s.samples, s.batch)
     parts = tuple(part for i in firsts for part in in_parts(range(i, i + mine), size))
     learned = make_batches(model, s, "distill", teacher, parts)
+    learned = replace(learned, once=s.method == "gradient")
     check_answer(learned, model, s)
     return Problem(s, model, student, learned, validation, reference, judges)
 
@@ -398,6 +402,7 @@ def make_student(levels: NoiseLevels, settings: Settings) -> Student:
     """The student of the settings; ValueError for a base that cannot serve."""
     s, (name, _), base = settings, settings.base, None
     assert s.num_steps
+    assert s.points
     off = 0.0 if s.scale_dir is not None else None  # bounded directions, and no word of times
     reach = off if s.scale_time is None else s.scale_time
     shape, time = (s.num_steps - 1, s.points), TimeScales(reach, s.scale_time_ends)
@@ -446,4 +451,5 @@ def start_of(student: Student, settings: Settings) -> Table:
         table = table_of(Sampler(solver, student.sigmas, student.process))
     else:
         table = load_predictor(find_predictor(settings.init)).table
+    assert settings.points
     return widened(table, settings.points)

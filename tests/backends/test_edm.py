@@ -128,7 +128,7 @@ NAN = torch.full((32,), float("nan"))
 BREAKS = {
     "no config": (lambda c, _: c.unlink(), "cannot read config.json"),
     "no weights": (lambda _, w: w.unlink(), "cannot read model.safetensors"),
-    "no json": (lambda c, _: c.write_text("{"), "config.json: not JSON"),
+    "no json": (lambda c, _: c.write_text("{"), "config.json is not JSON"),
     "bytes": (lambda c, _: c.write_bytes(b"\xff\xfe\x00"), "not JSON"),
     "a list": (lambda c, _: c.write_text("[]"), "not a network of format 1"),
     "format": (lambda c, _: change_config(c, format=9), "of format 1"),
@@ -266,7 +266,8 @@ CASES = {
     "no init": (lambda: spoiled(KWARGS, {}), "needs img_resolution, img_channels"),
     "long init": (lambda: spoiled("_init_args", (1,) * 20), "takes 8 arguments by position"),
     "size": (lambda: spoiled(KWARGS, {**SONG, "model_channels": 16}), "in the file, must be"),
-    "huge": (lambda: spoiled(KWARGS, {**SONG, "model_channels": 1 << 20}), "in the file, must"),
+    "huge": (lambda: spoiled(KWARGS, {**SONG, "model_channels": 1 << 20}), "from 1 to 65536"),
+    "deep": (lambda: spoiled(KWARGS, {**SONG, "num_blocks": 9999}), "num_blocks must be a whole"),
     "odd argument": (lambda: spoiled(KWARGS, {**SONG, "hue": 1}), "takes no argument 'hue'"),
 }
 

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,25 @@ def test_the_callback_hears_of_every_step() -> None:
     assert torch.equal(heard[-1]["denoised"], last)
     last = sample_epd(shrink, X, SIGMAS, callback=heard.append, disable=True, denoise_last=False)
     assert torch.equal(heard[-1]["denoised"], last)  # hosts give it out as the image
+
+
+def test_a_table_with_an_analytic_first_step_has_its_callback_too() -> None:
+    shipped = load_predictor(find_predictor("fashion-mnist-32/epd-multistep-k2-5nfe"))
+    predictor = replace(shipped, recipe=replace(shipped.recipe, afs=True))
+    sigmas, heard = learned_sigmas(predictor), list[dict[str, Any]]()
+    assert sigmas is not None
+    sample_epd(shrink, X, torch.tensor(sigmas), callback=heard.append, predictor=predictor)
+    assert torch.allclose(heard[0]["denoised"], X - sigmas[0] * VE.free_slope(X, sigmas[0]))
+
+
+def test_a_run_that_was_split_before_its_last_level_is_the_whole_run() -> None:
+    predictor = load_predictor(find_predictor("fashion-mnist-32/epd-k2-5nfe"))
+    sigmas = (*(learned_sigmas(predictor) or ()), 0.0)
+    run = partial(sample_epd, shrink, disable=True, predictor=predictor)
+    first = run(x=X, sigmas=torch.tensor(sigmas[:-1]))
+    assert torch.allclose(run(x=first, sigmas=torch.tensor(sigmas[-2:])),
+                          run(x=X, sigmas=torch.tensor(sigmas)), atol=1e-5)  # fmt: skip
+    assert torch.equal(run(x=first, sigmas=torch.tensor(sigmas[-2:]), denoise_last=False), first)
 
 
 @pytest.mark.parametrize("part", [slice(6, None), slice(0, 4)])

@@ -24,6 +24,8 @@ from eval.measure import (
     spaces_of,
 )
 from solvers.epd import EPD, Directions
+from solvers.predictor import find_predictor, load_predictor
+from solvers.recipe import fitted_on
 from src.images import to_bytes
 from tests.eval.pictures import CHEAP, features
 from tests.eval.small import benchmark, exact, reference, save, save_multistep
@@ -87,8 +89,11 @@ def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
     assert (one, two) == ("epd K=1 (c.pkl)", "epd K=1 (e.pkl)")
     networks = ("efficientnet-lite0=112", "dinov2=here", "w/inception.pt")
     assert spaces_of(networks) == ("efficientnet", "dinov2", "inception")
-    rewards = ("efficientnet-minilm", "multi:clip=1,hps=2", "own:look")
-    assert spaces_of(rewards) == ("efficientnet", "clip", "hps", "own:look")
+    rewards = ("efficientnet-minilm-scenes", "multi:clip=1,hps=2", "own:look", "aesthetic")
+    assert spaces_of(rewards) == ("efficientnet", "clip", "hps", "own:look", "clip")
+    assert {"hps", "pickscore", "clip"} <= {*spaces_of(["multi"])}
+    tuned = load_predictor(find_predictor("tiny-sd3/epd-multistep-k2-3nfe-emoji-tuned"))
+    assert fitted_on(tuned.recipe.training) == ["efficientnet-minilm"]  # by stage 2
     save_multistep(Path("flow.pkl"), process="flow")
     for name, words in (
         ("flow.pkl", "is not for a ve model"),

@@ -47,6 +47,16 @@ def zipped(folder: Path) -> Path:
     return target
 
 
+def test_grids_and_strips_of_samples_are_no_pictures_of_a_set(tmp_path: Path) -> None:
+    folder = sampled(tmp_path / "all" / "images", 3)
+    for extra in ("grid.png", "trajectory/000000.png"):
+        (folder / extra).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "000000.png", folder / extra)
+    whole = Path(shutil.make_archive(str(tmp_path / "whole"), "zip", folder))
+    counts = [len(find_pictures(place).items) for place in (folder, folder.parent, whole)]
+    assert counts == [3, 3, 3]
+
+
 def test_a_zip_holds_what_its_folder_holds_and_a_damaged_one_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

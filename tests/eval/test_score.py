@@ -178,9 +178,28 @@ def test_each_mistake_is_one_line(tmp_path: Path) -> None:
         (run(a, "--reward", BRIGHT, "--weights", "clip"), "should be such as clip="),
         (run(a, "--reward", "clip", "--weights", f"clip={bare}/no"), "clip: no such file"),
         (run(a, "--reward", RED, "--outdir", tmp_path / "out"), "holds a line that is no score"),
+        (
+            run(a, "--reward", RED, "--weights", "hps=x"),
+            "--weights hps=x: nothing here reads them",
+        ),
+        (
+            run(a, "--reward", RED, "--output-json", "/proc/x/y.json"),
+            "cannot write /proc/x/y.json",
+        ),
     )
     for done, words in table:
         refused(done, words)
+
+
+def test_prompts_of_a_file_meet_pictures_by_their_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        save_png(tmp_path / f"{number}.png", image(number))
+    texts = (part for number in range(12) for part in ("--prompt", f"p{number}"))
+    assert run(tmp_path, "--reward", RED, *texts).exit_code == 0
+    rows = read_csv(tmp_path)
+    assert [(row["file"], row["prompt"]) for row in rows] == [
+        (f"{number}.png", f"p{number}") for number in range(12)
+    ]
 
 
 def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
@@ -198,7 +217,7 @@ def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
     for seed in (90, 91):
         save_png(others / f"{seed}.png", image(seed), {"recipe": {"seed": seed, "prompt": "a"}})
     refused(run(a, others, "--reward", RED), "no picture of one seed and prompt")
-    assert not (others / "scores").exists()
+    assert not list((others / "scores").iterdir())
 
 
 def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> None:

@@ -121,6 +121,8 @@ def test_the_judge_of_clothes_scores_classes_by_number_and_name_with_a_gradient(
     assert scores.tolist() == log_p[[0, 1, 2], [7, 7, 0]].tolist()
     assert has_gradient(judge, prompt="7")
     assert judge.features(given[:, :1, 2:30, 2:30]).shape == (3, 128)
+    tall = given.repeat_interleave(2, 2)  # 64 x 32: brought to the square that it was made of
+    torch.testing.assert_close(judge.log_probabilities(tall), log_p, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="'hat' is no class"):
         judge(given, ["hat"] * 3)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")

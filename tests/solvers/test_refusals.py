@@ -14,6 +14,7 @@ from solvers.field import Field
 from solvers.process import FLOW, VE, Process
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, make_solver, parse_name
 from solvers.schedules import NoiseLevels, Timesteps, flowmatch, polynomial, time_uniform
+from solvers.vp import table_of
 from src.text import guidance_rates
 from tests.solvers.mixture import LATENTS, integrate, log_snr, ve
 
@@ -84,6 +85,13 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     *each(log_snr, "0 < low", (5, 0.0, 80.0)),
     *each(time_uniform, "no VP process has the ends", (5, 1.0, 2.0)),
     *each(discrete, "a grid needs", (5, 5), (9, 3), (-1, 999), (0, INF)),
+    *each(
+        table_of, "num_train_timesteps", *({"num_train_timesteps": n} for n in (0, 1e3, 1 << 40))
+    ),
+    *each(
+        table_of, "betas must be", {"beta_start": "x"}, {"trained_betas": "a"}, {"beta_end": NAN}
+    ),
+    *each(table_of, "a scheduler's config is a table", "abc", 7),
     *each(level_grid, "unknown schedule 'cosine'", "cosine"),
     *each(level_grid, "no 'discrete' schedule", "discrete"),
     *each(exponent, "schedule_rho 7 does nothing on", "logsnr", "flowmatch"),

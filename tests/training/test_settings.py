@@ -65,6 +65,10 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"schedule": "logsnr", "schedule_rho": 5.0}, "schedule_rho 5.0 does nothing on logsnr"),
         ({"method": "gradient", "learn_grid": True}, "does not reach the time grid"),
+        ({"method": "gradient", "positions": 33}, "positions 33 are tried in a fit"),
+        ({"predict_x0": False}, "are of a dpmpp base: epd has none"),
+        ({"robust": True, "rounds": 0}, "robust needs rounds, and there are 0"),
+        ({"tick": 0.001}, "tick 0.001 is of a gradient"),
         ({"fcn": True}, "--method gradient"),
         ({"lr": 0.1, "method": "fit"}, "lr 0.1 does nothing in --method fit"),
         ({"method": "gradient", "robust": True}, "robust True does nothing"),
@@ -82,7 +86,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"schedule": "discrete", "sigma_max": 5.0}, "discrete has the model's own ends"),
         ({"teacher_substeps": 4}, "teacher_substeps 4 does nothing without M"),
         ({"alpha": 1.0}, "alpha 1.0 is for --method gradient"),
-        ({"init": "epd-k2-5nfe", "positions": 9}, "positions 9 are tried without init alone"),
+        ({"init": "epd-k2-5nfe", "positions": 9}, "positions 9 are tried in a fit"),
         ({"flow": True, "afs": True}, "no analytic first step"),
         ({"flow": True, "sigma_max": 80.0}, r"sigma_max 80.0 is out of range"),
     ],
@@ -99,6 +103,9 @@ def test_the_usual_student_follows_what_is_counted_and_the_process() -> None:
     assert (settings(nfe=4, solver="epd").afs, settings(nfe=5, solver="epd").afs) == (False, True)
     assert settings(solver="epd-ipndm-2").max_order == 2
     assert settings(solver="ipndm").solver == "epd-ipndm"
+    one = "exps/fashion-mnist-32/epd-multistep-k1-3nfe.pkl"
+    assert (settings(num_steps=4).points, settings(init=one).points) == (2, 1)
+    assert settings(init=one, points=2).points == 2
     assert (settings(flow=True).afs, settings(flow=True).schedule) == (False, "flowmatch")
 
 

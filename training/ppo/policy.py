@@ -30,6 +30,8 @@ REACH = 4.0
 collapse, after which the next gradient would throw it anywhere."""
 LEAST = 1e-6
 """The least segment or weight: rows of a starting table below it are replaced, draws lifted."""
+OFF = 1e-4
+"""By how much numbers of a table may differ and be the same."""
 WIDTH = 0.3
 """Standard deviation of a Gaussian number in the unit that the network moves it by."""
 FREE = ("r", "a", "weight", "b")
@@ -136,6 +138,15 @@ class Start:
     def size(self) -> int:
         """P, how many numbers are drawn."""
         return sum(a.numel() for a in self.alpha.values()) + self.unit.numel()
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether training begins at another table than the sampler's: rows at the edge do so."""
+        mean = self.table_of(self.draws(torch.zeros(self.size, dtype=torch.float64)))
+        if not isinstance(self.table, Directions) or not isinstance(mean, Directions):
+            return False
+        mix, new = (t.weight * t.dir_scale for t in (self.table, mean))
+        return bool((mix - new).abs().max() > OFF or (self.table.r - mean.r).abs().max() > OFF)
 
     def draws(self, free: Tensor) -> Draws:
         """Free numbers [..., P], of which 0 is the start and 1 about a standard deviation."""

@@ -7,6 +7,7 @@ prompts and noises at every save), and export/ (a predictor of every save, and t
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from solvers.predictor import Predictor, named_tensors, save_predictor, to_content, validate
+from solvers.recipe import fitted_on
 from src import ranks
 from src.images import grid, save_png
 from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
@@ -101,7 +103,11 @@ class Session:
         sampler: Any = self.start.sampler_of(self.learner.mean())
         about = {"step": self.progress.step, "reward": self.task.reward, "seed": self.task.seed}
         recipe = self.task.recipe
-        recipe = replace(recipe, training={**recipe.training, "ppo": about})
+        ppo = self.ppo
+        used = [self.task.reward, *([ppo.features] * bool(ppo.pull_coef)), ppo.watch or ""]
+        names = [n for n in dict.fromkeys([*fitted_on(recipe.training), *used]) if n]
+        training = recipe.training | {"ppo": about, "fitted_on": names}
+        recipe = replace(recipe, training=training)
         if sampler.sigmas != self.start.sampler.sigmas:
             recipe = replace(recipe, schedule_type="custom", sigmas=sampler.sigmas)
         return validate(Predictor(sampler.solver.table, recipe))
@@ -170,8 +176,8 @@ def train(
             board.close()
     if early:
         run.log(f"stopped early: no new best in {ppo.early_stop} evaluations")
-    best = export_path(run.folder, BEST) if progress.evaluated >= 0 else None
-    return Outcome(progress.step, session.predictor(), best, early)
+    best = export_path(run.folder, BEST)
+    return Outcome(progress.step, session.predictor(), best if best.exists() else None, early)
 
 
 def iterate(session: Session) -> float | None:
@@ -190,10 +196,12 @@ def iterate(session: Session) -> float | None:
     none = torch.full((count,), math.nan, dtype=torch.float64)
     rewards = scored.scores.get(task.reward, none)
     rewards = rewards - (ppo.pull_coef * scored.scores.get("pull", none) if ppo.pull_coef else 0)
-    progress.nonfinite += int((~rewards.isfinite()).sum())
-    if progress.nonfinite > ppo.nonfinite_budget:
-        said = f"{progress.nonfinite} images had no finite reward, and ppo.nonfinite_budget is"
+    nonfinite = progress.nonfinite + int((~rewards.isfinite()).sum())
+    if nonfinite > ppo.nonfinite_budget:
+        session.run.save(step, session.content())  # the budget may be raised to go on
+        said = f"{nonfinite} images had no finite reward, and ppo.nonfinite_budget is"
         raise ValueError(f"{said} {ppo.nonfinite_budget}: {scored.reason(task.reward)}")
+    progress.nonfinite = nonfinite
     updating = time.perf_counter()
     gains = advantages(rewards, k, "mixed" if mixed else ppo.baseline)
     measured = learner.update(step, draws, rewards, gains)
@@ -228,7 +236,8 @@ def spread(name: str, values: Tensor) -> dict[str, float | None]:
 def evaluate(session: Session) -> None:
     """The mean against the start, where it is due and not done; the best is kept.
 
-    Step 0 is the start itself, the first best.
+    The first that is evaluated is the first best. Step 0 is the start itself, unless laws of
+    actions cannot begin at it.
     """
     task, ppo, progress, stop = session.task, session.ppo, session.progress, session.stop
     due = ppo.eval_interval and progress.step % ppo.eval_interval == 0
@@ -239,7 +248,7 @@ def evaluate(session: Session) -> None:
         session.fine.append(features_of(task, fine_sampler(task.sampler), jobs, stop))
     fine = session.fine[0] if session.fine else None
     now: dict[str, Tensor] = {}
-    if progress.step:
+    if progress.step or session.start.is_moved:
         sampler = session.start.sampler_of(session.learner.mean())
         now = held_out_scores(task, sampler, jobs, stop, fine)
     if not now or now.keys() - progress.start_scores.keys():  # a judge that was added, or at first
@@ -249,11 +258,12 @@ def evaluate(session: Session) -> None:
     numbers = compared(start, now or start, jobs)
     watched = ppo.watch or task.reward
     gain = numbers.get(f"eval/{watched}_gain", -math.inf)
-    is_best = not progress.step or gain > progress.best_gain
+    is_best = progress.evaluated < 0 or gain > progress.best_gain
     progress.evaluated = progress.step
     progress.without_best = 0 if is_best else progress.without_best + 1
     if is_best:
-        progress.best_step, progress.best_gain = progress.step, max(gain, 0.0)
+        progress.best_step = progress.step
+        progress.best_gain = gain if math.isfinite(gain) else 0.0
         if session.run.writes:
             folder = session.run.folder
             write_sealed(folder / "checkpoints" / f"{BEST}.pt", session.content())
@@ -334,8 +344,27 @@ def begin(
             raise ValueError(f"{path} is no checkpoint of this policy: {said}") from error
         run.log(f"going on from {path} at step {progress.step}")
     run.rewind(progress.step)
+    if run.writes and resume is not None:
+        drop_later_best(run, progress, ppo.steps)
     board = open_board(run, progress.step) if run.writes and logging.tensorboard else None
     return Session(task, ppo, logging, start, learner, progress, run, stop, board)
+
+
+def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
+    """Delete the best of a step that the run, now shorter, will not come to again.
+
+    The best before it takes its place, where its export is there.
+    """
+    sealed, best = run.folder / "checkpoints" / f"{BEST}.pt", export_path(run.folder, BEST)
+    if not sealed.exists() or (there := int(read_sealed(sealed)["step"])) <= steps:
+        return
+    for path in (sealed, best):
+        path.unlink(missing_ok=True)
+    before = export_path(run.folder, progress.best_step)
+    if before.exists():
+        shutil.copyfile(before, best)
+    kept = f"that of step {progress.best_step} is" if before.exists() else "there is none"
+    run.log(f"the best was of step {there}, which this run does not come to: {kept} in its place")
 
 
 def numbers_of(start: Start) -> dict[str, Tensor]:

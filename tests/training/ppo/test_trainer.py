@@ -104,6 +104,23 @@ def test_evaluations_hold_the_policy_against_the_start_and_the_best_is_exported(
     assert read_sealed(whole / "checkpoints" / "best.pt")["step"] == best
 
 
+def test_a_start_at_the_edge_is_held_against_what_training_begins_at(tmp_path: Path) -> None:
+    train(task(0.0), SHORT, EVERY, tmp_path)
+    first = metrics(tmp_path, "eval/near_gain")[0]
+    assert (first["step"], first["eval/near_gain"] > 0.01) == (0, True)  # r = 1/2, not 0
+
+
+def test_a_best_of_steps_that_a_shorter_run_never_reaches_is_gone(tmp_path: Path) -> None:
+    ppo = replace(SHORT, method="quotients", learning_rate=0.1)
+    short_run(tmp_path, ppo)
+    assert read_sealed(tmp_path / "checkpoints" / "best.pt")["step"] == 4
+    resume = tmp_path / "checkpoints" / "checkpoint-00000002.pt"
+    best = short_run(tmp_path, replace(ppo, steps=3), resume).best
+    assert best == export_path(tmp_path, "best")
+    kept = [load_predictor(path).table.r for path in (best, export_path(tmp_path, 2))]
+    assert torch.equal(*kept)
+
+
 def test_an_evaluation_watches_judges_and_sets_and_ends_a_run_that_no_longer_gains(
     tmp_path: Path,
 ) -> None:
@@ -212,7 +229,10 @@ def test_rewards_that_are_no_numbers_are_left_out_until_the_budget_is_spent(
     assert lines[-1]["nonfinite"] == 4  # the 4 images of one of 7 prompts, in 8 groups
     assert all(math.isfinite(v) for line in lines for v in line.values())
     with pytest.raises(ValueError, match=r"4 images had no finite reward.*is 3: near gave nan"):
-        train(sick, replace(SHORT, nonfinite_budget=3), EVERY, tmp_path / "b")
+        train(sick, replace(SHORT, nonfinite_budget=3), RARE, tmp_path / "b")
+    train(sick, replace(SHORT, nonfinite_budget=8), RARE, tmp_path / "b", resume=tmp_path / "b")
+    ends = [read_sealed(tmp_path / run / LAST)["learner"] for run in "ab"]
+    assert alike(*ends)  # no step was lost
     # a step without any reward is its images alone, whatever else they have: of one prompt here
     one = replace(SHORT, rollout_batch_size=4, eval_interval=0, nonfinite_budget=4, steps=7)
     for method, more in (("cma", {}), ("ppo", {"pull_coef": 0.1})):
