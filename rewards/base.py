@@ -85,7 +85,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
         wrong = (~scores.isfinite()).nonzero()[:, 0].tolist()
         raise ValueError(
             f"{name} gave {scores[wrong[0]].item()} for image {wrong[0]} of {len(images)} "
-            f"(and {len(wrong) - 1} more): try it without --amp, and check its weights"
+            f"(and {len(wrong) - 1} more): try it without half precision, and check its weights"
         )
     return scores.to(images.device, torch.float32)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from src.stats import mean_of, win_rate
 
@@ -23,4 +24,7 @@ def test_equal_numbers_have_no_spread_and_a_tie_is_half_a_win() -> None:
         mean = mean_of(torch.full((count,), 2.5))
         assert (mean.value, mean.low, mean.high) == (2.5, 2.5, 2.5)
     assert win_rate(torch.tensor([1.0, 0.5, 0.0, -2.0])).value == 0.625
-    assert win_rate(torch.tensor([1.0, 3.0])) == mean_of(torch.ones(2))
+    for won, n in ((12, 12), (0, 7), (30, 50)):
+        rate = win_rate(torch.tensor([1.0] * won + [-1.0] * (n - won)))
+        ends = binomtest(won, n).proportion_ci(method="wilson")
+        assert (rate.low, rate.high) == pytest.approx((ends.low, ends.high), abs=1e-6)
