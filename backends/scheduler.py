@@ -125,7 +125,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         `like` is the pipeline's own scheduler, which knows the model's levels; without it they
         are those of the published SD 1.5, LSUN, SD3 or FLUX. Of several, `num_inference_steps`
         chooses by the number of sequential calls, the first of equal numbers. Raises ValueError
-        for a predictor of another kind of model, or a scheduler that is not served.
+        for a predictor of another kind of model, or a scheduler that is not served; the pipeline's
+        call does for a table with guidance rates of its own, which `parallel` takes.
         """
         learned = opened(predictor)
         name, config = config_of(learned[0].recipe if like is None else like)

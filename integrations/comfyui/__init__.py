@@ -1,7 +1,7 @@
 """ComfyUI: a learned predictor as SAMPLER, SIGMAS and the guidance that it was learned under.
 
 Copy or link this folder into ComfyUI/custom_nodes. The code that it stands on is this
-repository's: installed (`pip install PATH`), linked to, or named by the variable EPD_SOLVER.
+repository's: installed (`pip install -e PATH`), linked to, or named by the variable EPD_SOLVER.
 """
 
 import os
