@@ -128,6 +128,14 @@ REFUSED_BY_GUIDANCE = {
 """Those that do not go with guidance as rows."""
 
 
+STARTED = tuple(
+    f"{name}Img2ImgPipeline"
+    for name in ("StableDiffusionXL", "StableDiffusion3", "StableDiffusionControlNet",
+                 "StableDiffusionXLControlNet", "Kolors", "StableUnCLIP")
+)  # fmt: skip
+"""Those that lay out no rows of latents that they are given."""
+
+
 def check_given(given: Mapping[str, Any], *tables: Mapping[str, str]) -> None:
     """ValueError, with the reason, for an argument of a call that one of the tables refuses."""
     for name, why in (item for table in tables for item in table.items()):

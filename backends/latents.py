@@ -131,7 +131,8 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
         vae.to(torch.float32)
-    images = pixels(vae.decode(x.to(vae.dtype), return_dict=False)[0])
-    if upcast:
-        vae.to(dtype)
-    return images
+    try:
+        return pixels(vae.decode(x.to(vae.dtype), return_dict=False)[0])
+    finally:
+        if upcast:
+            vae.to(dtype)

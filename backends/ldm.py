@@ -13,9 +13,9 @@ from torch import Tensor
 
 from backends import latents
 from backends.base import Backend, ModelOptions, Prompt, classifier_free, no_prompt
-from backends.parametrization import plain_like
+from backends.parametrization import parametrization_of, plain_like
 from solvers.field import Condition
-from solvers.vp import clean, prediction_of, scaled, table_of
+from solvers.vp import scaled
 
 
 def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backend:
@@ -32,9 +32,12 @@ def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     factor, unet = latents.vae_factor(vae), pipe.unet
     size = latents.image_size(options, unet.config.sample_size * factor, factor)
     latents.prepare_vae(vae, options)
-    if pipe.scheduler.config.get("thresholding"):
-        raise ValueError("thresholding in the scheduler's config: use parallel(pipe, predictor)")
-    table, prediction = table_of(pipe.scheduler.config), prediction_of(pipe.scheduler.config)
+    model = parametrization_of(getattr(pipe.scheduler, "like", pipe.scheduler))
+    if model.threshold or (model.clip and "text_encoder" in pipe.components):
+        what = "thresholding" if model.threshold else "clip_sample"
+        raise ValueError(f"{what} in the scheduler's config: use parallel(pipe, predictor)")
+    if (table := model.table) is None:
+        raise ValueError("flow matching in the scheduler's config: use parallel(pipe, predictor)")
 
     def embed(text: str) -> latents.Embedding:
         latents.say_what_is_cut(text, (pipe.tokenizer, pipe.tokenizer.model_max_length))
@@ -56,7 +59,7 @@ def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         cond = cond or encode([None] * len(x))
         text = {"encoder_hidden_states": cond.given["text"]} if cond else {}
         output = unet(seen, t, **text, return_dict=False)[0]
-        return clean(x, sigma, output, prediction)
+        return model.clean(x, sigma, output)
 
     return Backend(
         family="ldm",

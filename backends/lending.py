@@ -21,17 +21,19 @@ LOOKED_AT = 4096  # numbers of a tensor, evenly
 
 @contextmanager
 def lent(pipe: Any, attributes: dict[str, Any]) -> Iterator[None]:
-    """A pipeline with these attributes, and as it was afterwards."""
-    before = {name: vars(pipe)[name] for name in attributes if name in vars(pipe)}
+    """A pipeline with these attributes, and as it was afterwards.
+
+    Without its own `__setattr__`, which would write their classes into its config for good.
+    """
+    own = vars(pipe)
+    before = {name: own[name] for name in attributes if name in own}
     try:
-        for name, value in attributes.items():
-            setattr(pipe, name, value)
+        own.update(attributes)
         yield
     finally:
         for name in attributes:
-            vars(pipe).pop(name, None)
-        for name, value in before.items():
-            setattr(pipe, name, value)
+            own.pop(name, None)
+        own.update(before)
 
 
 def with_latents(
@@ -171,7 +173,8 @@ def state_of_encoders(pipe: Any) -> Any:
     tokenizers = [getattr(part, "tokenizer", part) for part in named]  # of a processor, its own
     words = [len(part) if isinstance(part, Sized) else None for part in tokenizers]
     # which tensor, how often it was changed in place, and a sum, as `.data` is not counted
-    versions, sums = [(id(t), t._version) for t in tensors], dict[torch.device, list[Tensor]]()
+    versions = [(id(t), t._version, t.dtype) for t in tensors]
+    sums = dict[torch.device, list[Tensor]]()
     for t in tensors:
         some = t.detach().reshape(-1)[:: -(-t.numel() // LOOKED_AT)]
         sums.setdefault(t.device, []).append(some.float().sum())

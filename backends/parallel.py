@@ -76,6 +76,9 @@ def parallel(
             "it rescales what guidance gives": family in families.RESCALING,
             "its scheduler limits what guidance gives": model.clip or model.threshold,
             "its guider guides": pipe.components.get("guider") is not None,
+            "its negative prompts have an aesthetic score of their own": (
+                pipe.config.get("requires_aesthetics_score")
+            ),
             families.NO_NEGATIVES.get(family, ""): family in families.NO_NEGATIVES,
             reason or "": points != "rows",
         }
@@ -108,6 +111,12 @@ class Parallel:
             raise ValueError(f"{type(self.pipe).__name__} mixes {texts} prompts of a call up: "
                              "give one a call")  # fmt: skip
         check_pictures(self.pipe, given, rows=rows)
+        if (
+            rows
+            and given.get("latents") is not None
+            and type(self.pipe).__name__ in families.STARTED
+        ):
+            raise ValueError('latents of a pipeline from an image take points="sequence"')
         copies = predictor.recipe.num_points if rows else 1
         self.prompts.negatives = texts if self.rows_of_guidance else 0
         name, rate = families.guidance_name(self.pipe), None
@@ -297,7 +306,7 @@ class Times(list[Tensor]):
 
 def laid_out(prepare: Callable[..., Any], scheduler: EPDScheduler) -> Callable[..., Any]:
     """A pipeline's prepare_latents that makes one latent an image, and rows of them all."""
-    copies, branches = scheduler.copies, 2 if scheduler.rate else 1
+    copies, branches = scheduler.copies, scheduler.branches
 
     def before(arguments: dict[str, Any]) -> None:
         scheduler.preparing = True

@@ -213,7 +213,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         calls, asked = len(self.timesteps), self.num_inference_steps or 0
         if not self.running.beginnings[1:]:
             self.running.begin(begin_index)
-        if begin_index and calls != self.order * asked - (self.order - 1):
+        begins = own(self, "solver") and begin_index in self.running.beginnings
+        if begin_index and not begins and calls != self.order * asked - (self.order - 1):
             raise ValueError(
                 f"num_inference_steps {asked} and a strength below 1, but this solver takes "
                 f"{calls} timesteps: give num_inference_steps={calls}"
@@ -290,6 +291,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         return self.model.steps if self.model.table is None else len(self.model.table.log_sigmas)
 
     @property
+    def branches(self) -> int:
+        """Rows of a point: with its negative one where guidance is rows."""
+        return 1 if self.rate is None else 2
+
+    @property
     def begin_index(self) -> int:
         """The timestep of the first call."""
         return self.running.first
@@ -304,7 +310,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.locate(timesteps)
         levels = self.running.level()
         rows = noise.new_tensor(levels if len(noise) % len(levels) == 0 else levels[:1])
-        return self.running.model.noised(original, noise, rows.repeat(len(noise) // len(rows)))
+        x = self.running.model.noised(original, noise, rows.repeat(len(noise) // len(rows)))
+        return x * self.shown
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """The same, under the name that flow-matching pipelines use."""
@@ -324,7 +331,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     def prepare(self, latents: Tensor) -> Tensor:
         """Latents [B, *] that a pipeline starts from -> its rows, at the places first asked."""
-        rows = torch.cat([latents.repeat_interleave(self.copies, 0)] * (2 if self.rate else 1))
+        rows = torch.cat([latents.repeat_interleave(self.copies, 0)] * self.branches)
         self.prepared = latents, rows
         self.place()
         return rows

@@ -85,7 +85,7 @@ class Backbone:
         None, click.IntRange(0), "Class; else drawn by the seed.", "--class"
     )
     features: str | None = setting(
-        None, TEXT, "efficientnet-lite0, fashion-judge, clip, dinov2[=FOLDER], a file, module:function."
+        None, TEXT, "efficientnet-lite0, fashion-judge, clip, dinov2, a file, module:function."
     )
     reward: str | None = setting(
         None, TEXT, "Of its distance: a name of rewards/, or module:function."
@@ -133,7 +133,7 @@ class Settings:
     fine_steps: int | None = setting(None, click.IntRange(3), "Grid points of the fine solution.")
     method: str | None = setting(None, click.Choice(METHODS), "Usual: fit; with lr: gradient.")
     distance: str | None = setting(
-        None, TEXT, "Usual: l2; with features and few calls distribution. Also l2+0.1*features, reward."
+        None, TEXT, "Usual: l2; with features, at few calls, distribution; or l2+0.1*features."
     )
     last_distance: str | None = setting(None, TEXT, "At the end; else the same.")
     alpha: float = setting(10.0, Number(0), "Weight of features in a gradient.")
