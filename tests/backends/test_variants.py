@@ -335,27 +335,6 @@ def test_what_needs_a_picture_is_no_backend_and_says_so() -> None:
             any_backend(maker(), CPU, SMALL)
 
 
-def test_kandinsky_from_an_image_starts_at_the_noise_of_its_own_scheduler() -> None:
-    """It hands x to its network as it is, and noises its picture by the scheduler alone."""
-    pipe = of("KandinskyV22Img2ImgPipeline", "kandinsky22")()
-    pipe.scheduler = diffusers.DDIMScheduler(**twins.SD_SCHEDULER | {"clip_sample": False})
-    pipe.set_progress_bar_config(disable=True)
-    embeds = {"image_embeds": EMBEDS[0, :1], "negative_image_embeds": EMBEDS[1, :1]}
-    given = {**SIZE, **FROM, **embeds, "num_inference_steps": 6, "output_type": "pt"}
-    theirs = pipe(**given, generator=drawn(3))[0]
-    pipe.scheduler = EPDScheduler.from_solver("euler", like=pipe.scheduler)
-    pipe.scheduler.plain = True
-    assert close(pipe(**given, generator=drawn(3))[0], theirs)
-
-
-def test_a_pipeline_has_its_own_config_after_a_call() -> None:
-    pipe = twins.sd3()
-    pipe.set_progress_bar_config(disable=True)
-    before = dict(pipe.config)
-    parallel(pipe, learned(pipe, "epd"))(TEXT, output_type="latent", **SIZE)
-    assert dict(pipe.config) == before
-
-
 def test_what_is_for_prompts_alone_does_not_reach_their_negatives() -> None:
     """Sana's instruction, which is eight lines long, and clip_skip."""
     pipe, seen = twins.twin("sana"), []

@@ -1,0 +1,89 @@
+"""What a call by `parallel`, or under our scheduler, leaves and takes besides pictures."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from backends.ldm import ldm_backend
+from backends.parallel import parallel
+from backends.scheduler import EPDScheduler
+from tests import twins
+from tests.backends.test_families import CPU, SMALL, TEXT, close, drawn, learned
+from tests.backends.test_variants import EMBEDS, FROM, SIZE, of
+
+diffusers = twins.diffusers
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}Warning")
+    for kind in ("Deprecation", "Future", "User")
+]
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_kandinsky_from_an_image_starts_at_the_noise_of_its_own_scheduler() -> None:
+    """It hands x to its network as it is, and noises its picture by the scheduler alone."""
+    pipe = quiet(of("KandinskyV22Img2ImgPipeline", "kandinsky22")())
+    pipe.scheduler = diffusers.DDIMScheduler(**twins.SD_SCHEDULER | {"clip_sample": False})
+    embeds = {"image_embeds": EMBEDS[0, :1], "negative_image_embeds": EMBEDS[1, :1]}
+    given = {**SIZE, **FROM, **embeds, "num_inference_steps": 6, "output_type": "pt"}
+    theirs = pipe(**given, generator=drawn(3))[0]
+    pipe.scheduler = EPDScheduler.from_solver("euler", like=pipe.scheduler)
+    pipe.scheduler.plain = True
+    assert close(pipe(**given, generator=drawn(3))[0], theirs)
+
+
+def test_a_pipeline_has_its_own_config_after_a_call() -> None:
+    pipe = quiet(twins.sd3())
+    before = dict(pipe.config)
+    parallel(pipe, learned(pipe, "epd"))(TEXT, output_type="latent", **SIZE)
+    assert dict(pipe.config) == before
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, 3.0])
+def test_guidance_as_rows_takes_every_rate(rate: float) -> None:
+    """Of the kind that starts at 0, both are the pipeline's negative prompt alone."""
+    pipe = quiet(twins.sd3())
+    fast = parallel(pipe, learned(pipe, "epd"), guidance="rows")
+    (images,) = fast(TEXT, guidance_scale=rate, output_type="latent", **SIZE, return_dict=False)
+    assert images.shape == (1, *images.shape[1:])
+    assert bool(images.isfinite().all())
+
+
+def test_embeddings_of_another_dtype_are_made_anew() -> None:
+    pipe = quiet(twins.sdxl()).to(torch.bfloat16)
+    fast = parallel(pipe, learned(pipe, "epd"))
+    given = {"output_type": "latent", **SIZE}
+    fast(TEXT, **given)
+    pipe.to(torch.float32)
+    assert fast(TEXT, **given)[0].dtype == torch.float32
+
+
+def test_solvers_of_two_calls_start_within_an_image() -> None:
+    pipe = quiet(of("StableDiffusionImg2ImgPipeline", "sd", requires_safety_checker=False)())
+    pipe.scheduler = EPDScheduler.from_solver("heun", like=pipe.scheduler)
+    given = {**FROM, "strength": 0.8, "output_type": "latent", "num_inference_steps": 10}
+    assert bool(pipe(TEXT, **given)[0].isfinite().all())
+
+
+def test_what_the_rows_of_a_call_cannot_take_is_refused() -> None:
+    pipe = quiet(of("StableDiffusionXLImg2ImgPipeline", "sdxl")())
+    fast = parallel(pipe, learned(pipe, "epd"))
+    with pytest.raises(ValueError, match='from an image take points="sequence"'):
+        fast(TEXT, **FROM, latents=torch.zeros(1, 4, 8, 8))
+    pipe.register_to_config(requires_aesthetics_score=True)
+    with pytest.raises(ValueError, match="an aesthetic score of their own"):
+        parallel(pipe, learned(pipe, "epd"), guidance="rows")
+
+
+def test_latent_diffusion_follows_the_scheduler_that_is_there() -> None:
+    pipe = twins.sd()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="flow matching in the scheduler's config"):
+        ldm_backend(pipe, CPU, SMALL)
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=True)
+    with pytest.raises(ValueError, match="clip_sample in the scheduler's config"):
+        ldm_backend(pipe, CPU, SMALL)
