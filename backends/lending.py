@@ -25,7 +25,7 @@ def lent(pipe: Any, attributes: dict[str, Any]) -> Iterator[None]:
 
     Without its own `__setattr__`, which would write their classes into its config for good.
     """
-    own = vars(pipe)
+    own = vars(pipe) if attributes else {}  # some have no such part
     before = {name: own[name] for name in attributes if name in own}
     try:
         own.update(attributes)

@@ -103,8 +103,8 @@ def test_the_initial_weights_hang_on_the_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_channels": 0}, "model_channels must be a whole number from 1, not 0"),
-        ({"channel_mult": []}, "channel_mult must be a list of whole numbers above 0"),
+        ({"model_channels": 0}, "model_channels must be a whole number from 1 to 65536, not 0"),
+        ({"channel_mult": []}, "channel_mult must be a list of up to 32 whole numbers from 1"),
         ({"channel_mult": "12"}, "channel_mult must be a list"),
         ({"img_resolution": 9}, "img_resolution 9 cannot be halved 1 times"),
         ({"encoder_type": "other"}, "encoder_type must be one of standard, skip, residual"),
