@@ -178,7 +178,7 @@ rl_demo() {
 
 tests() {
   setup
-  [ $# -gt 0 ] || set -- --numprocesses=auto --maxprocesses=4
+  [ $# -gt 0 ] || set -- --numprocesses=logical --maxprocesses=4
   "$VENV_PYTHON" -m pytest "$@"
 }
 

@@ -1,8 +1,8 @@
 """Pickles and torch.save files as inert data: nothing that a file names is imported or called.
 
 Plain pickles, as those of NVIDIA's `torch_utils.persistence`; both layouts of torch.save; and
-TorchScript archives, whose code stays where it is. Tensors come out on the CPU, whatever device
-they were saved from. Nothing is allocated that a file claims and does not hold.
+TorchScript archives. Tensors come out on the CPU, and nothing is allocated that a file claims and
+does not hold.
 """
 
 import io
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older torch.save
-MOST_MODULES = MOST_NAMES = 100_000
+MOST_MODULES = 100_000
 SPARE = 1 << 16  # values that calls may copy beyond four times the bytes of the file
 DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},
     **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8},
     **{"Byte": torch.uint8, "Untyped": torch.uint8, "Bool": torch.bool},
-    **{"BFloat16": torch.bfloat16, "ComplexFloat": torch.complex64},
-    "ComplexDouble": torch.complex128,
+    **{"ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
+    "BFloat16": torch.bfloat16,
 }
 RENAMED = {**IMPORT_MAPPING, "numpy._core.multiarray": "numpy.core.multiarray"}  # Python 2's first
 STANDARD = {*sys.stdlib_module_names, "nt", "posix"}
@@ -114,10 +114,8 @@ def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tens
         if isinstance(content, dict) and inside in content:
             content = content[inside]
     kind = type(content).__name__
-    if isinstance(content, Inert) and content.items:  # a dict of a class of its own
-        content = content.items
-    if isinstance(content, dict):
-        content = Inert("dict", state=content)
+    content = content.items or content if isinstance(content, Inert) else content
+    content = Inert("dict", state=content) if isinstance(content, dict) else content
     tensors = module_tensors(content) if isinstance(content, Inert) else {}
     if not tensors:
         raise ValueError(f"{path}: it holds a {kind} and no tensors by name")
@@ -126,22 +124,20 @@ def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tens
 
 def module_tensors(module: Inert) -> dict[str, Tensor]:
     """Parameters and buffers of a pickled or scripted module and those in it, by dotted name."""
-    tensors: dict[str, Tensor] = {}
-    rest, names = [("", module)], MOST_NAMES
+    tensors, rest = dict[str, Tensor](), [("", module)]
     for _ in range(MOST_MODULES):
-        if not rest:
-            return tensors
+        if not rest or len(tensors) > MOST_MODULES:
+            break
         prefix, part = rest.pop()
         groups = [part.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
         groups = [group for group in groups if isinstance(group, dict)] or [part.state]
-        names -= sum(map(len, groups))
-        if names < 0:
-            raise ValueError(f"its modules hold more than {MOST_NAMES} values by name")
         named = [(prefix + n, v) for g in groups for n, v in g.items() if isinstance(n, str)]
         tensors |= {name: value for name, value in named if isinstance(value, Tensor)}
         children = [(f"{name}.", value) for name, value in named if isinstance(value, Inert)]
         rest += reversed(children if len(prefix) < 1000 else [])
-    raise ValueError(f"it has more than {MOST_MODULES} modules within each other")
+    if rest:
+        raise ValueError(f"it has more than {MOST_MODULES} modules or tensors within each other")
+    return tensors
 
 
 # --- layouts ----------------------------------------------------------------------------------
@@ -407,15 +403,11 @@ def whole(value: Any) -> int:
 
 
 def key(value: Any) -> Any:
-    """A plain value or a tuple of some, hashed at once: no wide int, as many share a hash.
-
-    In a tuple an int is narrower, and there is no float: many pairs of these share one, too.
-    """
-    plain, bits = (str, bytes, int, type(None), torch.dtype, Global, Inert), 31
-    if not isinstance(value, tuple):
-        plain, bits = (*plain, float), 64
-    for v in value if isinstance(value, tuple) else (value,):
-        if not isinstance(v, plain) or (isinstance(v, int) and v.bit_length() > bits):
+    """A plain value or a tuple of some; no wide int, no float in a tuple: many share a hash."""
+    plain = (str, bytes, int, float, type(None), torch.dtype, Global, Inert)
+    for v in value if (inside := isinstance(value, tuple)) else (value,):
+        wide = isinstance(v, int) and v.bit_length() > (31 if inside else 64)
+        if not isinstance(v, plain) or wide or (inside and isinstance(v, float)):
             raise ValueError(f"a {type(v).__name__}, wide or with values in it, cannot be a key")
     return value
 

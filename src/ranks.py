@@ -55,8 +55,9 @@ def init(device: torch.device) -> torch.device:
 
 
 def close() -> None:
-    """Leave the group."""
+    """Leave the group, all at once: gloo aborts a process that others leave while it ends."""
     MESHES.clear()
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 

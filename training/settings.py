@@ -377,10 +377,6 @@ def check(settings: Settings, flow: bool) -> None:
         and s.alpha != Settings.alpha,
         f"positions {s.positions} are tried in a fit without init alone": not greedy
         and s.positions != Settings.positions,
-        f"predict_x0 and lower_order_final are of a dpmpp base: {s.solver} has none": (
-            s.base[0] != "dpmpp" and not (s.predict_x0 and s.lower_order_final) and not s.init
-        ),
-        f"robust needs rounds, and there are {s.rounds}": fits and s.robust and not s.rounds,
         f"tick {s.tick:g} is of a gradient: a fit writes after each round": fits
         and s.tick != Settings.tick,
         "learn_grid needs a fit: a gradient does not reach the time grid": not fits

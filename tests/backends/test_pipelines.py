@@ -388,7 +388,8 @@ def test_an_original_sd3_file_gives_the_folders_outputs(
         next((rest / part).glob("*.safetensors")).unlink()
     save_file(tensors, file)
     ours = load_backend(str(file), options=ModelOptions(config=str(rest)))
-    assert torch.equal(sampled(ours), sampled(load_backend(str(folders("sd3")))))
+    folder = load_backend(str(folders("sd3")))  # whose weights lie elsewhere in memory
+    torch.testing.assert_close(sampled(ours), sampled(folder), rtol=1e-5, atol=1e-6)
 
 
 class HostileGlobal:

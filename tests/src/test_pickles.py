@@ -285,14 +285,14 @@ def test_deep_nesting_and_self_reference_do_no_harm(write: Write) -> None:
     itself = read_pickle(write(b"\x80\x02]q\x00h\x00a."))
     assert itself[0] is itself
     module = b"\x80\x02ca\nB\n)\x81q\x00}U\x08_modules}(U\x01ah\x00U\x01bh\x00usb."
-    with pytest.raises(ValueError, match=r"modules (hold|within)"):
+    with pytest.raises(ValueError, match="modules or tensors"):
         read_tensors(write(module))
     leaf, root = torch.nn.Module(), torch.nn.Module()
     leaf._parameters = dict.fromkeys(map(str, range(1000)), torch.nn.Parameter(torch.ones(1)))
     root._modules = dict.fromkeys(map(str, range(1000)), leaf)  # a million names in 40 kB
     buffer = io.BytesIO()
     torch.save(root, buffer)
-    with pytest.raises(ValueError, match="modules hold"):
+    with pytest.raises(ValueError, match="modules or tensors"):
         read_tensors(write(buffer.getvalue()))
 
 

@@ -140,7 +140,8 @@ def test_each_objective_lowers_itself_on_fresh_noise(
     grid = tuple(polynomial(65, 0.002, 80.0).tolist())
     *_, target = Sampler(Heun(), grid).states(Field(cloud), noise() * 80)
     before, after = (look(sample(p, cloud, noise()), target).item() for p in predictors)
-    assert after < before + 0.02 * abs(before)
+    rough = 0.1 if "+" in distance else 0.02  # of a sum, one part is looked at
+    assert after < before + rough * abs(before)
     looked = f"{__name__}:{'near_first' if distance == 'reward' else 'waves'}"
     assert predictors[1].recipe.training["fitted_on"] == [looked]
 

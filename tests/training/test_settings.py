@@ -66,8 +66,6 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"schedule": "logsnr", "schedule_rho": 5.0}, "schedule_rho 5.0 does nothing on logsnr"),
         ({"method": "gradient", "learn_grid": True}, "does not reach the time grid"),
         ({"method": "gradient", "positions": 33}, "positions 33 are tried in a fit"),
-        ({"predict_x0": False}, "are of a dpmpp base: epd has none"),
-        ({"robust": True, "rounds": 0}, "robust needs rounds, and there are 0"),
         ({"tick": 0.001}, "tick 0.001 is of a gradient"),
         ({"fcn": True}, "--method gradient"),
         ({"lr": 0.1, "method": "fit"}, "lr 0.1 does nothing in --method fit"),
