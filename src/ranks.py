@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,9 @@ def init(device: torch.device) -> torch.device:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or dist.is_initialized():
         return device
+    # its functions have the group as a default: imported later they would hold it, and with it
+    # threads that abort a process that ends
+    import_module("torch.distributed.nn.functional")
     if device.type != "cuda":
         dist.init_process_group("gloo", timeout=PATIENCE)
         return device
@@ -55,9 +59,8 @@ def init(device: torch.device) -> torch.device:
 
 
 def close() -> None:
-    """Leave the group, all at once: gloo aborts a process that others leave while it ends."""
+    """Leave the group."""
     MESHES.clear()
-    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
