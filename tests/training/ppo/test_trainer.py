@@ -117,7 +117,8 @@ def test_a_best_of_steps_that_a_shorter_run_never_reaches_is_gone(tmp_path: Path
     resume = tmp_path / "checkpoints" / "checkpoint-00000002.pt"
     best = short_run(tmp_path, replace(ppo, steps=3), resume).best
     assert best == export_path(tmp_path, "best")
-    kept = [load_predictor(path).table.r for path in (best, export_path(tmp_path, 2))]
+    ends = (export_path(tmp_path, step) for step in ("best", 2))
+    kept = [load_predictor(path).table.r for path in ends]
     assert torch.equal(*kept)
 
 
