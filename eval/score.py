@@ -88,11 +88,11 @@ def main(**options: Any) -> None:
         raise ValueError("--output-json is of one place: of two each has its summary.json")
     file = options["prompt_file"]
     texts = read_prompts(file) if file else options["prompt"]
-    sets, folders = zip(*sets_of(places, texts, options), strict=True)
     paths = dict(options["weights"])
     used = files_of(names, paths)
     if spare := [name for name in paths if name not in used]:
         raise ValueError(f"--weights {spare[0]}={paths[spare[0]]}: nothing here reads them")
+    sets, folders = zip(*sets_of(places, texts, options), strict=True)
     setup = Setup(ranks.init(options["device"]), options["amp"], paths)
     rewards = load_rewards(names, setup)
     keys = {name: f"{name} {fingerprint(name, setup)}" for name in singles(names)}
@@ -152,11 +152,15 @@ def sets_of(
 
 
 def by_number(items: Sequence[Picture]) -> tuple[Picture, ...]:
-    """Pictures whose names are numbers by these, so that 2.png goes before 10.png; else as is."""
-    stems = [PurePosixPath(picture.name).stem for picture in items]
-    if not all(stem.isdecimal() for stem in stems):
+    """Pictures whose names are numbers by these, so that 2.png goes before 10.png; else as is.
+
+    Folder by folder, as they stand.
+    """
+    paths = [PurePosixPath(picture.name) for picture in items]
+    if not all(path.stem.isdecimal() for path in paths):
         return tuple(items)
-    return tuple(p for _, p in sorted(zip(map(int, stems), items, strict=True), key=itemgetter(0)))
+    keys = [(path.parent, int(path.stem)) for path in paths]
+    return tuple(p for _, p in sorted(zip(keys, items, strict=True), key=itemgetter(0)))
 
 
 def reads_texts(names: Sequence[str]) -> list[str]:

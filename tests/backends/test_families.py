@@ -140,10 +140,6 @@ def learned(pipe: Any, kind: str, mu: float | None = None, n: int = 3, k: int = 
     return Predictor(Directions(r, weight, *scales), recipe)
 
 
-LARGE_LEVELS = 3e-3
-"""What is left of float32 where levels begin in the hundreds (IF): x0 is a small difference."""
-
-
 def drawn(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -294,7 +290,8 @@ def test_they_are_our_loop_over_the_network_of_any_pipeline(name: str) -> None:
     images = backend.decode(ours) if name != "allegro" else torch.zeros(1, 3)  # in tiles alone
     if name == "flux2_klein":  # its latents leave it unpacked
         given["output_type"], ours = "pt", images
-    rough = LARGE_LEVELS if name == "if" else 1e-5
+    # IF's levels begin in the hundreds: the last bit of a timestep moves x0 by so much
+    rough = 3e-3 if name == "if" else 1e-5
     assert close(call(pipe, name, parallel(pipe, predictor), **given, **frames), ours, rough)
     assert images.shape[:2] == (1, 4 if name == "qwen21" else 3)
     assert bool(((images >= 0) & (images <= 1)).all())

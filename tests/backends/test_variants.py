@@ -15,7 +15,7 @@ from backends.parallel import parallel
 from backends.parametrization import parametrization_of, shifted_end
 from backends.scheduler import EPDScheduler
 from tests import twins
-from tests.backends.test_families import CPU, LARGE_LEVELS, SMALL, TEXT, close, drawn, learned
+from tests.backends.test_families import CPU, SMALL, TEXT, close, drawn, learned
 
 diffusers = twins.diffusers
 pytestmark = [
@@ -272,6 +272,8 @@ def stacked(images: Any) -> torch.Tensor:
 def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
     maker, given = VARIANTS[name]
     pipe, calls = maker(), []
+    if name == "IF from an image":  # its levels begin in the hundreds: x0 is a small difference
+        pipe.to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     predictor = learned(pipe, "epd")
     given = {"prompt": TEXT, "output_type": "latent", **given}
@@ -290,7 +292,7 @@ def test_variants_take_points_as_rows_or_one_by_one(name: str) -> None:
     pipe.scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
     pipe.scheduler.plain = pipe.scheduler.model.table is not None and not scales(pipe)
     slow = pipe(**given, generator=drawn(*seeds), num_inference_steps=predictor.evaluations)[0]
-    assert close(fast, stacked(slow), LARGE_LEVELS if name.startswith("IF ") else 1e-5)
+    assert close(fast, stacked(slow))
     assert by_rows == (
         len(calls) if reason else len(calls) * predictor.nfe // predictor.evaluations
     )

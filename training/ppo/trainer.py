@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -353,10 +354,16 @@ def begin(
 def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
     """Delete the best of a step that the run, now shorter, will not come to again.
 
-    The best before it takes its place, where its export is there.
+    The best before it takes its place, where its export is there. A damaged one is left alone.
     """
-    sealed, best = run.folder / "checkpoints" / f"{BEST}.pt", export_path(run.folder, BEST)
-    if not sealed.exists() or (there := int(read_sealed(sealed)["step"])) <= steps:
+    sealed, best, there = (
+        run.folder / "checkpoints" / f"{BEST}.pt",
+        export_path(run.folder, BEST),
+        0,
+    )
+    with suppress(ValueError):
+        there = int(read_sealed(sealed)["step"]) if sealed.exists() else 0
+    if there <= steps:
         return
     for path in (sealed, best):
         path.unlink(missing_ok=True)
