@@ -387,9 +387,11 @@ def test_an_original_sd3_file_gives_the_folders_outputs(
     for part in ("transformer", "vae", "text_encoder_2") if more else ("transformer",):
         next((rest / part).glob("*.safetensors")).unlink()
     save_file(tensors, file)
-    wide = {"dtype": torch.float64}  # kernels may take weights elsewhere in memory otherwise
-    ours = load_backend(str(file), options=ModelOptions(config=str(rest)), **wide)
-    folder = load_backend(str(folders("sd3")), **wide)
+    # kernels may take weights elsewhere in memory otherwise: to the last bits of float64
+    ours, folder = (
+        load_backend(str(place), dtype=torch.float64, options=options)
+        for place, options in ((file, ModelOptions(config=str(rest))), (folders("sd3"), None))
+    )
     torch.testing.assert_close(sampled(ours), sampled(folder), rtol=1e-9, atol=1e-9)
 
 
