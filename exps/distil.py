@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("--total_kimg", "0.064", "--batch", "32")
-EMOJI = ("--model", "tiny-sd3", "--guidance_rate", "4", "--schedule_type", "flowmatch",
-         "--no-learn_grid", "--prompts", "src/prompts/emoji-train.txt")  # fmt: skip
+TEXT = ("--schedule_type", "flowmatch", "--no-learn_grid", "--model")
+EMOJI = (*TEXT, "tiny-sd3", "--guidance_rate", "4", "--prompts", "src/prompts/emoji-train.txt")
+SCENES = (*TEXT, "tiny-sd3-scenes", "--guidance_rate", "2.5",
+          "--prompts", "src/prompts/emoji-scenes.txt")  # fmt: skip
 KEPT = ("config.yaml", "metrics.jsonl", "log.txt", "table.png")
 """What is kept of a run beside its predictor."""
 
@@ -31,9 +33,10 @@ def options(solver: str, points: int, calls: int, *more: str) -> tuple[str, tupl
     return f"{solver}-k{points}-{calls}nfe", (*own, *FEW, *more)
 
 
-def emoji(named: tuple[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
-    """The same under a name that no predictor of Fashion-MNIST has: bare names are looked up."""
-    return f"{named[0]}-emoji", named[1]
+def multistep(model: str, points: int, calls: int, *more: str) -> tuple[str, tuple[str, ...]]:
+    """Parallel multistep under a name that no other model's has: bare names are looked up."""
+    name, asked = options("epd-multistep", points, calls, *more)
+    return f"{name}-{model}", asked
 
 
 def by_distribution(points: int, calls: int) -> tuple[str, tuple[str, ...]]:
@@ -57,13 +60,14 @@ SETS = {
         + [by_distribution(points, calls) for points, calls in ((1, 3), (2, 3), (2, 4), (2, 5))]
     ),
     "tiny-sd3": dict(
-        [emoji(options("epd-multistep", 2, calls, *EMOJI)) for calls in (2, 3, 4, 5)]
-        + [emoji(options("epd-multistep", 1, calls, *EMOJI)) for calls in (2, 3, 4, 5, 7)]
-        + [emoji(options("epd-multistep", 2, 7, *EMOJI, "--rounds", "1"))]
+        [multistep("emoji", 2, calls, *EMOJI) for calls in (2, 3, 4, 5)]
+        + [multistep("emoji", 1, calls, *EMOJI) for calls in (2, 3, 4, 5, 7)]
+        + [multistep("emoji", 2, 7, *EMOJI, "--rounds", "1")]
         + [options("epd", 2, calls, *EMOJI) for calls in (4, 6, 10)]
         + [options("epd-ipndm", 2, 4, *EMOJI)]
         + [options("epd", 2, calls, *EMOJI, "--rounds", "1") for calls in (14, 20)]
     ),
+    "tiny-sd3-scenes": dict([multistep("scenes", 1, calls, *SCENES) for calls in (2, 3, 4)]),
 }
 
 

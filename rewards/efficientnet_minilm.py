@@ -22,6 +22,8 @@ from rewards.registry import Setup
 from rewards.state_dicts import fill, read_state, renamed
 
 MATRIX = Path(__file__).parents[1] / "src/models/efficientnet-minilm/model.safetensors"
+SCENES = MATRIX.with_name("scenes.safetensors")
+"""The same, fitted on scenes too: one or two objects on any ground, under captions."""
 WIDTH = 384
 SIDE = 64
 UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "position_ids")
@@ -45,13 +47,18 @@ class EmojiScore:
         return (guess * self.texts(prompts)).sum(-1).to(images.device)
 
 
-def load(setup: Setup) -> EmojiScore:
-    """The reward `efficientnet-minilm`."""
+def load(setup: Setup, path: Path = MATRIX) -> EmojiScore:
+    """The reward `efficientnet-minilm`, with the matrix of that file."""
     device, amp = setup.device, setup.amp
     features = load_features(device, side=SIDE, path=setup.path("efficientnet"))
-    matrix = fill(lambda: nn.Linear(SIZE, WIDTH), read_state(MATRIX), str(MATRIX), device)
+    matrix = fill(lambda: nn.Linear(SIZE, WIDTH), read_state(path), str(path), device)
     texts = TextCache(load_minilm(setup.path("minilm"), device, amp))
     return EmojiScore(features, matrix, texts, device, amp)
+
+
+def load_scenes(setup: Setup) -> EmojiScore:
+    """The reward `efficientnet-minilm-scenes`."""
+    return load(setup, SCENES)
 
 
 def load_minilm(
