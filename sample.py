@@ -80,7 +80,7 @@ def main(ctx: click.Context, **options: Any) -> None:
     backend = spread(open_model(options, texts, predictor), mesh)
     sampler = sampler_of(options, predictor, backend)
     jobs = jobs_of(options, texts, backend.usual_prompt)
-    backend.guided(sampler.strongest, backend.encode([job.prompt for job in jobs[:1]]))
+    backend.check_rates(sampler.extreme_rates, backend.encode([job.prompt for job in jobs[:1]]))
     about = described(options, texts, predictor, backend, sampler)
     samples = Samples(options["outdir"] or usual_folder(about), about, options["subdirs"])
     if options["dry_run"]:
@@ -208,7 +208,7 @@ def described(
 def say_notices(options: Options, backend: Backend, sampler: Sampler) -> None:
     """Say what is easily overlooked."""
     dtype = str(backend.dtype).removeprefix("torch.")
-    if options["negative_prompt"] and sampler.strongest == 1 and ranks.is_first():
+    if options["negative_prompt"] and set(sampler.extreme_rates) == {1} and ranks.is_first():
         click.echo("the negative prompt has no effect at guidance_rate 1", err=True)
     on_cpu = backend.device.type == "cpu" and ranks.is_first()
     if on_cpu and isinstance(backend.usual_prompt(0), str):

@@ -34,6 +34,8 @@ PLAIN = {
 }
 """Arguments by which pipelines change neither sizes nor prompts by themselves."""
 GUIDERS = ("guider", "ocr_guider")
+LEAST_RATE = 1.0
+"""Of guidance: pipelines take what is below it for none."""
 IN_ITS_OWN_CALL = {
     "prepare_audio_latents": "it steps sound together with its pictures",
     "generate_prior_tokens": "a language model draws tokens in every call of it",
@@ -220,7 +222,7 @@ class Opened:
 
     def guide(self, network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
         """The denoiser under the pipeline's own guidance; ValueError for a rate that it lacks."""
-        if rate != 1 and (not families.guides(self.pipe) or rate < 1):
+        if rate != 1 and (not families.guides(self.pipe) or rate < LEAST_RATE):
             raise ValueError(f"guidance_rate {rate}: this pipeline has 1 (none), or more")
 
         def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -292,6 +294,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             device=device,
             dtype=families.network_of(pipe).dtype,
             usual_prompt=usual_text,
+            least_rate=LEAST_RATE,
             config={"scheduler": plain_like(like)},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:

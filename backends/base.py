@@ -1,6 +1,7 @@
 """What every backend is: a denoiser with the two ends of sampling, as one value."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -50,7 +51,13 @@ class Backend:
     device: torch.device
     dtype: torch.dtype  # the network's own; the state is float32 at least
     usual_prompt: Callable[[int], Prompt] = no_prompt  # of a seed when nobody says
+    least_rate: float = -math.inf  # the smallest guidance rate that the model takes
     config: Mapping[str, Any] = field(default_factory=dict)  # what a recipe keeps: the scheduler
+
+    def check_rates(self, rates: Iterable[float], cond: Condition | None) -> None:
+        """ValueError where one of these guidance rates cannot be had."""
+        for rate in rates:
+            self.guided(rate, cond)
 
     def guided(self, rate: float, cond: Condition | None) -> Denoiser:
         """The denoiser under guidance, 1 being none; ValueError where there is no such thing."""

@@ -93,7 +93,8 @@ def flux_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Back
             if not isinstance(rates, Tensor):
                 size = len(x) // len(rates)
                 rates = torch.cat([sigma.new_full((size,), r) for r in rates])
-            return network(x, sigma, Condition({**cond.given, "guidance": rates.float()}))
+            strength = rates.to(x.device).float()
+            return network(x, sigma, Condition({**cond.given, "guidance": strength}))
 
         return guided
 

@@ -66,7 +66,7 @@ def sample(
     """One batch of images."""
     seeds = [job.seed for job in jobs]
     cond = backend.encode([job.prompt for job in jobs])
-    backend.guided(sampler.strongest, cond)  # refused where it cannot be had
+    backend.check_rates(sampler.extreme_rates, cond)
     field = Field(backend.guided(sampler.guidance_rate, cond), cond, points_chunk)
     dtype = torch.promote_types(backend.dtype, torch.float32)
     x = randn(seeds, backend.shape, device=backend.device, dtype=dtype) * sampler.sigmas[0]

@@ -51,14 +51,17 @@ def parallel(
     `points` is "rows" or "sequence" (one after another); None is rows where the pipeline takes
     them. guidance="rows" makes the negative prompt rows of the batch as well, mixed by the
     predictor's solver; "pipeline" leaves it to the pipeline. None is rows where the table guides
-    by itself. With a `mesh` the ranks of its dimension `points` share the rows of each call: each
-    calls this, and what it gives, with the same arguments. Raises ValueError, with the reason,
-    for what the pipeline cannot do.
+    by itself; a network that is told its guidance (FLUX.1) is told the table's. With a `mesh`
+    the ranks of its dimension `points` share the rows of each call: each calls this, and what it
+    gives, with the same arguments. Raises ValueError, with the reason, for what the pipeline
+    cannot do.
     """
     families.check_served(pipe)
     learned = opened(predictor)
     guides = any(p.table.guidance is not None for p in learned)
-    guidance = guidance or ("rows" if guides else "pipeline")
+    family = families.family_of(pipe)
+    told = guides and family in families.EMBEDDED
+    guidance = guidance or ("rows" if guides and not told else "pipeline")
     reason = families.one_time(pipe)
     if points == "rows" and reason:
         raise ValueError(f"{type(pipe).__name__} cannot take points as rows ({reason}): "
@@ -66,9 +69,11 @@ def parallel(
     points = points or ("sequence" if reason else "rows")
     if guidance not in ("pipeline", "rows"):
         raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
-    if guides and guidance == "pipeline":
+    embeds = families.network_of(pipe).config.get("guidance_embeds")
+    if told and (getattr(pipe, "controlnet", None) or not embeds):
+        raise ValueError("the predictor guides by itself: this pipeline's networks cannot be told")
+    if guides and not told and guidance == "pipeline":
         raise ValueError('the predictor guides by itself, not the pipeline: guidance="rows"')
-    family = families.family_of(pipe)
     model = parametrization_of(getattr(pipe.scheduler, "like", pipe.scheduler))
     if guidance == "rows":
         refused = {
@@ -145,6 +150,9 @@ class Parallel:
         )
         given |= folding(self.pipe, given, columns)
         scheduler.rate = rate
+        told = scheduler.told = rate is None and predictor.table.guidance is not None
+        if told:
+            given["guidance_scale"] = 1.0  # times which the rates are
         scheduler.plain = scheduler.model.table is not None and not families.scales(self.pipe)
         given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
         callback = given.get("callback_on_step_end")
@@ -269,9 +277,10 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
         parts["encode_prompt"] = prompts.installed()
     handles: list[Any] = []
     vae, encode = getattr(pipe, "vae", None), {}
+    network = families.network_of(pipe)
     if scheduler.by_rows:
         scheduler.prepares = True
-        handles = run_once(families.network_of(pipe), scheduler)
+        handles = run_once(network, scheduler)
         prepare = families.preparer(pipe) or "prepare_latents"
         parts[prepare] = laid_out(getattr(pipe, prepare), scheduler)
         if vae is not None:
@@ -284,6 +293,8 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
                 return Times(timesteps), steps
 
             parts["get_timesteps"] = as_times
+    if scheduler.told:
+        handles.append(tell_guidance(network, scheduler))
     try:
         with lent(pipe, parts), lent(vae, encode):
             yield
@@ -374,6 +385,16 @@ def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
         return scheduler.running.alike
 
     return fewer_rows(network, alike, lambda rows: rows[::copies], repeated)
+
+
+def tell_guidance(network: torch.nn.Module, scheduler: EPDScheduler) -> Any:
+    """A hook by which a network is told each point's rate, times the pipeline's own."""
+
+    def before(_module: Any, args: Any, kwargs: Any) -> Any:
+        rates = (own := kwargs["guidance"]).new_tensor(scheduler.running.now.rates or (1.0,))
+        return args, kwargs | {"guidance": own * rates.repeat(len(own) // len(rates))}
+
+    return network.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
 
 
 @contextmanager

@@ -325,7 +325,7 @@ def at_rates(
             except ValueError as error:  # no step of this one in the interval
                 said = str(error)
                 continue
-            backend.guided(sampler.strongest, backend.encode([job.prompt]))
+            backend.check_rates(sampler.extreme_rates, backend.encode([job.prompt]))
             guided.append(replace(one, name=f"{one.name} at {text}", sampler=sampler))
     if not guided:
         said = said or f"no solver or predictor here has {count} steps"

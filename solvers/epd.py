@@ -33,10 +33,8 @@ class Directions:
     guidance: Tensor | None = None  # [N] or [N, K], rate of each point; d_n has their mean
 
     def to(self, like: Tensor) -> "Directions":
-        """The table on the device and in the dtype of `like`."""
-        return Directions(
-            *(t.to(like) for t in self.tensors()), guidance=moved(self.guidance, like)
-        )
+        """The table on the device and in the dtype of `like`; rates stay where they are."""
+        return Directions(*(t.to(like) for t in self.tensors()), guidance=self.guidance)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors r, weight, time_scale and dir_scale."""
@@ -59,10 +57,8 @@ class MultistepTable:
     guidance: Tensor | None = None  # [N] or [N, K], rate of each point
 
     def to(self, like: Tensor) -> "MultistepTable":
-        """The table on the device and in the dtype of `like`."""
-        return MultistepTable(
-            *(t.to(like) for t in self.tensors()), guidance=moved(self.guidance, like)
-        )
+        """The table on the device and in the dtype of `like`; rates stay where they are."""
+        return MultistepTable(*(t.to(like) for t in self.tensors()), guidance=self.guidance)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors a, r, weight, b and time_scale."""
@@ -173,23 +169,26 @@ def rows_at(tensors: tuple[Tensor, ...], i: int, ndim: int) -> tuple[Tensor, ...
     return tuple(t[..., i, :].reshape(-1, t.shape[-1], *one) for t in tensors)
 
 
-def moved(rates: Tensor | None, like: Tensor) -> Tensor | None:
-    """A table's guidance: each image's own goes to its device, what all share stays on the CPU."""
-    return rates.to(like) if rates is not None and rates.ndim == 3 else rates
-
-
 def point_rates(table: Table, i: int) -> Rates | None:
     """The rates of step i's points, if the table has any."""
-    rates, k = table.guidance, table.r.shape[-1]
-    if rates is None or rates.ndim == 3:
-        return None if rates is None else rates[:, i].expand(-1, k)
-    row = rates[i].flatten().tolist()
-    return tuple(row * (k // len(row)))
+    rates = each_images(table)
+    return None if rates is None else alike(rates[:, i].expand(-1, table.r.shape[-1]))
 
 
 def step_rates(table: Table) -> tuple[Rates, ...] | None:
     """The rate of each step's own slope, the mean of its points'."""
+    rates = each_images(table)
+    return None if rates is None else tuple(map(alike, rates.mean(-1, keepdim=True).unbind(1)))
+
+
+def each_images(table: Table) -> Tensor | None:
+    """A table's guidance as [B, N, J], where all share it with B = 1 and without points J = 1."""
     rates = table.guidance
     if rates is None or rates.ndim == 3:
-        return None if rates is None else tuple(rates.mean(-1, keepdim=True).unbind(1))
-    return tuple((float(row.mean()),) for row in rates)
+        return rates
+    return rates.reshape(1, table.r.shape[-2], -1)
+
+
+def alike(rates: Tensor) -> Rates:
+    """Rates [B, K] as one for each point where all images have the same: 1 is no guidance then."""
+    return rates if (rates != rates[:1]).any() else tuple(rates[0].tolist())

@@ -178,12 +178,12 @@ class Sampler:
         return (step_rates(self.table) if self.table else None) or rates
 
     @property
-    def strongest(self) -> float:
-        """The guidance rate that is furthest from 1, which says whether "nothing" is needed."""
+    def extreme_rates(self) -> tuple[float, float]:
+        """The smallest and the largest guidance rate: a model has to take both."""
         rates = self.rates or (self.guidance_rate,)
         if self.table and self.table.guidance is not None:
             rates = self.table.guidance.flatten().tolist()
-        return max(rates, key=lambda rate: abs(rate - 1))
+        return min(rates), max(rates)
 
     @property
     def calls(self) -> int:

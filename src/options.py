@@ -31,6 +31,8 @@ FULL = ("can't allocate memory", "not enough memory", "Unable to allocate")
 GONE = ("Connection closed by peer", "Connection reset by peer")
 """What gloo says where another rank has ended."""
 
+SMALLER = "lower --batch, or in stage 2 max_batch_size, decode_batch or reward.batch_size"
+
 
 class Parsed(click.ParamType):
     """A type of options by the function that reads their text; its ValueError is the message."""
@@ -140,9 +142,9 @@ def in_one_line(error: Exception) -> str:
     """
     said = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: lower --batch"
+        return f"the GPU's memory is full: {SMALLER}"
     if isinstance(error, MemoryError) or any(words in said for words in FULL):
-        return f"the memory is full: lower --batch, or take a smaller model ({said[:200]})"
+        return f"the memory is full: {SMALLER}, or take a smaller model ({said[:200]})"
     if isinstance(error, RuntimeError) and any(words in said for words in GONE):
         return "another rank has ended; what is written stays, and the run goes on from there"
     if isinstance(error, OSError) and error.filename:

@@ -1,15 +1,19 @@
 """What a call by `parallel`, or under our scheduler, leaves and takes besides pictures."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from backends import families
 from backends.ldm import ldm_backend
 from backends.parallel import parallel
 from backends.scheduler import EPDScheduler
+from solvers.predictor import Predictor
 from tests import twins
-from tests.backends.test_families import CPU, SMALL, TEXT, close, drawn, learned
+from tests.backends.test_families import CPU, SMALL, TEXT, call, close, drawn, learned, twin
 from tests.backends.test_variants import EMBEDS, FROM, SIZE, of
 
 diffusers = twins.diffusers
@@ -51,6 +55,29 @@ def test_guidance_as_rows_takes_every_rate(rate: float) -> None:
     (images,) = fast(TEXT, guidance_scale=rate, output_type="latent", **SIZE, return_dict=False)
     assert images.shape == (1, *images.shape[1:])
     assert bool(images.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "hunyuan_video"])
+def test_a_network_that_is_told_its_guidance_is_told_the_tables(name: str) -> None:
+    pipe = twin(name)
+    plain = learned(pipe, "epd", mu=0.8)  # FLUX.2's own hangs on the number of calls
+    if not families.network_of(pipe).config.get("guidance_embeds"):
+        pipe.transformer.register_to_config(guidance_embeds=True)
+
+    def guided(rates: Tensor) -> Predictor:
+        return replace(plain, table=replace(plain.table, guidance=rates.double()))
+
+    def drawn_by(predictor: Predictor, points: str, **more: Any) -> Tensor:
+        return call(pipe, name, parallel(pipe, predictor, points=points), **more)
+
+    two = {"prompt": [TEXT, "a dog"]}
+    constant = drawn_by(guided(torch.full((3,), 2.5)), "rows", **two, generator=drawn(3, 4))
+    told = drawn_by(plain, "rows", guidance_scale=2.5, **two, generator=drawn(3, 4))
+    assert torch.equal(constant, told)
+    of_points = guided(torch.tensor([[1.0, 2.0], [3.0, 4.5], [6.0, 0.5]]))
+    rows, sequence = (drawn_by(of_points, points) for points in ("rows", "sequence"))
+    assert close(rows, sequence)
+    assert not close(rows, drawn_by(plain, "rows", guidance_scale=2.5), 1e-4)
 
 
 def test_embeddings_of_another_dtype_are_made_anew() -> None:

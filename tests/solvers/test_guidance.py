@@ -102,6 +102,11 @@ def test_rows_at_rate_1_have_no_null_row() -> None:
     rows.clear()
     end(sampler(multistep(torch.tensor([1.0, 4.0, 1.0]))), rows)
     assert rows == [2 * B, 4 * B, 2 * B]
+    rows.clear()
+    of_each = torch.rand(B, 3, 1, generator=torch.Generator().manual_seed(0)) + 2
+    of_each[:, 0] = 1  # as in a policy's draws outside of its interval
+    end(sampler(multistep(of_each.double())), rows)
+    assert rows == [2 * B, 4 * B, 4 * B]
 
 
 def test_images_of_their_own_rates_are_those_of_each_alone() -> None:

@@ -222,7 +222,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         layers.append(OmegaConf.create(text))
         for override in overrides:
             where = f"--override {override!r} cannot be read"
-            layers.append(OmegaConf.from_dotlist([override]))
+            told = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            layers.append(OmegaConf.create(at_our_places(told)))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(layers[0]):
@@ -231,16 +232,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
+    config = build(Config, at_our_places(tree))
+    check_settings(config)
+    return config
+
+
+def at_our_places(tree: Any) -> Any:
+    """Settings with what has a published name at our place, where that is empty."""
     model: Any = tree.get("model")
     options: Any = model.get("backend_options") if isinstance(model, dict) else None
-    for name, place in PUBLISHED.items():  # stands at our place, where that is empty
+    for name, place in PUBLISHED.items():
         if isinstance(options, dict) and name in options:
             section = options if place.startswith("backend_options.") else model
             value, key = options.pop(name), place.rpartition(".")[2]
             section[key] = value if section.get(key) is None else section[key]
-    config = build(Config, tree)
-    check_settings(config)
-    return config
+    return tree
 
 
 def build(kind: Any, tree: Any, above: str = "") -> Any:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
+from rewards.fingerprint import content_hash
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
@@ -91,14 +92,13 @@ def main(
         folder = Path(ranks.of_each_rank(str(new))[0])
     stop, say = Stop(), partial(tqdm.write, file=sys.stderr)
     start = Path(resume) if resume and Path(resume).is_file() else folder
-    steps = min(max_steps or config.ppo.steps, config.ppo.steps)
     reward, watch = config.reward, config.ppo.watch
     watch = reward.name if watch == reward.type else watch  # multi has its weights in its name
-    ppo = dataclasses.replace(config.ppo, steps=steps, watch=watch)
+    ppo = dataclasses.replace(config.ppo, watch=watch)
     start = start if resume else None
     try:
         with stop.listening():
-            more = {"resume": start, "settings": config, "stop": stop, "say": say}
+            more = {"resume": start, "until": max_steps, "settings": config, "stop": stop, "say": say}
             outcome = train(task, ppo, config.logging, folder, **more)
     except Stopped:
         ranks.close()
@@ -227,14 +227,15 @@ def make_task(
         say(f"reward.multi.weights do nothing for reward.type {reward.type}")
     setup = Setup(device, reward.enable_amp, weight_paths(config))
     loaded = load_rewards([reward.name, *reward.judges], setup)
+    files = files_of([reward.name, *reward.judges], setup.paths)
     trained = {reward.name: loaded[reward.name]}
     judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
     backend = open_backend(config, predictor.recipe, prompts, device)
     check_fit(predictor.recipe, backend)
     sampler = predictor.sampler(backend.levels)
     numbers = sorted({p for part in prompts for p in part if isinstance(p, int)})
-    strongest = max(sampler.strongest, 2.0) if config.ppo.train_guidance else sampler.strongest
-    backend.guided(strongest, backend.encode(numbers or prompts[0][:1]))
+    rates = (*sampler.extreme_rates, *([2.0] * config.ppo.train_guidance))
+    backend.check_rates(rates, backend.encode(numbers or prompts[0][:1]))
     begun = start_of(sampler, config.ppo, lambda _said: None)  # refuses before there is a folder
     if config.ppo.method == "cma" and config.ppo.learning_rate != Ppo.learning_rate:
         say("ppo.learning_rate does nothing for ppo.method cma")
@@ -259,6 +260,7 @@ def make_task(
             "model.backend_options.dtype": str(backend.dtype).removeprefix("torch."),
             "model.backend_options.negative_prompt": options.negative_prompt,
             "reward.enable_amp": reward.enable_amp,
+            **{f"the weights of {n}": content_hash(p) for n, p in sorted(files.items())},
         },
     )
 

@@ -117,9 +117,10 @@ class Evolution:
 
     def update(self, step: int, draws: Draws, rewards: Tensor, gains: Tensor) -> dict[str, float]:
         scores = gains.reshape(-1, self.ppo.rloo_k).nanmean(0)
-        if not bool(scores.isfinite().any()):  # the same candidates again, on other prompts
+        finite = scores[scores.isfinite()]
+        if not len(finite) or finite.min() == finite.max():  # the same again, on other prompts
             return {}
-        worst = scores[scores.isfinite()].min()
+        worst = finite.min()
         self.tell(scores.where(scores.isfinite(), worst).tolist())
         return {"sigma": float(self.strategy.sigma)}
 

@@ -133,6 +133,7 @@ class Start:
     columns: Mapping[str, int]  # how many of the S columns each kind of Gaussian number has
     unit: Tensor  # [N, S], how far a draw of 1 moves each
     std: Tensor  # [S]
+    least_rate: float = -math.inf  # of guidance, which the model takes
 
     @property
     def size(self) -> int:
@@ -190,10 +191,13 @@ class Start:
             new[name] = new[name] + by if name in FREE else new[name] * by.exp()
         if "r" in moved:
             new["r"] = new["r"].clamp(0, 1)
+        if "guidance" in moved:
+            new["guidance"] = new["guidance"].clamp(min=self.least_rate)
         many = draws.gauss.shape[:-2]
         if "guidance" in new and not many and new["guidance"].shape[1] == 1:
             return replace(table, **new | {"guidance": new["guidance"][:, 0]})
-        wide = {n: t.expand(*many, *t.shape[-2:]) for n, t in new.items()}
+        shared = {"guidance"} - set(moved)  # calls at a rate of 1 that all share need no "nothing"
+        wide = {n: t.expand(*many, *t.shape[-2:]) for n, t in new.items() if n not in shared}
         return replace(table, **wide)
 
 
@@ -212,11 +216,14 @@ def mixed(table: Any, shares: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     return weight, torch.where(signed, torch.where(moved < 0, -size, size), table.dir_scale)
 
 
-def start_of(sampler: Sampler, ppo: Ppo, say: Callable[[str], object]) -> Start:
+def start_of(
+    sampler: Sampler, ppo: Ppo, say: Callable[[str], object], least_rate: float = -math.inf
+) -> Start:
     """A sampler as what a policy can start from; it stays the same.
 
     Rows with a segment or a share below LEAST become uniform, which `say` hears, as that does
-    change the solver; shares of weights of both signs are those of their sizes.
+    change the solver; shares of weights of both signs are those of their sizes. No guidance rate
+    is drawn below `least_rate`.
 
     Raises ValueError for a solver without a table, and where there is nothing to draw.
     """
@@ -243,7 +250,8 @@ def start_of(sampler: Sampler, ppo: Ppo, say: Callable[[str], object]) -> Start:
     step = {"guidance": guided * ppo.guidance_std / WIDTH}
     unit = [step.get(name, ones) for name, wide in columns.items() for _ in range(wide)]
     units = torch.cat([*unit, ones[:, :0]], 1)
-    return Start(sampler, table, alpha, columns, units, torch.tensor(std, dtype=torch.float64))
+    wide = torch.tensor(std, dtype=torch.float64)
+    return Start(sampler, table, alpha, columns, units, wide, least_rate)
 
 
 def concentrations(

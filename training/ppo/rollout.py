@@ -353,8 +353,9 @@ def by_prompt(scorer: Scorer) -> Scoring:
     return scoring
 
 
+@torch.no_grad()
 def seen(task: Task, images: Tensor) -> Tensor:
-    """The features [B, F] of images; ValueError where they are of another shape, or none."""
+    """The features [B, F] of images; ValueError where they are of another shape, or no floats."""
     features = task.features(images)
     shape = list(features.shape) if isinstance(features, Tensor) else [type(features).__name__]
     if (
@@ -365,6 +366,8 @@ def seen(task: Task, images: Tensor) -> Tensor:
     ):
         said = f"must return [{len(images)}, F], not {shape}"
         raise ValueError(f"the function of ppo.features {said}")
+    if not features.is_floating_point():
+        raise ValueError(f"the function of ppo.features must return floats, not {features.dtype}")
     return features.to(images.device)
 
 

@@ -136,6 +136,7 @@ def train(
     folder: Path,
     *,
     resume: Path | None = None,
+    until: int | None = None,
     settings: Any = None,
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda _text: None,
@@ -144,24 +145,26 @@ def train(
 
     Every rank calls this with the same arguments, after `src.ranks.init`. `resume` is a
     checkpoint, or a run's folder, whose newest whole checkpoint is taken; the run that goes on is
-    bit for bit the one that was never stopped. `settings`, a dataclass, is written into the folder
-    once they are found to be those of the run. `stop` is asked on the way: on a signal a
-    checkpoint is written and Stopped raised, on all ranks. `say` hears lines for people.
+    bit for bit the one that was never stopped. `until` is a step at which this call ends early.
+    `settings`, a dataclass, is written into the folder once they are found to be those of the run.
+    `stop` is asked on the way: on a signal a checkpoint is written and Stopped raised, on all
+    ranks. `say` hears lines for people.
 
     Raises ValueError, in one line, for a table or settings that cannot be trained, a checkpoint
     of another task, and more rewards that are no numbers than `ppo.nonfinite_budget`.
     """
     session = begin(task, ppo, logging, run_of(folder, say, logging), resume, stop or Stop())
     run, progress, board = session.run, session.progress, session.board
+    end = min(until or ppo.steps, ppo.steps)
     if settings is not None:
         run.write_settings(settings)
     try:
-        with ranks.progress(ppo.steps, "step", "ppo") as bar:
+        with ranks.progress(end, "step", "ppo") as bar:
             bar.update(progress.step)
             while True:
                 evaluate(session)
                 early = 0 < ppo.early_stop <= progress.without_best
-                last = early or progress.step >= ppo.steps
+                last = early or progress.step >= end
                 if last or progress.step % logging.save_interval == 0:
                     save(session)
                 if last:
@@ -326,7 +329,7 @@ def begin(
 
     Raises ValueError, with the checkpoint's name, where it is of other settings or another table.
     """
-    start, progress = start_of(task.sampler, ppo, run.log), Progress()
+    start, progress = start_of(task.sampler, ppo, run.log, task.backend.least_rate), Progress()
     if resume is None:
         start = replace(start, unit=measured_unit(task, start, ppo.effect))
         learner = METHODS[ppo.method](start, ppo, task.seed)
@@ -363,7 +366,7 @@ def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
     )
     with suppress(ValueError):
         there = int(read_sealed(sealed)["step"]) if sealed.exists() else 0
-    if there <= steps:
+    if there <= max(steps, progress.step):
         return
     for path in (sealed, best):
         path.unlink(missing_ok=True)

@@ -82,6 +82,12 @@ def test_the_published_layout_is_read_as_it_is(tmp_path: Path) -> None:
     assert config.data.prompt_csv == "src/prompts/train.txt"
     assert config.reward.name == "hps"
     assert read(tmp_path / "c.yaml", ["model.model=null"]).model.model == "/my/flux"
+    (tmp_path / "ours.yaml").write_text(to_yaml(read(tmp_path / "c.yaml", ["model.model=/a"])))
+    options = ("model_name_or_path=/other", "torch_dtype=float32", "resolution=256")
+    changes = [f"model.backend_options.{option}" for option in options]
+    changed = load_config(tmp_path / "ours.yaml", changes).model
+    assert (changed.model, changed.resolution) == ("/other", 256)
+    assert changed.backend_options.dtype == "float32"
 
 
 REFUSED = {

@@ -122,6 +122,33 @@ def test_a_best_of_steps_that_a_shorter_run_never_reaches_is_gone(tmp_path: Path
     assert torch.equal(*kept)
 
 
+def test_a_call_that_ends_early_leaves_the_best_where_it_is(tmp_path: Path) -> None:
+    ppo = replace(SHORT, method="quotients", learning_rate=0.1)
+    best = short_run(tmp_path, ppo).best
+    for start in ("checkpoint-00000004.pt", "checkpoint-00000002.pt"):
+        resume = tmp_path / "checkpoints" / start
+        ended = train(task(), ppo, EVERY, tmp_path, resume=resume, until=2)
+        assert ended.best == best
+        assert read_sealed(tmp_path / "checkpoints" / "best.pt")["step"] == 4
+
+
+def test_candidates_that_score_alike_move_nothing(tmp_path: Path) -> None:
+    def flat(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"near": torch.zeros(len(images))}
+
+    ppo = replace(SHORT, method="cma", rloo_k=8, eval_interval=0)
+    outcome = train(replace(task(), score=flat), ppo, EVERY, tmp_path)
+    assert outcome.predictor.table.r.item() == pytest.approx(START, abs=1e-12)
+
+
+def test_features_of_a_network_with_gradients_are_looked_at_without(tmp_path: Path) -> None:
+    network = torch.nn.Linear(12, 3)
+    near = replace(task(), features=lambda images: network(images.flatten(1)))
+    ppo = replace(SHORT, pull_coef=1.0, minibatch_size=4, rollout_batch_size=8)
+    train(near, ppo, EVERY, tmp_path)
+    assert network.weight.grad is None
+
+
 def test_an_evaluation_watches_judges_and_sets_and_ends_a_run_that_no_longer_gains(
     tmp_path: Path,
 ) -> None:
