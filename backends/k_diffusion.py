@@ -73,8 +73,8 @@ def sample_epd(
             now, sigma = loop.past[0], sigmas[i]
             # of x0 at the start of the step, without a call for the caller's sake; hosts give
             # the last one out as the image
-            known = "d" in vars(now) or not loop.slopes  # the free slope of afs costs none
-            x0 = now.x0 if known else now.x - now.sigma * loop.slopes[0]
+            has_slope = "d" in vars(now) or not loop.slopes  # the free slope of afs costs none
+            x0 = now.x0 if has_slope else now.x - now.sigma * loop.slopes[0]
             x0 = loop.x if to_image and i == len(grid) - 2 else x0
             report = {"i": i, "sigma": sigma, "sigma_hat": sigma, "x": now.x.squeeze(1)}
             callback(report | {"denoised": x0.squeeze(1)})

@@ -60,8 +60,8 @@ def parallel(
     learned = opened(predictor)
     guides = any(p.table.guidance is not None for p in learned)
     family = families.family_of(pipe)
-    told = guides and family in families.EMBEDDED
-    guidance = guidance or ("rows" if guides and not told else "pipeline")
+    embedded = guides and family in families.EMBEDDED
+    guidance = guidance or ("rows" if guides and not embedded else "pipeline")
     reason = families.one_time(pipe)
     if points == "rows" and reason:
         raise ValueError(f"{type(pipe).__name__} cannot take points as rows ({reason}): "
@@ -70,9 +70,9 @@ def parallel(
     if guidance not in ("pipeline", "rows"):
         raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
     embeds = families.network_of(pipe).config.get("guidance_embeds")
-    if told and (getattr(pipe, "controlnet", None) or not embeds):
+    if embedded and (getattr(pipe, "controlnet", None) or not embeds):
         raise ValueError("the predictor guides by itself: this pipeline's networks cannot be told")
-    if guides and not told and guidance == "pipeline":
+    if guides and not embedded and guidance == "pipeline":
         raise ValueError('the predictor guides by itself, not the pipeline: guidance="rows"')
     model = parametrization_of(getattr(pipe.scheduler, "like", pipe.scheduler))
     if guidance == "rows":
@@ -150,9 +150,8 @@ class Parallel:
         )
         given |= folding(self.pipe, given, columns)
         scheduler.rate = rate
-        told = scheduler.told = rate is None and predictor.table.guidance is not None
-        if told:
-            given["guidance_scale"] = 1.0  # times which the rates are
+        scheduler.embeds_rates = rate is None and predictor.table.guidance is not None
+        given |= {"guidance_scale": 1.0} if scheduler.embeds_rates else {}  # times the rates
         scheduler.plain = scheduler.model.table is not None and not families.scales(self.pipe)
         given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
         callback = given.get("callback_on_step_end")
@@ -293,7 +292,7 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
                 return Times(timesteps), steps
 
             parts["get_timesteps"] = as_times
-    if scheduler.told:
+    if scheduler.embeds_rates:
         handles.append(tell_guidance(network, scheduler))
     try:
         with lent(pipe, parts), lent(vae, encode):

@@ -122,8 +122,8 @@ def heeded(like: Any) -> dict[str, Any]:
 
     `from_config` of another's config keeps the other's keys, which do nothing there.
     """
-    known = inspect.signature(type(like).__init__).parameters
-    return {key: value for key, value in like.config.items() if key in known}
+    parameters = inspect.signature(type(like).__init__).parameters
+    return {key: value for key, value in like.config.items() if key in parameters}
 
 
 def parametrization_of(like: Any) -> Parametrization:

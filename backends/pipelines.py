@@ -154,7 +154,9 @@ def read_index(name: str) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():  # diffusers asks the hub in a way that it warns of
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
-            return diffusers.DiffusionPipeline.load_config(name)
+            index = diffusers.DiffusionPipeline.load_config(name)
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: its model_index.json is no pipeline's") from error
     except OSError as error:
         if Path(name).is_dir():
             raise ValueError(f"{name}: {first_line(error)}") from error
@@ -164,6 +166,10 @@ def read_index(name: str) -> Mapping[str, Any]:
             f"no model {name!r}{size} here, and no hub has given one: "
             "copy its folder to this machine and give it with --model"
         ) from error
+    parts = [v for key, v in index.items() if not key.startswith("_") and isinstance(v, list)]
+    if any(len(part) != 2 for part in parts) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{name}: its model_index.json is no pipeline's")
+    return index
 
 
 def from_folder(
@@ -179,12 +185,14 @@ def from_folder(
         folder = Path(cached).parent if isinstance(cached, str) else None
     if folder:
         files = [weights(folder / part) for part in index]
+        for file in (f for names in files for f in names if f.suffix == ".bin"):
+            pickles.read_pickle(file)  # inert: what it lets through does torch's reader no harm
         halves = any(names and all(".fp16" in file.name for file in names) for names in files)
         half = "fp16" if halves else None
     kind = getattr(diffusers, index["_class_name"])
     try:
         return kind.from_pretrained(name, dtype=dtype, variant=half, **{**absent, **parts})
-    except (*BROKEN, SafetensorError, AttributeError) as error:
+    except (*BROKEN, SafetensorError, AttributeError, TypeError) as error:
         fault = broken_file(folder) if folder else None
         raise ValueError(fault or f"{name}: {first_line(error)}") from error
 

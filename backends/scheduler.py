@@ -108,7 +108,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.scaled = False  # whether it has asked for what its network sees
         self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave
         self.rate: float | None = None  # of guidance by rows
-        self.told = False  # whether the network is told the table's own guidance
+        self.embeds_rates = False  # whether the network is told the table's own guidance
         theirs = {k: v for k, v in self.like.config.items() if not k.startswith("_")}
         self.register_to_config(**theirs)  # pipelines read them
 
@@ -190,7 +190,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             sampler, copies = Sampler(solver, course.sigmas, model.process), 1
             exact = dict(zip(course.sigmas, course.timesteps, strict=False))
             self.noise_sigma, self.last_scale = course.first, course.last
-        if self.rate is None and not self.told and sampler.own_rates:
+        if self.rate is None and not self.embeds_rates and sampler.own_rates:
             raise ValueError("this predictor guides by itself: use parallel(pipe, predictor)")
         still = self.plain or (model.table is None and not self.prepares)
         run = Trajectory(sampler, model, copies, still, self.rate)

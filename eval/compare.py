@@ -395,8 +395,10 @@ def write_results(
     write_json(outdir / "results.json", {"about": about, "fine": first, "scores": rows})
     write_csv(outdir / "results.csv", scores)
     metrics = [metric for metric in metrics_of(scores) if metric.less]
+    sets = f" Frechet distances are {settings['frechet']}." if "frechet" in settings else ""
     note = (
-        f"{count} images. Fine solution: {finely}, its Frechet distance {number(fine.frechet)}.\n"
+        f"{count} images. Fine solution: {finely}, its Frechet distance "
+        f"{number(fine.frechet)}.{sets}\n"
         "RMSE is over the latents (pixels in [-1, 1] for pixel models); Frechet distances are "
         "biased upwards at few images: compare within this table only."
     )

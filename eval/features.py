@@ -5,7 +5,6 @@ come from local folders, any other network as `module:function`. Shapes: N image
 """
 
 import io
-import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rewards.state_dicts import fill, read_state
 from rewards.weights import require, sha256
 from src.files import nearest
 from src.images import to_bytes
+from src.torchscript import load_script
 
 SPACES = ("inception", "efficientnet", "clip", "dinov2", "fashion-judge")
 EFFICIENTNET = (
@@ -161,12 +161,7 @@ def _fidelity(path: Path, device: torch.device) -> Network:
 
 def _scripted(path: Path, device: torch.device) -> Network:
     """NVIDIA's TorchScript, which resizes by itself and takes levels from 0 to 255."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is what the network is published as
-        try:
-            network = torch.jit.load(path, map_location=device).eval()
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no whole TorchScript file") from error
+    network = load_script(path, device)
 
     def features(images: Tensor) -> Tensor:
         try:

@@ -39,9 +39,11 @@ ROWS = 1024  # of a block of pairs; memory is ROWS times the larger set
 NORMAL_95 = 1.959963984540054
 BROKEN = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, MemoryError, ArithmeticError, RecursionError),
 )
 """What numpy raises on a file that is no whole .npz of these arrays."""
+PACKED = 20
+"""How many times its size a file of statistics may unpack to."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,9 @@ def load_statistics(path: Path) -> Statistics:
     if not path.is_file():
         raise ValueError(f"no reference statistics at {path}: make them by python -m eval.fid ref")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(e.file_size for e in archive.infolist()) > PACKED * path.stat().st_size:
+                raise ValueError("it unpacks to far more than it holds")
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if not isinstance(file, Mapping):
                 raise ValueError("a single array")

@@ -191,7 +191,7 @@ def spaces_of(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         for single in parse(name) if name.partition(":")[0] == MULTI else [name]:
             kind = single.partition("=")[0]  # of dinov2=FOLDER
-            file = "inception" if "inception" in kind and Path(kind).suffix else kind
+            file = "inception" if "inception" in kind.lower() and Path(kind).suffix else kind
             efficientnet = kind.startswith(("efficientnet-lite0", "efficientnet-minilm"))
             spaces.append("efficientnet" if efficientnet else RIDES_ON.get(file, file))
     return tuple(spaces)

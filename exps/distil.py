@@ -17,6 +17,8 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from src.files import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("--total_kimg", "0.064", "--batch", "32")
 TEXT = ("--schedule_type", "flowmatch", "--no-learn_grid", "--model")
@@ -25,6 +27,12 @@ SCENES = (*TEXT, "tiny-sd3-scenes", "--guidance_rate", "2.5",
           "--prompts", "src/prompts/emoji-scenes.txt")  # fmt: skip
 KEPT = ("config.yaml", "metrics.jsonl", "log.txt", "table.png")
 """What is kept of a run beside its predictor."""
+
+
+def copy_whole(source: Path, place: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with write_atomically(place) as part:
+        shutil.copyfile(source, part)
 
 
 def options(solver: str, points: int, calls: int, *more: str) -> tuple[str, tuple[str, ...]]:
@@ -86,8 +94,8 @@ def distil(name: str, asked: tuple[str, ...], target: Path, work: Path, *more: s
     kept = target / "runs" / name
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
-        shutil.copyfile(run / file, kept / file)
-    shutil.copyfile(run / "predictor.pkl", target / f"{name}.pkl")
+        copy_whole(run / file, kept / file)
+    copy_whole(run / "predictor.pkl", target / f"{name}.pkl")
     return said
 
 

@@ -39,13 +39,6 @@ def stamp(path: Path) -> list[tuple[str, int, int]]:
     return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of what a file holds, or each file in a folder: the same wherever that lies."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    content = [(p.relative_to(path).as_posix(), sha256(p)) for p in files]
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-
-
 def source_hash(module: str) -> str:
     """SHA-256 of a module's source files, see `sources`."""
     content = [(name, sha256(path)) for name, path in sorted(sources(module).items())]

@@ -35,6 +35,7 @@ from solvers.recipe import FLOW_BACKENDS, Recipe, check_recipe, for_flow, plain,
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver
 from solvers.schedules import NoiseLevels
 from src.files import find_predictor, from_json, read_text, write_atomically, write_text
+from src.inert import quoted
 from src.pickles import read_pickle
 
 FORMAT, VERSION = "epd-predictor", 2
@@ -210,7 +211,7 @@ def from_content(content: Any) -> Predictor:
         return Predictor(*from_published(content))
     version, tensors, entries = (content.get(n) for n in ("format_version", "table", "recipe"))
     if content["format"] != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
-        what = f"format {str(content['format'])[:80]!r} version {str(version)[:80]!r}"
+        what = f"format {quoted(content['format'], 80)!r} version {quoted(version, 80)!r}"
         raise ValueError(f"{what} is unknown: this code reads {FORMAT} up to version {VERSION}")
     if not isinstance(tensors, dict) or not isinstance(entries, dict):
         raise ValueError("it has no table or no recipe")
@@ -218,7 +219,7 @@ def from_content(content: Any) -> Predictor:
     kind = TABLES.get(recipe.solver, Directions)  # `validate` refuses another solver
     names = [f.name for f in dataclasses.fields(kind)]
     if not {*names} - {"guidance"} <= tensors.keys() <= {*names}:
-        given = sorted(map(str, tensors))
+        given = sorted(map(quoted, tensors))
         raise ValueError(f"the table has {given}: it needs {', '.join(names)}")
     table = {name: numbers(name, values) for name, values in tensors.items()}
     return Predictor(kind(**table), recipe)
@@ -268,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = ", ".join(f"{sigma:.6g}" for sigma in predictor.sampler(levels).sigmas)
         else:
             raise ValueError("its levels are those of its model's own timesteps, not written down")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(text + "\n")

@@ -17,7 +17,8 @@ from solvers.integrate import MAX_SLOPES
 from solvers.process import VE
 from solvers.recipe import MOST_VALUES, Recipe, plain, recipe_from_plain
 from solvers.schedules import NoiseLevels
-from src.pickles import Inert, module_tensors, quoted
+from src.inert import Inert, quoted
+from src.pickles import module_tensors
 
 SETTINGS = (
     *("img_resolution", "num_steps", "num_points", "schedule_type", "schedule_rho", "afs", "M"),

@@ -58,6 +58,10 @@ class Recipe:
     format_version: int = 1
 
 
+ON_INCEPTION = ("cifar10", "ffhq", "afhqv2", "imagenet64")
+"""Data sets whose published predictors were trained on Inception's features at their ends."""
+
+
 def fitted_on(training: Mapping[str, Any]) -> list[str]:
     """The networks and rewards whose numbers a table was fitted to, in stage 1 and in stage 2.
 
@@ -65,7 +69,10 @@ def fitted_on(training: Mapping[str, Any]) -> list[str]:
     """
     tuned = training.get("ppo")
     reward = [tuned["reward"]] if isinstance(tuned, dict) and tuned.get("reward") else []
-    return list(dict.fromkeys([*(training.get("fitted_on") or []), *reward]))
+    published = training.get("metadata")
+    pixels = isinstance(published, dict) and published.get("dataset_name") in ON_INCEPTION
+    own = training.get("fitted_on") or ["inception"] * pixels
+    return list(dict.fromkeys([*own, *reward]))
 
 
 def for_flow(recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NoReturn
 
 EXPS = Path(__file__).resolve().parent.parent / "exps"
@@ -22,10 +22,18 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what was written there becomes `path` at the end.
 
     The temporary path keeps the suffix, for writers that look at it. If the block raises, or
-    the machine stops, `path` is as it was. Missing folders are made. ValueError where the
-    folder cannot be made, or the file cannot be written or put in its place.
+    the machine stops, `path` is as it was. Missing folders are made. A link stays one, and a pipe
+    or a device (/dev/stdout) is written into. ValueError where the folder cannot be made, or the
+    file cannot be written or put in its place.
     """
     path = Path(path)
+    if is_special(path):
+        with TemporaryDirectory() as folder:
+            yield Path(folder, path.name)
+            path.write_bytes(Path(folder, path.name).read_bytes())
+        return
+    with suppress(OSError):  # of a name that is too long
+        path = path.resolve() if path.is_symlink() else path
     temp = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +53,17 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
             temp.unlink(missing_ok=True)
 
 
+def is_special(path: Path) -> bool:
+    """Whether there is a pipe or a device at a path."""
+    with suppress(OSError):
+        return path.exists() and not (path.is_file() or path.is_dir())
+    return False
+
+
 def check_writable(path: Path) -> None:
     """ValueError where no file can be written beside `path`: told before the work, not after."""
+    if is_special(path):
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):

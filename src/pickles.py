@@ -13,16 +13,29 @@ import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from src.inert import (
+    Global,
+    Inert,
+    dict_of,
+    encoded,
+    first,
+    key,
+    numpy_scalar,
+    persistent,
+    quoted,
+    tensor,
+    tensor_of_dtype,
+    whole,
+)
+
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older torch.save
-MOST_MODULES = 100_000
+MOST_NAMES = 200_000
 SPARE = 1 << 16  # values that calls may copy beyond four times the bytes of the file
 DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},
@@ -52,32 +65,6 @@ BROKEN = (
     *(AssertionError, MemoryError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 """What reading raises on a file that is none, or is damaged."""
-
-
-@dataclass(frozen=True)
-class Global:
-    """A class or function that a file names."""
-
-    name: str
-
-
-@dataclass(eq=False, repr=False)
-class Inert:
-    """An object of a class that was not imported.
-
-    `class_name` is the bare name for objects of `torch_utils.persistence`, else the dotted one;
-    `args` are the arguments of its call, `state` its attributes (under "" if they are no dict),
-    `items` what was put into it as into a dict or, under 0, 1, ..., a list.
-    """
-
-    class_name: str
-    args: tuple[Any, ...] = ()
-    state: dict[Any, Any] = field(default_factory=dict)
-    items: dict[Any, Any] = field(default_factory=dict)
-
-    def append(self, value: object) -> None:
-        """What a list would do."""
-        self.items[len(self.items)] = value
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -124,19 +111,18 @@ def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tens
 
 def module_tensors(module: Inert) -> dict[str, Tensor]:
     """Parameters and buffers of a pickled or scripted module and those in it, by dotted name."""
-    tensors, rest = dict[str, Tensor](), [("", module)]
-    for _ in range(MOST_MODULES):
-        if not rest or len(tensors) > MOST_MODULES:
-            break
+    tensors, rest, names = dict[str, Tensor](), [("", module)], 0
+    while rest and names <= MOST_NAMES:
         prefix, part = rest.pop()
         groups = [part.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
         groups = [group for group in groups if isinstance(group, dict)] or [part.state]
         named = [(prefix + n, v) for g in groups for n, v in g.items() if isinstance(n, str)]
         tensors |= {name: value for name, value in named if isinstance(value, Tensor)}
         children = [(f"{name}.", value) for name, value in named if isinstance(value, Inert)]
+        names += 1 + len(named)
         rest += reversed(children if len(prefix) < 1000 else [])
     if rest:
-        raise ValueError(f"it has more than {MOST_MODULES} modules or tensors within each other")
+        raise ValueError(f"it has more than {MOST_NAMES} modules or tensors within each other")
     return tensors
 
 
@@ -149,8 +135,7 @@ def read_file(file: BinaryIO, size: int) -> Any:
         raise EOFError
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read where it is used
     if data[:4] == b"PK\x03\x04":
-        with zipfile.ZipFile(file) as archive:
-            return read_zip({entry.filename: entry for entry in archive.infolist()}, data)
+        return read_zip(file, data)
     if data[:23] == b"version https://git-lfs":
         raise ValueError("it is a git-lfs pointer, not the file itself: `git lfs pull` fetches it")
     if MAGIC.to_bytes(10, "little") in data[:32]:
@@ -161,8 +146,10 @@ def read_file(file: BinaryIO, size: int) -> Any:
     return value
 
 
-def read_zip(entries: dict[str, zipfile.ZipInfo], data: mmap.mmap) -> Any:
-    """The torch.save of today: a zip with `ROOT/data.pkl` and `ROOT/data/NAME`."""
+def read_zip(file: BinaryIO, data: mmap.mmap | bytearray) -> Any:
+    """The torch.save of today: a zip with `ROOT/data.pkl` and `ROOT/data/NAME`, and its bytes."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
     roots = [n[:-8] for n in entries if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(roots) != 1:
         raise ValueError("it is a zip without one data.pkl, so not from torch.save")
@@ -200,7 +187,8 @@ def read_legacy(stream: Any, size: int) -> Any:
         raise ValueError("its version of the torch.save layout is not one that is read")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("it was saved on a big-endian machine")
-    if not isinstance(names, list) or sorted(names) != sorted(reader.storages):
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or sorted(names) != sorted(reader.storages):
         raise ValueError("its list of storages is not that of its tensors")
     for name in names:
         values = reader.storages[name]
@@ -238,6 +226,7 @@ class Reader(pickle._Unpickler):
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
     read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
     append: Callable[[object], None]
 
     def __init__(
@@ -376,6 +365,12 @@ class Reader(pickle._Unpickler):
     def load_frozenset(self) -> None:
         self.append(frozenset(map(key, self.pop_mark())))
 
+    def load_put(self) -> None:
+        index = int(self.readline()[:-1])
+        if not 0 <= index < 1 << 31:  # wider ones can share a hash
+            raise ValueError("it counts what it holds by numbers that are too wide")
+        self.memo[index] = self.stack[-1]
+
     def load_bytearray8(self) -> None:
         self.append(self.read(*struct.unpack("<Q", self.read(8))))
 
@@ -390,41 +385,6 @@ for code, load in Reader.dispatch.items():  # the methods above in the place of 
 # --- what our own code makes of a call --------------------------------------------------------
 
 
-def quoted(text: object, length: int = 160) -> str:
-    """Text of a file made fit for one line of a terminal."""
-    return str(text)[:length].encode("unicode_escape").decode("ascii")[:length]
-
-
-def whole(value: Any) -> int:
-    """A count: an int, not negative."""
-    if type(value) is not int or value < 0:
-        raise ValueError("a count is negative or not a whole number")
-    return value
-
-
-def key(value: Any) -> Any:
-    """A plain value or a tuple of some; no wide int, no float in a tuple: many share a hash."""
-    plain = (str, bytes, int, float, type(None), torch.dtype, Global, Inert)
-    for v in value if (inside := isinstance(value, tuple)) else (value,):
-        wide = isinstance(v, int) and v.bit_length() > (31 if inside else 64)
-        if not isinstance(v, plain) or wide or (inside and isinstance(v, float)):
-            raise ValueError(f"a {type(v).__name__}, wide or with values in it, cannot be a key")
-    return value
-
-
-def dict_of(entries: Any = ()) -> dict[Any, Any]:
-    """`collections.OrderedDict` and its like: a plain dict."""
-    return {key(k): v for k, v in (entries.items() if isinstance(entries, dict) else entries)}
-
-
-def persistent(meta: Any) -> Inert:
-    """`torch_utils.persistence._reconstruct_persistent_obj`: keeps the name and the state."""
-    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
-        raise ValueError("a persistent object has no class name")
-    state = meta.get("state")
-    return Inert(quoted(meta["class_name"]), state=state if isinstance(state, dict) else {})
-
-
 def load_from_bytes(raw: Any) -> Tensor:
     """`torch.storage._load_from_bytes`: a stream of the older torch.save with one storage."""
     if not isinstance(raw, bytes):
@@ -432,45 +392,6 @@ def load_from_bytes(raw: Any) -> Tensor:
     value = read_legacy(io.BytesIO(raw), len(raw))
     if not isinstance(value, Tensor):
         raise ValueError("a storage holds something else than a storage")
-    return value
-
-
-def tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Tensor:
-    """`torch._utils._rebuild_tensor_v2`: a view of a storage [n], inside of it."""
-    if not isinstance(storage, Tensor) or len(size) != len(stride) or len(size) > 64:
-        raise ValueError("a tensor has no storage, or a shape that is broken")
-    count, last = 1, whole(offset)
-    for n, step in zip(size, stride, strict=True):
-        count, last = count * whole(n), last + (n - 1) * whole(step)
-    if count and (last >= len(storage) or count > len(storage)):
-        raise ValueError("a tensor reaches beyond its storage")
-    return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
-
-
-def tensor_of_dtype(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """`torch._utils._rebuild_tensor_v3`: as v2, with the dtype apart from the storage."""
-    if not isinstance(storage, Tensor) or torch.bool in (rest[2], storage.dtype):
-        raise ValueError("a tensor has no storage that holds its dtype")
-    return tensor(storage.view(rest[2]), offset, size, stride)
-
-
-def encoded(text: Any, encoding: Any = "latin1") -> bytes:
-    """`_codecs.encode`: how protocols 0 to 2 write bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes are not written as latin1 text")
-    return text.encode("latin1")
-
-
-def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
-    """`numpy.core.multiarray.scalar`: a Python number."""
-    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
-    if code not in ("b1", "i4", "i8", "u8", "f2", "f4", "f8") or not isinstance(raw, bytes):
-        raise ValueError("a numpy scalar is not a plain number")
-    return np.frombuffer(raw, f"<{code}")[0].item()
-
-
-def first(value: Any, *_rest: Any) -> Any:
-    """The first argument, of what only says its type."""
     return value
 
 

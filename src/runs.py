@@ -4,7 +4,7 @@ Settings as YAML, `metrics.jsonl`, `log.txt`, and checkpoints sealed by a checks
 is written last, so what a run wrote after its newest one is dropped when it goes on.
 
 A sealed file is one line of text (a mark and the SHA-256 of the rest) and what `torch.save` wrote;
-it is read by `torch.load(weights_only=True)`, and only where the checksum holds.
+it is read as inert data (`src.pickles`), and only where the checksum holds.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from src import ranks
 from src.files import append_jsonl, read_jsonl, to_json, write_atomically, write_text
-from src.pickles import BROKEN
+from src.pickles import BROKEN, read_zip
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBERED = re.compile(r"(?![0-9]{8}-[0-9]{6}(?:\.[0-9]+)?-)([0-9]{5,})-")  # not by time
@@ -226,9 +226,10 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     if hashlib.sha256(payload).hexdigest().encode() != head.removeprefix(MARK):
         raise ValueError(f"{path} is damaged: its checksum does not hold")
     try:
-        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        content = read_zip(io.BytesIO(payload), bytearray(payload))
     except BROKEN as error:
-        raise ValueError(f"{path} holds what is not read: {type(error).__name__}") from error
+        what = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise ValueError(f"{path} holds what is not read: {what}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

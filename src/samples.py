@@ -67,8 +67,8 @@ class Samples:
         ValueError where the folder, or a picture in the place of one, is of something else.
         """
         index = self.folder / INDEX
-        told = read_json(index) if index.exists() else {"recipe": plain(self.about)}
-        own = told.get("recipe") if isinstance(told, dict) else None
+        written = read_json(index) if index.exists() else {"recipe": plain(self.about)}
+        own = written.get("recipe") if isinstance(written, dict) else None
         if not isinstance(own, dict) or differing(own, plain(self.about)):
             raise ValueError(f"{index} tells of another recipe than this: choose another --outdir")
         lacking = set()

@@ -7,7 +7,6 @@ network of features is given what decodes a state.
 
 import math
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from src.torchscript import load_script
 from training.student import Distance, squared
 
 Network = Callable[[Tensor], Tensor]
@@ -23,6 +23,7 @@ NAMES = ("l2", "huber", "inception", "features")
 FIT_NAMES = ("l2", "features", "inception", "distribution", "energy", "frechet", "reward")
 """What a fit makes small, and any weighted sum of them."""
 OF_FEATURES = {"features", "inception", "distribution", "energy", "frechet"}
+OF_SETS = ("distribution", "energy", "frechet")
 TERM = re.compile(r"(?:(-?\d+\.?\d*(?:[eE]-?\d+)?|\.\d+) ?\* ?)?([a-z0-9]+)")
 HUBER = 0.00054
 """c / sqrt(numbers of a sample) of the pseudo-Huber distance (Song & Dhariwal, below)."""
@@ -62,20 +63,15 @@ class FeatureDistance:
 def load_network(path: str | Path, device: torch.device) -> Callable[..., Tensor]:
     """A network of features from a TorchScript file, frozen and on its device.
 
-    Raises ValueError naming a file that is missing or is no TorchScript.
+    Raises ValueError naming a file that is missing, is no TorchScript, or asks for files.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no feature network at {path}: give a TorchScript file, --features FILE")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is what such networks are published as
-        try:
-            network = torch.jit.load(path, map_location=device)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no TorchScript file") from error
+    network = load_script(path, device)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return network.eval()
+    return network
 
 
 def distance_named(

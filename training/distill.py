@@ -4,9 +4,12 @@ Shapes: B samples, N intervals, K points, P free numbers, * one latent, x [B, *]
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import index
+from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -36,6 +39,7 @@ from training.teacher import (
     Conditions,
     Model,
     Problem,
+    check_ends,
     check_shape,
     make_problem,
     start_of,
@@ -70,7 +74,8 @@ def distill(
     sigma eps, as x - sigma v of a velocity v, 0.001 to 1). `conditions` makes what it is told as
     `cond`, and with guidance also what "nothing" is. `features` (latents [B, *], to be decoded
     first where a decoder stands behind them -> [B, F]) and `reward` (latents [B, *] and the
-    samples' numbers -> [B], more is better) are for the distances that need them.
+    samples' numbers -> [B], more is better) are for the distances that need them; others leave
+    them alone.
 
     A table is fitted greedily (Gram matrices over positions, no gradient), then refined end to
     end with its levels, and all choices are made on noises of their own. `report("refine",
@@ -109,10 +114,17 @@ def distill(
     return predictor_of(problem, state)
 
 
-def name_of(function: object) -> str:
-    """module:function, as commands call it, or module:class of another callable."""
+def name_of(function: Any) -> str:
+    """module:function, as commands call it, or module:class; a space of features has a name."""
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(getattr(function, "name", None), str):
+        return function.name
+    function = getattr(function, "__func__", function)  # of a method
     named = function if isinstance(function, FunctionType) else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    module = Path(script).stem if script and named.__module__ == "__main__" else named.__module__
+    return f"{module}:{named.__qualname__}"
 
 
 @torch.no_grad()
@@ -186,6 +198,7 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     for what in plan[len(candidates) :]:
         metrics: dict[str, float] = {"trajectories": s.samples or 0}
         if what == "fit":
+            check_ends(ends, model, s)
             table = start_of(student, s) if s.init else greedy(problem)
             theta = student.encode(table, EXACT if s.init else EDGE)
         elif what.startswith(BY):

@@ -241,6 +241,7 @@ STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
 """The principal directions of the teacher's samples that are looked at, of each view."""
+ROUNDING = 30 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,10 @@ class Lens:
                 raise ValueError("the features of the teacher's samples are not finite")
             mean = view.mean(0)
             _, sizes, basis = torch.linalg.svd((view - mean).double(), full_matrices=False)
-            count = max(1, min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum())))
+            # what is not above the rounding of float32 is no direction
+            least = float(view.abs().max()) * ROUNDING * len(view) ** 0.5
+            held = sizes > torch.maximum(1e-6 * sizes[0], sizes.new_tensor(least))
+            count = max(1, min(DIRECTIONS, int(held.sum())))
             spread = (sizes[:count] / max(1, len(view) - 1) ** 0.5).clamp(min=1e-12)
             basis = (basis[:count].T / spread).float()
             bases.append((mean.to(views[0]), basis.to(views[0])))
@@ -366,8 +370,10 @@ def descend(
         return gathered(seen, reduce), total[0] / total[1]
 
     y, error = looks(theta)
-    if not bool(y.isfinite().all() & targets.isfinite().all() & error.isfinite()):
+    if not bool(error.isfinite()):
         raise ValueError("the table to refine gives samples that are not finite")
+    if not bool(y.isfinite().all() & targets.isfinite().all()):
+        raise ValueError("the features or the reward of some samples are not finite")
     widths = tuple(basis.shape[1] for _, basis in lens.bases)
     objective = Objective(terms, widths).started(y, targets, error)
 

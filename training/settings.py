@@ -21,7 +21,7 @@ from solvers.sampler import SOLVERS, make_solver, parse_name
 from solvers.schedules import NO_EXPONENT, one_of
 from src.files import nearest
 from src.options import DTYPES, Number
-from training.distances import FIT_NAMES, NAMES, parse_terms
+from training.distances import FIT_NAMES, NAMES, OF_SETS, parse_terms
 
 METHODS = ("fit", "gradient")
 OBJECTIVES = ("per-step", "final", "end-to-end")
@@ -41,7 +41,7 @@ POSITIVE = Number(0, min_open=True)
 REACH = Number(0, 1)
 TEXT = click.STRING
 FEW_CALLS = 7
-"""Up to so many, a table cannot give the teacher's own images, and looks count; measured."""
+"""Up to so many, looks count: measured at 3 to 5 calls, beyond that as published."""
 FEW_STEPS = 6
 """Below so many grid points, published pixel models learn from the end alone."""
 
@@ -311,7 +311,8 @@ def usual_grid(settings: Settings, flow: bool) -> dict[str, Any]:
         afs = fitting[0]
         num_steps = (s.nfe + afs) // calls + 1
     if s.nfe and s.num_steps not in (None, num_steps):
-        raise ValueError(f"nfe {s.nfe} needs num_steps {num_steps}: give one of them")
+        whose = f"{s.init} has {s.num_steps}" if s.init else "give one of them"
+        raise ValueError(f"nfe {s.nfe} needs num_steps {num_steps}: {whose}")
     several = len(SOLVERS[base].orders) > 1
     return {
         "num_steps": num_steps,
@@ -388,6 +389,9 @@ def check(settings: Settings, flow: bool) -> None:
         f"last_distance {s.last_distance} does nothing in a fit: leave it out": fits
         and s.last_distance != s.distance,
         f"{finer}raise --M, the teacher must be finer": s.every and calls <= student,
+        f"distance {s.distance} compares sets: give 2 samples or more": fits
+        and s.samples == 1
+        and any(name in (s.distance or "") for name in OF_SETS),
     }
     for said, clash in clashes.items():
         if clash:

@@ -204,9 +204,9 @@ def table_of(sampler: Sampler) -> MultistepTable:
     def network(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
         return x - sigma[:, None] * next(slopes)
 
-    states = torch.cat([basis[:1], *sampler.states(Field(network), basis[:1])])
+    path = torch.cat([basis[:1], *sampler.states(Field(network), basis[:1])])
     h = torch.tensor(sampler.sigmas, dtype=torch.float64).diff()
-    steps = states.diff(dim=0)[:, 1:] / h[:, None]
+    steps = path.diff(dim=0)[:, 1:] / h[:, None]
     even = even_table(n, 1, HISTORY)
     assert isinstance(even, MultistepTable)
     b = torch.zeros_like(even.b)

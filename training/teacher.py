@@ -225,6 +225,9 @@ def make_problem(model: Model, settings: Settings) -> Problem:
 
     Raises ValueError where settings, schedule, guidance or network do not fit each other.
     """
+    # what looks at samples may work in place: it is given copies
+    looking_at = {n: on_copies(getattr(model, n)) for n in ("features", "reward")}
+    model = replace(model, **looking_at)
     shape, levels = model.backend.shape, model.backend.levels
     if not shape or min(shape) < 1:
         raise ValueError(f"shape {shape} is of no latent: give its sizes, as (4, 64, 64)")
@@ -268,6 +271,11 @@ def make_problem(model: Model, settings: Settings) -> Problem:
     learned = replace(learned, once=s.method == "gradient")
     check_answer(learned, model, s)
     return Problem(s, model, student, learned, validation, reference, judges)
+
+
+def on_copies(function: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+    """The same function of a copy of its first argument."""
+    return function and (lambda x, *rest: function(x.clone(), *rest))
 
 
 def make_batches(
@@ -324,12 +332,46 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
         check_finite("the network of features", of_answer, (len(x), None))
         if len(x) > 1 and torch.equal(of_noise[0], of_noise[1]):
             raise ValueError("the network of features gives the same for any sample")
+        if settings.method == "gradient":
+            check_gradient(model.features, answer)
     if "reward" in names:
         if model.reward is None:
             raise ValueError(f"distance {settings.distance!r} needs its reward")
         with looking("the reward", answer):
             scores = model.reward(answer, numbers)
         check_finite("the reward", scores, (len(x),))
+
+
+def check_gradient(features: Network, x: Tensor) -> None:
+    """ValueError for features that carry no gradient to the samples."""
+    with torch.enable_grad():
+        seen = features(x.requires_grad_())
+        slope = torch.autograd.grad(seen.sum(), x)[0] if seen.requires_grad else x.new_zeros(1)
+    if not bool(slope.isfinite().all() and slope.any()):
+        raise ValueError("the network of features has no gradient (no_grad?): take --method fit")
+
+
+def check_ends(batches: Batches, model: Model, settings: Settings) -> None:
+    """ValueError for features or a reward that cannot look at the teacher's samples.
+
+    Those are made here and kept for later. Features of one sample are looked at as well.
+    """
+    names = {name for _, name in terms_of(settings)}
+    batch = batches[0]
+    end = batch.targets[-1]
+    if names & OF_FEATURES:
+        assert model.features
+        for part in (end, end[:1]):
+            with looking("the network of features", part):
+                seen = model.features(part)
+            check_finite("the network of features", seen, (len(part), None))
+    if "reward" in names:
+        assert model.reward
+        with looking("the reward", end):
+            scores = model.reward(end, batch.numbers)
+        check_finite("the reward", scores, (len(end),))
+        if names == {"reward"} and len(end) > 1 and bool((scores == scores[0]).all()):
+            raise ValueError("the reward gives the same for every sample: nothing to gain")
 
 
 def check_shape(what: str, answer: object, shape: tuple[int | None, ...]) -> None:
@@ -421,13 +463,13 @@ def make_student(levels: NoiseLevels, settings: Settings) -> Student:
     student = Student(sigmas, form, base, levels.process, bool(s.afs), grid)
     table = start_of(student, s)
     student.holding(table)  # EPD refuses what cannot be its base
-    if s.init and s.method == "gradient":
+    if s.init:
         check_reach(student, table, s)
     return student
 
 
 def check_reach(student: Student, table: Table, settings: Settings) -> None:
-    """ValueError where a gradient's bounded numbers cannot be those of a given table."""
+    """ValueError where bounded numbers cannot be those of a given table."""
     written, _ = replace(student, grid=False).decode(replace(student, grid=False).encode(table))
     (mix, times), (our_mix, our_times) = (
         (t.weight * t.dir_scale if isinstance(t, Directions) else t.weight, t.time_scale)
@@ -437,7 +479,7 @@ def check_reach(student: Student, table: Table, settings: Settings) -> None:
     if off > OFF:
         raise ValueError(
             f"{settings.init} is out of reach of scale_dir {settings.scale_dir} and scale_time "
-            f"{settings.scale_time}, by {off:.2g}: raise them, or give --method fit"
+            f"{settings.scale_time}, by {off:.2g}: raise them, or give --method fit without"
         )
 
 

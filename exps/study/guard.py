@@ -24,6 +24,8 @@ from unittest import mock
 
 import click
 
+from src.files import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 EXPS = ROOT / "exps"
 MIXTURE = ("--model", "mixture-3x4x4", "--seeds", "0-7")
@@ -185,7 +187,7 @@ def main(action: str, path: Path) -> None:
                 results[key] = value
                 click.echo(key, err=True)
     if action == "record":
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(results, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     differing = [name for name in results if results[name] != before.get(name)]

@@ -351,10 +351,10 @@ def test_what_is_for_prompts_alone_does_not_reach_their_negatives() -> None:
     given = {"height": 32, "width": 32, "output_type": "latent", "use_resolution_binning": False}
     lines = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
     parallel(pipe, learned(pipe, "epd"))([f"p{i}" for i in range(len(lines))], **given)
-    assert all(told == lines for prompt, told in seen if prompt != [""])
+    assert all(shown == lines for prompt, shown in seen if prompt != [""])
     seen.clear()
     parallel(pipe, learned(pipe, "epd"), guidance="rows")(TEXT, negative_prompt="bad", **given)
-    assert [bool(told) for prompt, told in seen] == ["bad" not in prompt for prompt, _ in seen]
+    assert [bool(shown) for prompt, shown in seen] == ["bad" not in prompt for prompt, _ in seen]
     pipe = twins.sdxl()
     pipe.set_progress_bar_config(disable=True)
     given = {"negative_prompt": "bad", "clip_skip": 1, "guidance_scale": 5.0, **SIZE}

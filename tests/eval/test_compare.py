@@ -299,9 +299,9 @@ def test_a_file_that_does_not_say_its_features_is_of_the_space_of_its_size(tmp_p
     save_statistics(files[0], replace(statistics_of(seen[0]), about={}))
     save_statistics(files[1], replace(statistics_of(seen[1]), about={"features": CHEAP}))
     for names in ((FREE, CHEAP), (CHEAP, FREE)):
-        found = references_for(tmp_path, names, files, {}, look)
-        assert [r.space.name for r in found] == list(names)
-        assert all(r.statistics for r in found)
+        references = references_for(tmp_path, names, files, {}, look)
+        assert [r.space.name for r in references] == list(names)
+        assert all(r.statistics for r in references)
     save_statistics(
         tmp_path / "more.npz", replace(statistics_of(seen[0]), about={"features": FREE})
     )

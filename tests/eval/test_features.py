@@ -78,6 +78,18 @@ class Other(nn.Module):
         return img.to(torch.float32).mean((2, 3))
 
 
+class Saving(nn.Module):
+    """A network that writes a file."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+        torch.save([img], self.place)
+        return img.to(torch.float32).mean((2, 3))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_nvidias_torchscript_serves_and_another_is_refused(tmp_path: Path) -> None:
     for network in (Script(), Other()):
@@ -87,6 +99,9 @@ def test_nvidias_torchscript_serves_and_another_is_refused(tmp_path: Path) -> No
     assert torch.allclose(features[:, :3], to_bytes(given).float().mean((2, 3)))
     with pytest.raises(ValueError, match="is not the Inception network"):
         load_space("inception", CPU, tmp_path / "Other.pt")(given)
+    torch.jit.save(torch.jit.script(Saving(str(tmp_path / "mark"))), tmp_path / "Saving.pt")
+    with pytest.raises(ValueError, match=r"Saving.pt is refused: its code asks for torch\.save"):
+        load_space("inception", CPU, tmp_path / "Saving.pt")(given)
 
 
 def test_other_files_of_weights_are_refused_and_nothing_runs(tmp_path: Path) -> None:

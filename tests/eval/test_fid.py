@@ -208,6 +208,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.savez(tmp_path / "about.npz", mu=np.zeros(5), sigma=np.eye(5), about=np.array("5"))
     np.savez(tmp_path / "i.npz", mu=np.full(5, 1j), sigma=np.eye(5))
     np.savez(tmp_path / "empty.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(10**7), sigma=np.eye(5))
     sizes = fill(tmp_path / "sizes", 2)
     save_png(sizes / "000003.png", torch.rand(3, 4, 4))
     flat = ["--features", "tests.eval.pictures:unpooled", "--device", "cpu"]
@@ -232,6 +233,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (cheap(*images, tmp_path / "minus.npz"), "its sigma is no covariance"),
         (cheap(*images, tmp_path / "about.npz"), "holds no reference statistics"),
         (cheap(*images, tmp_path / "i.npz"), "holds no reference statistics"),
+        (cheap(*images, tmp_path / "bomb.npz"), "unpacks to far more than it holds"),
         (cheap(*images, a, "--metrics", ""), "--metrics names none"),
         (cheap(*images, a, "--num", 3, "--metrics", "pr"), "pr needs 4 images, not 3: give"),
         (cheap(*images, sizes, "--metrics", "pr"), "sizes has fewer than 4 images"),

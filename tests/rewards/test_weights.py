@@ -178,8 +178,12 @@ def test_the_doctor_says_what_is_found_missing_and_wrong_and_every_place() -> No
     places("imagereward")[0].write_bytes(b"<html>")
     result = CliRunner().invoke(doctor.main)
     lines = {line.split()[0]: line for line in result.output.splitlines() if line[:2] == "  "}
-    states = {name: lines[name].split()[1] for name in WEIGHTS}
-    assert (states["hps"], states["imagereward"], states["clip"]) == ("found", "wrong", "missing")
+    verdicts = {name: lines[name].split()[1] for name in WEIGHTS}
+    assert [verdicts[name] for name in ("hps", "imagereward", "clip")] == [
+        "found",
+        "wrong",
+        "missing",
+    ]
     assert all(str(path) in lines["clip"] for path in places("clip"))
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == f"Error: 1 of {len(WEIGHTS)} are wrong: see above"

@@ -1,5 +1,7 @@
 """Files whole or not at all, JSON of one line's errors, the nearest name."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,20 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
             write_text(place, "")
     with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "b.txt"):
         (tmp_path / "none").read_text()
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_into(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "there.txt")
+    (tmp_path / "there.txt").write_text("old")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "there.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_text(tmp_path / "pipe", "through")
+        assert read.result(10) == "through"
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_json_holds_numbers_alone_and_broken_json_is_one_line_with_its_file(

@@ -10,6 +10,7 @@ import os
 import pickle
 import struct
 import subprocess
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -24,7 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._utils import _rebuild_tensor_v2
 
-from src.pickles import Global, Inert, read_pickle, read_tensors
+from solvers.predictor import load_predictor
+from src.inert import Global, Inert
+from src.pickles import VERSION, read_pickle, read_tensors
 from tests import nvidia
 
 PARAMETERS = {"r_params": [[0.25, -1.5]], "weight_s": [[0.0, 1.0]]}
@@ -312,6 +315,46 @@ def test_a_file_with_wrong_bytes_reads_or_is_refused_in_one_line(
 
 
 # --- what it does read ----------------------------------------------------------------------
+
+
+def nested(depth: int) -> bytes:
+    """A list in which each list holds the one before twice: 2^depth to whoever walks it."""
+    return b"]q\x00" + b"0](h\x00h\x00eq\x00" * depth
+
+
+SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+MODULE = b"ca\nB\n)\x81q\x00}U\x08_modules}("
+MODULE += b"".join(b"U\x04%04dh\x00" % i for i in range(3000)) + b"usb"
+LASTING = {
+    "names compared": stream(MAGIC, VERSION, SYSTEM, None)
+    + b"\x80\x02]("
+    + nested(40) * 2
+    + b"e.",
+    "keys of one hash": b"\x80\x04J\xff\xff\xff\xffq\x00J\xfe\xff\xff\xffq\x01}("
+    + b"".join(
+        b"(" + b"".join(b"h" + bytes([i >> k & 1]) for k in range(14)) + b"tN" for i in range(9999)
+    )
+    + b"u.",
+    "counts of one hash": b"\x80\x04N"
+    + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(20_000))
+    + b".",
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_a_small_file_takes_a_short_time(write: Write, name: str) -> None:
+    """Each of them took minutes, or for ever."""
+    begun = time.process_time()
+    refusal(write(LASTING[name]))
+    assert time.process_time() - begun < 10
+
+
+def test_what_a_small_file_nests_is_neither_walked_nor_printed(write: Write) -> None:
+    bomb = b"\x80\x02}(X\x06\x00\x00\x00format" + nested(40) + b"U\x0eformat_versionK\x01u."
+    with pytest.raises(ValueError, match="format 'list' version '1' is unknown"):
+        load_predictor(write(bomb))
+    with pytest.raises(ValueError, match="modules or tensors within each other"):
+        read_tensors(write(b"\x80\x02" + MODULE + b"."))
 
 
 @pytest.mark.parametrize("protocol", range(6))

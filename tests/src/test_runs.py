@@ -1,8 +1,10 @@
 """Folders of runs, their numbers, sealed checkpoints, and signals."""
 
 import hashlib
+import io
 import os
 import signal
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,20 +57,20 @@ def test_a_run_is_found_as_the_latest_of_its_kind_by_its_folder_and_by_a_checkpo
     run = tmp_path / "00009-epd"
     quiet(run / "checkpoints").save(1, {})
 
-    def found(resume: object = "latest", settings: str = "config.yaml", **more: str) -> str:
+    def name_of(resume: object = "latest", settings: str = "config.yaml", **more: str) -> str:
         return find_run(str(resume), tmp_path, settings=settings, **more).name
 
-    assert found() == "00011-other"
-    assert found(name="epd") == "00010-epd"
-    assert found(checkpoints="checkpoints/*.pt") == "00009-epd"
+    assert name_of() == "00011-other"
+    assert name_of(name="epd") == "00010-epd"
+    assert name_of(checkpoints="checkpoints/*.pt") == "00009-epd"
     for path in (run, run / "checkpoints" / "checkpoint-00000001.pt"):
-        assert found(path) == "00009-epd"
+        assert name_of(path) == "00009-epd"
     with pytest.raises(ValueError, match="no run 'none' in"):
-        found(name="none")
+        name_of(name="none")
     with pytest.raises(ValueError, match="no run and no checkpoint at nowhere"):
-        found("nowhere")
+        name_of("nowhere")
     with pytest.raises(ValueError, match="is no folder of a run"):
-        found(run, "other.yaml")
+        name_of(run, "other.yaml")
 
 
 def test_a_run_that_goes_on_drops_what_it_wrote_after_its_checkpoint(tmp_path: Path) -> None:
@@ -123,6 +125,16 @@ def test_a_hostile_file_with_a_right_checksum_runs_nothing(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="holds what is not read"):
         read_sealed(tmp_path / "c.pt")
     for payload in (b"", b"\x80\x02.", b"PK\x03\x04", b"\x80\x02h\x07."):
+        digest = hashlib.sha256(payload).hexdigest().encode()
+        (tmp_path / "c.pt").write_bytes(b"epd-sealed-1 " + digest + b"\n" + payload)
+        with pytest.raises(ValueError, match="holds what is not read"):
+            read_sealed(tmp_path / "c.pt")
+    deep, wide = b")" + b"\x85" * 10**6, b")q\x00" + b"0h\x00h\x00\x86q\x00" * 80
+    for keys in (deep, wide):  # which crash torch.load, or never end
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}" + keys + b"Ns.")
+        payload = buffer.getvalue()
         digest = hashlib.sha256(payload).hexdigest().encode()
         (tmp_path / "c.pt").write_bytes(b"epd-sealed-1 " + digest + b"\n" + payload)
         with pytest.raises(ValueError, match="holds what is not read"):

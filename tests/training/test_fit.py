@@ -93,10 +93,10 @@ def test_a_fit_beats_its_base_by_k_rows_at_once_without_a_graph_however_it_is_ba
 
 
 def test_scales_are_among_those_given_and_within_their_reach() -> None:
-    def told_wrong(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+    def misled(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         return curved(x, sigma / 1.1, cond)
 
-    batch = replace(data(64, 6), field=Field(told_wrong))
+    batch = replace(data(64, 6), field=Field(misled))
     plain, wide = fit(FREE, [batch]), (0.9, 1.0, 1.1)
     scaled = fit(FREE, [batch], time_scales=wide)
     assert set(scaled.time_scale.flatten().tolist()) <= set(wide)

@@ -222,8 +222,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         layers.append(OmegaConf.create(text))
         for override in overrides:
             where = f"--override {override!r} cannot be read"
-            told = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-            layers.append(OmegaConf.create(at_our_places(told)))
+            layer = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            layers.append(OmegaConf.create(at_our_places(layer)))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(layers[0]):

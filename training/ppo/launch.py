@@ -19,7 +19,6 @@ from tqdm import tqdm
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
-from rewards.fingerprint import content_hash
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
@@ -35,6 +34,7 @@ from training.ppo.config import MULTI, Config, Ppo, check_ranks, load_config, re
 from training.ppo.policy import start_of
 from training.ppo.rollout import Task, check_features, thumbnails
 from training.ppo.trainer import SETTINGS, train
+from training.teacher import fingerprint
 
 CLASSES = ("edm", "analytic")
 """Backends whose prompts are class numbers."""
@@ -98,8 +98,17 @@ def main(
     start = start if resume else None
     try:
         with stop.listening():
-            more = {"resume": start, "until": max_steps, "settings": config, "stop": stop, "say": say}
-            outcome = train(task, ppo, config.logging, folder, **more)
+            outcome = train(
+                task,
+                ppo,
+                config.logging,
+                folder,
+                resume=start,
+                until=max_steps,
+                settings=config,
+                stop=stop,
+                say=say,
+            )
     except Stopped:
         ranks.close()
         sys.exit(stop.exit_status)
@@ -260,7 +269,7 @@ def make_task(
             "model.backend_options.dtype": str(backend.dtype).removeprefix("torch."),
             "model.backend_options.negative_prompt": options.negative_prompt,
             "reward.enable_amp": reward.enable_amp,
-            **{f"the weights of {n}": content_hash(p) for n, p in sorted(files.items())},
+            **{f"the weights of {n}": fingerprint(p)[:16] for n, p in sorted(files.items())},
         },
     )
 

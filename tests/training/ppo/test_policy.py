@@ -249,8 +249,12 @@ def test_rates_outside_of_the_guidance_interval_stay_as_they_are(of: Sampler) ->
 
 @pytest.mark.parametrize("of", [EPD_ONE, MULTISTEP])
 def test_no_rate_is_drawn_below_what_the_model_takes(of: Sampler) -> None:
-    start = start_of(replace(of, guidance_rate=1.5), replace(NONE, train_guidance=True), print, 1.0)
-    tables = [start.table_of(start.draws(torch.full((start.size,), by).double())) for by in (-9, 1)]
+    start = start_of(
+        replace(of, guidance_rate=1.5), replace(NONE, train_guidance=True), print, 1.0
+    )
+    tables = [
+        start.table_of(start.draws(torch.full((start.size,), by).double())) for by in (-9, 1)
+    ]
     least, more = (t.guidance for t in tables)
     assert least is not None
     assert more is not None
