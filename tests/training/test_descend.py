@@ -4,16 +4,20 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from eval.measure import spaces_of
 from solvers.classic import Heun
 from solvers.field import Condition, Field
-from solvers.predictor import save_predictor
+from solvers.predictor import find_predictor, load_predictor, save_predictor
+from solvers.recipe import fitted_on
 from solvers.sampler import Sampler
 from solvers.schedules import polynomial
 from training.api import Settings, distill, sample
@@ -28,6 +32,7 @@ from training.distances import (
     load_network,
     parse_terms,
 )
+from training.distill import name_of
 from training.refine import Linearised, Objective
 
 POINTS = torch.tensor([[1.5, 0.0], [-1.0, 1.2], [-0.8, -1.4]])
@@ -245,3 +250,56 @@ def test_a_network_that_breaks_on_the_way_crashes_nothing(distance: str, calls: 
         table = distill(breaking, "ve", shape=(2,), settings=settings, **more).table
         assert all(bool(t.isfinite().all()) for t in table.tensors())
     assert len(count) > calls
+
+
+def of_waves(x: Tensor, scale: float = 1.0) -> Tensor:
+    return waves(x.mul_(scale))
+
+
+def test_features_that_work_in_place_change_nothing_else() -> None:
+    settings = replace(FEW, distance="l2+features", samples=32, judges=16)
+    tables = [
+        distill(cloud, "ve", shape=(2,), settings=settings, features=features).table
+        for features in (partial(of_waves, scale=0.5), lambda x: waves(x * 0.5))
+    ]
+    for one, other in zip(tables[0].tensors(), tables[1].tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_looks_is_tried_on_the_teachers_samples_before_the_fit() -> None:
+    calls = [0]
+
+    def counted(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
+        calls[0] += 1
+        return cloud(x, sigma, cond)
+
+    settings = replace(FEW, distance="features", samples=32, judges=16, batch=16)
+    for features, reward, words in (
+        (lambda x: waves(x.where(x < 1, math.nan)), None, "features gives numbers that are not"),
+        (lambda x: waves(x).squeeze(), None, "features gives"),
+        (
+            None,
+            lambda x, _n: x[:, 0].where(x[:, 0] < 1, math.nan),
+            "reward gives numbers that are",
+        ),
+        (None, lambda x, _n: x[:, 0] * 0, "the same for every sample"),
+    ):
+        own = replace(settings, distance="features" if features else "reward")
+        calls[0] = 0
+        with pytest.raises(ValueError, match=words):
+            distill(counted, "ve", shape=(2,), settings=own, features=features, reward=reward)
+        assert calls[0] <= 3 * FEW.fine_steps  # of what is kept for later
+    quiet = replace(FEW, method="gradient", distance="features", rounds=None, robust=None)
+    quiet = replace(quiet, positions=Settings.positions, fine_steps=Settings.fine_steps)
+    with pytest.raises(ValueError, match="has no gradient"):
+        distill(cloud, "ve", shape=(2,), settings=quiet, features=torch.no_grad()(waves))
+
+
+def test_what_a_table_was_fitted_on_has_the_name_that_comparisons_use() -> None:
+    space = SimpleNamespace(name="fashion-judge", network=waves)
+    for function in (waves, partial(waves), partial(partial(waves))):
+        assert name_of(function) == f"{__name__}:waves"
+    assert name_of(space) == "fashion-judge"
+    published = load_predictor(find_predictor("cifar10-5nfe")).recipe.training
+    assert fitted_on(published) == ["inception"]
+    assert spaces_of(["/x/nvidia-Inception.pt"]) == ("inception",)
