@@ -62,6 +62,7 @@ class OneCall:
 
     @property
     def config(self) -> Any:
+        """The config of the pipeline's own scheduler."""
         return self.like.config
 
     def set_timesteps(

@@ -77,14 +77,17 @@ class VPPrecond:
     epsilon_t: float = 1e-5
 
     def sigma(self, t: float) -> float:
+        """The level at a time in [0, 1]."""
         return sqrt(exp(self.beta_d * t**2 / 2 + self.beta_min * t) - 1)
 
     @property
     def sigma_min(self) -> float:
+        """The level at epsilon_t, the least time."""
         return self.sigma(self.epsilon_t)
 
     @property
     def sigma_max(self) -> float:
+        """The level at time 1."""
         return self.sigma(1.0)
 
     def __call__(self, sigma: Tensor) -> Scaling:

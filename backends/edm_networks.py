@@ -50,10 +50,12 @@ class UNetConfig:
 
     @property
     def is_song(self) -> bool:
+        """Whether it is of Song et al.'s kind (DDPM++, NCSN++), not of Dhariwal & Nichol's."""
         return self.model_type == "SongUNet"
 
     @property
     def emb_channels(self) -> int:
+        """The width of the embedding of levels and classes."""
         return self.model_channels * self.channel_mult_emb
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from solvers.field import Condition
-from src.ranks import all_reduce_sum, of_each_rank
+from src.ranks import all_reduce_sum, of_each_rank, world_size
 from training.distances import Network, energy, frechet
 from training.gram import gram
 from training.student import (
@@ -241,6 +241,8 @@ STEPS = 60
 """Of the inner search, which asks no network."""
 DIRECTIONS = 64
 """The principal directions of the teacher's samples that are looked at, of each view."""
+ENOUGH = 1024
+"""Samples to find these directions in; of more, memory and time would have no bound."""
 ROUNDING = 30 * torch.finfo(torch.float32).eps
 
 
@@ -262,9 +264,13 @@ class Lens:
         return [v.flatten(1).float() for v in (self.features(x), x)] if self.features else []
 
     def on(self, batches: Sequence[Trajectories], reduce: Reduce) -> "Lens":
-        """The lens with the directions of the teacher's ends in these batches, of all ranks."""
-        parts = [self.views(batch.targets[-1]) for batch in batches]
-        bases = []
+        """The lens with the directions of the teacher's ends in the first of these batches."""
+        parts, samples, bases = [], 0, []
+        for batch in batches:
+            parts.append(self.views(batch.targets[-1]))
+            samples += len(batch.x) * world_size()
+            if samples >= ENOUGH:
+                break
         for views in zip(*parts, strict=True):
             view = gathered(views, reduce)
             if not bool(view.isfinite().all()):

@@ -49,10 +49,12 @@ class TimeScales:
         return reach.isinf(), reach.nan_to_num(posinf=1.0)
 
     def encode(self, scale: Tensor) -> Tensor:
+        """Time scales [N, K] as unbounded numbers."""
         free, reach = self.reaches(scale)
         return torch.where(free, scale.log(), around_one_raw(scale, reach))
 
     def decode(self, raw: Tensor) -> Tensor:
+        """Unbounded numbers [N, K] as time scales."""
         free, reach = self.reaches(raw)
         return torch.where(free, raw.exp(), around_one(raw, reach))
 
@@ -73,6 +75,7 @@ class EPDForm:
     fcn: bool = False
 
     def encode(self, table: Any, edge: float = EDGE) -> Tensor:
+        """A table as free numbers [P], its positions at least `edge` away from 0 and 1."""
         r, weight, time_scale, dir_scale = (t.detach().double().cpu() for t in table.tensors())
         free = self.scale_dir is None
         mix = weight * dir_scale if free else weight.clamp(min=LEAST_WEIGHT).log()
@@ -82,6 +85,7 @@ class EPDForm:
         return torch.cat([part.flatten() for part in parts])
 
     def decode(self, theta: Tensor) -> Directions:
+        """The table of free numbers [P]."""
         r, mix, *scales = theta.reshape(-1, self.intervals, self.points)
         one = torch.ones_like(r)
         time_scale = self.time.decode(scales.pop(0)) if self.time.learned else one
@@ -120,12 +124,14 @@ class MultistepForm:
         return there & calling[:, :1], calling, there
 
     def encode(self, table: Any, edge: float = EDGE) -> Tensor:
+        """A table as free numbers [P], its positions at least `edge` away from 0 and 1."""
         a, r, weight, b, scale = (t.detach().double().cpu() for t in table.tensors())
         in_a, points, in_b = self.used
         time = [self.time.encode(scale)[points]] if self.time.learned else []
         return torch.cat([a[in_a], logit(r, edge)[points], weight[points], b[in_b], *time])
 
     def decode(self, theta: Tensor) -> MultistepTable:
+        """The table of free numbers [P]."""
         in_a, points, in_b = self.used
         order = [in_a, points, points, in_b, *([points] if self.time.learned else [])]
         parts = theta.split([int(mask.sum()) for mask in order])
