@@ -69,7 +69,7 @@ def parallel(
     points = points or ("sequence" if reason else "rows")
     if guidance not in ("pipeline", "rows"):
         raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
-    embeds = families.network_of(pipe).config.get("guidance_embeds")
+    embeds = embedded and families.network_of(pipe).config.get("guidance_embeds")
     if embedded and (getattr(pipe, "controlnet", None) or not embeds):
         raise ValueError("the predictor guides by itself: this pipeline's networks cannot be told")
     if guides and not embedded and guidance == "pipeline":
