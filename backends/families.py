@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from backends.parametrization import parametrization_of
+from solvers.recipe import Recipe
 
 STACKED = (
     *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3"),
@@ -82,7 +83,12 @@ UNSERVED = {
     "StableDiffusionAttendAndExcite": "it asks its network about x that nobody has scaled",
     "UniDiffuser": "it guides away from noise that it draws in every call",
     "KandinskyImg2Img": "it noises its picture by levels of its own",
+    "StableDiffusionLatentUpscale": "it scales x by levels of its own",
 }
+BACKENDS = {"ldm": ("StableDiffusion", "LDM"), "sd3": ("StableDiffusion3",), "flux": ("Flux",)}
+"""The families of pipelines of our own backends."""
+ROOTS = ("AnimateDiff", "CogVideoX", "HunyuanDiT", "Kandinsky5", "KandinskyV22", "PRX")
+"""More names that variants of a family begin with."""
 EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""
 RESCALING = ("QwenImage", "Lumina2", "NucleusMoEImage")
@@ -151,6 +157,25 @@ def family_of(pipe: Any) -> str:
     return (names | OTHERS).get(name, name)
 
 
+def check_family(pipe: Any, recipe: Recipe) -> None:
+    """ValueError where a predictor was learned for another family than the pipeline's."""
+    backend = recipe.backend
+    names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__.endswith("Pipeline")]
+    wanted = BACKENDS.get(backend, (backend.removesuffix("Pipeline"),))
+    if backend not in BACKENDS and not backend.endswith("Pipeline"):
+        return  # it names no family of pipelines
+    there = {root_of(name.removesuffix("Pipeline")) for name in (type(pipe).__name__, *names)}
+    if there.isdisjoint(map(root_of, wanted)):
+        said = f"the predictor is for {backend} ({recipe.dataset_name}), not {type(pipe).__name__}"
+        raise ValueError(f"{said}: give any_family=True to try it")
+
+
+def root_of(name: str) -> str:
+    """The longest family that a pipeline's name begins with: "Flux" of FluxInpaint."""
+    begins = [family for family in (*STACKED, *APART, *ROOTS) if name.startswith(family)]
+    return max(begins, key=len, default=OTHERS.get(name, name))
+
+
 def check_served(pipe: Any) -> None:
     """ValueError, with the reason, for a pipeline that no scheduler of ours can lead."""
     name, parts = type(pipe).__name__, pipe.components
@@ -193,13 +218,14 @@ def preparer(pipe: Any) -> str | None:
 
 
 def scales(pipe: Any) -> bool:
-    """Whether a pipeline asks its scheduler to scale what its network sees.
+    """Whether a pipeline asks its scheduler how to scale x: what its network sees, and its noise.
 
     In its call or elsewhere in its classes: one's own may wrap a call, or loop in a method.
     """
     parts = (part for kind in type(pipe).__mro__ for part in vars(kind).values())
     functions = filter(inspect.isfunction, map(inspect.unwrap, filter(callable, parts)))
-    return any("scale_model_input" in function.__code__.co_names for function in functions)
+    names = {name for function in functions for name in function.__code__.co_names}
+    return "scale_model_input" in names and bool(names & {"init_noise_sigma", "add_noise"})
 
 
 def one_time(pipe: Any) -> str | None:

@@ -3,9 +3,8 @@
     fast = parallel(pipe, "sd3-512-best")
     image = fast("a red fox", height=512, width=512, guidance_scale=4.5).images[0]
 
-Points are rows of the batch: the pipeline is asked for K images instead of each, and its
-scheduler tells every row a level of its own. Where the K rows are the same (the slope at the
-start of a step) the network is run on one of them.
+Points are rows of the batch: the pipeline is asked for K images instead of each, its scheduler
+tells every row a level of its own. Where the K rows are the same the network is run on one.
 """
 
 import inspect
@@ -45,6 +44,7 @@ def parallel(
     points: str | None = None,
     guidance: str | None = None,
     mesh: DeviceMesh | None = None,
+    any_family: bool = False,
 ) -> "Parallel":
     """A stock pipeline with a predictor, called like the pipeline with the pipeline's arguments.
 
@@ -54,16 +54,17 @@ def parallel(
     by itself; a network that is told its guidance (FLUX.1) is told the table's. With a `mesh`
     the ranks of its dimension `points` share the rows of each call: each calls this, and what it
     gives, with the same arguments. Raises ValueError, with the reason, for what the pipeline
-    cannot do.
+    cannot do, and for a predictor of another family without `any_family`.
     """
     families.check_served(pipe)
     learned = opened(predictor)
+    for one in learned if not any_family else ():
+        families.check_family(pipe, one.recipe)
     guides = any(p.table.guidance is not None for p in learned)
     family = families.family_of(pipe)
     embedded = guides and family in families.EMBEDDED
     guidance = guidance or ("rows" if guides and not embedded else "pipeline")
-    reason = families.one_time(pipe)
-    if points == "rows" and reason:
+    if (reason := families.one_time(pipe)) and points == "rows":
         raise ValueError(f"{type(pipe).__name__} cannot take points as rows ({reason}): "
                          'use points="sequence"')  # fmt: skip
     points = points or ("sequence" if reason else "rows")
@@ -127,7 +128,8 @@ class Parallel:
         name, rate = families.guidance_name(self.pipe), None
         scale = 1.0 if name is None else given.get(name, defaults[name])
         if self.rows_of_guidance:
-            rate = scale + 1 if families.family_of(self.pipe) in families.FROM_ZERO else scale
+            from_zero = families.family_of(self.pipe) in families.FROM_ZERO
+            rate = max(1.0, scale + from_zero)  # pipelines take what is below for none
             given |= decoding(self.pipe, given, images_of(given, defaults))
             given |= with_negatives(self.pipe, given)
             scale = 0.0
@@ -236,8 +238,7 @@ def prompts_of(given: dict[str, Any]) -> int:
 
 def images_of(given: dict[str, Any], names: Any) -> int:
     """For how many rows a call asks."""
-    count = next((name for name in COUNTS if name in names), None)
-    return prompts_of(given) * (given.get(count, 1) if count else 1)
+    return prompts_of(given) * next((given.get(name, 1) for name in COUNTS if name in names), 1)
 
 
 def per_image(

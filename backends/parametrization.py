@@ -150,8 +150,9 @@ def parametrization_of(like: Any) -> Parametrization:
     if flow:
         inverted = config.get("invert_sigmas", False)
         return Parametrization(FLOW, "flow", steps, inverted=inverted, threshold=threshold)
-    if config.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(f"{name} with timestep_type={config['timestep_type']} is not served")
+    for key, usual in (("timestep_type", "discrete"), ("interpolation_type", "linear")):
+        if config.get(key, usual) != usual:
+            raise ValueError(f"{name} with {key}={config[key]} is not served")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None
     table, prediction = vp.table_of(config), vp.prediction_of(config)
     return Parametrization(VE, prediction, steps, table, clip=clip, threshold=threshold)

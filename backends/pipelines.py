@@ -189,6 +189,8 @@ def from_folder(
             pickles.read_pickle(file)  # inert: what it lets through does torch's reader no harm
         halves = any(names and all(".fp16" in file.name for file in names) for names in files)
         half = "fp16" if halves else None
+    import backends.scheduler  # noqa: F401, PLC0415 (saved pipelines may have ours)
+
     kind = getattr(diffusers, index["_class_name"])
     try:
         return kind.from_pretrained(name, dtype=dtype, variant=half, **{**absent, **parts})

@@ -8,6 +8,7 @@ in one call (`backends.parallel`). `EPDScheduler.from_solver("unipc-2", like=pip
 any solver of ours on the levels of the pipeline's own scheduler.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.last_scale = 1.0
         self.prepares = False  # whether `prepare` will be called
         self.preparing = False  # whether the pipeline is at that which it hands `prepare`
+        self.noised = False  # whether x begins as an image with noise, by `add_noise`
         self.plain = False  # whether the pipeline hands its network x as it gets it
         self.scaled = False  # whether it has asked for what its network sees
         self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave
@@ -150,14 +152,23 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:
         """The scheduler of a config; of another's, with `solver` or `predictors`, one like it.
 
-        Raises ValueError for another's that does not say whose it is.
+        More arguments change the config of the pipeline's own scheduler (shift=5.0). Raises
+        ValueError for another's that does not say whose it is, and for what it does not know.
         """
         config = args[0] if args else kwargs.get("config")
+        own = {*inspect.signature(cls.__init__).parameters, "config", "return_unused_kwargs"}
+        changes = {n: kwargs.pop(n) for n in [*kwargs] if n not in own and n[:1] != "_"}
         if isinstance(config, dict) and not {"like_class", "solver"} & config.keys():
             if (name := config.get("_class_name")) is None:
                 raise ValueError("this config has no _class_name: use from_solver or "
                                  "from_predictor with like=pipe.scheduler")  # fmt: skip
             kwargs = {"like_class": name, "like_config": dict(config), **kwargs}
+        if changes:
+            of = {**(config if isinstance(config, dict) else {}), **kwargs}
+            made_by = getattr(library, str(of.get("like_class")), cls)
+            for unknown in changes.keys() - inspect.signature(made_by.__init__).parameters.keys():
+                raise ValueError(f"{made_by.__name__} has no {unknown}: leave it out")
+            kwargs["like_config"] = {**(of.get("like_config") or {}), **changes}
         return super().from_config(*args, **kwargs)
 
     # --- what pipelines ask for -----------------------------------------------------------
@@ -204,7 +215,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor([*shown[:, 0].tolist(), sampler.sigmas[-1]])
         # pipelines that hand over sigmas or timesteps count ours from then on
         self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
-        self.under_way, self.located, self.scaled = run, False, False
+        self.under_way, self.located, self.scaled, self.noised = run, False, False, False
         self.noise_sigma *= self.shown
         self.place()
 
@@ -225,6 +236,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network sees of a pipeline's rows."""
+        if self.plain:
+            return sample
         self.locate(timestep)
         self.scaled = True
         return self.running.seen(sample)
@@ -237,11 +250,16 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         generator: Any = None,
         per_token_timesteps: Tensor | None = None,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The next place that the network is asked at, or, after the last call, the image.
 
-        Raises ValueError for tokens at times of their own, but for those that stay, at 0.
+        Raises ValueError for tokens at times of their own, but for those that stay, at 0, and for
+        an eta above 0, as no step draws noise. What is clipped is clipped by the model's config.
         """
+        if eta:
+            raise ValueError(f"eta {eta}: the steps draw no noise, leave it out")
         if per_token_timesteps is not None:
             times = torch.as_tensor(timestep).to(per_token_timesteps)
             moving = (per_token_timesteps - times).abs() <= TIMES_APART
@@ -277,7 +295,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
         Raises ValueError before `set_timesteps` where it hangs on the number of steps.
         """
-        if self.noise_sigma is None and self.model.table is None:
+        if self.noised or (self.noise_sigma is None and self.model.table is None):
             return 1.0
         if self.noise_sigma is None:
             if len(self.learned) != 1:
@@ -309,6 +327,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """x at the level of the next call, whatever `timesteps`, from an image to keep."""
         self.locate(timesteps)
+        self.noised = True
         levels = self.running.level()
         rows = noise.new_tensor(levels if len(noise) % len(levels) == 0 else levels[:1])
         x = self.running.model.noised(original, noise, rows.repeat(len(noise) // len(rows)))
@@ -399,8 +418,13 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
     elif recipe.sigmas is None:
         kinds, dynamic = ("one shift", "a dynamic shift"), recipe.flowmatch_mu is not None
         theirs = bool(heeded(like).get("use_dynamic_shifting"))
+        published = dynamic and recipe.backend in FLOW_BACKENDS
         if theirs != dynamic and recipe.backend in FLOW_BACKENDS:
             reason = f"was learned with {kinds[dynamic]}, and {name} has {kinds[theirs]}"
+        elif published and heeded(like).get("time_shift_type") == "linear":
+            reason = f"was learned with an exponential shift, and {name} has a linear one"
+        elif published and heeded(like).get("shift_terminal"):
+            reason = f"was learned without shift_terminal, and {name} has one"
         elif recipe.sigma_min is not None and not math.isclose(
             recipe.sigma_min, end, rel_tol=0.01
         ):

@@ -375,6 +375,9 @@ UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
         ), "x that nobody has scaled",
     ),
     "UniDiffuser": (unidiffuser, "from noise that it draws in every call"),
+    "a larger latent": (
+        partial(bare, "StableDiffusionLatentUpscale", "EulerDiscrete"), "scales x by levels of its"
+    ),
     "Kandinsky 2.1 from an image": (
         partial(bare, "KandinskyImg2Img", "DDIM"), "noises its picture by levels of its own"
     ),

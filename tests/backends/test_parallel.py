@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from backends import families
@@ -104,6 +105,58 @@ def test_what_the_rows_of_a_call_cannot_take_is_refused() -> None:
     pipe.register_to_config(requires_aesthetics_score=True)
     with pytest.raises(ValueError, match="an aesthetic score of their own"):
         parallel(pipe, learned(pipe, "epd"), guidance="rows")
+
+
+def test_a_predictor_of_another_family_is_refused_unless_told() -> None:
+    pipe = quiet(twins.sdxl())
+    for name in ("sd15-best", "lsun-bedroom-5nfe"):
+        with pytest.raises(ValueError, match="is for ldm .*give any_family=True"):
+            parallel(pipe, name)
+    parallel(pipe, "sd15-best", any_family=True)
+    inpaint = of("StableDiffusionInpaintPipeline", "sd", requires_safety_checker=False)()
+    parallel(inpaint, "sd15-best")
+    with pytest.raises(ValueError, match="learned with an exponential shift"):
+        parallel(twin("cogview4"), "flux-best", any_family=True)
+
+
+def test_a_video_that_is_noised_and_then_scaled_begins_at_its_own_noise() -> None:
+    pipe = quiet(of("CogVideoXVideoToVideoPipeline", "cogvideox")())
+    video = [Image.fromarray((torch.rand(64, 64, 3) * 255).byte().numpy())] * 5
+    given = {**SIZE, "video": video, "prompt": TEXT, "strength": 0.8, "output_type": "latent"}
+    given |= {"num_inference_steps": 10, "guidance_scale": 3.0}
+    theirs = pipe(**given, generator=torch.Generator().manual_seed(3))[0]
+    pipe.scheduler = EPDScheduler.from_solver("dpmpp-2", like=pipe.scheduler)
+    assert close(pipe(**given, generator=torch.Generator().manual_seed(3))[0], theirs, 1e-4)
+
+
+def test_a_pipeline_that_never_scales_its_noise_is_served_as_it_is() -> None:
+    kind = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8}
+    network = diffusers.DiTTransformer2DModel(
+        **kind, num_layers=1, sample_size=8, num_embeds_ada_norm=10
+    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = quiet(diffusers.DiTPipeline(network, twins.vae(), scheduler))
+    given = {"class_labels": [1], "output_type": "np", "guidance_scale": 1.0}
+    steps = {"num_inference_steps": 12}
+    theirs = pipe(**given, **steps, generator=drawn(3)[0])[0]
+    one = learned(pipe, "epd", n=6)
+    even = replace(one.table, r=one.table.r * 0 + 0.5, weight=one.table.weight * 0 + 0.5)
+    fast = parallel(pipe, replace(one, table=even), points="sequence")
+    assert abs(fast(**given, generator=drawn(3)[0])[0] - theirs).mean() < 0.05
+
+
+def test_more_arguments_of_a_config_change_the_pipelines_own() -> None:
+    like = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    changed = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **like.config}
+    ours = EPDScheduler.from_config(config, solver="euler", shift=5.0)
+    again = EPDScheduler.from_config(EPDScheduler.from_solver("euler", like).config, shift=5.0)
+    changed.set_timesteps(5)
+    for scheduler in (ours, again):
+        scheduler.set_timesteps(5)
+        assert close(scheduler.sigmas[:-1], changed.sigmas[:-1])
+    with pytest.raises(ValueError, match="has no shfit"):
+        EPDScheduler.from_config(config, solver="euler", shfit=5.0)
 
 
 def test_latent_diffusion_follows_the_scheduler_that_is_there() -> None:
