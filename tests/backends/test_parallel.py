@@ -110,7 +110,7 @@ def test_what_the_rows_of_a_call_cannot_take_is_refused() -> None:
 def test_a_predictor_of_another_family_is_refused_unless_told() -> None:
     pipe = quiet(twins.sdxl())
     for name in ("sd15-best", "lsun-bedroom-5nfe"):
-        with pytest.raises(ValueError, match="is for ldm .*give any_family=True"):
+        with pytest.raises(ValueError, match=r"is for ldm .*give any_family=True"):
             parallel(pipe, name)
     parallel(pipe, "sd15-best", any_family=True)
     inpaint = of("StableDiffusionInpaintPipeline", "sd", requires_safety_checker=False)()
@@ -136,13 +136,12 @@ def test_a_pipeline_that_never_scales_its_noise_is_served_as_it_is() -> None:
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     pipe = quiet(diffusers.DiTPipeline(network, twins.vae(), scheduler))
-    given = {"class_labels": [1], "output_type": "np", "guidance_scale": 1.0}
-    steps = {"num_inference_steps": 12}
-    theirs = pipe(**given, **steps, generator=drawn(3)[0])[0]
-    one = learned(pipe, "epd", n=6)
-    even = replace(one.table, r=one.table.r * 0 + 0.5, weight=one.table.weight * 0 + 0.5)
-    fast = parallel(pipe, replace(one, table=even), points="sequence")
-    assert abs(fast(**given, generator=drawn(3)[0])[0] - theirs).mean() < 0.05
+    given = {"class_labels": [1], "output_type": "np", "num_inference_steps": 6}
+    theirs = pipe(**given, generator=drawn(3)[0])[0]
+    assert not families.scales(pipe)
+    pipe.scheduler = EPDScheduler.from_solver("euler", like=scheduler)
+    pipe.scheduler.plain = True  # as `parallel` sets it
+    assert close(*map(torch.from_numpy, (pipe(**given, generator=drawn(3)[0])[0], theirs)))
 
 
 def test_more_arguments_of_a_config_change_the_pipelines_own() -> None:
