@@ -132,7 +132,7 @@ def test_a_video_that_is_noised_and_then_scaled_begins_at_its_own_noise() -> Non
 def test_a_pipeline_that_never_scales_its_noise_is_served_as_it_is() -> None:
     kind = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8}
     network = diffusers.DiTTransformer2DModel(
-        **kind, num_layers=1, sample_size=8, num_embeds_ada_norm=10
+        **kind, num_layers=1, sample_size=8, num_embeds_ada_norm=1000
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     pipe = quiet(diffusers.DiTPipeline(network, twins.vae(), scheduler))
