@@ -58,8 +58,6 @@ def parallel(
     """
     families.check_served(pipe)
     learned = opened(predictor)
-    for one in learned if not any_family else ():
-        families.check_family(pipe, one.recipe)
     guides = any(p.table.guidance is not None for p in learned)
     family = families.family_of(pipe)
     embedded = guides and family in families.EMBEDDED
@@ -91,6 +89,8 @@ def parallel(
         for why in (why for why, holds in refused.items() if holds):
             raise ValueError(f"{type(pipe).__name__} cannot take guidance as rows: {why}")
     EPDScheduler.from_predictor(learned, like=pipe.scheduler)
+    for one in learned if not any_family else ():
+        families.check_family(pipe, one.recipe)
     return Parallel(pipe, tuple(learned), CachedPrompts(pipe), points, guidance == "rows", mesh)
 
 

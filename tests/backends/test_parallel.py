@@ -135,7 +135,7 @@ def test_a_pipeline_that_never_scales_its_noise_is_served_as_it_is() -> None:
         **kind, num_layers=1, sample_size=8, num_embeds_ada_norm=1000
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    pipe = quiet(diffusers.DiTPipeline(network, twins.vae(), scheduler))
+    pipe = quiet(diffusers.DiTPipeline(network.eval(), twins.vae(), scheduler))
     given = {"class_labels": [1], "output_type": "np", "num_inference_steps": 6}
     theirs = pipe(**given, generator=drawn(3)[0])[0]
     assert not families.scales(pipe)
