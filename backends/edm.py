@@ -25,7 +25,7 @@ from solvers.field import Condition
 from solvers.process import VE
 from solvers.schedules import NoiseLevels
 from src.files import from_json, write_atomically, write_json
-from src.inert import Inert, quoted
+from src.inert import Inert, shown
 from src.options import OneLineGroup
 from src.pickles import module_tensors, read_pickle
 from src.seeds import randint
@@ -247,9 +247,9 @@ def build_edm(precond: str, arguments: Mapping[str, Any]) -> EDMNetwork:
     scalars = {k: v for k, v in arguments.items() if k in own}
     for name, value in scalars.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ValueError(f"{name} must be a number from 0, not {quoted(value)}")
+            raise ValueError(f"{name} must be a number from 0, not {shown(value)}")
     if not isinstance(arguments.get("use_fp16", False), bool):
-        raise ValueError(f"use_fp16 must be true or false, not {quoted(arguments['use_fp16'])}")
+        raise ValueError(f"use_fp16 must be true or false, not {shown(arguments['use_fp16'])}")
     arguments = {
         "label_dim": 0,
         "model_type": "DhariwalUNet" if class_name == "EDMPrecond" else "SongUNet",

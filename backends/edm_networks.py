@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.inert import quoted
+from src.inert import shown
 
 MOST_PARTS, LARGEST = 32, 1 << 16
 """Of a list, and of blocks at a resolution; of a number. A config is read before its weights."""
@@ -394,7 +394,7 @@ def build_unet(model_type: str, arguments: Mapping[str, Any]) -> UNet:
     for name in names:
         reason = wanted(name, getattr(config, name))
         if reason:
-            raise ValueError(f"{name} must be {reason}, not {quoted(getattr(config, name))}")
+            raise ValueError(f"{name} must be {reason}, not {shown(getattr(config, name))}")
     halvings = len(config.channel_mult) - 1
     if config.img_resolution % 2**halvings:
         raise ValueError(

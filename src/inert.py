@@ -40,6 +40,15 @@ def quoted(value: object, length: int = 160) -> str:
     return text[:length].encode("unicode_escape").decode("ascii")[:length]
 
 
+def shown(value: object) -> str:
+    """A file's plain value, or a short tuple of some, as Python writes it; else its kind."""
+    plain = (str, int, float, type(None))
+    short = (
+        isinstance(value, tuple) and len(value) < 10 and all(isinstance(v, plain) for v in value)
+    )
+    return repr(value)[:160] if short or isinstance(value, plain) else type(value).__name__
+
+
 def whole(value: Any) -> int:
     """A count: an int, not negative."""
     if type(value) is not int or value < 0:

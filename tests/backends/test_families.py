@@ -22,10 +22,12 @@ from backends.lending import COUNTS
 from backends.parallel import parallel
 from backends.parametrization import parametrization_of
 from backends.scheduler import EPDScheduler
+from solvers.classic import Euler
 from solvers.epd import Directions, MultistepTable
 from solvers.field import Field
 from solvers.predictor import Predictor
 from solvers.recipe import Recipe
+from solvers.sampler import Sampler
 from tests import twins
 
 diffusers = twins.diffusers
@@ -392,6 +394,13 @@ def test_what_cannot_be_served_says_why_in_one_line(name: str) -> None:
         with pytest.raises(ValueError, match=reason) as error:
             ask()
         assert "\n" not in str(error.value)
+
+
+def test_a_rate_below_1_among_others_is_refused() -> None:
+    backend = any_backend(twin("sdxl"), CPU, SMALL)
+    sampler = Sampler(Euler(), (80.0, 10.0, 1.0, 0.1), rates=(4.0, 0.5, 4.0))
+    with pytest.raises(ValueError, match=r"guidance_rate 0\.5: this pipeline has 1"):
+        backend.check_rates(sampler.extreme_rates, backend.encode([TEXT]))
 
 
 @pytest.mark.parametrize(("name", "rate"), [("kandinsky3", 2.0), ("cosmos25", 1.5)])
