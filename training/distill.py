@@ -198,7 +198,7 @@ def learn_by_fit(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     for what in plan[len(candidates) :]:
         metrics: dict[str, float] = {"trajectories": s.samples or 0}
         if what == "fit":
-            check_ends(ends, model, s)
+            check_ends(ends, problem.judges, model, s)
             table = start_of(student, s) if s.init else greedy(problem)
             theta = student.encode(table, EXACT if s.init else EDGE)
         elif what.startswith(BY):

@@ -351,17 +351,17 @@ def check_gradient(features: Network, x: Tensor) -> None:
         raise ValueError("the network of features has no gradient (no_grad?): take --method fit")
 
 
-def check_ends(batches: Batches, model: Model, settings: Settings) -> None:
+def check_ends(batches: Batches, judges: Batches, model: Model, settings: Settings) -> None:
     """ValueError for features or a reward that cannot look at the teacher's samples.
 
-    Those are made here and kept for later. Features of one sample are looked at as well.
+    Those are made here and kept for later. One sample is looked at alone where a batch has one.
     """
     names = {name for _, name in terms_of(settings)}
-    batch = batches[0]
+    batch, alone = batches[0], 1 in {len(part) for part in (*batches.parts, *judges.parts)}
     end = batch.targets[-1]
     if names & OF_FEATURES:
         assert model.features
-        for part in (end, end[:1]):
+        for part in (end, end[:1])[: 1 + alone]:
             with looking("the network of features", part):
                 seen = model.features(part)
             check_finite("the network of features", seen, (len(part), None))

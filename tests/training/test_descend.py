@@ -273,7 +273,7 @@ def test_what_looks_is_tried_on_the_teachers_samples_before_the_fit() -> None:
         calls[0] += 1
         return cloud(x, sigma, cond)
 
-    settings = replace(FEW, distance="features", samples=32, judges=16, batch=16)
+    settings = replace(FEW, distance="features", samples=32, judges=17, batch=16)
     for features, reward, words in (
         (lambda x: waves(x.where(x < 1, math.nan)), None, "features gives numbers that are not"),
         (lambda x: waves(x).squeeze(), None, "features gives"),
