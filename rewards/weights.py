@@ -218,8 +218,9 @@ def hint(name: str) -> str:
     weight = lookup(name)
     tried = [str(path) for path in places(name)] + (["the hub's cache"] if weight.repo else [])
     return (
-        f"{name}: {weight.about}: {origin(name)}, or say where it is by {variable(name)}, or "
-        f"--weights {name}=PATH where a command has that (not at {', '.join(tried)})"
+        f"{name}: {weight.about}: {origin(name)}, or say where it is by "
+        f"--weights {name}=PATH, where a command has that, or {variable(name)} "
+        f"(not at {', '.join(tried)})"
     )
 
 

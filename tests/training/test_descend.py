@@ -288,7 +288,7 @@ def test_what_looks_is_tried_on_the_teachers_samples_before_the_fit() -> None:
         calls[0] = 0
         with pytest.raises(ValueError, match=words):
             distill(counted, "ve", shape=(2,), settings=own, features=features, reward=reward)
-        assert calls[0] <= 3 * FEW.fine_steps  # of what is kept for later
+        assert calls[0] <= 51  # of what is kept for later
     quiet = replace(FEW, method="gradient", distance="features", rounds=None, robust=None)
     quiet = replace(quiet, positions=Settings.positions, fine_steps=Settings.fine_steps)
     with pytest.raises(ValueError, match="has no gradient"):
