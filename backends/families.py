@@ -4,7 +4,8 @@ All else is the same for every family, and left to the pipeline's own code.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -244,7 +245,14 @@ def one_time(pipe: Any) -> str | None:
 
 def parameters_of(pipe: Any) -> dict[str, Any]:
     """The names of the arguments of a pipeline's call, and their defaults."""
-    return {n: p.default for n, p in inspect.signature(pipe.__call__).parameters.items()}
+    return defaults_of(type(pipe).__call__)
+
+
+@cache
+def defaults_of(call: Callable[..., Any]) -> dict[str, Any]:
+    """The same of a class's call; asked for several times in each of a pipeline's."""
+    names = list(inspect.signature(call).parameters.items())[1:]  # without self
+    return {name: parameter.default for name, parameter in names}
 
 
 def guides(pipe: Any) -> bool:
