@@ -7,7 +7,6 @@ A stopped run goes on where it was.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from src.files import write_atomically
+from src.files import copy_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("--total_kimg", "0.064", "--batch", "32")
@@ -27,12 +26,6 @@ SCENES = (*TEXT, "tiny-sd3-scenes", "--guidance_rate", "2.5",
           "--prompts", "src/prompts/emoji-scenes.txt")  # fmt: skip
 KEPT = ("config.yaml", "metrics.jsonl", "log.txt", "table.png")
 """What is kept of a run beside its predictor."""
-
-
-def copy_whole(source: Path, place: Path) -> None:
-    """Copy a file, whole or not at all."""
-    with write_atomically(place) as part:
-        shutil.copyfile(source, part)
 
 
 def options(solver: str, points: int, calls: int, *more: str) -> tuple[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -70,6 +71,12 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with write_atomically(path) as temp:
+        shutil.copyfile(source, temp)
 
 
 def write_text(path: str | Path, text: str) -> None:

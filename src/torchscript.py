@@ -23,7 +23,7 @@ def load_script(path: Path, device: torch.device) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            code = [entry for entry in archive.infolist() if "/code/" in entry.filename]
+            code = [entry for entry in archive.infolist() if entry.filename.endswith(".py")]
             if sum(entry.file_size for entry in code) > MOST_CODE:
                 raise ValueError(f"{path} is refused: its code is longer than any network's")
             asked = [call for entry in code for call in ON_FILES.findall(archive.read(entry))]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from solvers.field import Condition
-from src.ranks import all_reduce_sum, of_each_rank, world_size
+from src.ranks import all_reduce_sum, of_each_rank
 from training.distances import Network, energy, frechet
 from training.gram import gram
 from training.student import (
@@ -264,13 +264,14 @@ class Lens:
         return [v.flatten(1).float() for v in (self.features(x), x)] if self.features else []
 
     def on(self, batches: Sequence[Trajectories], reduce: Reduce) -> "Lens":
-        """The lens with the directions of the teacher's ends in the first of these batches."""
-        parts, samples, bases = [], 0, []
-        for batch in batches:
-            parts.append(self.views(batch.targets[-1]))
-            samples += len(batch.x) * world_size()
-            if samples >= ENOUGH:
+        """The lens with the directions of the teacher's ends of the first samples of all ranks."""
+        parts, bases = [], []
+        for batch in batches:  # by their numbers: the same whoever makes them, in any parts
+            if parts and min(batch.numbers, default=0) >= ENOUGH:
                 break
+            first = [i for i, number in enumerate(batch.numbers) if number < ENOUGH]
+            rows = first if batch.numbers else slice(None)
+            parts.append([view[rows] for view in self.views(batch.targets[-1])])
         for views in zip(*parts, strict=True):
             view = gathered(views, reduce)
             if not bool(view.isfinite().all()):

@@ -345,7 +345,8 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
 def check_gradient(features: Network, x: Tensor) -> None:
     """ValueError for features that carry no gradient to the samples."""
     with torch.enable_grad():
-        seen = features(x.requires_grad_())
+        x = x.detach().clone().requires_grad_()
+        seen = features(x)
         slope = torch.autograd.grad(seen.sum(), x)[0] if seen.requires_grad else x.new_zeros(1)
     if not bool(slope.isfinite().all() and slope.any()):
         raise ValueError("the network of features has no gradient (no_grad?): take --method fit")

@@ -20,6 +20,7 @@ from solvers.predictor import find_predictor, load_predictor, save_predictor
 from solvers.recipe import fitted_on
 from solvers.sampler import Sampler
 from solvers.schedules import polynomial
+from src.ranks import all_reduce_sum
 from training.api import Settings, distill, sample
 from training.distances import (
     HUBER,
@@ -33,7 +34,8 @@ from training.distances import (
     parse_terms,
 )
 from training.distill import name_of
-from training.refine import Linearised, Objective
+from training.refine import Lens, Linearised, Objective
+from training.student import Trajectories
 
 POINTS = torch.tensor([[1.5, 0.0], [-1.0, 1.2], [-0.8, -1.4]])
 FEW = Settings(
@@ -303,3 +305,15 @@ def test_what_a_table_was_fitted_on_has_the_name_that_comparisons_use() -> None:
     published = load_predictor(find_predictor("cifar10-5nfe")).recipe.training
     assert fitted_on(published) == ["inception"]
     assert spaces_of(["/x/nvidia-Inception.pt"]) == ("inception",)
+
+
+def test_directions_are_those_of_the_same_first_samples_in_whatever_parts() -> None:
+    ends = noise(1200)
+    bases = []
+    for size in (48, 16, 1200):
+        parts = [tuple(range(i, min(i + size, 1200))) for i in range(0, 1200, size)]
+        batches = [Trajectories(Field(cloud), ends[[*p]], (ends[[*p]],), p) for p in parts]
+        bases.append(Lens(waves, None).on(batches, all_reduce_sum).bases)
+    for other in bases[1:]:
+        for one, two in zip(bases[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

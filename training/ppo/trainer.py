@@ -7,7 +7,6 @@ prompts and noises at every save), and export/ (a predictor of every save, and t
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from torch import Tensor
 from solvers.predictor import Predictor, named_tensors, save_predictor, to_content, validate
 from solvers.recipe import fitted_on
 from src import ranks
-from src.files import write_atomically
+from src.files import copy_whole
 from src.images import grid, save_png
 from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
 from src.text import digest
@@ -373,8 +372,7 @@ def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
         path.unlink(missing_ok=True)
     before = export_path(run.folder, progress.best_step)
     if before.exists():
-        with write_atomically(best) as temp:
-            shutil.copyfile(before, temp)
+        copy_whole(before, best)
     kept = f"that of step {progress.best_step} is" if before.exists() else "there is none"
     run.log(f"the best was of step {there}, which this run does not come to: {kept} in its place")
 
