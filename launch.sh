@@ -147,7 +147,7 @@ demo() {
   draw emoji/3 --predictor tiny-sd3/epd-multistep-k2-3nfe-emoji "$@"
   draw emoji/4 --solver unipc-2 --num_steps 19 --guidance_rate 4 "$@"
   printf '%s\n' "$table"
-  beside emoji | sed '1d; /^picture/d'
+  beside emoji | sed '/^picture/d'
   printf 'pictures: %s\n' "$out/fashion.png" "$out/emoji.png"
 }
 

@@ -143,10 +143,12 @@ def main(
 
 
 def distil(problem: Problem, run: Run, stop: Stop, resume: str | None) -> None:
-    """Learn tick by tick, writing what each gives into the run's folder."""
+    """Learn tick by tick, writing what each gives into the run's folder.
+
+    Raises ValueError for a checkpoint of other settings, and where nothing can be learned.
+    """
     state, tick, started = {}, 0, time.monotonic()
-    own = dataclasses.asdict(problem.settings)
-    settings = {**vars(Backbone()), **problem.model.training, **own}
+    settings = {**vars(Backbone()), **problem.model.training, **vars(problem.settings)}
     settings["shape"] = list(problem.model.backend.shape)
     if resume and checkpoints(run.folder):
         by_name = resume.endswith(".pt")
@@ -186,7 +188,7 @@ def configured(
 ) -> tuple[Backbone, Settings]:
     """The settings of a run that goes on, or of a preset under those that were given.
 
-    Raises ValueError where an explicit option is not that of the run.
+    Raises ValueError where an explicit option is not that of the run, or contradicts another.
     """
     kimg, values = options["total_kimg"], dict(options)
     if kimg is not None and "samples" in given:
@@ -253,7 +255,10 @@ def read_config(path: Path) -> dict[str, Any]:
 def open_run(
     backbone: Backbone, settings: Settings, folder: Path | None, outdir: Path | None
 ) -> Run:
-    """Where the run writes: a new folder, the given one, or the one that it goes on in."""
+    """Where the run writes: a new folder, the given one, or the one that it goes on in.
+
+    Raises ValueError for an outdir that has another run, or is not where this one goes on.
+    """
     if folder and outdir and outdir.resolve() != folder.resolve():
         raise ValueError(f"--outdir {outdir}: the run goes on in {folder}, leave it out")
     if ranks.is_first() and folder is None:
@@ -332,7 +337,8 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
 def features_of(name: str, inception: bool, backend: Backend) -> Callable[[Tensor], Tensor]:
     """Features of what a state decodes to: a TorchScript file, a shipped network, or a space.
 
-    A space is one of `eval.features`, as a name (dinov2=FOLDER) or module:function.
+    A space is one of `eval.features`, as a name (dinov2=FOLDER) or module:function. Raises
+    ValueError for features that are missing or unknown, and a side out of range.
     """
     if "=" not in name and name.endswith((".pt", ".pth", ".ts", ".torchscript")):
         network = load_network(name, backend.device)

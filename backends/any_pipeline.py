@@ -118,11 +118,7 @@ class Opened:
     first: dict[str, Any] = field(default_factory=dict)  # what prepare_latents took and gave
 
     def call(
-        self,
-        scheduler: OneCall,
-        texts: Sequence[str],
-        x: Tensor | None,
-        given: dict[str, Any],
+        self, scheduler: OneCall, texts: Sequence[str], x: Tensor | None, given: dict[str, Any]
     ) -> Any:
         """What the pipeline returns with this scheduler, from latents x if they are given."""
         names = families.parameters_of(self.pipe)
@@ -170,7 +166,7 @@ class Opened:
         return scheduler
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
-        """x [B, *] at sigma [B] -> E[x0 | x, sigma] [B, *]."""
+        """x [B, *] at sigma [B] -> E[x0 | x, sigma] [B, *]; ValueError where x needs gradients."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("a pipeline gives no gradients: learn by --method fit")
         given = cond.given if cond else {}
@@ -189,7 +185,7 @@ class Opened:
         return x0
 
     def ask(self, x: Tensor, sigma: Tensor, texts: list[str], rate: float, rows: bool) -> Tensor:
-        """x0 by one call of the pipeline, at one guidance rate."""
+        """x0 by one call of the pipeline; ValueError for a rate that it takes for no guidance."""
         columns = 2 if rate > 1 and families.family_of(self.pipe) in families.STACKED else 1
         scheduler = OneCall(self.like, self.model, sigma, columns, rows)
         arguments = self.guidance(rate, len(x)) | {"output_type": "latent"}
@@ -223,7 +219,7 @@ class Opened:
 
     def guide(self, network: Denoiser, rate: float, _cond: Condition | None) -> Denoiser:
         """The denoiser under the pipeline's own guidance; ValueError for a rate that it lacks."""
-        if rate != 1 and (not families.guides(self.pipe) or rate < LEAST_RATE):
+        if rate != 1 and (rate < LEAST_RATE or not self.guidance(rate, 1)):
             raise ValueError(f"guidance_rate {rate}: this pipeline has 1 (none), or more")
 
         def guided(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -236,7 +232,7 @@ class Opened:
         return guided
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition | None:
-        """Texts as numbers that stand for them; the pipeline encodes each once, when asked."""
+        """The texts' numbers, encoded later, once each; ValueError for prompts that are none."""
         texts = texts_of(prompts)
         self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
         return Condition({"prompt": torch.tensor([self.texts.index(text) for text in texts])})

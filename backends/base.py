@@ -13,6 +13,8 @@ from solvers.schedules import NoiseLevels
 
 Prompt: TypeAlias = str | int | None
 """What one image is asked for: a text, a class number, or nothing."""
+ON_PIXELS = ("edm", "analytic")
+"""Families on pixels, whose network estimates x0 rather than a slope."""
 Guide: TypeAlias = Callable[[Denoiser, float, Condition | None], Denoiser]
 
 

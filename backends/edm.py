@@ -308,7 +308,7 @@ def opened(path: Path) -> EDMNetwork:
 
 
 def read_pickled(path: Path) -> Stored:
-    """The network under "ema" of an NVIDIA pickle, nothing of which is run."""
+    """The network under "ema" of an NVIDIA pickle, nothing of which is run; else ValueError."""
     content = read_pickle(path)
     ema: object = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(ema, Inert):

@@ -92,7 +92,7 @@ class Dense(nn.Module):
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
+    """Group normalisation in 32 groups, or fewer of 4 channels; ValueError for a remainder."""
     groups = max(1, min(32, channels // 4))
     if channels % groups:
         raise ValueError(

@@ -4,7 +4,7 @@ All else is the same for every family, and left to the pipeline's own code.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -33,36 +33,25 @@ OTHERS = {
     "StableDiffusionLDM3D": "StableDiffusion",
 }
 """Pipelines of those families under names of their own."""
+ONE_NUMBER = "it makes one number of a timestep"
+EVERY_ROW, ONE_VIDEO = "it repeats its timestep for every row", "it makes one video a prompt"
+SHAPED = "it gives its latents a shape before it asks for them"
 ONE_TIME = {
-    "AuraFlow": "it makes one number of a timestep",
-    "Kandinsky5T2I": "it repeats its timestep for every row",
-    "Kandinsky5T2V": "it repeats its timestep for every row",
-    "PRX": "it makes one number of a timestep",
-    "Cosmos2TextToImage": "it makes one number of a timestep",
-    "Allegro": "it makes one video a prompt",
-    "AnimateDiff": "it makes one video a prompt",
-    "CogVideoX": "it makes one video a prompt",
-    "HunyuanVideo15": "it makes one video a prompt",
+    **dict.fromkeys(("AuraFlow", "PRX", "Cosmos2TextToImage"), ONE_NUMBER),
+    **dict.fromkeys(("HunyuanDiT", "EasyAnimate"), ONE_NUMBER),
+    **dict.fromkeys((f"Kandinsky5{kind}" for kind in ("T2I", "T2V", "I2V", "I2I")), EVERY_ROW),
+    **dict.fromkeys(("Allegro", "AnimateDiff", "AnimateDiffSDXL", "CogVideoX"), ONE_VIDEO),
+    **dict.fromkeys(("CogVideoXImageToVideo", "HunyuanVideo15"), ONE_VIDEO),
+    **dict.fromkeys(("HunyuanVideoFramepack", "WanVideoToVideo"), ONE_VIDEO),
+    "SkyReelsV2ImageToVideo": ONE_VIDEO,
+    **dict.fromkeys(("Kandinsky", "KandinskyV22", "Kandinsky3", "StableUnCLIP"), SHAPED),
+    "HunyuanVideoImageToVideo": "it steps a part of its latents",
+    "LTXImageToVideo": "it steps a part of its latents",
     "Lumina": "it scales its places by one time",
-    "HunyuanDiT": "it makes one number of a timestep",
     "Latte": "it cuts all prompts to one length",
-    "EasyAnimate": "it makes one number of a timestep",
     "LongCatImage": "it has one negative prompt for all",
     "QwenImage21": "it keeps what its first call made of the prompts",
     "ErnieImage": "it draws its latents within its call",
-    "Kandinsky3": "it gives its latents a shape before it asks for them",
-    "HunyuanVideoFramepack": "it makes one video a prompt",
-    "KandinskyV22": "it gives its latents a shape before it asks for them",
-    "HunyuanVideoImageToVideo": "it steps a part of its latents",
-    "CogVideoXImageToVideo": "it makes one video a prompt",
-    "Kandinsky5I2V": "it repeats its timestep for every row",
-    "LTXImageToVideo": "it steps a part of its latents",
-    "WanVideoToVideo": "it makes one video a prompt",
-    "SkyReelsV2ImageToVideo": "it makes one video a prompt",
-    "AnimateDiffSDXL": "it makes one video a prompt",
-    "Kandinsky5I2I": "it repeats its timestep for every row",
-    "Kandinsky": "it gives its latents a shape before it asks for them",
-    "StableUnCLIP": "it gives its latents a shape before it asks for them",
     "StableDiffusionGLIGEN": "it grounds a share of its calls",
     "DreamLite": "it makes one image a prompt",
 }
@@ -187,7 +176,7 @@ def check_served(pipe: Any) -> None:
     if inner:
         reason = f"it is two pipelines in one ({', '.join(inner)}): give one of them"
     elif scheduler is not None and reason is None:
-        parametrization_of(getattr(scheduler, "like", scheduler))
+        parametrization_of(scheduler)
     if reason is None and (scheduler is None or network is None):
         reason = "it has no network called transformer or unet, or no scheduler for it"
     elif network is not None and network.config.get("use_meanflow"):
@@ -243,21 +232,13 @@ def one_time(pipe: Any) -> str | None:
     return None
 
 
+signature_of = cache(inspect.signature)  # a pipeline's call asks for its own several times
+
+
 def parameters_of(pipe: Any) -> dict[str, Any]:
     """The names of the arguments of a pipeline's call, and their defaults."""
-    return defaults_of(type(pipe).__call__)
-
-
-@cache
-def defaults_of(call: Callable[..., Any]) -> dict[str, Any]:
-    """The same of a class's call; asked for several times in each of a pipeline's."""
-    names = list(inspect.signature(call).parameters.items())[1:]  # without self
-    return {name: parameter.default for name, parameter in names}
-
-
-def guides(pipe: Any) -> bool:
-    """Whether a pipeline has a guidance rate."""
-    return guidance_name(pipe) is not None or pipe.components.get("guider") is not None
+    parameters = list(signature_of(type(pipe).__call__).parameters.values())[1:]  # without self
+    return {parameter.name: parameter.default for parameter in parameters}
 
 
 def guidance_name(pipe: Any) -> str | None:

@@ -5,7 +5,6 @@ second and so on: a model that repeats its conditions by tiling needs nothing el
 keeps tensors of B rows (ComfyUI's masks) is called point by point.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from solvers.classic import Euler
 from solvers.epd import EPD, Directions, MultistepTable, restarted
 from solvers.field import Condition, Field
 from solvers.integrate import Loop
-from solvers.predictor import Predictor, levels_of
+from solvers.predictor import Predictor, levels_of, named_tensors
 from solvers.process import FLOW, VE
 from solvers.recipe import for_flow
 from solvers.sampler import Sampler
@@ -93,7 +92,7 @@ def learned_sigmas(predictor: Predictor) -> tuple[float, ...] | None:
 
 
 def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
-    """A predictor on a host's levels, or on a part of its own; an even table without one."""
+    """A predictor on a host's levels, or an even table; ValueError for another number of them."""
     steps = sum(sigma > 0 for sigma in grid) - 1
     if predictor is None:
         r = torch.tensor(EVEN, dtype=torch.float64).repeat(max(steps, 1), 1)
@@ -123,8 +122,7 @@ def sampler_on(grid: list[float], predictor: Predictor | None) -> Sampler:
     table = predictor.table
     if cut and isinstance(table, MultistepTable):
         table = restarted(table, cut)
-    tensors = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
-    part = {n: t[cut : cut + steps] for n, t in tensors.items() if isinstance(t, Tensor)}
+    part = {name: t[cut : cut + steps] for name, t in named_tensors(table).items()}
     solver = replace(predictor.solver(process), table=replace(table, **part))
     return Sampler(solver, tuple(grid), process, predictor.recipe.afs and not cut)
 

@@ -55,7 +55,7 @@ class Texts:
 
     @torch.no_grad()
     def stacked(self, texts: Sequence[str]) -> Embedding:
-        """The embeddings of these texts, one row each."""
+        """The embeddings of these texts, one row each; ValueError where encoders are let go."""
         for text in texts:
             if text not in self.cache:
                 encoder = self.encoder
@@ -113,7 +113,7 @@ def vae_factor(vae: Any) -> int:
 
 
 def prepare_vae(vae: Any, options: ModelOptions) -> None:
-    """Decode in tiles or one image at a time, where memory is short."""
+    """Decode in tiles or one image at a time; ValueError for a VAE that cannot."""
     try:
         if options.vae_tiling:
             vae.enable_tiling()

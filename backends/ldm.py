@@ -32,7 +32,7 @@ def ldm_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     factor, unet = latents.vae_factor(vae), pipe.unet
     size = latents.image_size(options, unet.config.sample_size * factor, factor)
     latents.prepare_vae(vae, options)
-    model = parametrization_of(getattr(pipe.scheduler, "like", pipe.scheduler))
+    model = parametrization_of(pipe.scheduler)
     if model.threshold or (model.clip and "text_encoder" in pipe.components):
         what = "thresholding" if model.threshold else "clip_sample"
         raise ValueError(f"{what} in the scheduler's config: use parallel(pipe, predictor)")

@@ -106,14 +106,12 @@ class CachedPrompts:
             if result is None or (one and any(map(is_layered, result))):
                 return recall(given | copies_of(given, copies))
 
-            def repeated(value: Any) -> Any:
+            def of_each(value: Any) -> Any:
                 if copies == 1 or not isinstance(value, Tensor | list) or len(value) != rows:
                     return value
-                if isinstance(value, list):
-                    return [row for row in value for _ in range(copies)]
-                return value.repeat_interleave(copies, 0)
+                return repeated(value, copies)
 
-            return tuple(map(repeated, result)) if isinstance(result, tuple) else repeated(result)
+            return tuple(map(of_each, result)) if isinstance(result, tuple) else of_each(result)
 
         return encoded
 
@@ -123,6 +121,13 @@ def bound(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any
     given = dict(signature.bind(*args, **kwargs).arguments)
     others = (n for n, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD)
     return given | {k: v for name in others for k, v in given.pop(name, {}).items()}
+
+
+def repeated(rows: Any, copies: int) -> Any:
+    """The rows of a tensor or a list, so many of each side by side."""
+    if isinstance(rows, Tensor):
+        return rows.repeat_interleave(copies, 0)
+    return [row for row in rows for _ in range(copies)]
 
 
 def copied(value: Any) -> Any:
@@ -151,8 +156,7 @@ def copies_of(given: dict[str, Any], copies: int) -> dict[str, Any]:
     names = texts_in(given)
     one = isinstance(given["prompt"], str)
     texts = {n: [given[n]] if one and isinstance(given[n], str) else given[n] for n in names}
-    lists = {n: v for n, v in texts.items() if isinstance(v, list | tuple)}
-    return {n: [t for t in v for _ in range(copies)] for n, v in lists.items()}
+    return {n: repeated(v, copies) for n, v in texts.items() if isinstance(v, list | tuple)}
 
 
 def is_plain(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from backends.base import Backend, ModelOptions
+from backends.base import ON_PIXELS, Backend, ModelOptions
 from backends.edm import load_edm, pixel_backend
 from backends.mixture import CPU, load_mixture
 from backends.parametrization import without_signal
@@ -20,7 +20,6 @@ SHIPPED = ROOT / "src" / "models"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model_index.json"
 DEFAULT = "fashion-mnist-32"
-ON_PIXELS = {"edm", "analytic"}
 SAME_SIZE = 0.1
 """By how much the side of a square of the same area may differ, for pictures in other ratios."""
 
@@ -208,7 +207,7 @@ def check_fit(recipe: Recipe, backend: Backend) -> None:
 
     Of families on pixels, any will do: their levels are the same.
     """
-    if recipe.backend != backend.family and not {recipe.backend, backend.family} <= ON_PIXELS:
+    if recipe.backend != backend.family and not {recipe.backend, backend.family} <= {*ON_PIXELS}:
         own = f"the predictor is for {recipe.backend} ({recipe.dataset_name})"
         raise ValueError(f"{own}, the model is of {backend.family}: choose one of its family")
     if reason := without_signal(recipe, backend.config.get("scheduler", {})):

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from backends import families
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.lending import COUNTS, CachedPrompts, bound, lent, with_latents
+from backends.lending import COUNTS, CachedPrompts, bound, lent, repeated, with_latents
 from backends.load import check_fit
 from backends.parametrization import parametrization_of
 from backends.pipelines import wrap
@@ -66,6 +66,8 @@ def parallel(
         raise ValueError(f"{type(pipe).__name__} cannot take points as rows ({reason}): "
                          'use points="sequence"')  # fmt: skip
     points = points or ("sequence" if reason else "rows")
+    if points not in ("rows", "sequence"):
+        raise ValueError(f"points is {points!r}: rows or sequence")
     if guidance not in ("pipeline", "rows"):
         raise ValueError(f"guidance is {guidance!r}: pipeline or rows")
     embeds = embedded and families.network_of(pipe).config.get("guidance_embeds")
@@ -73,7 +75,7 @@ def parallel(
         raise ValueError("the predictor guides by itself: this pipeline's networks cannot be told")
     if guides and not embedded and guidance == "pipeline":
         raise ValueError('the predictor guides by itself, not the pipeline: guidance="rows"')
-    model = parametrization_of(getattr(pipe.scheduler, "like", pipe.scheduler))
+    model = parametrization_of(pipe.scheduler)
     if guidance == "rows":
         refused = {
             "its guidance is part of the network": family in families.EMBEDDED,
@@ -106,29 +108,25 @@ class Parallel:
     mesh: DeviceMesh | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline returns for these arguments; the solver is the predictor's."""
+        """What the pipeline returns; ValueError, with the reason, for arguments not served."""
+        kind, family = type(self.pipe).__name__, families.family_of(self.pipe)
         defaults = families.parameters_of(self.pipe)
         given = bound(inspect.signature(self.pipe.__call__), args, kwargs)
         predictor = chosen(self.learned, given.get("num_inference_steps"), strict=True)
         rows = self.points == "rows"
         tables = (families.REFUSED, families.REFUSED_BY_ROWS, families.REFUSED_BY_GUIDANCE)
         families.check_given(given, *tables[: 1 + rows + self.rows_of_guidance])
-        if (texts := prompts_of(given)) > 1 and families.family_of(self.pipe) in families.ALONE:
-            raise ValueError(f"{type(self.pipe).__name__} mixes {texts} prompts of a call up: "
-                             "give one a call")  # fmt: skip
+        if (texts := prompts_of(given)) > 1 and family in families.ALONE:
+            raise ValueError(f"{kind} mixes {texts} prompts of a call up: give one a call")
         check_pictures(self.pipe, given, rows=rows)
-        if (
-            rows
-            and given.get("latents") is not None
-            and type(self.pipe).__name__ in families.STARTED
-        ):
+        if rows and given.get("latents") is not None and kind in families.STARTED:
             raise ValueError('latents of a pipeline from an image take points="sequence"')
         copies = predictor.recipe.num_points if rows else 1
         self.prompts.negatives = texts if self.rows_of_guidance else 0
         name, rate = families.guidance_name(self.pipe), None
         scale = 1.0 if name is None else given.get(name, defaults[name])
         if self.rows_of_guidance:
-            from_zero = families.family_of(self.pipe) in families.FROM_ZERO
+            from_zero = family in families.FROM_ZERO
             rate = max(1.0, scale + from_zero)  # pipelines take what is below for none
             given |= decoding(self.pipe, given, images_of(given, defaults))
             given |= with_negatives(self.pipe, given)
@@ -145,7 +143,7 @@ class Parallel:
             given.setdefault("cfg_truncation", 2.0)  # 1, its default, truncates nothing either
             if given["cfg_truncation"] <= 1:
                 raise ValueError('cfg_truncation compares one time: use points="sequence"')
-        stacks = families.family_of(self.pipe) in families.STACKED and scale > 1
+        stacks = family in families.STACKED and scale > 1
         columns *= 2 if stacks else 1
         scheduler = EPDScheduler.from_predictor(
             predictor, self.pipe.scheduler, points=self.points, columns=columns
@@ -164,12 +162,12 @@ class Parallel:
             given[name] = list(dict.fromkeys([*asked, "latents"]))
         if self.mesh and given.get("generator") is None and given.get("latents") is None:
             raise ValueError("ranks need the same noise: give generator=torch.Generator()")
-        with shared(self.pipe, self.mesh), installed(self.pipe, scheduler, self.prompts):
+        with installed(self.pipe, scheduler, self.prompts, self.mesh):
             return self.pipe(**given)
 
 
 def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that ask for the negative prompts after the others, guidance off."""
+    """Arguments that ask for negative prompts too, guidance off; ValueError without texts."""
     texts, names = given.get("prompt"), families.parameters_of(pipe)
     if texts is None:
         raise ValueError("guidance as rows takes texts: give prompt, not its embeddings")
@@ -177,7 +175,7 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     zeros = negative is None and pipe.config.get("force_zeros_for_empty_prompt")
     if zeros or (bria and not negative):
         raise ValueError("this pipeline guides away from zeros: give negative_prompt for rows")
-    count = 1 if isinstance(texts, str) else len(texts)
+    count = prompts_of(given)
 
     def of_each(name: str, texts: str | Sequence[str]) -> list[str]:
         texts = [texts] * count if isinstance(texts, str) else list(texts)
@@ -270,17 +268,19 @@ def per_image(
 
 
 @contextmanager
-def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Iterator[None]:
-    """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards."""
+def installed(
+    pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts, mesh: DeviceMesh | None
+) -> Iterator[None]:
+    """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards.
+
+    With a mesh, its ranks share the network's rows.
+    """
     parts: dict[str, Any] = {"scheduler": scheduler}
     if callable(getattr(pipe, "encode_prompt", None)):
         parts["encode_prompt"] = prompts.installed()
-    handles: list[Any] = []
     vae, encode = getattr(pipe, "vae", None), {}
-    network = families.network_of(pipe)
     if scheduler.by_rows:
         scheduler.prepares = True
-        handles = run_once(network, scheduler)
         prepare = families.preparer(pipe) or "prepare_latents"
         parts[prepare] = laid_out(getattr(pipe, prepare), scheduler)
         if vae is not None:
@@ -293,6 +293,9 @@ def installed(pipe: Any, scheduler: EPDScheduler, prompts: CachedPrompts) -> Ite
                 return Times(timesteps), steps
 
             parts["get_timesteps"] = as_times
+    network = families.network_of(pipe)
+    handles = share(network, mesh) if mesh else []
+    handles += run_once(network, scheduler) if scheduler.by_rows else []
     if scheduler.embeds_rates:
         handles.append(tell_guidance(network, scheduler))
     try:
@@ -375,16 +378,12 @@ def encoded_once(encode: Callable[..., Any], scheduler: EPDScheduler) -> Callabl
 def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
     """Hooks by which a network sees one of an image's rows where they are alike."""
     copies = scheduler.copies
-
-    def repeated(value: Any, _count: int) -> Any:
-        if isinstance(value, Tensor):
-            return value.repeat_interleave(copies, 0)
-        return [row for row in value for _ in range(copies)]
-
-    def alike() -> bool:
-        return scheduler.running.alike
-
-    return fewer_rows(network, alike, lambda rows: rows[::copies], repeated)
+    return fewer_rows(
+        network,
+        lambda: scheduler.running.alike,
+        lambda rows: rows[::copies],
+        lambda rows, _count: repeated(rows, copies),
+    )
 
 
 def tell_guidance(network: torch.nn.Module, scheduler: EPDScheduler) -> Any:
@@ -397,24 +396,16 @@ def tell_guidance(network: torch.nn.Module, scheduler: EPDScheduler) -> Any:
     return network.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
 
 
-@contextmanager
-def shared(pipe: Any, mesh: DeviceMesh | None) -> Iterator[None]:
-    """A pipeline whose network's rows are shared by the ranks of `points`, if there is a mesh."""
-    handles: list[Any] = []
-    if mesh:
-        ranks = SharedRows(mesh.get_group("points"))
+def share(network: torch.nn.Module, mesh: DeviceMesh) -> list[Any]:
+    """Hooks by which the ranks of the mesh's `points` share a network's rows."""
+    ranks = SharedRows(mesh.get_group("points"))
 
-        def all_of(value: Any, count: int) -> Any:
-            if isinstance(value, list):
-                return list(ranks.all_of(torch.stack(value), count))
-            return ranks.all_of(value, count)
+    def all_of(value: Any, count: int) -> Any:
+        if isinstance(value, list):
+            return list(ranks.all_of(torch.stack(value), count))
+        return ranks.all_of(value, count)
 
-        handles = fewer_rows(families.network_of(pipe), lambda: True, ranks.own, all_of)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return fewer_rows(network, lambda: True, ranks.own, all_of)
 
 
 def fewer_rows(

@@ -128,6 +128,7 @@ def heeded(like: Any) -> dict[str, Any]:
 
 def parametrization_of(like: Any) -> Parametrization:
     """That of a scheduler's model; ValueError names what cannot be served."""
+    like = getattr(like, "like", like)  # that which ours was made like
     name, config = type(like).__name__, heeded(like)
     if name not in (*FLOW_SCHEDULERS, *BETA_SCHEDULERS):
         served = "flow matching (Euler, Heun) and the discrete VP schedulers are"
@@ -169,7 +170,8 @@ def without_signal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
 
 
 def plain_like(like: Any) -> dict[str, Any]:
-    """A scheduler's class (`_class_name`) and config as JSON has them."""
+    """A scheduler's class (`_class_name`) and config as JSON has them; of ours, its model's."""
+    like = getattr(like, "like", like)
     config = {k: v for k, v in like.config.items() if not k.startswith("_")}
     return json.loads(json.dumps({"_class_name": type(like).__name__, **config}, default=list))
 
@@ -193,7 +195,7 @@ def course_of(
     timesteps: Sequence[float] | None = None,
     mu: float | None = None,
 ) -> Course:
-    """What the scheduler itself would do with these arguments of set_timesteps."""
+    """The scheduler's own way for these arguments; ValueError for one that it does not take."""
     own = copy.deepcopy(like)
     if "skip_prk_steps" in own.config:
         own.register_to_config(skip_prk_steps=True)  # PNDM's half steps are no levels of a grid
@@ -248,8 +250,8 @@ def levels_of(like: Any, model: Parametrization, mu: float | None = None) -> Noi
 
 
 def levels_at(like: Any, tokens: int) -> NoiseLevels:
-    """The levels of a flow-matching model for an image of so many tokens."""
-    like = getattr(like, "like", like)  # that of a pipeline whose scheduler is ours
+    """The levels of a flow-matching model for so many tokens; ValueError if it is not served."""
+    like = getattr(like, "like", like)
     config, mu = heeded(like), None
     if config.get("use_dynamic_shifting"):
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -268,7 +270,7 @@ def levels_at(like: Any, tokens: int) -> NoiseLevels:
 
 
 def table_grid(like: Any, model: Parametrization, num_steps: int, mu: float | None) -> list[float]:
-    """The levels [num_steps] of a table on a flow-matching scheduler's own spacing."""
+    """The levels [num_steps] of a table on a scheduler's spacing; ValueError if it has none."""
     *levels, _ = course_of(like, model, num_steps, mu=mu).sigmas
     if levels[-1] > NEAR_DATA or len(levels) != num_steps:
         end = shifted_end(like)

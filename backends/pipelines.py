@@ -6,7 +6,7 @@ This module and `scheduler` alone import diffusers; `load` imports them when a m
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,6 @@ diffusers: Any = library  # its own annotations are not those of what it returns
 CONFIGS = Path(__file__).resolve().parent.parent / "src" / "configs"
 BROKEN = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-PREFIXES = {
-    "StableDiffusionPipeline": {
-        "unet": "model.diffusion_model.",
-        "vae": "first_stage_model.",
-        "text_encoder": "cond_stage_model.transformer.",
-    },
-    "StableDiffusion3Pipeline": {
-        "transformer": "model.diffusion_model.",
-        "vae": "first_stage_model.",
-        "text_encoder": "text_encoders.clip_l.transformer.",
-        "text_encoder_2": "text_encoders.clip_g.transformer.",
-        "text_encoder_3": "text_encoders.t5xxl.transformer.",
-    },
-    "FluxPipeline": {"transformer": "", "vae": "first_stage_model."},
-}
-"""How a file's tensors begin, by part."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +45,7 @@ class Kind:
     source: str
     gigabytes: float
     marks: tuple[str, ...] = ()  # names of tensors by which a single file is known
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # of a file's tensors, by part
     config: str | None = None  # the shipped folder with what a single file lacks
     half: torch.dtype = torch.float16  # what it runs in on a GPU unless told otherwise
 
@@ -71,6 +56,11 @@ KINDS = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5 (v1-5-pruned-emaonly.safetensors)",
         4.3,
         ("model.diffusion_model.input_blocks.0.0.weight",),
+        {
+            "unet": "model.diffusion_model.",
+            "vae": "first_stage_model.",
+            "text_encoder": "cond_stage_model.transformer.",
+        },
         "stable-diffusion-v1-5",
     ),
     "LDMPipeline": Kind(ldm_backend, "CompVis/ldm-celebahq-256", 1.3, half=torch.float32),
@@ -79,6 +69,13 @@ KINDS = {
         "stabilityai/stable-diffusion-3-medium-diffusers",
         15.5,
         ("model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias",),
+        {
+            "transformer": "model.diffusion_model.",
+            "vae": "first_stage_model.",
+            "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.clip_g.transformer.",
+            "text_encoder_3": "text_encoders.t5xxl.transformer.",
+        },
     ),
     "FluxPipeline": Kind(
         flux_backend,
@@ -88,6 +85,7 @@ KINDS = {
             "double_blocks.0.img_attn.norm.key_norm.scale",
             "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
         ),
+        {"transformer": "", "vae": "first_stage_model."},
         half=torch.bfloat16,
     ),
 }
@@ -134,7 +132,7 @@ def wrap(pipe: Any, device: torch.device, options: ModelOptions | None = None) -
 
 
 def opened(name: str, dtype: torch.dtype | None) -> Any:
-    """The pipeline of a folder or a name; on the hub, diffusers fetches what is not cached."""
+    """The pipeline of a folder or a name (fetched by diffusers); ValueError if it is not whole."""
     index = read_index(name)
     class_name = str(index.get("_class_name", ""))
     if getattr(diffusers, class_name, None) is None:
@@ -175,7 +173,7 @@ def read_index(name: str) -> Mapping[str, Any]:
 def from_folder(
     name: str, index: Mapping[str, Any], dtype: torch.dtype, parts: Mapping[str, Any]
 ) -> Any:
-    """The pipeline of a folder or a name, but for the parts that are there already."""
+    """The pipeline of a folder or a name, given some parts; ValueError for a broken file."""
     absent = {part: None for part, made_by in index.items() if made_by == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
         absent |= {"safety_checker": None, "feature_extractor": None}
@@ -208,7 +206,8 @@ def broken_file(folder: Path) -> str | None:
     """What is wrong with the first file of weights that cannot be read."""
     for file in sorted(folder.rglob("*.safetensors")):
         try:
-            safe_open(file, "pt").__enter__().__exit__(None, None, None)
+            with safe_open(file, "pt"):
+                pass
         except (*BROKEN, SafetensorError) as error:
             with file.open("rb") as start:
                 pointer = start.read(64).startswith(b"version https://git-lfs")
@@ -219,19 +218,13 @@ def broken_file(folder: Path) -> str | None:
 
 def lacking(folder: Path, index: Mapping[str, Any]) -> list[str]:
     """The parts of a local pipeline folder that are not there, or have a config and no weights."""
-    if not folder.is_dir():
-        return []
-    parts = [
-        part
-        for part, made_by in index.items()
-        if isinstance(made_by, list | tuple) and made_by[0] and part not in UNUSED
-    ]
-
-    def is_whole(part: Path) -> bool:
-        is_network = (part / "config.json").is_file()
-        return part.is_dir() and (not is_network or bool(weights(part)))
-
-    return [part for part in parts if not is_whole(folder / part)]
+    missing: list[str] = []
+    for part, made_by in index.items() if folder.is_dir() else ():
+        if isinstance(made_by, list | tuple) and made_by[0] and part not in UNUSED:
+            is_network = (folder / part / "config.json").is_file()
+            if not (folder / part).is_dir() or (is_network and not weights(folder / part)):
+                missing.append(part)
+    return missing
 
 
 # --- single files -------------------------------------------------------------------------
@@ -279,10 +272,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def from_tensors(
     class_name: str, tensors: dict[str, Tensor], folder: str, dtype: torch.dtype
 ) -> Any:
-    """A pipeline of a file's networks, and of a folder's where the file lacks them."""
+    """A pipeline of a file's networks, else of a folder's; ValueError where neither has them."""
     index = read_index(folder)
     parts: dict[str, Any] = {}
-    for part, prefix in PREFIXES[class_name].items():
+    for part, prefix in KINDS[class_name].prefixes.items():
         if index[part][0] and any(name.startswith(prefix) for name in tensors):
             parts[part] = network(index[part], tensors, prefix, Path(folder) / part, dtype)
     for part in lacking(Path(folder), index):

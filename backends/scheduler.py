@@ -37,13 +37,7 @@ from backends.parametrization import (
 )
 from backends.trajectory import Trajectory
 from solvers import vp
-from solvers.predictor import (
-    Predictor,
-    from_content,
-    load_predictor,
-    to_content,
-    validate,
-)
+from solvers.predictor import Predictor, from_content, load_predictor, to_content, validate
 from solvers.process import FLOW
 from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, parse_name
@@ -133,9 +127,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         """
         learned = opened(predictor)
         name, config = config_of(learned[0].recipe if like is None else like)
+        contents = [to_content(each) for each in learned]
+        for content in contents:
+            content["table"] = {name: t.tolist() for name, t in content["table"].items()}
         # by name: what is given by place, diffusers' configs take for a default
         return cls(
-            predictors=[as_plain(p) for p in learned],
+            predictors=contents,
             like_class=name,
             like_config=config,
             points=points,
@@ -144,7 +141,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_solver(cls, solver: str, like: Any) -> "EPDScheduler":
-        """A solver by name ("euler", "unipc-2") on the levels that `like` would take."""
+        """A solver by name ("unipc-2") on the levels of `like`; ValueError for what is unknown."""
         name, config = config_of(like)
         return cls(solver=solver, like_class=name, like_config=config)
 
@@ -181,7 +178,10 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Start images, at the resolution's `mu`; see the class for what else counts."""
+        """Start images, at the resolution's `mu`; see the class for what else counts.
+
+        Raises ValueError for a number of steps that no predictor has, or a table that guides.
+        """
         both = sigmas is not None and timesteps is not None
         model = replace(self.model, spread=spread_of(self.like, mu)) if both else self.model
         asked = next((len(s) for s in (sigmas, timesteps) if s is not None), num_inference_steps)
@@ -197,7 +197,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             course = course_of(self.like, model, num_inference_steps, **given)
             # of orders up to 2 as theirs, which count the last step, to 0, among those to lower
             options = SolverOptions(process=model.process, lower_order_final=course.sigmas[-1] > 0)
-            solver = make_solver(own(self, "solver"), options)
+            solver = make_solver(self.config["solver"], options)
             sampler, copies = Sampler(solver, course.sigmas, model.process), 1
             exact = dict(zip(course.sigmas, course.timesteps, strict=False))
             self.noise_sigma, self.last_scale = course.first, course.last
@@ -209,7 +209,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         pairs = zip(levels.tolist(), model.timesteps(levels).tolist(), strict=True)
         times = torch.tensor([exact.get(level, t) for level, t in pairs], device=device).float()
         rows = times.reshape(-1, copies)
-        columns = own(self, "columns") or copies
+        columns = self.config["columns"] or copies
         self.timesteps = times if copies == 1 else rows.repeat(1, columns // copies)
         shown = run.at if model.table else run.network_sigma  # Cosmos takes them for its times
         self.sigmas = torch.tensor([*shown[:, 0].tolist(), sampler.sigmas[-1]])
@@ -225,7 +225,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         calls, asked = len(self.timesteps), self.num_inference_steps or 0
         if not self.running.beginnings[1:]:
             self.running.begin(begin_index)
-        begins = own(self, "solver") and begin_index in self.running.beginnings
+        begins = self.config["solver"] and begin_index in self.running.beginnings
         if begin_index and not begins and calls != self.order * asked - (self.order - 1):
             raise ValueError(
                 f"num_inference_steps {asked} and a strength below 1, but this solver takes "
@@ -280,7 +280,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     @property
     def order(self) -> int:
         """The timesteps of a step that was asked for: pipelines cut a strength by it."""
-        solver = own(self, "solver")
+        solver = self.config["solver"]
         return SOLVERS[parse_name(solver)[0]].calls if solver else 1
 
     @property
@@ -365,7 +365,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     @property
     def by_rows(self) -> bool:
         """Whether points are rows."""
-        return own(self, "points") == "rows"
+        return self.config["points"] == "rows"
 
     @property
     def copies(self) -> int:
@@ -381,7 +381,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
 
 def chosen(learned: Sequence[Predictor], calls: int | None, *, strict: bool = False) -> Predictor:
-    """The predictor with so many sequential calls; the only one whatever the number."""
+    """The predictor with so many sequential calls, or the only one; ValueError without it."""
     only = learned[0]
     any_number = calls is None or not strict
     if len(learned) == 1 and (any_number or calls in (only.nfe, only.evaluations)):
@@ -396,17 +396,12 @@ def chosen(learned: Sequence[Predictor], calls: int | None, *, strict: bool = Fa
     return asked[0]
 
 
-def own(scheduler: EPDScheduler, name: str) -> Any:
-    """An argument that the scheduler was made with."""
-    config: Any = scheduler.config
-    return config[name]
-
-
 def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
     """ValueError where a scheduler is not of the kind that a predictor was learned for."""
     name, is_flow = type(like).__name__, model.process == FLOW
     levels, end = levels_of(like, model), shifted_end(like)
-    reason = without_signal(recipe, heeded(like))
+    config = heeded(like)
+    reason = without_signal(recipe, config)
     if for_flow(recipe) != is_flow:
         reason = (
             f"is not for {name}, which is for {'flow matching' if is_flow else 'a VP process'}"
@@ -417,13 +412,13 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
             reason = f"has levels that start at {ends}"
     elif recipe.sigmas is None:
         kinds, dynamic = ("one shift", "a dynamic shift"), recipe.flowmatch_mu is not None
-        theirs = bool(heeded(like).get("use_dynamic_shifting"))
-        published = dynamic and recipe.backend in FLOW_BACKENDS
-        if theirs != dynamic and recipe.backend in FLOW_BACKENDS:
+        theirs = bool(config.get("use_dynamic_shifting"))
+        published = recipe.backend in FLOW_BACKENDS
+        if published and theirs != dynamic:
             reason = f"was learned with {kinds[dynamic]}, and {name} has {kinds[theirs]}"
-        elif published and heeded(like).get("time_shift_type") == "linear":
+        elif published and dynamic and config.get("time_shift_type") == "linear":
             reason = f"was learned with an exponential shift, and {name} has a linear one"
-        elif published and heeded(like).get("shift_terminal"):
+        elif published and dynamic and config.get("shift_terminal"):
             reason = f"was learned without shift_terminal, and {name} has one"
         elif recipe.sigma_min is not None and not math.isclose(
             recipe.sigma_min, end, rel_tol=0.01
@@ -435,11 +430,11 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
 
 
 def config_of(like: Any) -> tuple[str, dict[str, Any]]:
-    """Class and config of a scheduler, of one that ours was made like, or of a recipe's model."""
+    """Class and config of a scheduler, or of a recipe's model; ValueError where it tells none."""
     if not isinstance(like, Recipe):
         if not isinstance(like, SchedulerMixin):
             raise ValueError(f"like is a {type(like).__name__}: give pipe.scheduler")
-        config = plain_like(like.like if isinstance(like, EPDScheduler) else like)
+        config = plain_like(like)
         return config.pop("_class_name"), config
     if "scheduler" in like.backend_config:
         config = dict(like.backend_config["scheduler"])
@@ -465,9 +460,3 @@ def opened(predictor: PredictorLike | Sequence[PredictorLike]) -> list[Predictor
     if not isinstance(predictor, str | Path):
         raise ValueError(f"a predictor is a file, a name or a Predictor, not {predictor!r}")
     return [load_predictor(file) for file in find_predictors(str(predictor))]
-
-
-def as_plain(predictor: Predictor) -> dict[str, Any]:
-    """What its JSON file would hold."""
-    content = to_content(predictor)
-    return content | {"table": {name: t.tolist() for name, t in content["table"].items()}}

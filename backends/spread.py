@@ -15,12 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from backends.base import Backend
+from backends.base import ON_PIXELS, Backend
 from solvers.field import Condition, Denoiser
 from src.ranks import at_call
-
-DIRECT = ("edm", "analytic")
-"""Families whose network estimates x0 rather than a slope."""
 
 
 @dataclass
@@ -104,6 +101,6 @@ def spread(backend: Backend, mesh: DeviceMesh | None) -> Backend:
         backend.denoise,
         SharedRows(mesh.get_group("points")),
         backend.dtype,
-        as_slope=backend.dtype.itemsize < 4 and backend.family not in DIRECT,
+        as_slope=backend.dtype.itemsize < 4 and backend.family not in ON_PIXELS,
     )
     return replace(backend, denoise=denoise)

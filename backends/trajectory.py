@@ -81,7 +81,7 @@ class Call:
 
 
 def calls_of(sampler: Sampler, copies: int) -> list[Call]:
-    """A sampler's calls in order, seen by running it on nothing."""
+    """A sampler's calls in order, by running it on nothing; ValueError for what has no rows."""
     calls: list[Call] = []
     loop, slopes = Loop.start(torch.zeros(1, 1)), []
     sampler = sampler.at(loop.x)  # its table may be on a GPU already

@@ -12,9 +12,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -41,18 +40,16 @@ from solvers.sampler import Sampler, hand_made
 from src import ranks
 from src.files import check_writable, write_json, write_text
 from src.options import Device, Number, OneLineCommand
-from src.stats import aligned, number
+from src.text import aligned, number
 
 SOLVERS = ("euler", "ipndm-3", "dpmpp-3", "unipc-3")
 NUM_STEPS = 6
 PREDICTOR = "cifar10-5nfe"
 BATCHES = (1, 16)
-CPU = torch.device("cpu")
 ROW_SECONDS = (click.Choice(list(SIZES)), Number(0, min_open=True))
 GPU_BATCHES = (1, 4, 16, 64)
 MODELS = ("fashion-mnist-32", "tiny-sd3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TWINS = ("sd", "uncond", "sd3", "flux", "sdxl")
 COMMANDS = {
     "fit": "train_distill.py --num_steps 4 --num_points 2 --outdir {folder}/fit",
     "PPO step": "-m training.ppo.launch --config training/ppo/cfgs/tiny_sd3.yaml --max-steps 1 "
@@ -126,7 +123,7 @@ def time_sampler(
 
 
 def bench_solvers(backend: Backend, predictor: str, repeats: int) -> Tables:
-    """Solvers by hand and a predictor at batch 1 and 16."""
+    """Solvers by hand and a predictor at batch 1 and 16. ValueError for an unknown predictor."""
     table = load_predictor(find_predictor(predictor))
     points = table.recipe.num_points
     samplers = {name: (hand_made(name, backend.levels, NUM_STEPS), 1) for name in SOLVERS}
@@ -145,35 +142,25 @@ def bench_solvers(backend: Backend, predictor: str, repeats: int) -> Tables:
     return {"timings": lines}
 
 
-def bench_gpu(device: torch.device, repeats: int) -> Tables:
-    """All that is asked of a GPU; ValueError where there is none."""
+def bench_gpu(device: torch.device, repeats: int, models: Iterable[str]) -> Tables:
+    """All that is asked of a GPU, with images by these models; ValueError where there is none."""
     if device.type != "cuda":
         raise ValueError("--suite gpu needs a GPU, and there is none here: leave it out")
-    tables = {"images": gpu_images(device), "times": gpu_times(device, repeats)}
+    images = [line for name in models for line in gpu_images(name, device)]
+    tables = {"images": images, "times": gpu_times(device, repeats), "one rank": one_rank(device)}
     with TemporaryDirectory() as folder:
-        return {**tables, "one rank": one_rank(device), "commands": run_commands(Path(folder))}
+        return {**tables, "commands": run_commands(Path(folder))}
 
 
-def gpu_images(device: torch.device) -> Table:
-    """How far each model's images are from the CPU's, and how often a step of them waits."""
-    twins = import_module("tests.twins")  # of a checkout: the package has no use for them
-    wrap, lines = import_module("backends.pipelines").wrap, []
-    for name in (*TWINS, *shipped_models()):
-
-        def opened(where: torch.device, dtype: torch.dtype, name: str = name) -> Backend:
-            if name not in TWINS:
-                return load_backend(name, device=where, dtype=dtype)
-            pipe = getattr(twins, name)().to(where, dtype)
-            pipe.set_progress_bar_config(disable=True)
-            return wrap(pipe, where)
-
-        reference = sampled(opened(CPU, torch.float32), 4).images
-        for dtype in DTYPES:
-            backend = opened(device, dtype)
-            off = sampled(backend, 4).images.cpu() - reference
-            errors = {"rms": off.square().mean().sqrt().item(), "largest": off.abs().max().item()}
-            waits = (count_waits(backend, 7) - count_waits(backend, 4)) / 3
-            lines.append({"model": name, "dtype": str(dtype)[6:], **errors, "waits a step": waits})
+def gpu_images(model: str, device: torch.device) -> Table:
+    """How far a model's images are from the CPU's, and how often a step of them waits."""
+    reference, lines = sampled(load_backend(model), 4).images, []
+    for dtype in DTYPES:
+        backend = load_backend(model, device=device, dtype=dtype)
+        off = sampled(backend, 4).images.cpu() - reference
+        errors = {"rms": off.square().mean().sqrt().item(), "largest": off.abs().max().item()}
+        waits = (count_waits(backend, 7) - count_waits(backend, 4)) / 3
+        lines.append({"model": model, "dtype": str(dtype)[6:], **errors, "waits a step": waits})
     return lines
 
 
@@ -269,7 +256,8 @@ def main(device: torch.device, out: Path, **options: Any) -> None:
     a call for every point over that with all K in one. Latents are not decoded.
 
     Under torchrun, --points_degree times images whose rows the ranks share. --simulate says what
-    1 to 64 devices would take. --suite gpu checks and times a GPU in under 5 minutes.
+    1 to 64 devices would take. --suite gpu checks and times a GPU in under 5 minutes, with images
+    by the shipped models and by --model.
     Prints tables in seconds, and writes them with JSON beside.
     """
     if out.suffix == ".txt":
@@ -285,19 +273,22 @@ def main(device: torch.device, out: Path, **options: Any) -> None:
         lines = [line for name, t in given for line in simulated(name, t, speed)]
         tables = {"seconds of 10 calls, by devices": lines}
     elif options["suite"] == "gpu":
-        tables = bench_gpu(device, min(repeats, 5))
+        models = dict.fromkeys((options["model"], *shipped_models()))
+        tables = bench_gpu(device, min(repeats, 5), models)
     else:
         backend = load_backend(options["model"], device=device)
         backend = replace(backend, decode=lambda latents: latents)
         mesh = ranks.point_mesh(options["points_degree"], device)
-        tables = time_shared(backend, mesh, repeats) if mesh else None
-        tables = tables or bench_solvers(backend, options["predictor"], repeats)
+        if mesh:
+            tables = time_shared(backend, mesh, repeats)
+        else:
+            tables = bench_solvers(backend, options["predictor"], repeats)
     if ranks.is_first():
-        click.echo(as_text(tables))
+        click.echo(text := as_text(tables))
         click.echo("Medians of turns in one run; only the ratios mean something elsewhere.")
         about = {name: options[name] for name in ("model", "predictor", "repeats")}
         write_json(out, {"about": about | provenance(device), **tables})
-        write_text(out.with_suffix(".txt"), as_text(tables))
+        write_text(out.with_suffix(".txt"), text)
         click.echo(f"wrote {out}")
     ranks.close()
 

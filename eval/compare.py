@@ -37,7 +37,7 @@ from eval.measure import (
     rivals_for,
 )
 from eval.report import curves, metrics_of, missing, page, ratios, table, write_csv
-from eval.score import NamedPath, reads_texts
+from eval.score import reads_texts
 from rewards.fingerprint import source_hash, stamp
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
 from solvers.epd import EPD, Directions, ParallelMultistep
@@ -45,9 +45,8 @@ from solvers.predictor import load_predictor
 from src import ranks
 from src.figures import save, table_figure
 from src.files import check_writable, to_json, write_json, write_text
-from src.options import Device, DType, Names, Number, OneLineCommand, SeedList
-from src.stats import number
-from src.text import guidance_rates, read_prompts
+from src.options import Device, DType, NamedPath, Names, Number, OneLineCommand, SeedList
+from src.text import guidance_rates, number, read_prompts
 
 CHOOSE_ON = 64
 SETS = 3
@@ -150,7 +149,7 @@ def set_statistics(
     cache: Path,
     about: Sequence[Any],
 ) -> dict[str, Statistics]:
-    """The statistics of a candidate's images by feature space, streamed, or from their files."""
+    """The statistics of a candidate's images by feature space; ValueError as `add_statistics`."""
     file, sampler = candidate.source, candidate.sampler
     solver: Any = candidate.name  # which says at what guidance rates
     if file:
@@ -383,7 +382,7 @@ def write_results(
     settings: Mapping[str, Any],
     shown: int,
 ) -> None:
-    """report.html, results.txt, .csv, .json and .png of a comparison."""
+    """report.html, results.txt, .csv, .json and .png; ValueError where they cannot be written."""
     count = len(benchmark.jobs)
     steps = len(benchmark.fine.sampler.sigmas) - 1
     finely = f"{fine.name} in {steps} steps on {fine.schedule} ({fine.nfe} calls)"

@@ -74,11 +74,8 @@ class FeatureSpace:
             with torch.no_grad(), looking(self.name, levels):
                 features = self.network(levels / 255)
             shape = list(features.shape) if isinstance(features, Tensor) else type(features)
-            if (
-                not isinstance(features, Tensor)
-                or len(shape) != 2
-                or (shape[0] != len(part) or not shape[1])
-            ):
+            fits = isinstance(features, Tensor) and features.shape[:-1] == part.shape[:1]
+            if not fits or not features.numel():
                 raise ValueError(f"{self.name} must return [{len(part)}, D], not {shape}")
             parts.append(features.float().cpu())
         return torch.cat(parts)

@@ -57,7 +57,7 @@ class Statistics:
     features: Tensor | None = None  # [N, D] float32
 
     def distance(self, other: "Statistics") -> float:
-        """The Frechet distance to another set."""
+        """The Frechet distance to another set. ValueError for another number of features."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
@@ -80,26 +80,21 @@ def measure_pictures(
         raise ValueError(f"{pictures.place} has fewer than {least} images to measure")
     mine: Statistics | None = None
     kept: dict[int, Tensor] = {}
-    failed = ""
     which = ranks.share(range(len(pictures.items)))
-    try:
-        with ranks.progress(len(which), "image") as bar:
-            for alike in read_batches(pictures, which, batch=batch):
-                features = space(alike.images / 255)
-                for at in (~features.isfinite().all(1)).nonzero()[:1, 0].tolist():
-                    name = pictures.place / pictures.items[alike.which[at]].name
-                    raise ValueError(f"the features of {name} are not finite (NaN or infinity)")
-                if size not in (0, features.shape[1]):
-                    said = f"the images have {features.shape[1]} features"
-                    raise ValueError(f"{said}, the reference {size}")
-                new = statistics_of(features)
-                mine = merged(mine, new) if mine else new
-                if keep:  # rows of their own: a view is pickled with all that it is a view of
-                    kept |= {i: row.clone() for i, row in zip(alike.which, features, strict=True)}
-                bar.update(len(alike.which))
-    except ValueError as error:
-        failed = str(error)
-    ranks.raise_together(failed)
+    with ranks.together(), ranks.progress(len(which), "image") as bar:
+        for alike in read_batches(pictures, which, batch=batch):
+            features = space(alike.images / 255)
+            for at in (~features.isfinite().all(1)).nonzero()[:1, 0].tolist():
+                name = pictures.place / pictures.items[alike.which[at]].name
+                raise ValueError(f"the features of {name} are not finite (NaN or infinity)")
+            if size not in (0, features.shape[1]):
+                said = f"the images have {features.shape[1]} features"
+                raise ValueError(f"{said}, the reference {size}")
+            new = statistics_of(features)
+            mine = merged(mine, new) if mine else new
+            if keep:  # rows of their own: a view is pickled with all that it is a view of
+                kept |= {i: row.clone() for i, row in zip(alike.which, features, strict=True)}
+            bar.update(len(alike.which))
     shares = ranks.of_each_rank((mine, kept))
     total = reduce(merged, [share for share, _ in shares if share])
     rows = {i: row for _, some in shares for i, row in some.items()}
@@ -214,7 +209,10 @@ def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def save_statistics(path: Path, images: Statistics) -> None:
-    """Write `mu` [D] and `sigma` [D, D] in float64 as EDM does, and what they are of."""
+    """Write `mu` [D] and `sigma` [D, D] in float64 as EDM does, and what they are of.
+
+    ValueError where the file cannot be written.
+    """
     arrays: dict[str, Any] = {"mu": images.mean.numpy(), "sigma": images.covariance.numpy()}
     arrays |= {"count": np.int64(images.count), "about": np.array(to_json(dict(images.about)))}
     if images.features is not None:
@@ -248,9 +246,8 @@ def load_statistics(path: Path) -> Statistics:
             if not isinstance(about, dict) or count < 0:
                 raise ValueError("of something else")
     except BROKEN as error:
-        why = (
-            error if zipfile.is_zipfile(path) else "it is no .npz"
-        )  # NumPy's words: read it unsafely
+        # NumPy's words are: read it unsafely
+        why = error if zipfile.is_zipfile(path) else "it is no .npz"
         raise ValueError(f"{path} holds no reference statistics ({why})") from error
     if mean.ndim != 1 or not len(mean) or sigma.shape != (len(mean), len(mean)):
         sizes = f"{list(mean.shape)} and {list(sigma.shape)}"

@@ -32,6 +32,7 @@ from solvers.schedules import SCHEDULES as ALL_SCHEDULES
 from src import ranks
 from src.files import find_predictors
 from src.stats import Estimate, mean_of
+from src.text import number
 
 SOLVERS = (
     *("euler", "heun", "dpm2", "ipndm-2", "ipndm-3", "ipndm-4", "ipndm_v-3"),
@@ -147,7 +148,10 @@ def rivals_for(
 
 
 def predictor_files(patterns: Sequence[str]) -> list[Path]:
-    """The files of predictors by paths, names in exps/, and patterns, each once."""
+    """The files of predictors by paths, names in exps/, and patterns, each once.
+
+    ValueError where one names none.
+    """
     return list(dict.fromkeys(file for one in patterns for file in find_predictors(one)))
 
 
@@ -258,6 +262,11 @@ class Frechet:
     spread: float | None = None  # the standard deviation over the sets
     trained_on: bool = False  # whether the table was fitted in these very features
     sets: tuple[float, ...] = ()  # each one's, on the same seeds for all candidates
+
+    def __str__(self) -> str:
+        """`51.20 +-0.31, trained on`."""
+        spread = "" if self.spread is None else f" +-{self.spread:.2g}"
+        return number(self.value) + spread + ", trained on" * self.trained_on
 
 
 @dataclass(frozen=True)
@@ -413,7 +422,10 @@ def _timed(
 def add_statistics(
     sums: dict[str, Statistics], images: Tensor, references: Sequence[FrechetReference]
 ) -> list[Tensor]:
-    """Merge the statistics of images into the sums by feature space -> their features."""
+    """Merge the statistics of images into the sums by feature space -> their features.
+
+    ValueError for features that hold NaN or infinity.
+    """
     features = [reference.space(images) for reference in references]
     for name, each in zip((r.space.name for r in references), features, strict=True):
         if not each.isfinite().all():

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
-from eval.measure import Frechet, Score
+from eval.measure import Score
 from src.figures import png
 from src.files import write_text
 from src.images import grid, png_bytes
-from src.stats import Estimate, aligned, number
+from src.stats import Estimate
+from src.text import aligned, number
 
 COLOURS = ("#c1121f", "#003f88", "#0f7b3f", "#7b2cbf", "#e36414", "#00798c", "#8a5a00")
 COLOURED = 6  # curves
@@ -57,7 +58,7 @@ def metrics_of(scores: Sequence[Score]) -> list[Metric]:
         title = "Frechet" if len(spaces) == 1 else f"Frechet {name}"
         return Metric(
             title,
-            lambda s: distance_of(s.frechets.get(name)),
+            lambda s: str(s.frechets.get(name, "-")),
             lambda s: s.frechets[name].value if name in s.frechets else None,
         )
 
@@ -83,14 +84,6 @@ def error_of(score: Score) -> str:
     if score.rmse_low is None or score.rmse_high is None:
         return number(score.rmse)
     return str(Estimate(score.rmse, score.rmse_low, score.rmse_high))
-
-
-def distance_of(distance: Frechet | None) -> str:
-    """`51.20 +-0.31, trained on`, or a dash."""
-    if distance is None:
-        return "-"
-    spread = "" if distance.spread is None else f" +-{distance.spread:.2g}"
-    return number(distance.value) + spread + ", trained on" * distance.trained_on
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -122,10 +115,8 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
         if ours and by_hand:
             cells: list[str] = []
             for best in (ours, single, by_hand):
-                named = (
-                    (f"{best[1].name} {number(best[0])}", f"{best[1].rows:g}") if best else None
-                )
-                cells += named or ("-", "-")
+                text = f"{best[1].name} {number(best[0])}" if best else "-"
+                cells += text, f"{best[1].rows:g}" if best else "-"
             ratio = f"{ours[0] / by_hand[0]:.3f}" if by_hand[0] else "-"
             lines.append((str(n), *cells, ratio))
     return aligned([(*head, f"{metric.name}: learned / hand-made"), *lines]) if lines else ""

@@ -29,29 +29,13 @@ from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, singles
 from rewards.scorer import names_of, score_all, single_rewards
 from src import ranks
 from src.files import append_jsonl, check_writable, read_jsonl, write_json, write_text
-from src.options import Device, OneLineCommand
-from src.stats import Estimate, aligned, mean_of, win_rate
-from src.text import read_prompts
+from src.options import Device, NamedPath, OneLineCommand
+from src.stats import Estimate, mean_of, win_rate
+from src.text import aligned, chosen_prompts
 
 CACHE = "cache-{}.jsonl"
 HINT = " (--skip-bad leaves such images out)"
 BY_CLASS = ("fashion-judge",)  # rewards that take the number of a class for a prompt
-
-
-class NamedPath(click.ParamType):
-    """`NAME=PATH` -> (name, path)."""
-
-    name = "name=path"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        if isinstance(value, tuple):
-            return value
-        name, equals, path = str(value).partition("=")
-        if not (name and equals and path):
-            self.fail(f"'{value}' should be such as clip=weights/clip", param)
-        return name, path
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -82,12 +66,9 @@ def main(**options: Any) -> None:
     places, names = (*options["places"], *options["images"]), options["reward"]
     if not 0 < len(places) <= 2:
         raise ValueError(f"{len(places)} places: give one, or two to compare")
-    if options["prompt"] and options["prompt_file"]:
-        raise ValueError("--prompt and --prompt-file are given: choose one of them")
     if options["output_json"] and len(places) == 2:
         raise ValueError("--output-json is of one place: of two each has its summary.json")
-    file = options["prompt_file"]
-    texts = read_prompts(file) if file else options["prompt"]
+    texts = chosen_prompts(options["prompt"], options["prompt_file"], None)
     paths = dict(options["weights"])
     used = files_of(names, paths)
     if spare := [name for name in paths if name not in used]:
@@ -220,22 +201,17 @@ def score_pictures(
         if there.keys() >= set(task.keys.values()):
             done[at] = {name: there[key] for name, key in task.keys.items()}
     missing = ranks.share([at for at in items if at not in done])
-    failed, skipped = "", bad if task.skip_bad else None
-    try:
-        with ranks.progress(len(missing), "image") as bar:
-            how = {"batch": task.batch, "bad": skipped, "hint": HINT}
-            for alike in read_batches(task.pictures, missing, **how):
-                images = alike.images.to(task.device).float() / 255
-                for at, scores in score_images(task, items, alike.which, images, bad):
-                    keyed = {task.keys[name]: value for name, value in scores.items()}
-                    line = {"picture": items[at].digest, "prompt": items[at].prompt}
-                    path = folder / CACHE.format(ranks.rank())
-                    append_jsonl(path, {**line, "scores": keyed})
-                    done[at] = scores
-                bar.update(len(images))
-    except ValueError as error:
-        failed = str(error)
-    ranks.raise_together(failed)
+    skipped, path = bad if task.skip_bad else None, folder / CACHE.format(ranks.rank())
+    how = {"batch": task.batch, "bad": skipped, "hint": HINT}
+    with ranks.together(), ranks.progress(len(missing), "image") as bar:
+        for alike in read_batches(task.pictures, missing, **how):
+            images = alike.images.to(task.device).float() / 255
+            for at, scores in score_images(task, items, alike.which, images, bad):
+                keyed = {task.keys[name]: value for name, value in scores.items()}
+                line = {"picture": items[at].digest, "prompt": items[at].prompt}
+                append_jsonl(path, {**line, "scores": keyed})
+                done[at] = scores
+            bar.update(len(images))
     shares = ranks.of_each_rank((done, bad))
     left_out = {name: why for _, reasons in shares for name, why in reasons.items()}
     everything = {at: scores for share, _ in shares for at, scores in share.items()}

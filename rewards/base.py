@@ -93,7 +93,10 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], name: str = "r
 def has_gradient(
     reward: Reward, device: torch.device | str = "cpu", prompt: str = "a picture"
 ) -> bool:
-    """Whether training may follow the gradient of a reward, tried on one small noisy picture."""
+    """Whether training may follow the gradient of a reward, tried on one small noisy picture.
+
+    Raises ValueError as `score`.
+    """
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     image = noise.to(device).requires_grad_()
     with torch.enable_grad():

@@ -52,7 +52,7 @@ def load_hps(setup: Setup, config: Mapping[str, Any] | None = None) -> "Cosine":
     """The reward `hps`, about 0.2 to 0.35. config: sections of another open_clip model.
 
     As CLIP does, it looks at the centre square; the package hpsv2 puts a picture that is not
-    square between black bars.
+    square between black bars. ValueError for another file of weights.
     """
     path, sections = setup.path("hps"), config or config_named(VIT_H)
     state = read_state(path)
@@ -66,7 +66,7 @@ def load_pickscore(setup: Setup) -> "Cosine":
 
 
 def load_aesthetic(setup: Setup) -> "Aesthetic":
-    """The reward `aesthetic`, on the model that `clip` uses too."""
+    """The reward `aesthetic`, on the model that `clip` uses too. ValueError for other weights."""
     path, towers = setup.path("aesthetic"), load_clip(setup).towers
     state = read_state(path)
     head = fill(lambda: LinearStack(towers.width), state, str(path), setup.device)
@@ -188,6 +188,7 @@ def load_towers(
 
     A file may be OpenAI's own, which is TorchScript: its tensors are read, its code is not.
     config: sections of the open_clip model that a file is of; ViT-L/14 with OpenAI's activation.
+    ValueError, in one line, for another folder or file.
     """
     if path.is_dir():
         of_folder = open_clip_folder if (path / OPEN_CLIP).is_file() else clip_folder
@@ -209,7 +210,10 @@ def config_named(name: str) -> dict[str, Any]:
 
 
 def open_clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
-    """The towers of a folder with open_clip_config.json, its weights and its tokenizer."""
+    """The towers of a folder with open_clip_config.json, its weights and its tokenizer.
+
+    ValueError, in one line, for another folder.
+    """
     config = read_json(folder / OPEN_CLIP)
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ValueError(f"{folder / OPEN_CLIP}: it has no object 'model_cfg'")
@@ -294,14 +298,17 @@ def clip_folder(folder: Path, device: torch.device, amp: bool) -> Towers:
 def clip_model(
     state: State, config: Any, source: str, device: torch.device, amp: bool = False
 ) -> Any:
-    """The CLIPModel of a config with the tensors of a state dict; old files have positions."""
+    """The CLIPModel of a config with a state dict, positions left out; ValueError as `fill`."""
     kept = renamed(state, {}, (".position_ids",))
     half = half_for(device, amp)
     return fill(lambda: transformers.CLIPModel(config), kept, source, device, half)
 
 
 def tokenizer_for(length: int, vocabulary: int, place: Path) -> Tokenise:
-    """The tokenizer in a folder, else CLIP's own, filled up with the end of text to a length."""
+    """The tokenizer in a folder, else CLIP's own, filled up with the end of text to a length.
+
+    ValueError where its vocabulary is larger than the network's.
+    """
     if any((place / name).is_file() for name in TOKENIZERS):
         own = transformers.CLIPTokenizer.from_pretrained(place, local_files_only=True)
         options = {"padding": "max_length", "truncation": True, "max_length": length}

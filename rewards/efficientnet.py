@@ -48,7 +48,10 @@ class Features:
 
 
 def prepared(images: Tensor, side: int = SIDE) -> Tensor:
-    """Images [N, C, H, W] in [0, 1] -> what the network takes, [N, 3, side, side]."""
+    """Images [N, C, H, W] in [0, 1] -> what the network takes, [N, 3, side, side].
+
+    ValueError where C is neither 1 nor 3.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"features need images [N, 1 or 3, H, W], not {list(images.shape)}")
     large = F.interpolate(

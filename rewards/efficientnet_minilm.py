@@ -48,7 +48,7 @@ class EmojiScore:
 
 
 def load(setup: Setup, path: Path = MATRIX) -> EmojiScore:
-    """The reward `efficientnet-minilm`, with the matrix of that file."""
+    """The reward `efficientnet-minilm`, with a file's matrix; ValueError for other weights."""
     device, amp = setup.device, setup.amp
     features = load_features(device, side=SIDE, path=setup.path("efficientnet"))
     matrix = fill(lambda: nn.Linear(SIZE, WIDTH), read_state(path), str(path), device)

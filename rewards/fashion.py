@@ -76,7 +76,7 @@ class FashionJudge:
         return F.log_softmax(self.network(self._grey(images)), -1)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As Reward; a prompt is a class by number ("7") or by name ("Sneaker")."""
+        """As Reward; a prompt is a class by number ("7") or name ("Sneaker"), else ValueError."""
         rows = torch.tensor([class_of(prompt) for prompt in prompts], device=self.device)
         return self.log_probabilities(images).gather(1, rows[:, None])[:, 0].to(images.device)
 

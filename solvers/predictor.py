@@ -226,7 +226,7 @@ def from_content(content: Any) -> Predictor:
 
 
 def numbers(name: str, values: Any) -> Tensor:
-    """A tensor of floats, or rows of numbers, in float64."""
+    """A tensor of floats, or rows of numbers, in float64; ValueError for anything else."""
     try:
         given = isinstance(values, Tensor)
         tensor = values if given else torch.tensor(values, dtype=torch.float64)

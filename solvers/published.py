@@ -108,7 +108,8 @@ def from_dyweight(
         x_{i+1} = x_i + (t_{i+1} - tau_i) sum_{j<=i} w_ij d_j
         tau_{i+1} = tau_i + S_i (t_{i+1} - tau_i)
 
-    Our loop keeps no d_0: later steps make it of x and of the slopes since then.
+    Our loop keeps no d_0: later steps make it of x and of the slopes since then. Raises ValueError
+    for shapes that are not these, no AFS, no range of levels, or more than 4 earlier slopes.
     """
     w = raw["hybrid_weights"]
     n = w.shape[:1].numel()

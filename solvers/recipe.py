@@ -151,7 +151,7 @@ def recipe_from_plain(entries: Mapping[str, Any]) -> Recipe:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The plain value as the type of its field, ints as floats where floats belong."""
+    """The plain value as the type of its field, ints as floats; ValueError for another type."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     kinds = [typing.get_origin(option) or option for option in options]
     if float in kinds and type(value) is int and abs(value) < 1 << 53:

@@ -16,6 +16,7 @@ from torch import Tensor
 from src.files import read_json, write_atomically
 from src.images import read_png
 from src.options import OneLineCommand
+from src.text import aligned
 
 CELL = 0.8  # inches
 SHOWN = 10
@@ -55,7 +56,7 @@ def png(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG whole or not at all. ValueError where it cannot be written."""
     with write_atomically(path) as temp:
         temp.write_bytes(png(figure))
 
@@ -113,11 +114,11 @@ def main(folders: tuple[str, ...], output: Path) -> None:
         rows.append((name or method, recipe["nfe"], images))
     shown = [(f"{name}, {nfe} calls", images[:SHOWN]) for name, nfe, images in rows]
     save(labelled_grid(shown, heads), output)
-    click.echo(f"{'method':28} calls   RMSE of pixels in [-1, 1] to the last")
+    lines = [("method", "calls", "RMSE of pixels in [-1, 1] to the last")]
     for name, nfe, images in rows:
         error = 2 * (images - rows[-1][2]).square().mean().sqrt().item()
-        click.echo(f"{name:28} {nfe:5}   {error:.3f}")
-    click.echo(f"picture: {output}")
+        lines.append((name, str(nfe), f"{error:.3f}"))
+    click.echo(f"{aligned(lines, (0, 2), rule=False)}\npicture: {output}")
 
 
 if __name__ == "__main__":

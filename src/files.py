@@ -74,13 +74,13 @@ def check_writable(path: Path) -> None:
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file, whole or not at all."""
+    """Copy a file, whole or not at all. ValueError where it cannot be written."""
     with write_atomically(path) as temp:
         shutil.copyfile(source, temp)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text, whole or not at all. ValueError where it cannot be written."""
     with write_atomically(path) as temp:
         temp.write_text(text, encoding="utf-8")
 
@@ -131,7 +131,10 @@ def read_text(path: str | Path) -> str:
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Add one record as a line of JSON. A line that a stopped run left half-written goes."""
+    """Add one record as a line of JSON. A line that a stopped run left half-written goes.
+
+    ValueError for NaN, infinity and what JSON cannot hold.
+    """
     line = (to_json(record) + "\n").encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

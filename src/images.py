@@ -35,7 +35,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def save_png(path: str | Path, image: Tensor, text: Mapping[str, Any] | None = None) -> None:
-    """Write one image [C, H, W] as a PNG, whole or not at all; see `png_bytes`."""
+    """Write one image [C, H, W] as a PNG, whole or not at all; ValueError as `png_bytes`."""
     content = png_bytes(image, text)
     with write_atomically(path) as temp:
         temp.write_bytes(content)

@@ -50,7 +50,7 @@ def shown(value: object) -> str:
 
 
 def whole(value: Any) -> int:
-    """A count: an int, not negative."""
+    """A count: an int, not negative; else ValueError."""
     if type(value) is not int or value < 0:
         raise ValueError("a count is negative or not a whole number")
     return value
@@ -69,7 +69,7 @@ def key(value: Any) -> Any:
 
 
 def dict_of(entries: Any = ()) -> dict[Any, Any]:
-    """`collections.OrderedDict` and its like: a plain dict."""
+    """`collections.OrderedDict` and its like: a plain dict. ValueError as `key`."""
     return {key(k): v for k, v in (entries.items() if isinstance(entries, dict) else entries)}
 
 
@@ -82,7 +82,7 @@ def persistent(meta: Any) -> Inert:
 
 
 def tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Tensor:
-    """`torch._utils._rebuild_tensor_v2`: a view of a storage [n], inside of it."""
+    """`torch._utils._rebuild_tensor_v2`: a view of a storage [n], inside of it, or ValueError."""
     if not isinstance(storage, Tensor) or len(size) != len(stride) or len(size) > 64:
         raise ValueError("a tensor has no storage, or a shape that is broken")
     count, last = 1, whole(offset)
@@ -94,21 +94,21 @@ def tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Te
 
 
 def tensor_of_dtype(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """`torch._utils._rebuild_tensor_v3`: as v2, with the dtype apart from the storage."""
+    """`torch._utils._rebuild_tensor_v3`: as v2, with the dtype apart; ValueError for booleans."""
     if not isinstance(storage, Tensor) or torch.bool in (rest[2], storage.dtype):
         raise ValueError("a tensor has no storage that holds its dtype")
     return tensor(storage.view(rest[2]), offset, size, stride)
 
 
 def encoded(text: Any, encoding: Any = "latin1") -> bytes:
-    """`_codecs.encode`: how protocols 0 to 2 write bytes."""
+    """`_codecs.encode`: how protocols 0 to 2 write bytes. ValueError for another encoding."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise ValueError("bytes are not written as latin1 text")
     return text.encode("latin1")
 
 
 def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
-    """`numpy.core.multiarray.scalar`: a Python number."""
+    """`numpy.core.multiarray.scalar`: a Python number. ValueError for another kind."""
     code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
     if code not in ("b1", "i4", "i8", "u8", "f2", "f4", "f8") or not isinstance(raw, bytes):
         raise ValueError("a numpy scalar is not a plain number")

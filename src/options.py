@@ -50,7 +50,7 @@ class Parsed(click.ParamType):
 
 
 def parse_device(text: str) -> torch.device:
-    """auto (a GPU where there is one), cpu, cuda or cuda:N -> torch.device."""
+    """auto (a GPU where there is one), cpu, cuda or cuda:N -> torch.device; else ValueError."""
     count = torch.cuda.device_count() if text != "cpu" else 0
     if text == "auto":
         return torch.device("cuda" if count else "cpu")
@@ -63,18 +63,29 @@ def parse_device(text: str) -> torch.device:
 
 
 def parse_dtype(text: str) -> torch.dtype | None:
-    """float32, float64, bfloat16 or float16 -> torch.dtype; auto -> None, the model's usual."""
+    """float32, float64, bfloat16 or float16 -> torch.dtype; auto -> None, the model's usual.
+
+    ValueError for another name.
+    """
     if text != "auto" and text not in DTYPES:
         raise ValueError(f"no dtype '{text}': did you mean {nearest(text, DTYPES)}?")
     return DTYPES.get(text)
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    """`"512"`, or width by height `"768x512"` -> (height, width) in pixels."""
+    """`"512"`, or width by height `"768x512"` -> (height, width) in pixels; else ValueError."""
     match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
     if match is None or "0" in match.groups():
         raise ValueError(f"'{text}' is no resolution: write 512, or 768x512")
     return int(match[2] or match[1]), int(match[1])
+
+
+def parse_named_path(text: str) -> tuple[str, str]:
+    """`NAME=PATH` -> (name, path); ValueError for anything else."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"'{text}' should be such as clip=weights/clip")
+    return name, path
 
 
 SeedList = partial(Parsed, "seeds", parse_seeds)
@@ -82,6 +93,7 @@ Names = partial(Parsed, "names", lambda text: [n.strip() for n in text.split(","
 Device = partial(Parsed, "auto|cpu|cuda[:n]", parse_device)
 DType = partial(Parsed, "|".join(("auto", *DTYPES)), parse_dtype)
 Resolution = partial(Parsed, "pixels|WxH", parse_resolution)
+NamedPath = partial(Parsed, "name=path", parse_named_path)
 
 
 class Number(click.FloatRange):

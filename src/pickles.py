@@ -90,16 +90,16 @@ def read_pickle(path: str | Path) -> Any:
         raise ValueError(f"{path}: {text}") from None
 
 
-def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tensor]:
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: of a state dict, a pickled module, a TorchScript file.
 
-    A state dict may lie under the key `inside`; what is no tensor is left out. Raises ValueError
-    in one line with the path: as `read_pickle`, and where there is no tensor.
+    A state dict may lie under the key `state_dict`; what is no tensor is left out. Raises
+    ValueError in one line with the path: as `read_pickle`, and where there is no tensor.
     """
     content = read_pickle(path)
     for _ in range(4):
-        if isinstance(content, dict) and inside in content:
-            content = content[inside]
+        if isinstance(content, dict) and "state_dict" in content:
+            content = content["state_dict"]
     kind = type(content).__name__
     content = content.items or content if isinstance(content, Inert) else content
     content = Inert("dict", state=content) if isinstance(content, dict) else content
@@ -110,7 +110,7 @@ def read_tensors(path: str | Path, inside: str = "state_dict") -> dict[str, Tens
 
 
 def module_tensors(module: Inert) -> dict[str, Tensor]:
-    """Parameters and buffers of a pickled or scripted module and those in it, by dotted name."""
+    """Parameters and buffers of a module and those in it, by name; ValueError for too many."""
     tensors, rest, names = dict[str, Tensor](), [("", module)], 0
     while rest and names <= MOST_NAMES:
         prefix, part = rest.pop()
@@ -130,7 +130,7 @@ def module_tensors(module: Inert) -> dict[str, Tensor]:
 
 
 def read_file(file: BinaryIO, size: int) -> Any:
-    """The object of a file in any of the layouts, told apart by their first bytes."""
+    """The object of a file in any layout, by its first bytes; raises one of BROKEN for others."""
     if not size:
         raise EOFError
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read where it is used
@@ -147,7 +147,10 @@ def read_file(file: BinaryIO, size: int) -> Any:
 
 
 def read_zip(file: BinaryIO, data: mmap.mmap | bytearray) -> Any:
-    """The torch.save of today: a zip with `ROOT/data.pkl` and `ROOT/data/NAME`, and its bytes."""
+    """The torch.save of today: a zip with `ROOT/data.pkl` and `ROOT/data/NAME`, and its bytes.
+
+    Raises one of BROKEN for another.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
     roots = [n[:-8] for n in entries if n.endswith("/data.pkl") and n.count("/") == 1]
@@ -292,7 +295,7 @@ class Reader(pickle._Unpickler):
             raise ValueError("it builds far more than the file holds")
 
     def call(self, target: object, args: object, is_class: bool = False) -> object:
-        """What a call gives: what our own code makes of it, else an `Inert` of a class."""
+        """What a call gives: what our own code makes of it, else an `Inert`, or ValueError."""
         if not isinstance(target, Global):
             raise ValueError(f"refused: it calls a {type(target).__name__}, not a class")
         name, last = target.name, target.name.rpartition(".")[2].lstrip("_")
@@ -339,7 +342,7 @@ class Reader(pickle._Unpickler):
             raise ValueError(f"it sets attributes of a {type(target).__name__}")
 
     def fill(self, values: list[Any]) -> None:
-        """Put values into the set on top, or key, value, key, value, ... into the dict."""
+        """Put values into the set on top, or key, value, ... into the dict; else ValueError."""
         target = self.stack[-1]
         if isinstance(target, set):
             target.update(map(key, values))
@@ -386,7 +389,7 @@ for code, load in Reader.dispatch.items():  # the methods above in the place of 
 
 
 def load_from_bytes(raw: Any) -> Tensor:
-    """`torch.storage._load_from_bytes`: a stream of the older torch.save with one storage."""
+    """`torch.storage._load_from_bytes`: the older torch.save of one storage, or ValueError."""
     if not isinstance(raw, bytes):
         raise ValueError(f"a storage is a {type(raw).__name__}, not bytes")
     value = read_legacy(io.BytesIO(raw), len(raw))

@@ -13,7 +13,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
@@ -154,8 +155,14 @@ def of_each_process(item: Any) -> list[Any]:
     return items
 
 
-def raise_together(failed: str) -> None:
-    """ValueError on every rank, if any failed with a reason: no rank waits for one that went."""
+@contextmanager
+def together() -> Iterator[None]:
+    """A ValueError within, on any rank, is one on every rank: none waits for one that went."""
+    failed = ""
+    try:
+        yield
+    except ValueError as error:
+        failed = str(error)
     reasons = [reason for reason in of_each_process(failed) if reason]
     if reasons:
         raise ValueError(reasons[0])
@@ -163,13 +170,12 @@ def raise_together(failed: str) -> None:
 
 def on_first(work: Callable[[], None]) -> None:
     """Do the work on the first rank; what is wrong there is a ValueError on all."""
-    failed = ""
-    if is_first():
-        try:
-            work()
-        except (ValueError, OSError) as error:
-            failed = str(error)
-    raise_together(failed)
+    with together():
+        if is_first():
+            try:
+                work()
+            except OSError as error:
+                raise ValueError(str(error)) from error
 
 
 class Lines:

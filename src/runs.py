@@ -116,7 +116,7 @@ class Metrics:
         return read_jsonl(self.path) if self.path.exists() else []
 
     def drop_after(self, step: int) -> None:
-        """Take out the lines of later steps, which are done again."""
+        """Take out the lines of later steps, which are done again; ValueError as `read_jsonl`."""
         if self.path.exists():
             lines = [to_json(line) + "\n" for line in self.read() if line["step"] <= step]
             write_text(self.path, "".join(lines))

@@ -1,14 +1,15 @@
-"""Means with 95 % intervals, of one set of images and of pairs; numbers and tables as text.
+"""Means with 95 % intervals, of one set of images and of pairs.
 
 Efron 1979, Annals of Statistics 7(1), 1-26: percentiles of the means of resamples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import bootstrap
 from torch import Tensor
+
+from src.text import number
 
 RESAMPLES = 4000
 QUANTILE = 1.959964  # of the normal distribution, for 95 %
@@ -26,26 +27,6 @@ class Estimate:
     def __str__(self) -> str:
         """`0.2731 [0.2712, 0.2749]`."""
         return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
-
-
-def number(value: float | None) -> str:
-    """Four digits, or a dash for what was not measured."""
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if abs(value) >= 1000 else f"{value:#.4g}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first being the head -> lines; the first column left, others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def mean_of(values: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:

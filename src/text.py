@@ -1,4 +1,4 @@
-"""What people write: lists of prompts, which image gets which, and rates of guidance."""
+"""What people write: prompts, which image gets which, rates of guidance; and tables they read."""
 
 import csv
 import hashlib
@@ -38,7 +38,10 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
 
 def column(content: str, path: Path) -> Iterator[str]:
-    """The cells of the column `text`; where it is the only one, commas need no quotes."""
+    """The cells of the column `text`; where it is the only one, commas need no quotes.
+
+    ValueError for a file without that column, and for lines of more cells than columns.
+    """
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
         head = next(reader, [])
@@ -50,11 +53,8 @@ def column(content: str, path: Path) -> Iterator[str]:
                     f"{path}, line {reader.line_num}: {len(cells)} cells for {len(head)} columns, "
                     'so write texts with commas in quotes: "a fox, red"'
                 )
-            yield (
-                ",".join(cells)
-                if len(head) == 1
-                else dict(zip(head, cells, strict=False)).get(COLUMN, "")
-            )
+            by_name = dict(zip(head, cells, strict=False))
+            yield ",".join(cells) if len(head) == 1 else by_name.get(COLUMN, "")
     except csv.Error as error:
         raise ValueError(f"{path}: not CSV that can be read: {error}") from None
 
@@ -111,3 +111,31 @@ def guidance_rates(text: str, sigmas: Sequence[float]) -> tuple[float, ...]:
         forms = f"one rate, {len(sigmas)} with commas between, or RATE@LOW-HIGH"
         raise ValueError(f"guidance {text!r}: write {forms}")
     return rates
+
+
+# --- what they read -------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def aligned(
+    rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), *, rule: bool = True
+) -> str:
+    """A line for each row of cells; the columns `left` begin alike, others end alike.
+
+    The first row is the head, with a `rule` below it.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], *["-" * max(map(len, lines))] * rule, *lines[1:]])

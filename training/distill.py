@@ -29,7 +29,7 @@ from src import ranks
 from training.distances import OF_FEATURES, Network, distance_named
 from training.fit import fit
 from training.gradient import GradientLearner, checkpointed
-from training.refine import ROBUST, Lens, Reward, descend, enough, gauss_newton
+from training.refine import JACOBIAN_NUMBERS, ROBUST, Lens, Reward, descend, gauss_newton
 from training.settings import SMALL, Settings, hand_made, recipe_of
 from training.student import Trajectories, rmse
 from training.table import EDGE, EXACT
@@ -156,7 +156,7 @@ def sample(
 
 
 def named_levels(levels: NoiseLevels | Process | str) -> NoiseLevels:
-    """The noise levels of a process by its name, or as they are."""
+    """The noise levels of a process by its name, or as they are; ValueError for another value."""
     if isinstance(levels, NoiseLevels):
         return levels
     if not isinstance(levels, Process | str):
@@ -169,7 +169,8 @@ def learn(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]:
     """Yield what was done and its figures, tick by tick, until all is learned.
 
     `state` holds, at every yield, what `predictor_of` reads and what another call needs to go
-    on from there: tensors and plain values.
+    on from there: tensors and plain values. Raises ValueError where what the network, features
+    or reward say is nothing to learn from.
     """
     by_gradient = problem.settings.method == "gradient"
     yield from (learn_by_gradient if by_gradient else learn_by_fit)(problem, state)
@@ -250,7 +251,7 @@ def refined(problem: Problem, theta: Tensor, robust: tuple[float, ...]) -> Tenso
     assert s.samples
     assert s.batch
     parts = len(ends) * s.batch // s.samples  # of a batch on this rank
-    needed = -(-enough(ends) // ranks.world_size())
+    needed = -(-JACOBIAN_NUMBERS // (ends[0].x.numel() * ranks.world_size()))  # batches a round
     return gauss_newton(
         problem.student,
         theta,
@@ -313,7 +314,7 @@ def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]
 
 
 def best_sampler(problem: Problem, state: Mapping[str, Any]) -> Sampler:
-    """The best of what was learned so far."""
+    """The best of what was learned so far; ValueError where its error is no number."""
     if "learner" in state:
         return replace(problem.student, grid=False).sampler(state["learner"]["best"])
     return problem.student.sampler(best_of(state["candidates"])[2])
@@ -323,7 +324,7 @@ def predictor_of(problem: Problem, state: Mapping[str, Any]) -> Predictor:
     """The predictor of the best so far.
 
     Its levels stand in its recipe unless they are a schedule by name on the model's own levels,
-    and that model is one of a backend.
+    and that model is one of a backend. Raises ValueError where its error is no number.
     """
     s, backend, recipe = problem.settings, problem.model.backend, recipe_of(problem.settings)
     sampler, training = best_sampler(problem, state), {**recipe.training, **problem.model.training}

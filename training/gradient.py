@@ -134,10 +134,10 @@ class GradientLearner:
         done = min(self.seen / max(self.total, 1), 1.0)
         return self.peak * ((1 + math.cos(math.pi * done)) / 2 if self.coslr else 1.0)
 
-    def judge(self, batches: Sequence[Trajectories]) -> float:
-        """The error of what is learned so far on other batches; the best ever is kept.
+    def judge(self, batches: Sequence[Trajectories]) -> None:
+        """Keep the best so far by the error on other batches: the numbers, or their average.
 
-        The numbers and their moving average stand for election, and first of all the start.
+        At first the start stands for election as well.
         """
         start = [self.best] if self.error == math.inf else []
         candidates = [*start, self.theta.detach(), self.ema]
@@ -146,7 +146,6 @@ class GradientLearner:
         for candidate, error in zip(candidates, errors, strict=True):
             if error < self.error:
                 self.error, self.best = error, candidate.clone()
-        return errors[-2]
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, as tensors and numbers."""

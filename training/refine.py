@@ -82,14 +82,8 @@ def gauss_newton(
     turn, phases = count(), (*robust, 0.0)
 
     def values(thetas: Sequence[Tensor], scale: float = math.inf) -> list[float]:
-        samplers = {
-            i: student.sampler(t) for i, t in enumerate(thetas) if bool(t.isfinite().all())
-        }
-        if not samplers:
-            return [math.inf] * len(thetas)
-        errors = rmses(list(samplers.values()), judges or batches, reduce, scale)
-        of = dict(zip(samplers, errors, strict=True))
-        return [of.get(i, math.inf) for i in range(len(thetas))]
+        samplers = [student.sampler(theta) for theta in thetas]
+        return rmses(samplers, judges or batches, reduce, scale)
 
     best = [(values([theta])[0], theta)]
     for phase in phases:
@@ -143,16 +137,19 @@ def search(
     window, failed = coarse, False
     for _ in range(rounds):
         products, step = linearise(theta, nudge)
-        nudge = fitting_nudges(products)
-        moved = [theta + step(i) for i in window]
-        value, at = min(zip(values(moved), range(len(window)), strict=True))
-        if value >= best or math.isnan(value):
+        effect = (products.diagonal()[:-1] / products[-1, -1]).sqrt().nan_to_num(nan=0.0)
+        nudge = (REACH / effect.clamp(min=1e-9)).clamp(1e-5, 1e-1)
+        moved = {i: theta + step(i) for i in window}
+        moved = {i: t for i, t in moved.items() if bool(t.isfinite().all())}
+        tried = zip(values(list(moved.values())), moved, strict=True) if moved else ()
+        value, near = min(tried, default=(math.inf, 0))
+        if value >= best:
             if failed:
                 break
             window, failed = coarse, True
             continue
         small = least_gain > 0 and value > (1 - least_gain) * best
-        theta, best, failed, near = moved[at], value, False, window[at]
+        theta, best, failed = moved[near], value, False
         window = choices[max(0, near - 1) : near + 2]
         if small:
             break
@@ -218,17 +215,6 @@ def ends(student: Student, theta: Tensor, batch: Trajectories, nudge: Tensor) ->
         yield end_by(i, asked)
 
 
-def enough(batches: Sequence[Trajectories]) -> int:
-    """How many batches a round's Jacobian needs."""
-    return -(-JACOBIAN_NUMBERS // batches[0].x.numel())
-
-
-def fitting_nudges(products: Tensor) -> Tensor:
-    """Nudges [P] that each move the end by a part of its distance to the target."""
-    effect = (products.diagonal()[:-1] / products[-1, -1]).sqrt().nan_to_num(nan=0.0)
-    return (REACH / effect.clamp(min=1e-9)).clamp(1e-5, 1e-1)
-
-
 # --- by any objective ---------------------------------------------------------------------
 
 Reward: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
@@ -264,7 +250,10 @@ class Lens:
         return [v.flatten(1).float() for v in (self.features(x), x)] if self.features else []
 
     def on(self, batches: Sequence[Trajectories], reduce: Reduce) -> "Lens":
-        """The lens with the directions of the teacher's ends of the first samples of all ranks."""
+        """The lens with the directions of the teacher's ends of the first samples of all ranks.
+
+        Raises ValueError for features that are not finite.
+        """
         parts, bases = [], []
         for batch in batches:  # by their numbers: the same whoever makes them, in any parts
             if parts and min(batch.numbers, default=0) >= ENOUGH:
@@ -356,7 +345,8 @@ def descend(
     """The vector after some rounds, never one with a larger objective on `judges`, and that.
 
     Each round tries several prices of a step, at one trajectory each. The objective is the sum of
-    the weights at first, but for rewards.
+    the weights at first, but for rewards. Raises ValueError where samples, features or rewards
+    are not finite at the start.
     """
     lens = lens.on([*batches, *judges], reduce)
     targets = gathered([lens(batch.targets[-1], batch.numbers) for batch in judges], reduce)
@@ -385,8 +375,6 @@ def descend(
     objective = Objective(terms, widths).started(y, targets, error)
 
     def value(theta: Tensor) -> float:
-        if not bool(theta.isfinite().all()):
-            return math.inf
         y, error = looks(theta)
         seen = objective(y, targets, error).item() if bool(y.isfinite().all()) else math.inf
         return seen if math.isfinite(seen) else math.inf

@@ -209,8 +209,12 @@ def resolved(
     by_looks = features and not gradient and nfe <= FEW_CALLS
     distance = s.distance or ("distribution" if by_looks else "l2")
     s = replace(s, nfe=nfe, distance=distance, last_distance=s.last_distance or distance)
-    if gradient and not s.multistep:
-        s = with_usual(s, usual_reach(s.init))
+    if gradient and not s.multistep:  # a little from 1, or as far as the predictor's own
+        reach = {"scale_dir": 0.05, "scale_time": 0.05}
+        if s.init and not hand_made(s.init):
+            recipe = load_predictor(find_predictor(s.init)).recipe
+            reach = {name: max(usual, getattr(recipe, name)) for name, usual in reach.items()}
+        s = with_usual(s, reach)
     s = with_usual(s, PUBLISHED_WAY if gradient else usual_fit(s, shape))
     assert s.batch
     assert s.samples
@@ -239,15 +243,6 @@ def hand_made(init: str) -> bool:
     if SOLVERS[base].calls != 1:
         raise ValueError(f"init {init} makes {SOLVERS[base].calls} calls a step, and a table one")
     return True
-
-
-def usual_reach(init: str | None) -> dict[str, float]:
-    """How far a gradient's scales go from 1: a little, or as far as the predictor's own."""
-    reach = {"scale_dir": 0.05, "scale_time": 0.05}
-    if init is None or hand_made(init):
-        return reach
-    recipe = load_predictor(find_predictor(init)).recipe
-    return {name: max(usual, getattr(recipe, name)) for name, usual in reach.items()}
 
 
 def adopted(settings: Settings) -> Settings:

@@ -285,7 +285,7 @@ def make_batches(
     teacher: Teacher,
     parts: tuple[tuple[int, ...], ...],
 ) -> Batches:
-    """Batches by seed, their noise from a stream of its own for each purpose."""
+    """Batches by seed, of a noise stream for each purpose; ValueError for wrong conditions."""
     backend, stream = model.backend, f"{purpose}/{settings.seed}"
     rate, shape = settings.guidance_rate, backend.shape
     assert rate is not None

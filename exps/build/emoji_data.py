@@ -35,17 +35,6 @@ TONES = {
 ALWAYS_TRAINED = ("red apple", "smiling face", "rocket", "dog face")
 """Concepts that are never held out: the prompts that the model is judged by at first sight."""
 TEMPLATES = ("{}", "{}", "{}", "{} emoji", "an emoji of {}", "a picture of {}")
-WEIGHTS = {
-    "Smileys & Emotion": 1.6,
-    "Animals & Nature": 1.6,
-    "Food & Drink": 1.6,
-    "People & Body": 0.7,
-    "Flags": 0.2,
-    "Symbols": 0.6,
-}
-"""How often a category is drawn, for an average of about 1."""
-TONE_WEIGHT = 0.08
-"""How often one of the five tones of a concept is drawn, as a part of the concept's own share."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,10 @@ def load_emoji(folder: Path, seed: int = 0) -> list[Emoji]:
 
 
 def load_pictures(folder: Path, emoji: Sequence[Emoji]) -> Tensor:
-    """Return uint8 [N, 4, 64, 64]: red, green, blue, and how opaque a pixel is."""
+    """Return uint8 [N, 4, 64, 64]: red, green, blue, and how opaque a pixel is.
+
+    ValueError where a file is missing.
+    """
     pictures = np.empty((len(emoji), 64, 64, 4), np.uint8)
     for pixels, path in zip(pictures, (folder / IMAGES / e.file for e in emoji), strict=True):
         try:
@@ -106,12 +98,6 @@ def on_white(pictures: Tensor) -> Tensor:
     """Pictures uint8 [N, 4, H, W] -> on white, floats [N, 3, H, W] in [0, 1]."""
     colour, opaque = pictures[:, :3] / 255, pictures[:, 3:] / 255
     return colour * opaque + 1 - opaque
-
-
-def drawing_weights(emoji: Sequence[Emoji]) -> Tensor:
-    """Return float [N]: how often each is drawn; flags and tones seldom, everyday things often."""
-    shares = [WEIGHTS.get(e.category, 1.0) * (TONE_WEIGHT if e.tone else 1.0) for e in emoji]
-    return torch.tensor(shares)
 
 
 def caption(emoji: Emoji, chance: Random) -> str:

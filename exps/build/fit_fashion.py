@@ -43,14 +43,6 @@ def edm_loss(
     return (raw.float() - (images - skip * noisy) / out).square().mean()
 
 
-def untrained(images: Tensor, seed: int) -> EDMNetwork:
-    """A network of the shipped shape."""
-    size = {"img_resolution": 32, "img_channels": 1, "label_dim": len(CLASSES)}
-    network = build_edm("edm", {**size, "sigma_data": round(float(images.std()), 3), **UNET})
-    initialise(network.model, Generator().manual_seed(seed))
-    return network
-
-
 def initialise(unet: nn.Module, generator: Generator) -> None:
     """Fill the weights in place for training, every draw from `generator`.
 
@@ -77,7 +69,12 @@ def initialise(unet: nn.Module, generator: Generator) -> None:
 def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     """Write the average in the shipped format (fp16) to OUTDIR/export; 70 minutes of one core."""
     images, labels = load_split(data, "train")
-    network = load_edm(start) if start else untrained(images, plan.seed)
+    if start:
+        network = load_edm(start)
+    else:  # untrained, of the shipped shape
+        size = {"img_resolution": 32, "img_channels": 1, "label_dim": len(CLASSES)}
+        network = build_edm("edm", {**size, "sigma_data": round(float(images.std()), 3), **UNET})
+        initialise(network.model, Generator().manual_seed(plan.seed))
 
     def draw(step: int, g: Generator) -> tuple[Tensor, ...]:
         chosen = rows_of(step, len(images), plan.batch, plan.seed)

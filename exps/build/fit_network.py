@@ -94,7 +94,10 @@ def fit_network(
             optimiser.param_groups[0].update(lr=lr_at(step, plan), fused=True)
             optimiser.step()
             step += 1
-            follow(average, network, min(plan.ema_steps, max(1.0, 0.05 * step)))
+            halflife = min(plan.ema_steps, max(1.0, 0.05 * step))
+            with torch.no_grad():
+                for mean, p in zip(average.parameters(), network.parameters(), strict=True):
+                    mean.lerp_(p, 1 - 0.5 ** (1 / halflife))
             seconds = time.process_time() - clock
             if step % LOG_EVERY == 0:
                 line = {"step": step, "seconds": round(seconds, 1), "lr": lr_at(step - 1, plan)}
@@ -128,13 +131,6 @@ def gradients(
     for p, *shares in zip(parameters, *grads, strict=True):
         p.grad = torch.stack(shares).sum(0) if len(shares) > 1 else shares[0]
     return torch.stack(losses).sum()
-
-
-def follow(average: nn.Module, network: nn.Module, halflife: float) -> None:
-    """Move the average towards the network, half of the way in so many steps."""
-    with torch.no_grad():
-        for mean, p in zip(average.parameters(), network.parameters(), strict=True):
-            mean.lerp_(p, 1 - 0.5 ** (1 / halflife))
 
 
 def lr_at(step: int, plan: Plan) -> float:

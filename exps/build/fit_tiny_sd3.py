@@ -9,7 +9,6 @@ so that the run can be stopped, exported and gone on with at any time.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -66,18 +65,6 @@ class Pool:
         return self.latents, self.tokens
 
 
-def drawn(step: int, g: Generator, pool: Pool, silence: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """Return x0, noise, sigma, tokens and the log of the count of zeros; a tenth without text."""
-    latents, said = pool.of(step)
-    rows = torch.randint(POOL, (batch,), generator=g)
-    tokens = torch.where(torch.rand(batch, 1, generator=g) < NO_TEXT, silence, said[rows])
-    noise = torch.randn(batch, *LATENT, generator=g)
-    sigma = torch.randn(batch, generator=g).sigmoid()
-    fewer, share = torch.rand(2, batch, generator=g)
-    log_zeros = log(ZEROS) * torch.where(fewer < FEWER_ZEROS, share, 1.0)
-    return latents[rows], noise, sigma, tokens, log_zeros
-
-
 def flow_loss(parts: Parts) -> Callable[..., Tensor]:
     """The squared error of the velocity, for a text tower."""
 
@@ -104,8 +91,18 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
     pairs = {names for names in composed if len(names) > 1}  # to judge by
     stage = Stage(emoji, common=read_prompts(COMMON), apart=pairs)
     pool = Pool(parts, stage, load_pictures(data, emoji), plan.seed)
-    silence = tokenise(parts.tokenizer, [""])
-    draw = partial(drawn, pool=pool, silence=silence, batch=plan.batch)
+    silence, batch = tokenise(parts.tokenizer, [""]), plan.batch
+
+    def draw(step: int, g: Generator) -> tuple[Tensor, ...]:
+        """x0, noise, sigma, tokens and the log of the count of zeros; a tenth without text."""
+        latents, said = pool.of(step)
+        rows = torch.randint(POOL, (batch,), generator=g)
+        tokens = torch.where(torch.rand(batch, 1, generator=g) < NO_TEXT, silence, said[rows])
+        noise = torch.randn(batch, *LATENT, generator=g)
+        sigma = torch.randn(batch, generator=g).sigmoid()
+        fewer, share = torch.rand(2, batch, generator=g)
+        log_zeros = log(ZEROS) * torch.where(fewer < FEWER_ZEROS, share, 1.0)
+        return latents[rows], noise, sigma, tokens, log_zeros
 
     def export(average: Any, step: int) -> None:
         write_pipeline(average, parts, outdir / "tiny-sd3")

@@ -15,16 +15,11 @@ from torch import Generator, Tensor
 from exps.build.emoji_data import load_emoji, load_pictures, on_white
 from exps.build.fit_network import Plan, fit_network, training
 from exps.build.scenes import Stage, paint
-from exps.build.tiny_models import LATENT, diffusers, load_part
+from exps.build.tiny_models import LATENT, as_input, diffusers, load_part
 from src.files import write_json
 from src.images import grid, save_png
 
 KL_WEIGHT = 3e-4
-
-
-def as_input(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> [-1, 1], channels last in memory."""
-    return (2 * images - 1).contiguous(memory_format=torch.channels_last)
 
 
 def vae_loss(vae: Any, images: Tensor, noise: Tensor) -> Tensor:
@@ -41,16 +36,13 @@ def vae_loss(vae: Any, images: Tensor, noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_trip(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents as the encoder's mean [B, 16, 8, 8], and images made of them again."""
+def round_trip(vae: Any, images: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Latents as the encoder's mean [B, 16, 8, 8], images made of them again, and their PSNR."""
     latents = torch.cat([vae.encode(as_input(x)).latent_dist.mean for x in images.split(64)])
     copies = torch.cat([vae.decode(x).sample for x in latents.split(64)])
-    return latents, (copies / 2 + 0.5).clamp(0, 1)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean peak signal to noise ratio of images [B, *] in [0, 1], in dB."""
-    return round(float(-10 * (a - b).square().flatten(1).mean(1).log10().mean()), 2)
+    copies = (copies / 2 + 0.5).clamp(0, 1)
+    psnr = -10 * (images - copies).square().flatten(1).mean(1).log10().mean()  # in dB
+    return latents, copies, round(float(psnr), 2)
 
 
 @training(Plan(3000, 16, 1e-3, part=8))
@@ -73,16 +65,14 @@ def main(data: Path, outdir: Path, start: Path | None, plan: Plan) -> None:
 
     def export(average: Any, step: int) -> None:
         trips = {name: round_trip(average, images) for name, images in tests.items()}
-        scores = {name: psnr(tests[name], trip[1]) for name, trip in trips.items()}
-        latents = trips["trained"][0]
+        scores = {name: psnr for name, (*_, psnr) in trips.items()}
+        latents, copies, _ = trips["trained"]
         average.register_to_config(
             shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std())
         )
         average.half().save_pretrained(outdir / "vae")
         write_json(outdir / "scores.json", {"steps": step, "psnr": scores})
-        both = zip(
-            tests["trained"][:64].split(16), trips["trained"][1][:64].split(16), strict=True
-        )
+        both = zip(tests["trained"][:64].split(16), copies[:64].split(16), strict=True)
         rows = torch.cat([torch.cat(pair) for pair in both])
         save_png(outdir / "reconstructions.png", grid(rows, columns=16))
 

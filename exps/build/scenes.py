@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from exps.build.emoji_data import Emoji, caption, drawing_weights
+from exps.build.emoji_data import Emoji, caption
 
 COLOURS = {
     "white": (255, 255, 255),
@@ -29,6 +29,17 @@ COLOURS = {
     "pink": (250, 170, 200),
     "brown": (140, 95, 65),
 }
+WEIGHTS = {
+    "Smileys & Emotion": 1.6,
+    "Animals & Nature": 1.6,
+    "Food & Drink": 1.6,
+    "People & Body": 0.7,
+    "Flags": 0.2,
+    "Symbols": 0.6,
+}
+"""How often a category is drawn, for an average of about 1."""
+TONE_WEIGHT = 0.08
+"""How often one of the five tones of a concept is drawn, as a part of the concept's own share."""
 JITTER = 14  # of a ground's red, green and blue
 WHITE, PAIRS, PLAIN = 0.35, 0.5, 0.4
 """The shares of scenes on white, of two objects, and of single objects at full size."""
@@ -77,7 +88,8 @@ class Stage:
         apart: Container[frozenset[str]] = (),
     ) -> None:
         self.emoji, self.apart = emoji, apart
-        weights = drawing_weights(emoji) * torch.tensor([e.held_out == held_out for e in emoji])
+        shares = [WEIGHTS.get(e.category, 1.0) * (TONE_WEIGHT if e.tone else 1.0) for e in emoji]
+        weights = torch.tensor(shares) * torch.tensor([e.held_out == held_out for e in emoji])
         pairable = torch.tensor([e.category in PAIRABLE and not e.tone for e in emoji])
         usual = torch.tensor([e.names[0] in common and not e.tone for e in emoji])
         self.single = _often(weights, usual, COMMON).cumsum(0).tolist()

@@ -96,6 +96,11 @@ def text_tower(clip: Any) -> Any:
     return tower.eval().requires_grad_(False)
 
 
+def as_input(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> [-1, 1], channels last in memory."""
+    return (2 * images - 1).contiguous(memory_format=torch.channels_last)
+
+
 def velocity(
     transformer: Any, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], log_zeros: Tensor
 ) -> Tensor:
@@ -131,9 +136,8 @@ class Parts:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, 64, 64] in [0, 1] -> mean latents of the transformer's scale."""
-        pixels = (2 * images - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            mean = self.vae.encode(pixels).latent_dist.mean
+            mean = self.vae.encode(as_input(images)).latent_dist.mean
         return (mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
 

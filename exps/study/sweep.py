@@ -42,12 +42,6 @@ def shipped_mixture() -> Mixture:
     return read_mixture(find_model("mixture-3x4x4"))[0]
 
 
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """The lines of the one run under a folder; none before it has begun."""
-    files = sorted(folder.rglob("metrics.jsonl"))
-    return read_jsonl(files[-1]) if files else []
-
-
 def curve(runs: Sequence[Sequence[dict[str, float]]], name: str) -> list[tuple[int, Estimate]]:
     """Step by step, the mean of a metric over runs and its 95 % interval; steps that all have."""
     values: dict[int, list[float]] = {}
@@ -94,7 +88,8 @@ def main(
                 command = [sys.executable, "-m", "training.ppo.launch", "--config", config]
                 subprocess.run([*command, *more], check=True)
                 write_text(ended, to_yaml(settings))
-            runs.append(metrics_of(folder))
+            files = sorted(folder.rglob("metrics.jsonl"))
+            runs.append(read_jsonl(files[-1]) if files else [])
         line = curve(runs, f"eval/{name}_gain")
         if not line:
             raise ValueError(f"the runs of {value} have no gain of {name}: set ppo.eval_interval")

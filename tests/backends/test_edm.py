@@ -164,12 +164,12 @@ def as_nvidia(module: nn.Module, name: str = "", *args: Any, **kwargs: Any) -> n
     if isinstance(module, nn.ModuleDict):
         return nn.ModuleDict({k: as_nvidia(child) for k, child in module.items()})
 
-    class Published(nn.Module):
+    class Copy(nn.Module):
         def __init__(self, *_args: Any, **_kwargs: Any) -> None:
             super().__init__()
 
-    Published.__name__ = name or type(module).__name__
-    copy, kept = nvidia.persistent(Published)(*args, **kwargs), module.state_dict()
+    Copy.__name__ = name or type(module).__name__
+    copy, kept = nvidia.persistent(Copy)(*args, **kwargs), module.state_dict()
     for key, value in module.named_parameters(recurse=False):
         copy.register_parameter(key, nn.Parameter(value.detach()))
     for key, value in module.named_buffers(recurse=False):

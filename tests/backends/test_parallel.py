@@ -73,8 +73,8 @@ def test_a_network_that_is_told_its_guidance_is_told_the_tables(name: str) -> No
 
     two = {"prompt": [TEXT, "a dog"]}
     constant = drawn_by(guided(torch.full((3,), 2.5)), "rows", **two, generator=drawn(3, 4))
-    told = drawn_by(plain, "rows", guidance_scale=2.5, **two, generator=drawn(3, 4))
-    assert torch.equal(constant, told)
+    by_argument = drawn_by(plain, "rows", guidance_scale=2.5, **two, generator=drawn(3, 4))
+    assert torch.equal(constant, by_argument)
     of_points = guided(torch.tensor([[1.0, 2.0], [3.0, 4.5], [6.0, 0.5]]))
     rows, sequence = (drawn_by(of_points, points) for points in ("rows", "sequence"))
     assert close(rows, sequence)

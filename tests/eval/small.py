@@ -14,7 +14,7 @@ from solvers.epd import Directions, MultistepTable
 from solvers.predictor import Predictor, save_predictor
 from solvers.process import FLOW, VE
 from solvers.recipe import Recipe
-from tests.eval.pictures import CHEAP
+from tests.eval.drawings import CHEAP
 
 D = 5
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from eval import bench
 from eval.bench import main, paired, with_network
 from eval.latency import law, simulated
 from solvers.sampler import hand_made
+from tests import twins
 from tests.eval.small import exact, save
 from tests.pretend_gpu import pretend_gpu
 from tests.tiny import tiny_model
@@ -101,8 +103,7 @@ def test_the_suite_for_a_gpu_runs_on_a_pretend_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for NCCL and whole commands, which stand in for themselves."""
-    pytest.importorskip("diffusers")
-    settings = {"TWINS": ("sd",), "shipped_models": lambda: ["mixture-3x4x4"]}
+    settings: dict[str, Any] = {"shipped_models": lambda: ["mixture-3x4x4"]}
     settings |= {"MODELS": ("mixture-3x4x4",), "GPU_BATCHES": (1,), "DTYPES": (torch.float32,)}
     settings |= {"COMMANDS": {"a": "-c print(7)", "b": "{count} of them"}}
     ours = bench.one_rank
@@ -111,11 +112,21 @@ def test_the_suite_for_a_gpu_runs_on_a_pretend_one(
         monkeypatch.setattr(bench, name, value)
     with pretend_gpu():
         out = ["--suite", "gpu", "--device", "cuda", "--repeats", "3"]
+        out += ["--model", str(twins.saved(tmp_path / "sd", twins.sd()))]
         done = CliRunner().invoke(main, [*out, "--out", str(tmp_path / "b.json"), "--debug"])
     assert done.exit_code == 0, done.exception
     content = json.loads((tmp_path / "b.json").read_text())
     assert [line["waits a step"] for line in content["images"]] == [0] * 2
-    assert content["images"][0]["rms"] < 1e-5  # in float32
+    assert all(line["rms"] < 1e-5 for line in content["images"])  # in float32
     assert [line["name"] for line in content["times"]][:2] == ["dpm2", "epd K=1"]
     assert content["one rank"][0]["same images"]
     assert content["commands"][0]["last line"] == "7"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
+@pytest.mark.parametrize("family", ["sd", "uncond", "sd3", "flux", "sdxl"])
+def test_a_gpu_gives_each_familys_images_of_the_cpu(family: str, tmp_path: Path) -> None:
+    folder = twins.saved(tmp_path / family, twins.twin(family))
+    lines = bench.gpu_images(str(folder), torch.device("cuda"))
+    assert len(lines) == len(bench.DTYPES)
+    assert lines[0]["rms"] < 1e-2  # in float32

@@ -34,16 +34,16 @@ from rewards.base import score
 from solvers.field import Condition
 from src.seeds import parse_seeds
 from tests import twins
-from tests.eval.pictures import CHEAP, features, redness
+from tests.eval.drawings import CHEAP, features, redness
 from tests.eval.small import benchmark, save
-from tests.rewards.twins import write_open_clip_folder
+from tests.rewards.networks import write_open_clip_folder
 from tests.tiny import tiny_model
 
 FEW = ("--solvers", "euler,heun", "--nfe", "2,3", "--fine", "4", "--seeds", "0-3", "--batch", "2")
 TEXT = ("--model", "sd3", "--prompts", "p.txt", "--guidance_rate", "2", "--schedules", "flowmatch")
 CLIP = ("--reward", "clip", "--weights", "clip=clip")
-FREE = "tests.eval.pictures:moments"
-RED = "tests.eval.pictures:redness"
+FREE = "tests.eval.drawings:moments"
+RED = "tests.eval.drawings:redness"
 PROMPTS = ("a red fox", "two cats")
 
 

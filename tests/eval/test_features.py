@@ -19,8 +19,8 @@ from eval.fid import main
 from rewards.clip import load_towers
 from rewards.efficientnet import load_features
 from src.images import read_png, to_bytes
-from tests.eval.pictures import fill
-from tests.rewards.twins import shaken, write_open_clip_folder
+from tests.eval.drawings import fill
+from tests.rewards.networks import shaken, write_open_clip_folder
 
 transformers: Any = library
 CPU = torch.device("cpu")
@@ -161,11 +161,11 @@ def test_spaces_that_there_are_not_and_features_of_another_shape_are_refused(
     tmp_path: Path,
 ) -> None:
     names = {"inceptoin": "did you mean inception", "fashion-judge": "is of no use"}
-    names |= {"tests.eval.pictures:none": "cannot be imported"}
-    for name, words in (names | {"tests.eval.pictures:CHEAP": "is no function"}).items():
+    names |= {"tests.eval.drawings:none": "cannot be imported"}
+    for name, words in (names | {"tests.eval.drawings:CHEAP": "is no function"}).items():
         with pytest.raises(ValueError, match=words):
             load_space(name, CPU, tmp_path if name == "fashion-judge" else None)
-    space = load_space("tests.eval.pictures:shapeless_features", CPU)
+    space = load_space("tests.eval.drawings:shapeless_features", CPU)
     empty = replace(space, network=lambda images: images.flatten(1)[:, :0])
     with pytest.raises(ValueError, match=r"must return \[2, D\], not \[2, 0\]"):
         empty(images(2))

@@ -23,7 +23,7 @@ from eval.fid import (
     statistics_of,
 )
 from src.images import read_png, save_png
-from tests.eval.pictures import CHEAP, features, fill, on_two_ranks, refused
+from tests.eval.drawings import CHEAP, features, fill, on_two_ranks, refused
 
 SHIPPED = Path(__file__).parents[2] / "src/models/fashion-mnist-32/test-features.npz"
 
@@ -211,12 +211,12 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(10**7), sigma=np.eye(5))
     sizes = fill(tmp_path / "sizes", 2)
     save_png(sizes / "000003.png", torch.rand(3, 4, 4))
-    flat = ["--features", "tests.eval.pictures:unpooled", "--device", "cpu"]
+    flat = ["--features", "tests.eval.drawings:unpooled", "--device", "cpu"]
     assert cheap("ref", "--data", a, "--dest", tmp_path / "a.npz").exit_code == 0
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     images = ["calc", "--images", a, "--ref"]
-    other = ["--features", "tests.eval.pictures:nan_features", "--device", "cpu"]
+    other = ["--features", "tests.eval.drawings:nan_features", "--device", "cpu"]
     table = (
         (cheap("calc", "--images", broken, "--ref", a), "000002.png is not a readable"),
         (run("calc", "--images", black, "--ref", a, *other), "000003.png are not finite"),

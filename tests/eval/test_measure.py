@@ -27,7 +27,7 @@ from solvers.epd import EPD, Directions
 from solvers.predictor import find_predictor, load_predictor
 from solvers.recipe import fitted_on
 from src.images import to_bytes
-from tests.eval.pictures import CHEAP, features
+from tests.eval.drawings import CHEAP, features
 from tests.eval.small import benchmark, exact, reference, save, save_multistep
 
 BENCHMARK = benchmark(steps=40)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.pictures import Identity, Pictures, find_pictures, identities, read_batches, subset
 from src.images import save_png
-from tests.eval.pictures import fill, image, sampled
+from tests.eval.drawings import fill, image, sampled
 
 
 def read(

@@ -12,7 +12,8 @@ from eval.measure import Frechet, Score
 from eval.report import best_names, curves, metrics_of, page, ratios, table
 from src.figures import png
 from src.images import read_png
-from src.stats import Estimate, number
+from src.stats import Estimate
+from src.text import number
 
 
 def score(name: str, nfe: int, rmse: float, frechet: float | None = None) -> Score:

@@ -19,10 +19,10 @@ from eval.pictures import find_pictures
 from eval.score import ScoredPicture, Scoring, items_of, main, pairs, score_pictures
 from rewards.base import Reward
 from src.images import read_png, save_png
-from tests.eval.pictures import brightness, image, on_two_ranks, redness, refused, sampled
-from tests.rewards.twins import write_open_clip_folder
+from tests.eval.drawings import brightness, image, on_two_ranks, redness, refused, sampled
+from tests.rewards.networks import write_open_clip_folder
 
-BRIGHT, RED = "tests.eval.pictures:brightness", "tests.eval.pictures:redness"
+BRIGHT, RED = "tests.eval.drawings:brightness", "tests.eval.drawings:redness"
 CPU = torch.device("cpu")
 
 
@@ -142,7 +142,7 @@ def test_a_picture_of_a_class_is_scored_under_its_number(tmp_path: Path) -> None
 
 
 def test_bad_pictures_and_scores_are_one_line_or_counted_and_listed(tmp_path: Path) -> None:
-    folder, undefined = sampled(tmp_path / "a", 6), "tests.eval.pictures:undefined"
+    folder, undefined = sampled(tmp_path / "a", 6), "tests.eval.drawings:undefined"
     save_png(folder / "000003.png", torch.zeros(3, 8, 8))
     refused(run(folder, "--reward", undefined), "gave nan for image 3 of 5 (and 0 more)")
     broken = folder / "000002.png"
@@ -155,8 +155,8 @@ def test_bad_pictures_and_scores_are_one_line_or_counted_and_listed(tmp_path: Pa
     assert (summary["count"], sorted(summary["left_out"])) == (4, ["000002.png", "000003.png"])
     assert not {"000002.png", "000003.png"} & {row["file"] for row in read_csv(folder)}
     whole = sampled(tmp_path / "b", 2)
-    done = run(whole, "--reward", "tests.eval.pictures:shapeless", "--skip-bad")
-    assert "could be scored: tests.eval.pictures:shapeless must return" in done.output
+    done = run(whole, "--reward", "tests.eval.drawings:shapeless", "--skip-bad")
+    assert "could be scored: tests.eval.drawings:shapeless must return" in done.output
 
 
 def test_each_mistake_is_one_line(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_each_mistake_is_one_line(tmp_path: Path) -> None:
         (run(bare, "--reward", BRIGHT), "does not say its prompt: give --prompt"),
         (run(bare, "--reward", BRIGHT, *texts), "need as many prompts, or one, not 3"),
         (run(a, "--reward", "clap"), "did you mean clip?"),
-        (run(a, "--reward", "tests.eval.pictures:none"), "cannot be imported"),
-        (run(a, "--reward", "tests.eval.pictures:shapeless"), "must return a tensor [4]"),
+        (run(a, "--reward", "tests.eval.drawings:none"), "cannot be imported"),
+        (run(a, "--reward", "tests.eval.drawings:shapeless"), "must return a tensor [4]"),
         (run(tmp_path / "none", "--reward", BRIGHT), "no such folder"),
         (run("--reward", BRIGHT), "0 places: give one, or two to compare"),
         (run(a, a, a, "--reward", BRIGHT), "give one, or two to compare"),

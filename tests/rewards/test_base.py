@@ -12,7 +12,7 @@ from rewards.base import SCALES, Reward, WeightedSum, has_gradient, score
 from rewards.registry import Setup, load_reward, load_rewards, parse
 from rewards.scorer import names_of, score_all
 from tests.pretend_gpu import pretend_gpu
-from tests.rewards.twins import (
+from tests.rewards.networks import (
     BLIP,
     MPS_SIZES,
     OPEN_CLIP,

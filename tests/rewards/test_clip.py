@@ -18,7 +18,7 @@ from rewards import clip
 from rewards.base import score
 from rewards.clip import TextCache
 from rewards.registry import Setup, load_rewards
-from tests.rewards.twins import (
+from tests.rewards.networks import (
     OPEN_CLIP,
     PROMPTS,
     by_pillow,

@@ -15,7 +15,7 @@ from rewards.efficientnet_minilm import EmojiScore, load_minilm
 from rewards.fashion import WEIGHTS as JUDGE
 from rewards.fashion import load_judge
 from rewards.registry import Setup
-from tests.rewards.twins import PROMPTS, WORDS, images, shaken, transformers
+from tests.rewards.networks import PROMPTS, WORDS, images, shaken, transformers
 
 CPU = torch.device("cpu")
 

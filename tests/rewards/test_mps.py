@@ -10,7 +10,7 @@ import torch
 from rewards import mps
 from rewards.mps import Stack
 from rewards.state_dicts import read_state
-from tests.rewards.twins import PublishedMPS, by_rule
+from tests.rewards.networks import PublishedMPS, by_rule
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "mps_block.json").read_text())["cases"]
 

@@ -26,7 +26,7 @@ from rewards.state_dicts import fill
 from src.files import read_json, write_json
 from src.images import read_png, save_png
 from tests.eval.test_features import drawn
-from tests.rewards.twins import (
+from tests.rewards.networks import (
     BLIP,
     BLIP_TEXT,
     BLIP_VISION,

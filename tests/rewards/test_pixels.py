@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from rewards.pixels import FILTERS, Preprocess, by_open_clip, by_transformers, resize
-from tests.rewards.twins import by_pillow, images, pictures
+from tests.rewards.networks import by_pillow, images, pictures
 
 transformers: Any = library
 SIZES = [(64, 64), (512, 512), (300, 200), (200, 333), (32, 225), (224, 224), (225, 224), (1, 1)]

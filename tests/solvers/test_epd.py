@@ -15,10 +15,19 @@ from solvers.field import Condition, Field
 from solvers.integrate import Solver
 from solvers.process import FLOW
 from solvers.schedules import flowmatch
-from tests.solvers import mixture
-from tests.solvers.mixture import LATENTS, directions, distance, flow, integrate, learned, run, ve
+from tests.solvers import gaussians
+from tests.solvers.gaussians import (
+    LATENTS,
+    directions,
+    distance,
+    flow,
+    integrate,
+    learned,
+    run,
+    ve,
+)
 
-log_snr = mixture.log_snr
+log_snr = gaussians.log_snr
 
 GRID = log_snr(4, 0.1, 20.0)
 STEPS = len(GRID) - 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from src.text import meet, read_prompts
+from src.text import aligned, meet, read_prompts
 
 ODD = "a\u2028b\x0bc\x85\r\nd\re\nf".encode()
 
@@ -55,3 +55,17 @@ def test_prompts_are_repeated_in_order() -> None:
     assert meet([4, 5], ["a"]) == [(4, "a"), (5, "a")]
     with pytest.raises(ValueError, match=r"3 prompts need as many seeds, not 2.*--seeds 0-2"):
         meet([0, 1], ["a", "b", "c"])
+
+
+def test_columns_of_a_table_begin_alike_or_end_alike() -> None:
+    rows = [("name", "calls", "what"), ("a", "10", "long text"), ("bcdef", "3", "b")]
+    assert aligned(rows).splitlines() == [
+        "name   calls       what",
+        "-----------------------",
+        "a         10  long text",
+        "bcdef      3          b",
+    ]
+    assert aligned(rows, (0, 2), rule=False).splitlines()[1:] == [
+        "a         10  long text",
+        "bcdef      3  b",
+    ]

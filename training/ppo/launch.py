@@ -86,16 +86,14 @@ def main(
         check_features(task)
     task = dataclasses.replace(task, backend=spread(task.backend, mesh))
     if folder is None:
-        first = ranks.is_first()
-        place = (config.run.run_name, config.run.output_root)
-        new = new_run(*place, stamped=True) if first else ""
+        name, root = config.run.run_name, config.run.output_root
+        new = new_run(name, root, stamped=True) if ranks.is_first() else ""
         folder = Path(ranks.of_each_rank(str(new))[0])
     stop, say = Stop(), partial(tqdm.write, file=sys.stderr)
-    start = Path(resume) if resume and Path(resume).is_file() else folder
-    reward, watch = config.reward, config.ppo.watch
-    watch = reward.name if watch == reward.type else watch  # multi has its weights in its name
-    ppo = dataclasses.replace(config.ppo, watch=watch)
-    start = start if resume else None
+    ppo = config.ppo
+    if ppo.watch == config.reward.type:  # multi has its weights in its name
+        ppo = dataclasses.replace(ppo, watch=config.reward.name)
+    start = (Path(resume) if Path(resume).is_file() else folder) if resume else None
     try:
         with stop.listening():
             outcome = train(
@@ -142,6 +140,7 @@ def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
 
     Without a file of their own they are drawn from the others by the seed, and taken out. Models
     of classes have their numbers, one a line, and may hold out the same ones on other noises.
+    Raises ValueError for too few prompts, a text that is in both, and a class that is no number.
     """
     data, wanted = config.data, config.ppo.eval_prompts
     prompts = tuple(dict.fromkeys(read_prompts(str(data.prompt_csv))))
@@ -207,7 +206,10 @@ def features_of(config: Config) -> Callable[[Tensor], Tensor]:
 
 
 def weight_paths(config: Config) -> dict[str, str]:
-    """reward.weights_path by the names of the table of weights; one path is the reward's own."""
+    """reward.weights_path by the names of the table of weights; one path is the reward's own.
+
+    Raises ValueError for one path where the reward has no weights.
+    """
     paths, name = config.reward.weights_path, config.reward.type
     if isinstance(paths, dict):
         return paths
@@ -225,7 +227,10 @@ def make_task(
     prompts: tuple[tuple[Prompt, ...], tuple[Prompt, ...]],
     device: torch.device,
 ) -> Task:
-    """The rewards, the model, and the predictor's sampler on it, loaded."""
+    """The rewards, the model, and the predictor's sampler on it, loaded.
+
+    Raises ValueError where files are missing, or settings, model and table do not fit.
+    """
     reward, options = config.reward, config.model.backend_options
 
     def say(notice: str) -> None:

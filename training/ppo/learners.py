@@ -65,8 +65,7 @@ class Clipped:
                     raise ValueError(f"a step of the policy is {numbers}: lower ppo.learning_rate")
                 self.optimiser.step()
                 measured.append(numbers)
-        names = measured[0] if measured else {}
-        return {name: sum(m[name] for m in measured) / len(measured) for name in names}
+        return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
     @torch.no_grad()
     def mean(self) -> Draws:

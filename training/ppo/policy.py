@@ -230,7 +230,9 @@ def start_of(
     solver = sampler.solver
     if not isinstance(solver, EPD | ParallelMultistep) or solver.table.r.ndim != 2:
         raise ValueError(f"the policy is over tables, and {type(solver).__name__} has none")
-    table = plain(solver.table)
+    exact = {n: t.detach().double().cpu() for n, t in named_tensors(solver.table).items()}
+    exact = {n: t[:, None] if t.ndim == 1 else t for n, t in exact.items()}  # [N, .] each
+    table: Table = replace(solver.table, **exact)
     table = canonical(table) if isinstance(table, Directions) else table
     count = len(table.r)
     if ppo.train_guidance and table.guidance is None:
@@ -260,8 +262,10 @@ def concentrations(
     """The Dirichlets of the rows that are drawn, by name, in the order in which they are drawn."""
     alpha: dict[str, Tensor] = {}
     if isinstance(table, Directions) and ppo.train_points:
-        rows = inner(segments_of(table.r), "positions", say)
-        alpha["segments"] = ppo.dirichlet_concentration * rows
+        ends = torch.zeros_like(table.r[:, :1])
+        places = table.r.sort(dim=-1, stable=True).values
+        segments = places.diff(dim=-1, prepend=ends, append=ends + 1)  # [N, K + 1]
+        alpha["segments"] = ppo.dirichlet_concentration * inner(segments, "positions", say)
     if isinstance(table, Directions) and ppo.train_weights:
         alpha["weight"] = ppo.dirichlet_concentration * inner(table.weight, "weights", say)
     if ppo.train_grid:
@@ -281,12 +285,6 @@ def moved_names(table: Table, ppo: Ppo) -> list[str]:
     return names
 
 
-def plain(table: Table) -> Table:
-    """A table in float64 on the CPU, every tensor [N, .]."""
-    wide = {name: t.detach().double().cpu() for name, t in named_tensors(table).items()}
-    return replace(table, **{n: t[:, None] if t.ndim == 1 else t for n, t in wide.items()})
-
-
 def canonical(table: Directions) -> Directions:
     """The same solver with weights on the simplex, signs and sizes in the direction scales."""
     mix = table.weight * table.dir_scale
@@ -295,12 +293,6 @@ def canonical(table: Directions) -> Directions:
     total = sizes.sum(-1, keepdim=True).clamp(min=TINY)
     size = torch.where(signed, torch.where(mix < 0, -total, total), table.dir_scale.abs() * total)
     return replace(table, weight=sizes / total, dir_scale=size)
-
-
-def segments_of(r: Tensor) -> Tensor:
-    """Positions [N, K] in any order -> the segments between them, 0 and 1, [N, K + 1]."""
-    ends = torch.zeros_like(r[:, :1])
-    return torch.cat([ends, r.sort(dim=-1, stable=True).values, ends + 1], -1).diff(dim=-1)
 
 
 def inner(rows: Tensor, name: str, say: Callable[[str], object]) -> Tensor:
@@ -340,19 +332,16 @@ class Policy(nn.Module):
             for _ in range(BLOCKS)
         )
         self.last = wide(HIDDEN, sum(self.sizes.values()))
-        self.reset(generator(seed, "policy"))
-
-    @torch.no_grad()
-    def reset(self, source: torch.Generator) -> None:
-        """Fresh numbers from this generator alone; the last layer is zero."""
-        self.steps.weight.normal_(generator=source)
-        for name, parameter in self.blocks.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, HIDDEN**-0.5, generator=source)
-            elif name.endswith("2.bias"):
-                parameter.zero_()
-        self.last.weight.zero_()
-        self.last.bias.zero_()
+        source = generator(seed, "policy")
+        with torch.no_grad():
+            self.steps.weight.normal_(generator=source)
+            for name, parameter in self.blocks.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, HIDDEN**-0.5, generator=source)
+                elif name.endswith("2.bias"):
+                    parameter.zero_()
+            self.last.weight.zero_()
+            self.last.bias.zero_()
 
     def forward(self) -> Law:
         """The policy as it stands; `learning` scales how far each interval has moved."""

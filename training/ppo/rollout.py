@@ -358,12 +358,7 @@ def seen(task: Task, images: Tensor) -> Tensor:
     """The features [B, F] of images; ValueError where they are of another shape, or no floats."""
     features = task.features(images)
     shape = list(features.shape) if isinstance(features, Tensor) else [type(features).__name__]
-    if (
-        not isinstance(shape, list)
-        or shape[:1] != [len(images)]
-        or len(shape) != 2
-        or not shape[1]
-    ):
+    if len(shape) != 2 or shape[0] != len(images) or not shape[1]:
         said = f"must return [{len(images)}, F], not {shape}"
         raise ValueError(f"the function of ppo.features {said}")
     if not features.is_floating_point():
@@ -382,7 +377,7 @@ def check_features(task: Task) -> None:
 
 
 def pull_to_fine(task: Task) -> Scoring:
-    """`pull`: how far images are in features from the fine solution of their noise."""
+    """`pull`, how far images are in features from the fine solution; ValueError as `seen` has."""
 
     def pull(images: Tensor, jobs: Sequence[Job]) -> Mapping[str, Tensor]:
         distinct = list(dict.fromkeys(jobs))
@@ -402,7 +397,7 @@ def fine_sampler(sampler: Sampler) -> Sampler:
 
 
 def features_of(task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop) -> Tensor:
-    """The features [E, F] of images by one sampler, on every rank."""
+    """The features [E, F] of images by one sampler, on every rank; ValueError if none has any."""
     scoring = [lambda images, _jobs: {"features": seen(task, images)}]
     return score_jobs(task, sampler, jobs, scoring, stop).needed("features")["features"]
 

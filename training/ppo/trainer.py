@@ -23,6 +23,7 @@ from src import ranks
 from src.files import copy_whole
 from src.images import grid, save_png
 from src.runs import Run, Stop, Stopped, read_sealed, write_sealed
+from src.stats import Estimate
 from src.text import digest
 from training.plots import draw_gains
 from training.ppo.config import Logging, Ppo
@@ -100,7 +101,7 @@ class Session:
                 self.board.add_scalar(name, value, self.progress.step)
 
     def predictor(self) -> Predictor:
-        """The mean of what is learned, as a predictor."""
+        """The mean of what is learned, as a predictor; ValueError where it is no valid one."""
         sampler: Any = self.start.sampler_of(self.learner.mean())
         about = {"step": self.progress.step, "reward": self.task.reward, "seed": self.task.seed}
         recipe = self.task.recipe
@@ -153,8 +154,9 @@ def train(
     Raises ValueError, in one line, for a table or settings that cannot be trained, a checkpoint
     of another task, and more rewards that are no numbers than `ppo.nonfinite_budget`.
     """
-    session = begin(task, ppo, logging, run_of(folder, say, logging), resume, stop or Stop())
-    run, progress, board = session.run, session.progress, session.board
+    run = Run(folder, say, ranks.is_first(), SETTINGS, "logs", "checkpoints", logging.keep_last)
+    session = begin(task, ppo, logging, run, resume, stop or Stop())
+    progress, board = session.progress, session.board
     end = min(until or ppo.steps, ppo.steps)
     if settings is not None:
         run.write_settings(settings)
@@ -241,7 +243,7 @@ def evaluate(session: Session) -> None:
     """The mean against the start, where it is due and not done; the best is kept.
 
     The first that is evaluated is the first best. Step 0 is the start itself, unless laws of
-    actions cannot begin at it.
+    actions cannot begin at it. Raises ValueError where no image has the reward.
     """
     task, ppo, progress, stop = session.task, session.ppo, session.progress, session.stop
     due = ppo.eval_interval and progress.step % ppo.eval_interval == 0
@@ -274,9 +276,9 @@ def evaluate(session: Session) -> None:
             save_predictor(session.predictor(), export_path(folder, BEST))
     session.write(numbers | {"eval/best_step": float(progress.best_step)})
     if progress.step and gain > -math.inf:
-        low, high = (numbers[f"eval/{watched}_gain_{end}"] for end in ("low", "high"))
-        said = f"step {progress.step}: {watched} {gain:+.5g} [{low:+.5g}, {high:+.5g}]"
-        session.run.log(f"{said} over the start, on {len(jobs)} held out")
+        ends = (numbers[f"eval/{watched}_gain_{end}"] for end in ("low", "high"))
+        said = f"step {progress.step}: {watched} gained {Estimate(gain, *ends)} over the start"
+        session.run.log(f"{said}, on {len(jobs)} held out")
 
 
 def save(session: Session) -> None:
@@ -315,13 +317,6 @@ def open_board(run: Run, step: int) -> Any:
 # --- beginning and going on ---------------------------------------------------------------
 
 
-def run_of(folder: Path, say: Callable[[str], object], logging: Logging) -> Run:
-    """A run's folder, in which the first rank writes."""
-    return Run(
-        folder, say, ranks.is_first(), SETTINGS, "logs", "checkpoints", keep=logging.keep_last
-    )
-
-
 def begin(
     task: Task, ppo: Ppo, logging: Logging, run: Run, resume: Path | None, stop: Stop
 ) -> Session:
@@ -338,10 +333,8 @@ def begin(
         check_content(content, about(task, ppo), numbers_of(start), str(path))
         try:
             start = replace(start, unit=content["start"]["unit"])
-            learner, progress = (
-                METHODS[ppo.method](start, ppo, task.seed),
-                Progress(**content["progress"]),
-            )
+            progress = Progress(**content["progress"])
+            learner = METHODS[ppo.method](start, ppo, task.seed)
             learner.load(content["learner"])
         except (KeyError, TypeError, RuntimeError) as error:
             said = f"{type(error).__name__} {error}".splitlines()[0]
@@ -359,11 +352,8 @@ def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
 
     The best before it takes its place, where its export is there. A damaged one is left alone.
     """
-    sealed, best, there = (
-        run.folder / "checkpoints" / f"{BEST}.pt",
-        export_path(run.folder, BEST),
-        0,
-    )
+    sealed, best = run.folder / "checkpoints" / f"{BEST}.pt", export_path(run.folder, BEST)
+    there = 0
     with suppress(ValueError):
         there = int(read_sealed(sealed)["step"]) if sealed.exists() else 0
     if there <= max(steps, progress.step):

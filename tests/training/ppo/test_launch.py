@@ -17,7 +17,7 @@ from rewards import clip, fashion
 from solvers.predictor import Predictor, find_predictor, load_predictor, save_predictor
 from src.runs import Metrics, read_sealed
 from tests import twins as pipelines
-from tests.rewards.twins import OPEN_CLIP, open_clip_state
+from tests.rewards.networks import OPEN_CLIP, open_clip_state
 from training.ppo import launch
 from training.ppo.config import Config, Data, RewardSettings, load_config
 

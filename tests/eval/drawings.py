@@ -15,7 +15,7 @@ from torch import Tensor
 from src.files import write_json
 from src.images import save_png
 
-CHEAP = "tests.eval.pictures:features"
+CHEAP = "tests.eval.drawings:features"
 
 
 def features(images: Tensor) -> Tensor:
