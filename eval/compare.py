@@ -59,7 +59,7 @@ MEANING = {
     "rows": "evaluations of the network for an image, each of the K points counted",
     "evaluations": "the same, and those of 'nothing' that guidance takes: at a rate of 1 none",
     "frechet": "biased upwards at small numbers of images, so compare within this table only; "
-    "'trained on' where the table was fitted in these very features",
+    "'trained on', and in no ratio and no curve, where the table was fitted in these features",
     "precision": "how many of its images are in features within reach of the fine solution's of "
     "other seeds of the same prompts, among their 3 neighbours; recall: how many of those are "
     "within reach of its own; none of prompts that have one image each",

@@ -197,7 +197,9 @@ def spaces_of(names: Sequence[str]) -> tuple[str, ...]:
             kind = single.partition("=")[0]  # of dinov2=FOLDER
             file = "inception" if "inception" in kind.lower() and Path(kind).suffix else kind
             efficientnet = kind.startswith(("efficientnet-lite0", "efficientnet-minilm"))
-            spaces.append("efficientnet" if efficientnet else RIDES_ON.get(file, file))
+            judge = kind.startswith("rewards.fashion:")
+            file = "efficientnet" if efficientnet else "fashion-judge" if judge else file
+            spaces.append(RIDES_ON.get(file, file))
     return tuple(spaces)
 
 
@@ -479,7 +481,7 @@ def _score(
         frechet=next((one.value for one in distances.values()), None),
         time=median(sums.times),
         source=candidate.source,
-        rmse_low=error.low**0.5,
+        rmse_low=max(error.low, 0.0) ** 0.5,  # wide where images are few
         rmse_high=error.high**0.5,
         rewards=means(rewards),
         gains=means(gains),

@@ -56,11 +56,13 @@ def metrics_of(scores: Sequence[Score]) -> list[Metric]:
 
     def distance(name: str) -> Metric:
         title = "Frechet" if len(spaces) == 1 else f"Frechet {name}"
-        return Metric(
-            title,
-            lambda s: str(s.frechets.get(name, "-")),
-            lambda s: s.frechets[name].value if name in s.frechets else None,
-        )
+
+        def value(score: Score) -> float | None:
+            """No number for a table that was fitted in these features: it is not compared."""
+            frechet = score.frechets.get(name)
+            return None if frechet is None or frechet.trained_on else frechet.value
+
+        return Metric(title, lambda s: str(s.frechets.get(name, "-")), value)
 
     def reward(name: str) -> Metric:
         return Metric(

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 
 from src.files import nearest, read_json
 from src.options import OneLineCommand
-from src.text import aligned
 
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
@@ -81,9 +80,11 @@ def main(thoroughly: bool) -> None:
     """
     wrong = 0
     for section, names in TABLE.items():
-        rows = [("  " + name, *examine(name, thoroughly=thoroughly)) for name in names]
-        wrong += sum(state == "wrong" for _, state, _ in rows)
-        click.echo(f"{section}:\n{aligned(rows, (0, 1, 2), rule=False)}")
+        click.echo(f"{section}:")
+        for name in names:  # a line as soon as it is known: hashes take minutes
+            state, detail = examine(name, thoroughly=thoroughly)
+            wrong += state == "wrong"
+            click.echo(f"  {name:<13}  {state:<7}  {detail}")
     if wrong:
         raise ValueError(f"{wrong} of {len(WEIGHTS)} are wrong: see above")
 
@@ -95,17 +96,17 @@ def examine(name: str, *, thoroughly: bool = False) -> tuple[str, str]:
     """
     try:
         path = find(name)
-    except ValueError as error:
+        if path is None:
+            return "missing", hint(name).partition(": ")[2]
+        if why := broken(path):
+            return "wrong", f"{path}: {why}"
+        published = WEIGHTS[name].sha256 if path.name == Path(WEIGHTS[name].place).name else ""
+        if thoroughly and published and sha256(path) != published:
+            return "wrong", f"{path}: its SHA-256 is not that of the published file"
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        return "found", f"{path} ({sum(p.stat().st_size for p in files):,} B)"
+    except (ValueError, OSError) as error:
         return "wrong", str(error)
-    if path is None:
-        return "missing", hint(name).partition(": ")[2]
-    if why := broken(path):
-        return "wrong", f"{path}: {why}"
-    published = WEIGHTS[name].sha256 if path.name == Path(WEIGHTS[name].place).name else ""
-    if thoroughly and published and sha256(path) != published:
-        return "wrong", f"{path}: its SHA-256 is not that of the published file"
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return "found", f"{path} ({sum(p.stat().st_size for p in files):,} B)"
 
 
 # --- where they are -------------------------------------------------------------------------

@@ -51,7 +51,9 @@ class Exponential:
     def model(self, point: Point) -> Tensor:
         """What is taken as constant over a step: x0 or the noise at `point`."""
         if self.predict_x0:
-            return dynamic_threshold(point.x0) if point.sigma < self.threshold_below else point.x0
+            below = self.threshold_below  # 0 or infinite but for UniPC: levels may be a sample's
+            limited = below == math.inf or (below and point.sigma < below)
+            return dynamic_threshold(point.x0) if limited else point.x0
         return point.d if self.process == VE else point.x0 + point.d
 
     def linear(self) -> Tensor:

@@ -134,7 +134,7 @@ def sample(
     """Samples [B, *] of a predictor from `distill`, from standard normal noise [B, *].
 
     Raises ValueError for a predictor without levels of its own, noise that is no floats [B, *],
-    and a denoiser that does not answer x [B, *] with floats [B, *].
+    a denoiser that does not answer x [B, *] with floats [B, *], and guidance without a `null`.
     """
     recipe = predictor.recipe
     if recipe.sigmas is None:
@@ -150,8 +150,11 @@ def sample(
         check_shape("the denoiser", answer, tuple(x.shape))
         return answer
 
+    sampler = predictor.sampler(levels)
+    for rate in sampler.extreme_rates:  # of a table that guides by itself, too
+        classifier_free(checked, rate, cond)
     field = Field(classifier_free(checked, recipe.guidance_rate, cond), cond)
-    *_, end = predictor.sampler(levels).states(field, noise * recipe.sigmas[0])
+    *_, end = sampler.states(field, noise * recipe.sigmas[0])
     return end
 
 

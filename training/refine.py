@@ -257,7 +257,7 @@ class Lens:
         parts, bases = [], []
         for batch in batches:  # by their numbers: the same whoever makes them, in any parts
             if parts and min(batch.numbers, default=0) >= ENOUGH:
-                break
+                continue
             first = [i for i, number in enumerate(batch.numbers) if number < ENOUGH]
             rows = first if batch.numbers else slice(None)
             parts.append([view[rows] for view in self.views(batch.targets[-1])])

@@ -130,3 +130,5 @@ def test_a_gpu_gives_each_familys_images_of_the_cpu(family: str, tmp_path: Path)
     lines = bench.gpu_images(str(folder), torch.device("cuda"))
     assert len(lines) == len(bench.DTYPES)
     assert lines[0]["rms"] < 1e-2  # in float32
+    assert all(line["rms"] < 1 for line in lines)  # no NaN; bfloat16 of random weights is far off
+    assert [line["waits a step"] for line in lines] == [0] * len(lines)

@@ -89,6 +89,7 @@ def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
     assert (one, two) == ("epd K=1 (c.pkl)", "epd K=1 (e.pkl)")
     networks = ("efficientnet-lite0=112", "dinov2=here", "w/inception.pt")
     assert spaces_of(networks) == ("efficientnet", "dinov2", "inception")
+    assert spaces_of(["rewards.fashion:features"]) == ("fashion-judge",)
     rewards = ("efficientnet-minilm-scenes", "multi:clip=1,hps=2", "own:look", "aesthetic")
     assert spaces_of(rewards) == ("efficientnet", "clip", "hps", "own:look", "clip")
     assert {"hps", "pickscore", "clip"} <= {*spaces_of(["multi"])}

@@ -66,6 +66,19 @@ def test_the_ratios_name_the_best_of_each_kind_and_what_it_evaluates() -> None:
     assert ratios(SCORES[:2], rmse) == ratios(SCORES[2:], rmse) == ratios([], rmse) == ""
 
 
+def test_a_distance_in_features_that_a_table_was_fitted_in_is_shown_and_not_compared() -> None:
+    by_hand, fitted, honest = score("ipndm", 3, 0.4), score("a", 3, 0.3), score("b", 3, 0.3)
+    scores = [
+        replace(by_hand, frechets={"f": Frechet(50.0)}),
+        replace(fitted, source="a.pkl", frechets={"f": Frechet(35.0, trained_on=True)}),
+        replace(honest, source="b.pkl", frechets={"f": Frechet(60.0)}),
+    ]
+    (_, frechet) = metrics_of(scores)
+    assert [frechet.cell(s) for s in scores] == ["50.00", "35.00, trained on", "60.00"]
+    assert ratios(scores, frechet).split()[-1] == "1.200"
+    assert ratios(scores[:2], frechet) == ""
+
+
 def test_the_curves_are_a_picture_with_few_colours(tmp_path: Path) -> None:
     many = [score(f"solver-{i}", n, 0.6 + i / 10, 40.0 + i) for i in range(12) for n in (3, 5)]
     names = best_names([*SCORES, *many], metrics_of(SCORES))

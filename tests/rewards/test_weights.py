@@ -191,3 +191,16 @@ def test_the_doctor_says_what_is_found_missing_and_wrong_and_every_place() -> No
     save_file({"a": torch.zeros(3)}, places("sd15")[0])
     assert doctor.examine("sd15")[0] == "found"
     assert "not that of the published file" in doctor.examine("sd15", thoroughly=True)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read")
+def test_a_file_that_cannot_be_read_is_wrong_and_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EPD_IMAGEREWARD", "/proc/self/mem")
+    result = CliRunner().invoke(doctor.main)
+    lines = {
+        line.split()[0]: line.split()[1] for line in result.output.splitlines() if line[:1] == " "
+    }
+    assert lines["imagereward"] == "wrong"
+    assert lines.keys() >= WEIGHTS.keys()

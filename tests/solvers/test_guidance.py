@@ -16,7 +16,7 @@ from solvers.field import Condition, Field, Guided
 from solvers.predictor import Predictor, load_predictor, save_predictor
 from solvers.process import VE
 from solvers.recipe import Recipe
-from solvers.sampler import Sampler
+from solvers.sampler import Sampler, make_solver
 from src.text import guidance_rates
 
 SIGMAS = (10.0, 3.0, 1.0, 0.2)
@@ -143,7 +143,9 @@ def test_rates_by_hand_are_one_one_a_step_or_those_of_an_interval(text: str, rat
 def test_images_of_their_own_grids_are_those_of_each_alone() -> None:
     rows = [[10, 3, 1, 0.2], [10, 5, 2, 0.2], [10, 1, 0.5, 0.2]]
     grids = torch.tensor(rows, dtype=torch.float64)
-    for solver in (EPD(directions()), ParallelMultistep(multistep()), Euler()):
+    bases = [make_solver(name) for name in ("euler", "ipndm-3", "dpmpp-2", "dpmpp-3", "deis-3")]
+    epds = [EPD(directions(), base) for base in bases]
+    for solver in (*epds, ParallelMultistep(multistep()), Euler()):
         whole = Sampler(solver, SIGMAS, VE)
         together = end(replace(whole, grids=grids))
         for i, grid in enumerate(rows):

@@ -17,6 +17,9 @@ def test_the_interval_of_many_normal_numbers_is_the_normal_one() -> None:
     drawn = torch.randn(300, 40, generator=torch.Generator().manual_seed(1))
     means = [mean_of(row, resamples=500) for row in drawn]
     assert 0.89 < sum(one.low <= 0 <= one.high for one in means) / 300 < 0.98
+    for few in (2, 3, 5, 10):  # percentiles alone hold 50, 73, 87 and 89 % of these
+        means = [mean_of(row[:few], resamples=500) for row in drawn]
+        assert 0.9 < sum(one.low <= 0 <= one.high for one in means) / 300 <= 1
 
 
 def test_equal_numbers_have_no_spread_and_a_tie_is_half_a_win() -> None:

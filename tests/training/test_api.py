@@ -131,5 +131,9 @@ def test_a_sample_of_a_network_or_noise_that_cannot_be_is_one_line(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         sample(few, answer, start)
+    rates = torch.full((few.recipe.num_steps - 1,), 4.0).double()
+    guided = replace(few, table=replace(few.table, guidance=rates))
+    with pytest.raises(ValueError, match=r"guidance_rate 4.0 needs prompts or classes"):
+        sample(guided, clusters, noise(2, 3))
     wide = sample(few, lambda x, s, c: clusters(x.double(), s.double(), c), noise(2, 3))
     assert torch.allclose(wide.float(), sample(few, clusters, noise(2, 3)), atol=1e-3)
