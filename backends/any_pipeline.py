@@ -87,10 +87,11 @@ class OneCall:
         """There is one call."""
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network sees."""
+        """What the network sees, reckoned in float32: sigma^2 has no place in half precision."""
         assert self.sigma is not None
-        sigma = self.sigma.to(sample).repeat(len(sample) // len(self.sigma))
-        return self.model.seen(sample, sigma)
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        sigma = self.sigma.to(x).repeat(len(x) // len(self.sigma))
+        return self.model.seen(x, sigma).to(sample.dtype)
 
     def step(
         self,
@@ -99,9 +100,11 @@ class OneCall:
         sample: Tensor,
         return_dict: bool = True,
         generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Keep the network's output."""
-        self.sample, self.output = sample, model_output
+        """Keep the network's output; with times by token it comes with the other sign."""
+        self.sample = sample
+        self.output = model_output if per_token_timesteps is None else -model_output
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 

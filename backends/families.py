@@ -95,6 +95,7 @@ ALONE = (
 NO_NEGATIVES = {
     **dict.fromkeys(ALONE, "it takes one prompt a call"),
     "BriaFiboEdit": "its prompts are instructions in JSON, and its negatives are not",
+    "CogView4": "it makes negative prompts as long as the others",
     "StableUnCLIPImg2Img": "its negative prompts have no picture",
     "Ideogram4": "a network of its own stands for the negative prompt",
 }

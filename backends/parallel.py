@@ -171,10 +171,10 @@ def with_negatives(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     texts, names = given.get("prompt"), families.parameters_of(pipe)
     if texts is None:
         raise ValueError("guidance as rows takes texts: give prompt, not its embeddings")
-    negative, bria = given.get("negative_prompt"), families.family_of(pipe) == "Bria"
+    negative, bria = given.get("negative_prompt"), families.family_of(pipe) in ("Bria", "BriaFibo")
     zeros = negative is None and pipe.config.get("force_zeros_for_empty_prompt")
     if zeros or (bria and not negative):
-        raise ValueError("this pipeline guides away from zeros: give negative_prompt for rows")
+        raise ValueError("this pipeline has no text for nothing: give negative_prompt for rows")
     count = prompts_of(given)
 
     def of_each(name: str, texts: str | Sequence[str]) -> list[str]:
@@ -203,6 +203,12 @@ def check_pictures(pipe: Any, given: Mapping[str, Any], *, rows: bool) -> None:
     by_rows = {
         "it lays several pictures out in another order": several
         and type(pipe).__name__ == "FluxFillPipeline",
+        "its cache asks for one time": getattr(
+            getattr(families.network_of(pipe), "_cache_config", None),
+            "current_timestep_callback",
+            None,
+        )
+        is not None,
         "its ControlNet asks half of the rows alone": any(
             net.config.get("global_pool_conditions") for net in nets
         ),
@@ -393,7 +399,8 @@ def tell_guidance(network: torch.nn.Module, scheduler: EPDScheduler) -> Any:
         rates = (own := kwargs["guidance"]).new_tensor(scheduler.running.now.rates or (1.0,))
         return args, kwargs | {"guidance": own * rates.repeat(len(own) // len(rates))}
 
-    return network.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    hook: Any = torch.compiler.disable(before)  # a step is no constant of what is compiled
+    return network.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 
 def share(network: torch.nn.Module, mesh: DeviceMesh) -> list[Any]:
@@ -435,8 +442,10 @@ def fewer_rows(
             return (restore(output[0], rows[0]), *output[1:])
         return replace(output, sample=restore(output.sample, rows[0]))
 
-    handles = [network.register_forward_pre_hook(before, with_kwargs=True, prepend=True)]
-    return [*handles, network.register_forward_hook(after)]
+    # a step is no constant of what is compiled
+    hooks: list[Any] = [torch.compiler.disable(hook) for hook in (before, after)]
+    handles = [network.register_forward_pre_hook(hooks[0], with_kwargs=True, prepend=True)]
+    return [*handles, network.register_forward_hook(hooks[1])]
 
 
 def thinned(value: Any, *, rows: int, pick: Callable[[Any], Any], listed: bool) -> Any:

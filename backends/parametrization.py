@@ -118,12 +118,20 @@ def flow_clean(x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
 
 
 def heeded(like: Any) -> dict[str, Any]:
-    """The part of a scheduler's config that its class knows.
+    """The part of a scheduler's config that its class knows; ValueError as `check_shift`.
 
     `from_config` of another's config keeps the other's keys, which do nothing there.
     """
+    check_shift(like)
     parameters = inspect.signature(type(like).__init__).parameters
     return {key: value for key, value in like.config.items() if key in parameters}
+
+
+def check_shift(like: Any) -> None:
+    """ValueError where `set_shift` has moved a scheduler away from its config."""
+    if "shift" in vars(type(like)) and like.shift != like.config.get("shift"):
+        again = f"{type(like).__name__}.from_config(config, shift={like.shift:g})"
+        raise ValueError(f"set_shift({like.shift:g}) moves a part of its levels: make it {again}")
 
 
 def parametrization_of(like: Any) -> Parametrization:
@@ -172,6 +180,7 @@ def without_signal(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
 def plain_like(like: Any) -> dict[str, Any]:
     """A scheduler's class (`_class_name`) and config as JSON has them; of ours, its model's."""
     like = getattr(like, "like", like)
+    check_shift(like)
     config = {k: v for k, v in like.config.items() if not k.startswith("_")}
     return json.loads(json.dumps({"_class_name": type(like).__name__, **config}, default=list))
 

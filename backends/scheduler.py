@@ -159,7 +159,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             if (name := config.get("_class_name")) is None:
                 raise ValueError("this config has no _class_name: use from_solver or "
                                  "from_predictor with like=pipe.scheduler")  # fmt: skip
-            kwargs = {"like_class": name, "like_config": dict(config), **kwargs}
+            # a loaded config names the keys that its file lacked, which would not count then
+            plain = {key: value for key, value in config.items() if key[:1] != "_"}
+            kwargs = {"like_class": name, "like_config": plain, **kwargs}
         if changes:
             of = {**(config if isinstance(config, dict) else {}), **kwargs}
             made_by = getattr(library, str(of.get("like_class")), cls)
@@ -265,6 +267,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             moving = (per_token_timesteps - times).abs() <= TIMES_APART
             if not bool((moving | (per_token_timesteps == 0)).all()):
                 raise ValueError("tokens with times of their own are not served: give strength=1")
+            model_output = -model_output  # such steps go by the level now less the next
         self.locate(timestep)
         run = self.running
         if self.model.table and not self.plain and not self.scaled:

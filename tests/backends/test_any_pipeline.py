@@ -140,3 +140,55 @@ def test_tiny_sd3_makes_six_calls_in_its_own_pipeline() -> None:
     ).images  # fmt: skip
     assert rows == [4, 8] * 3
     assert (fast - part.latents).norm() <= 1e-5 * part.latents.norm()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the pipeline itself
+def test_tokens_with_times_of_their_own_go_the_way_of_the_pipelines_own_scheduler() -> None:
+    changes = {"use_dynamic_shifting": False, "shift_terminal": None}
+    pipe = diffusers.LTXConditionPipeline(**twins.twin("ltx", scheduler=changes).components)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 1.0}
+
+    def end() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        given = {"num_inference_steps": 4, "output_type": "latent", "generator": generator}
+        return pipe(prompt=TEXT, **size, **given)[0]
+
+    theirs, own = end(), pipe.scheduler
+    pipe.scheduler = EPDScheduler.from_solver("euler", like=own)
+    assert (end() - theirs).norm() <= 1e-5 * theirs.norm()
+    pipe.scheduler = own
+    parts = {n: v for n, v in pipe.components.items() if n != "image_encoder"}
+    both = (pipe, diffusers.LTXPipeline(**parts))
+    by_frames, plain = (any_backend(p, torch.device("cpu"), ModelOptions((64, 64))) for p in both)
+    x, sigma = randn([0], by_frames.shape), torch.tensor([0.5])
+    x0, wanted = (b.denoise(x, sigma, b.encode([TEXT])) for b in (by_frames, plain))
+    assert (x0 - wanted).norm() < 0.02 * wanted.norm()  # frames have other places there
+
+
+def test_what_changes_a_scheduler_beside_its_config_counts_or_is_refused(tmp_path: Path) -> None:
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    (tmp_path / "scheduler_config.json").write_text(
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}'
+    )
+    loaded = flow.from_pretrained(tmp_path)
+    ours = EPDScheduler.from_config(loaded.config, solver="euler", use_karras_sigmas=True)
+    theirs = flow(shift=3.0, use_karras_sigmas=True)
+    ours.set_timesteps(5)
+    theirs.set_timesteps(5)
+    assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-2)
+    loaded.set_shift(7.0)
+    with pytest.raises(ValueError, match=r"set_shift\(7\) .*from_config\(config, shift=7\)"):
+        EPDScheduler.from_solver("euler", like=loaded)
+
+
+def test_levels_of_half_precision_do_not_overflow() -> None:
+    changes = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    pipe = twins.twin("sdxl", scheduler=changes)
+    whole = any_backend(pipe, torch.device("cpu"), ModelOptions((16, 16)))
+    sigma = torch.tensor([whole.levels.sigma_max])
+    x = randn([0], whole.shape) * sigma
+    wanted = whole.denoise(x, sigma, whole.encode([TEXT]))
+    half = any_backend(pipe.to(torch.float16), torch.device("cpu"), ModelOptions((16, 16)))
+    given = half.denoise(x, sigma, half.encode([TEXT]))
+    assert (given - wanted).norm() < 0.05 * wanted.norm()

@@ -430,7 +430,8 @@ def test_hand_made_solvers_of_two_calls_cut_a_strength_as_diffusers_do() -> None
         (twins.sdxl, {"negative_original_size": (512, 512)}, {}, "another order"),
         (VARIANTS["Ideogram 4"][0], {"guidance_schedule": [7.0] * 6}, {}, "a rate for each step"),
         (twins.sd, {"eta": 1.0}, {}, "eta does not go .* draw no noise"),
-        (of("BriaPipeline", "bria"), {"negative_prompt": ""}, {"guidance": "rows"}, "from zeros"),
+        (of("BriaPipeline", "bria"), {"negative_prompt": ""}, {"guidance": "rows"}, "for nothing"),
+        (of("BriaFiboPipeline", "bria_fibo"), {}, {"guidance": "rows"}, "no text for nothing"),
         (
             VARIANTS["FLUX.1 Fill"][0],
             {"prompt": ["a", "b"], "image": IMAGE[..., :16, :16].repeat(2, 1, 1, 1),
