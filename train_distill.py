@@ -24,9 +24,8 @@ from backends.base import Backend, ModelOptions, Prompt
 from backends.load import find_model, load_backend, published_model
 from backends.spread import spread
 from eval.features import load_space
-from eval.score import reads_texts
 from rewards.efficientnet import load_features, prepared
-from rewards.registry import Setup, load_reward
+from rewards.registry import Setup, load_reward, reads_texts
 from solvers.predictor import save_predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks

@@ -37,9 +37,8 @@ from eval.measure import (
     rivals_for,
 )
 from eval.report import curves, metrics_of, missing, page, ratios, table, write_csv
-from eval.score import reads_texts
 from rewards.fingerprint import source_hash, stamp
-from rewards.registry import ADAPTERS, Setup, files_of, load_rewards
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, reads_texts
 from solvers.epd import EPD, Directions, ParallelMultistep
 from solvers.predictor import load_predictor
 from src import ranks

@@ -25,7 +25,7 @@ from eval.machine import provenance
 from eval.pictures import Identity, Picture, Pictures, find_pictures, identities, read_batches
 from rewards.base import Reward, WeightedSum
 from rewards.fingerprint import fingerprint
-from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, singles
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, reads_texts, singles
 from rewards.scorer import names_of, score_all, single_rewards
 from src import ranks
 from src.files import append_jsonl, check_writable, read_jsonl, write_json, write_text
@@ -35,7 +35,6 @@ from src.text import aligned, chosen_prompts
 
 CACHE = "cache-{}.jsonl"
 HINT = " (--skip-bad leaves such images out)"
-BY_CLASS = ("fashion-judge",)  # rewards that take the number of a class for a prompt
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -142,12 +141,6 @@ def by_number(items: Sequence[Picture]) -> tuple[Picture, ...]:
         return tuple(items)
     keys = [(path.parent, int(path.stem)) for path in paths]
     return tuple(p for _, p in sorted(zip(keys, items, strict=True), key=itemgetter(0)))
-
-
-def reads_texts(names: Sequence[str]) -> list[str]:
-    """Those of the single rewards in these that judge by a text, and not by a class as well."""
-    texts = (n for n in singles(names) if n in ADAPTERS and ADAPTERS[n].by_prompt)
-    return [name for name in texts if name not in BY_CLASS]
 
 
 def scores_folder(place: Path) -> Path:

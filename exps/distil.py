@@ -16,7 +16,8 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from src.files import copy_whole
+from src.files import check_writable, copy_whole
+from src.options import OneLineCommand
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("--total_kimg", "0.064", "--batch", "32")
@@ -92,7 +93,7 @@ def distil(name: str, asked: tuple[str, ...], target: Path, work: Path, *more: s
     return said
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"show_default": True})
 @click.argument("name", type=click.Choice(list(SETS)))
 @click.option("--only", default="*", help="A pattern for the predictors' names.")
 @click.option("--target", type=click.Path(path_type=Path), help="For predictors: exps/NAME.")
@@ -109,6 +110,8 @@ def main(
     more = ("--compile",) if compiled else ()
     target, work = target or ROOT / "exps" / name, work or ROOT / "runs" / name
     missing = [one for one in wanted if not (target / f"{one}.pkl").exists()]
+    for place in (target / "runs" / name, work / name) if missing else ():
+        check_writable(place)
 
     def make(one: str) -> str:
         return f"{one}: {distil(one, wanted[one], target, work, *more)}"

@@ -19,6 +19,7 @@ from rewards.weights import require
 from src.files import nearest, read_json
 
 MULTI = "multi"
+BY_CLASS = ("fashion-judge",)  # rewards that take the number of a class for a prompt
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ def load_rewards(names: Iterable[str], setup: Setup | None = None) -> dict[str, 
 def singles(names: Iterable[str]) -> list[str]:
     """The rewards that these are made of, each once, sorted; ValueError as `parse`."""
     return sorted({single for name in names for single in parse(name)})
+
+
+def reads_texts(names: Iterable[str]) -> list[str]:
+    """Those of the single rewards in these that judge by a text, and not by a class as well."""
+    texts = (n for n in singles(names) if n in ADAPTERS and ADAPTERS[n].by_prompt)
+    return [name for name in texts if name not in BY_CLASS]
 
 
 def files_of(names: Iterable[str], paths: Mapping[str, str | Path]) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
-from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function
+from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function, reads_texts
 from rewards.scorer import names_of, score_all
 from rewards.weights import BACKBONES, broken, require
 from solvers.epd import MultistepTable
@@ -239,9 +239,12 @@ def make_task(
 
     if reward.multi.weights and reward.type != MULTI:
         say(f"reward.multi.weights do nothing for reward.type {reward.type}")
+    names = [reward.name, *reward.judges]
+    if (readers := reads_texts(names)) and not all(isinstance(p, str) for p in prompts[0]):
+        raise ValueError(f"{readers[0]} judges images by their prompts: this model takes none")
     setup = Setup(device, reward.enable_amp, weight_paths(config))
-    loaded = load_rewards([reward.name, *reward.judges], setup)
-    files = files_of([reward.name, *reward.judges], setup.paths)
+    loaded = load_rewards(names, setup)
+    files = files_of(names, setup.paths)
     trained = {reward.name: loaded[reward.name]}
     judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
     backend = open_backend(config, predictor.recipe, prompts, device)

@@ -172,6 +172,16 @@ def test_features_that_are_none_are_refused_before_there_is_a_folder(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_reward_of_texts_is_refused_for_a_model_of_classes(tmp_path: Path) -> None:
+    config = ("--config", "training/ppo/cfgs/fashion_mnist_guided.yaml")
+    changes = ("reward.judges=[efficientnet-minilm]", f"run.output_root={tmp_path / 'runs'}")
+    changes = [part for change in changes for part in ("--override", change)]
+    assert "efficientnet-minilm judges images by their prompts" in refused(
+        start(*config, *changes)
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_model_of_another_family_and_a_run_that_is_not_there_are_refused(
     twins: Path, tmp_path: Path
 ) -> None:
