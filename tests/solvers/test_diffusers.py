@@ -23,7 +23,7 @@ from solvers.field import Denoiser, Field
 from solvers.integrate import Step
 from solvers.process import FLOW, VE
 from solvers.schedules import flowmatch, polynomial
-from tests.solvers.gaussians import LATENTS, distance, flow, integrate, log_snr, ve
+from tests.solvers.gauss import LATENTS, distance, flow, integrate, log_snr, ve
 
 schedulers: Any = pytest.importorskip("diffusers.schedulers")
 pytestmark = pytest.mark.filterwarnings(

@@ -15,19 +15,17 @@ from solvers.field import Condition, Field
 from solvers.integrate import Solver
 from solvers.process import FLOW
 from solvers.schedules import flowmatch
-from tests.solvers import gaussians
-from tests.solvers.gaussians import (
+from tests.solvers.gauss import (
     LATENTS,
     directions,
     distance,
     flow,
     integrate,
     learned,
+    log_snr,
     run,
     ve,
 )
-
-log_snr = gaussians.log_snr
 
 GRID = log_snr(4, 0.1, 20.0)
 STEPS = len(GRID) - 1

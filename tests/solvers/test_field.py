@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from solvers.field import Condition, Field, Guided, Tally
-from tests.solvers.gaussians import LATENTS, flow, gauss, ve
+from tests.solvers.gauss import LATENTS, flow, gauss, ve
 
 
 class Recorder:

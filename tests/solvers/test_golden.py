@@ -14,9 +14,9 @@ from solvers.field import Field
 from solvers.integrate import Solver
 from solvers.process import Process
 from solvers.published import decode
-from tests.solvers import gaussians
+from tests.solvers import gauss
 
-CASES: list[dict[str, Any]] = gaussians.RECORDED["cases"]
+CASES: list[dict[str, Any]] = gauss.RECORDED["cases"]
 TOLERANCE = {"deis": 1e-3}  # recorded by numerical integration
 OTHERWISE = 1e-8
 
@@ -32,7 +32,7 @@ def grid(case: dict[str, Any]) -> Tensor:
         case "flowmatch":
             return schedules.flowmatch(n, shift=case["flow_shift"])
         case "logsnr":
-            return gaussians.log_snr(n, low, high)
+            return gauss.log_snr(n, low, high)
         case "polynomial":
             return schedules.polynomial(n, low, high, case["schedule_rho"])
     return schedules.time_uniform(n, low, high, case["schedule_rho"])
@@ -70,19 +70,19 @@ def name(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_a_recorded_sample_and_its_evaluations_are_met(case: dict[str, Any]) -> None:
-    process, denoiser = Process(case["process"]), gaussians.flow
-    x, sigmas = gaussians.LATENTS, grid(case)
+    process, denoiser = Process(case["process"]), gauss.flow
+    x, sigmas = gauss.LATENTS, grid(case)
     if process.name == "ve":
-        denoiser, x = gaussians.ve, x * case["sigma_max"]
+        denoiser, x = gauss.ve, x * case["sigma_max"]
     field = Field(denoiser)
-    *_, end = gaussians.integrate(solver(case), field, x, sigmas, afs=case["afs"], correct=True)
+    *_, end = gauss.integrate(solver(case), field, x, sigmas, afs=case["afs"], correct=True)
     expected = tensor(case["x"]).reshape(end.shape)
-    assert gaussians.distance(end, expected) < TOLERANCE.get(case["solver"], OTHERWISE)
+    assert gauss.distance(end, expected) < TOLERANCE.get(case["solver"], OTHERWISE)
     assert field.tally.rows == case["evaluations"] * len(x)
 
 
 def test_the_recorded_schedules_are_met_and_every_solver_of_the_method_is_recorded() -> None:
-    for case in gaussians.RECORDED["schedules"] + [c for c in CASES if "sigmas" in c]:
+    for case in gauss.RECORDED["schedules"] + [c for c in CASES if "sigmas" in c]:
         expected = tensor(case["sigmas"])
         assert ((grid(case) - expected).abs() / expected).max() < 1e-10, name(case)
     assert {case["solver"] for case in CASES} == {

@@ -15,16 +15,7 @@ from solvers.field import Condition, Field
 from solvers.integrate import Point, Solver, Step
 from solvers.process import FLOW
 from solvers.schedules import flowmatch, polynomial, time_uniform
-from tests.solvers.gaussians import (
-    LATENTS,
-    directions,
-    distance,
-    flow,
-    integrate,
-    learned,
-    run,
-    ve,
-)
+from tests.solvers.gauss import LATENTS, directions, distance, flow, integrate, learned, run, ve
 
 GRID = polynomial(7, 0.01, 40.0)
 STEPS = len(GRID) - 1

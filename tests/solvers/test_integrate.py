@@ -12,7 +12,7 @@ from solvers.epd import EPD, Directions
 from solvers.exponential import DEIS, DPMpp, UniPC
 from solvers.field import Condition, Field, Tally
 from solvers.integrate import Solver
-from tests.solvers.gaussians import LATENTS, distance, gauss, integrate, learned, log_snr, run, ve
+from tests.solvers.gauss import LATENTS, distance, gauss, integrate, learned, log_snr, run, ve
 
 GRID = log_snr(5, 0.05, 30.0)
 STEPS = len(GRID) - 1

@@ -14,7 +14,7 @@ from solvers.predictor import Predictor, load_predictor, save_predictor, validat
 from solvers.process import VE
 from solvers.recipe import Recipe
 from solvers.schedules import NoiseLevels
-from tests.solvers.gaussians import integrate
+from tests.solvers.gauss import integrate
 
 SIGMAS = (10.0, 4.0, 1.5, 0.5, 0.1)
 N = len(SIGMAS) - 1

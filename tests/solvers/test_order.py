@@ -23,7 +23,7 @@ from solvers.field import Condition, Field
 from solvers.integrate import Solver
 from solvers.sampler import no_noise
 from solvers.schedules import polynomial
-from tests.solvers.gaussians import directions, integrate, log_snr
+from tests.solvers.gauss import directions, integrate, log_snr
 
 HIGH, LOW, STEPS = 2.0, 0.5, 80
 C = torch.tensor([3.0, 0.2, 1.0, 2.0], dtype=torch.float64)

@@ -31,7 +31,7 @@ from solvers.recipe import Recipe
 from solvers.sampler import Sampler
 from solvers.schedules import time_uniform
 from tests import nvidia as files
-from tests.solvers.gaussians import LATENTS, flow, ve
+from tests.solvers.gauss import LATENTS, flow, ve
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GOLDEN: dict[str, dict[str, Any]] = json.loads((DATA / "predictors.json").read_text())

@@ -17,7 +17,7 @@ from solvers.predictor import Predictor, load_predictor, main
 from solvers.process import VE
 from solvers.schedules import NoiseLevels, polynomial
 from tests import nvidia
-from tests.solvers.gaussians import ve
+from tests.solvers.gauss import ve
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "data" / "predictors.json").read_text())

@@ -16,7 +16,7 @@ from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, make_sol
 from solvers.schedules import NoiseLevels, Timesteps, flowmatch, polynomial, time_uniform
 from solvers.vp import table_of
 from src.text import guidance_rates
-from tests.solvers.gaussians import LATENTS, integrate, log_snr, ve
+from tests.solvers.gauss import LATENTS, integrate, log_snr, ve
 
 NAN, INF = math.nan, math.inf
 GRIDS: tuple[Callable[..., Tensor], ...] = (polynomial, log_snr, time_uniform)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers.process import VE
 from solvers.schedules import NoiseLevels, Timesteps, VPClock, polynomial, time_uniform
-from tests.solvers.gaussians import log_snr
+from tests.solvers.gauss import log_snr
 
 SIZES, RHOS = st.integers(2, 60), st.floats(0.3, 12)
 LOWS, HIGHS = st.floats(1e-4, 0.02), st.floats(1, 200)

@@ -11,7 +11,7 @@ from backends.mixture import Mixture, mixture_backend
 from solvers.classic import DPM2, IPNDM, Euler
 from solvers.field import Condition, Field
 from solvers.process import VE
-from tests.solvers.gaussians import integrate
+from tests.solvers.gauss import integrate
 from training.student import Student, Trajectories
 from training.table import EPDForm, MultistepForm, TimeScales
 

@@ -13,7 +13,7 @@ from solvers.exponential import DPMpp
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor
 from solvers.process import FLOW
-from tests.solvers.gaussians import integrate
+from tests.solvers.gauss import integrate
 from training.api import Settings, distill, sample
 
 SMALL = Settings(samples=48, judges=24, positions=9, rounds=2, fine_steps=25)

@@ -10,7 +10,7 @@ from torch import Tensor
 from solvers.classic import IPNDM, Euler
 from solvers.epd import Directions, Table
 from solvers.field import Condition, Field
-from tests.solvers.gaussians import integrate
+from tests.solvers.gauss import integrate
 from tests.training.students import FREE, MULTISTEP, SIGMAS, curved, data, with_points
 from training.fit import fit
 from training.gram import Normal, best_free, best_shares

@@ -11,7 +11,7 @@ from solvers.classic import Heun
 from solvers.field import Field
 from solvers.sampler import Sampler
 from src.seeds import randn
-from tests.solvers.gaussians import integrate
+from tests.solvers.gauss import integrate
 from tests.training.students import SHAPE, model
 from training.student import Trajectories
 from training.teacher import Batches, Cache, Teacher, fingerprint, in_parts
