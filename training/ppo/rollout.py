@@ -201,10 +201,11 @@ class Scored:
         own = (reason for reason in self.reasons if reason.startswith(f"{name} "))
         return next(chain(own, self.reasons), f"no score is called {name}")
 
-    def needed(self, name: str) -> dict[str, Tensor]:
-        """All scores; ValueError where no image has one of this name."""
-        if name not in self.scores or not bool(self.scores[name].isfinite().any()):
-            raise ValueError(f"no image could be scored: {self.reason(name)}")
+    def needed(self, *names: str) -> dict[str, Tensor]:
+        """All scores; ValueError where no image has one of these names."""
+        for name in names:
+            if name not in self.scores or not bool(self.scores[name].isfinite().any()):
+                raise ValueError(f"no image could be scored: {self.reason(name)}")
         return self.scores
 
 
@@ -403,19 +404,25 @@ def features_of(task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop) -
 
 
 def held_out_scores(
-    task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop, fine: Tensor | None = None
+    task: Task,
+    sampler: Sampler,
+    jobs: Sequence[Job],
+    stop: Stop,
+    fine: Tensor | None = None,
+    watched: str | None = None,
 ) -> dict[str, Tensor]:
     """The scores [E] of held-out images by one sampler, on every rank, by reward.
 
     With the features `fine` [E, F] of the fine solution's also `diversity` [E], how far an image
     is in features from the others of its prompt, and `frechet` [1], the distance of the sets.
-    Raises ValueError where no image has the reward that is trained on.
+    Raises ValueError where no image has the reward that is trained on, or the one `watched`.
     """
+    needed = (task.reward, watched or task.reward)
     scorings = [by_prompt(scorer) for scorer in (task.score, task.judge) if scorer]
     if fine is None:
-        return score_jobs(task, sampler, jobs, scorings, stop).needed(task.reward)
+        return score_jobs(task, sampler, jobs, scorings, stop).needed(*needed)
     scorings.append(lambda images, _jobs: {"features": seen(task, images)})
-    scores = score_jobs(task, sampler, jobs, scorings, stop).needed(task.reward)
+    scores = score_jobs(task, sampler, jobs, scorings, stop).needed(*needed)
     points = scores.pop("features")
     spread = diversity(points, [job.prompt for job in jobs])
     return scores | {"diversity": spread, "frechet": frechet(points, fine)[None]}

@@ -256,9 +256,9 @@ def evaluate(session: Session) -> None:
     now: dict[str, Tensor] = {}
     if progress.step or session.start.is_moved:
         sampler = session.start.sampler_of(session.learner.mean())
-        now = held_out_scores(task, sampler, jobs, stop, fine)
+        now = held_out_scores(task, sampler, jobs, stop, fine, ppo.watch)
     if not now or now.keys() - progress.start_scores.keys():  # a judge that was added, or at first
-        scores = held_out_scores(task, session.start.sampler, jobs, stop, fine)
+        scores = held_out_scores(task, session.start.sampler, jobs, stop, fine, ppo.watch)
         progress.start_scores = {name: values.tolist() for name, values in scores.items()}
     start = {n: torch.tensor(v, dtype=torch.float64) for n, v in progress.start_scores.items()}
     numbers = compared(start, now or start, jobs)

@@ -167,6 +167,15 @@ def test_an_evaluation_watches_judges_and_sets_and_ends_a_run_that_no_longer_gai
     assert all(line["reward/pull"] > 0 for line in metrics(tmp_path, "reward"))
 
 
+def test_a_watched_judge_that_says_nothing_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    def judge(_images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
+        raise ValueError("far is out of order")
+
+    watched = replace(SHORT, watch="far")
+    with pytest.raises(ValueError, match="no image could be scored: far is out of order"):
+        train(replace(task(), judge=judge), watched, EVERY, tmp_path)
+
+
 def test_a_judge_that_comes_later_is_held_against_the_start_too(
     whole: Path, tmp_path: Path
 ) -> None:
