@@ -74,10 +74,10 @@ def main(
     prompts = prompts_of(config)
     if dry_run:
         click.echo(to_yaml(config), nl=False)
-        for line in lacking(config, predictor.recipe):
+        for line in lacking(config, predictor.recipe, prompts[0]):
             click.echo(f"before it can run: {line}", err=True)
         return
-    for line in lacking(config, predictor.recipe):
+    for line in lacking(config, predictor.recipe, prompts[0]):
         raise ValueError(line)
     device = ranks.init(device)
     mesh = ranks.point_mesh(points_degree, device)
@@ -169,9 +169,11 @@ def prompts_of(config: Config) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     return tuple(map(int, prompts)), tuple(map(int, held_out))
 
 
-def lacking(config: Config, recipe: Recipe) -> Iterator[str]:
+def lacking(config: Config, recipe: Recipe, prompts: Sequence[Prompt]) -> Iterator[str]:
     """What stands in the way, as far as can be seen without loading anything."""
     rewards = [config.reward.name, *config.reward.judges]
+    if (readers := reads_texts(rewards)) and not all(isinstance(p, str) for p in prompts):
+        yield f"{readers[0]} judges images by their prompts: this model takes none"
     checks = (
         lambda: files_of(rewards, weight_paths(config)),
         lambda: model_of(config, recipe),
@@ -240,8 +242,6 @@ def make_task(
     if reward.multi.weights and reward.type != MULTI:
         say(f"reward.multi.weights do nothing for reward.type {reward.type}")
     names = [reward.name, *reward.judges]
-    if (readers := reads_texts(names)) and not all(isinstance(p, str) for p in prompts[0]):
-        raise ValueError(f"{readers[0]} judges images by their prompts: this model takes none")
     setup = Setup(device, reward.enable_amp, weight_paths(config))
     loaded = load_rewards(names, setup)
     files = files_of(names, setup.paths)
