@@ -16,7 +16,7 @@ from torch import Tensor
 from backends import families
 from backends.base import Backend, ModelOptions, Prompt
 from backends.latents import prepare_vae, texts_of, usual_text
-from backends.lending import CachedPrompts, lent, with_latents
+from backends.lending import CachedPrompts, LengthsDiffer, lent, lock_of, with_latents
 from backends.parametrization import (
     Parametrization,
     levels_of,
@@ -119,6 +119,7 @@ class Opened:
     prompts: CachedPrompts
     texts: list[str] = field(default_factory=lambda: [""])  # by the number that stands for each
     first: dict[str, Any] = field(default_factory=dict)  # what prepare_latents took and gave
+    by_text: bool = False  # whether a call has one text, as lengths of embeddings differ
 
     def call(
         self, scheduler: OneCall, texts: Sequence[str], x: Tensor | None, given: dict[str, Any]
@@ -144,15 +145,16 @@ class Opened:
             return [shown.to(latents.dtype, copy=True), *others]
 
         parts: dict[str, Any] = {"scheduler": scheduler}
-        if name := families.preparer(self.pipe):
-            parts[name] = with_latents(getattr(self.pipe, name), before, after)
-        elif x is not None:
-            (given["latents"],) = after(x, [])
-        if callable(getattr(self.pipe, "encode_prompt", None)):
-            parts["encode_prompt"] = self.prompts.installed()
-        parts |= {name: given.pop(name) for name in GUIDERS if name in given}
-        with lent(self.pipe, parts), torch.no_grad():
-            return self.pipe(**given, return_dict=False)[0]
+        with lock_of(self.pipe), torch.no_grad():
+            if name := families.preparer(self.pipe):
+                parts[name] = with_latents(getattr(self.pipe, name), before, after)
+            elif x is not None:
+                (given["latents"],) = after(x, [])
+            if callable(getattr(self.pipe, "encode_prompt", None)):
+                parts["encode_prompt"] = self.prompts.installed()
+            parts |= {name: given.pop(name) for name in GUIDERS if name in given}
+            with lent(self.pipe, parts):
+                return self.pipe(**given, return_dict=False)[0]
 
     def look(self, steps: int) -> OneCall:
         """What the pipeline hands its scheduler for so many steps.
@@ -176,7 +178,8 @@ class Opened:
         texts = [self.texts[i] for i in given.get("prompt", torch.zeros(len(x))).int().tolist()]
         rates = given.get("rate", torch.ones(len(x))).tolist()
         rows = families.one_time(self.pipe) is None
-        kinds = rates if rows else list(zip(rates, sigma.tolist(), strict=True))
+        times = [None if rows else level for level in sigma.tolist()]
+        kinds = list(zip(rates, times, texts if self.by_text else [""] * len(x), strict=True))
         if families.family_of(self.pipe) in families.ALONE:
             kinds = list(range(len(x)))
         x0 = torch.empty_like(x)
@@ -184,7 +187,12 @@ class Opened:
             at = [i for i, other in enumerate(kinds) if other == kind]
             where = slice(None) if len(at) == len(x) else at
             own = [texts[i] for i in at]
-            x0[where] = self.ask(x[where], sigma[where], own, rates[at[0]], rows)
+            try:
+                with lock_of(self.pipe):
+                    x0[where] = self.ask(x[where], sigma[where], own, rates[at[0]], rows)
+            except LengthsDiffer:
+                self.by_text = True
+                return self.denoise(x, sigma, cond)
         return x0
 
     def ask(self, x: Tensor, sigma: Tensor, texts: list[str], rate: float, rows: bool) -> Tensor:
@@ -277,7 +285,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
         raise ValueError(f"{name} takes no negative prompt: its guidance is part of the network")
     if options.vae_tiling or options.vae_slicing:
         prepare_vae(pipe.vae, options)
-    opened = Opened(pipe, options, like, model, CachedPrompts(pipe))
+    opened = Opened(pipe, options, like, model, CachedPrompts(pipe, apart=True))
     try:
         steps = names["num_inference_steps"]
         levels = levels_of(like, model, opened.look(steps).mu)

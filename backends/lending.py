@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +19,16 @@ OF_PROMPTS_ALONE = ("clip_skip", "complex_human_instruction")
 """Arguments of encode_prompt that no pipeline heeds for its negative prompts."""
 MOST_PROMPTS = 256
 LOOKED_AT = 4096  # numbers of a tensor, evenly
+LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+class LengthsDiffer(Exception):
+    """Raised where texts together give other embeddings than one by one, as they are padded."""
+
+
+def lock_of(pipe: Any) -> Any:
+    """The lock of a pipeline: while it has parts of ours, other threads' calls of ours wait."""
+    return LOCKS.setdefault(pipe, RLock())
 
 
 @contextmanager
@@ -61,10 +73,12 @@ class CachedPrompts:
 
     The copies of a prompt stand side by side in all that it gives: some pipelines (LTX, Mochi,
     Sana, Lumina2) lay masks out in another order. Results are kept while the text encoders are
-    the same: their weights, their adapters, the tokenizers' words.
+    the same: their weights, their adapters, the tokenizers' words. With `apart`, texts that
+    cannot be put together so raise LengthsDiffer, where else they are encoded together.
     """
 
     pipe: Any
+    apart: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     encoders: Any = None
     negatives: int = 0  # how many of the texts, the last ones, are negative prompts
@@ -103,6 +117,8 @@ class CachedPrompts:
                 for negative in each[rows - self.negatives :]:
                     negative |= {n: None for n in OF_PROMPTS_ALONE if n in negative}
                 result = joined([recall(one) for one in each])
+                if result is None and self.apart and any(one != each[0] for one in each):
+                    raise LengthsDiffer
             if result is None or (one and any(map(is_layered, result))):
                 return recall(given | copies_of(given, copies))
 

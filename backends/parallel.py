@@ -10,8 +10,7 @@ tells every row a level of its own. Where the K rows are the same the network is
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +22,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from backends import families
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.lending import COUNTS, CachedPrompts, bound, lent, repeated, with_latents
+from backends.hooks import run_once, share, tell_guidance
+from backends.lending import COUNTS, CachedPrompts, bound, lent, lock_of, with_latents
 from backends.load import check_fit
 from backends.parametrization import parametrization_of
 from backends.pipelines import wrap
 from backends.scheduler import EPDScheduler, PredictorLike, chosen, opened
 from backends.sd3 import folding
-from backends.spread import SharedRows
 from solvers.predictor import Predictor
 from src.images import to_bytes
 from src.text import meet
-
-PLACES = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")  # arguments without rows
 
 
 def parallel(
@@ -108,7 +105,15 @@ class Parallel:
     mesh: DeviceMesh | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline returns; ValueError, with the reason, for arguments not served."""
+        """What the pipeline returns; ValueError, with the reason, for arguments not served.
+
+        Calls from several threads wait for each other, as a pipeline holds one scheduler.
+        """
+        with lock_of(self.pipe):
+            return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The call itself."""
         kind, family = type(self.pipe).__name__, families.family_of(self.pipe)
         defaults = families.parameters_of(self.pipe)
         given = bound(inspect.signature(self.pipe.__call__), args, kwargs)
@@ -152,7 +157,9 @@ class Parallel:
         scheduler.rate = rate
         scheduler.embeds_rates = rate is None and predictor.table.guidance is not None
         given |= {"guidance_scale": 1.0} if scheduler.embeds_rates else {}  # times the rates
-        scheduler.plain = scheduler.model.table is not None and not families.scales(self.pipe)
+        half = families.network_of(self.pipe).dtype == torch.float16
+        unscaled = (half and scheduler.overflows) or not families.scales(self.pipe)
+        scheduler.plain = scheduler.model.table is not None and unscaled
         given["num_inference_steps"] = predictor.nfe if rows else predictor.evaluations
         callback = given.get("callback_on_step_end")
         if callback is not None and rows:
@@ -379,85 +386,6 @@ def encoded_once(encode: Callable[..., Any], scheduler: EPDScheduler) -> Callabl
         return AutoencoderKLOutput(latent_dist=distribution)
 
     return encoded
-
-
-def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
-    """Hooks by which a network sees one of an image's rows where they are alike."""
-    copies = scheduler.copies
-    return fewer_rows(
-        network,
-        lambda: scheduler.running.alike,
-        lambda rows: rows[::copies],
-        lambda rows, _count: repeated(rows, copies),
-    )
-
-
-def tell_guidance(network: torch.nn.Module, scheduler: EPDScheduler) -> Any:
-    """A hook by which a network is told each point's rate, times the pipeline's own."""
-
-    def before(_module: Any, args: Any, kwargs: Any) -> Any:
-        rates = (own := kwargs["guidance"]).new_tensor(scheduler.running.now.rates or (1.0,))
-        return args, kwargs | {"guidance": own * rates.repeat(len(own) // len(rates))}
-
-    hook: Any = torch.compiler.disable(before)  # a step is no constant of what is compiled
-    return network.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-
-
-def share(network: torch.nn.Module, mesh: DeviceMesh) -> list[Any]:
-    """Hooks by which the ranks of the mesh's `points` share a network's rows."""
-    ranks = SharedRows(mesh.get_group("points"))
-
-    def all_of(value: Any, count: int) -> Any:
-        if isinstance(value, list):
-            return list(ranks.all_of(torch.stack(value), count))
-        return ranks.all_of(value, count)
-
-    return fewer_rows(network, lambda: True, ranks.own, all_of)
-
-
-def fewer_rows(
-    network: torch.nn.Module,
-    when: Callable[[], bool],
-    pick: Callable[[Any], Any],
-    restore: Callable[[Any, int], Any],
-) -> list[Any]:
-    """Hooks by which a network sees some of its rows, tensors or lists, and answers for all.
-
-    Those of a later call of this are around those of an earlier one.
-    """
-    rows = [0]  # of the call, 0 where it sees all
-
-    def before(_module: Any, args: Any, kwargs: Any) -> Any:
-        first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        rows[0] = len(first) if when() else 0
-        if not rows[0]:
-            return None
-        thin = partial(thinned, rows=rows[0], pick=pick, listed=isinstance(first, list))
-        return thin(args), thin(kwargs)
-
-    def after(_module: Any, _args: Any, output: Any) -> Any:
-        if not rows[0]:
-            return None
-        if isinstance(output, tuple):
-            return (restore(output[0], rows[0]), *output[1:])
-        return replace(output, sample=restore(output.sample, rows[0]))
-
-    # a step is no constant of what is compiled
-    hooks: list[Any] = [torch.compiler.disable(hook) for hook in (before, after)]
-    handles = [network.register_forward_pre_hook(hooks[0], with_kwargs=True, prepend=True)]
-    return [*handles, network.register_forward_hook(hooks[1])]
-
-
-def thinned(value: Any, *, rows: int, pick: Callable[[Any], Any], listed: bool) -> Any:
-    """Arguments of a network with some of their rows, at any depth."""
-    thin = partial(thinned, rows=rows, pick=pick, listed=listed)
-    if isinstance(value, Tensor):
-        return pick(value) if value.ndim and len(value) == rows else value
-    if isinstance(value, dict):
-        return {name: v if name in PLACES else thin(v) for name, v in value.items()}
-    if listed and isinstance(value, list) and len(value) == rows:
-        return pick(value)
-    return type(value)(map(thin, value)) if isinstance(value, list | tuple) else value
 
 
 # --- our own loop on a pipeline's parts ---------------------------------------------------

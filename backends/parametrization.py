@@ -215,6 +215,11 @@ def course_of(
         given.pop("mu", None)  # pipelines hand it to schedulers that shift and those that do not
     for name in given.keys() - takes.keys():
         raise ValueError(f"{type(like).__name__} takes no {name}: leave them out")
+    if own.config.get("use_dynamic_shifting") and "mu" in takes and mu is None:
+        raise ValueError(
+            "use_dynamic_shifting needs a mu, which this pipeline gives to its own scheduler "
+            "alone: make that with use_dynamic_shifting=False and a shift"
+        )
     own.set_timesteps(steps, **given)
     times = [float(t) for t in own.timesteps]
     if isinstance(getattr(own, "sigmas", None), Tensor):

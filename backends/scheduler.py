@@ -48,6 +48,7 @@ PUBLISHED = {"sd3": {"shift": 3.0}, "flux": {"shift": 3.0, "use_dynamic_shifting
 """What the schedulers of the published flow-matching models say."""
 LOG = logging.getLogger(__name__)
 TIMES_APART = 0.01  # of 1000, by rounding
+MOST_HALF = 65504 / 6  # noise of six deviations stays in half precision
 POINTS = ("sequence", "rows")
 PredictorLike: TypeAlias = str | Path | Predictor
 
@@ -96,6 +97,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.under_way: Trajectory | None = None
         self.located = False  # whether the pipeline has said where it starts
         self.noise_sigma: float | None = None
+        self.asked_sigma: float | None = None  # the noise_sigma that the pipeline was told last
         self.last_scale = 1.0
         self.prepares = False  # whether `prepare` will be called
         self.preparing = False  # whether the pipeline is at that which it hands `prepare`
@@ -237,9 +239,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.place()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network sees of a pipeline's rows."""
+        """What the network sees of a pipeline's rows; ValueError for noise beyond float16."""
         if self.plain:
             return sample
+        if sample.dtype == torch.float16 and self.overflows:
+            raise ValueError("float16 has no room for this model's noise: use parallel(pipe, "
+                             "predictor), or bfloat16")  # fmt: skip
         self.locate(timestep)
         self.scaled = True
         return self.running.seen(sample)
@@ -257,8 +262,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """The next place that the network is asked at, or, after the last call, the image.
 
-        Raises ValueError for tokens at times of their own, but for those that stay, at 0, and for
-        an eta above 0, as no step draws noise. What is clipped is clipped by the model's config.
+        Raises ValueError for tokens at times of their own, but for those that stay, at 0, for an
+        eta above 0, as no step draws noise, and for x with the noise of another number of steps.
+        What is clipped is clipped by the model's config.
         """
         if eta:
             raise ValueError(f"eta {eta}: the steps draw no noise, leave it out")
@@ -269,12 +275,15 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError("tokens with times of their own are not served: give strength=1")
             model_output = -model_output  # such steps go by the level now less the next
         self.locate(timestep)
-        run = self.running
+        run, asked, self.asked_sigma = self.running, self.asked_sigma, None
+        if asked not in (None, self.noise_sigma) and not self.noised:
+            raise ValueError("x has the noise of another number of steps: call "
+                             "scheduler.set_timesteps(num_inference_steps) first")  # fmt: skip
         if self.model.table and not self.plain and not self.scaled:
             raise ValueError(
                 "this pipeline never asks for scale_model_input: use parallel(pipe, predictor)"
             )
-        following = run.answer(sample / self.shown if self.plain else sample, model_output)
+        following = run.answer(sample, model_output, self.shown)
         following = following * (self.shown if run.index < len(run.calls) else self.last_scale)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)  # as some pipelines expect
         following = following.to(dtype, copy=True)
@@ -293,6 +302,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         return (1 + sigma**2) ** -0.5
 
     @property
+    def overflows(self) -> bool:
+        """Whether the model's noise is beyond half precision, as DeepFloyd IF's is."""
+        return self.model.table is not None and self.model.table.levels.sigma_max > MOST_HALF
+
+    @property
     def init_noise_sigma(self) -> float:
         """The strength of the noise that x starts as; some pipelines ask before all else.
 
@@ -306,6 +320,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
                                  "scheduler.set_timesteps(num_inference_steps) first")  # fmt: skip
             self.set_timesteps()
         assert self.noise_sigma is not None
+        self.asked_sigma = self.noise_sigma
         return self.noise_sigma
 
     def __len__(self) -> int:

@@ -218,11 +218,12 @@ class Trajectory:
         """Rows of a pipeline -> the first of each image's copies, [B, *]."""
         return rows[: len(rows) // self.branches : self.copies]
 
-    def edited(self, sample: Tensor) -> Tensor:
+    def edited(self, sample: Tensor, scale: float = 1.0) -> Tensor:
         """A pipeline's rows in float32: what it was handed, and what was done to it since."""
         assert self.rows is not None
         rows = torch.cat([self.rows] * (len(sample) // len(self.rows)))  # twice under guidance
-        return rows + (sample.to(rows.dtype) - rows.to(sample.dtype).to(rows.dtype))
+        handed = (rows * scale).to(sample.dtype).to(rows.dtype)
+        return rows + (sample.to(rows.dtype) - handed) / scale
 
     def seen(self, sample: Tensor) -> Tensor:
         """What the network sees of a pipeline's rows."""
@@ -234,14 +235,18 @@ class Trajectory:
         level = self.network_sigma[self.index].to(x).repeat(len(x) // self.copies)
         return self.model.seen(x, level).to(sample.dtype)
 
-    def answer(self, sample: Tensor, output: Tensor) -> Tensor:
-        """The network's output for a pipeline's rows -> the rows of the next call, or x [B, *]."""
+    def answer(self, sample: Tensor, output: Tensor, scale: float = 1.0) -> Tensor:
+        """The network's output for a pipeline's rows -> the rows of the next call, or x [B, *].
+
+        The pipeline's rows are `scale` times x; what is given back is x itself.
+        """
         call = self.now
         if self.loop is None:
-            x = self.start(self.images(sample))
-            x = x if self.moved and not self.still else self.edited(sample)
+            wide = torch.promote_types(sample.dtype, torch.float32)
+            x = self.start(self.images(sample).to(wide) / scale)
+            x = x if self.moved and not self.still else self.edited(sample, scale)
         else:
-            x = self.edited(sample)
+            x = self.edited(sample, scale)
         assert self.loop is not None
         assert self.rows is not None
         if call.first:  # an edit of x goes on from here

@@ -192,3 +192,24 @@ def test_levels_of_half_precision_do_not_overflow() -> None:
     half = any_backend(pipe.to(torch.float16), torch.device("cpu"), ModelOptions((16, 16)))
     given = half.denoise(x, sigma, half.encode([TEXT]))
     assert (given - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_texts_that_are_padded_to_the_longest_do_not_hang_on_their_batch() -> None:
+    """CogView4 pads on the left, without a mask: what it makes of a text hangs on the others."""
+    pipe = twins.twin("cogview4")
+    pipe.set_progress_bar_config(disable=True)
+
+    def embeds(prompt: list[str], *_: Any) -> torch.Tensor:
+        words = [twins.words([text], 16) for text in prompt]
+        longest = max(len(text.split()) for text in prompt)
+        pads = torch.zeros(len(words), longest, words[0].shape[-1])
+        return torch.cat([pads, torch.cat(words)], 1)
+
+    pipe._get_glm_embeds = embeds
+    backend = any_backend(pipe, torch.device("cpu"), ModelOptions((16, 16)))
+    texts = [TEXT, "two red foxes in a very deep snow", TEXT]
+    x, sigma = randn([0, 1, 2], backend.shape), torch.tensor([0.9, 0.5, 0.2])
+    together = backend.denoise(x, sigma, backend.encode(texts))
+    for i, text in enumerate(texts):
+        alone = backend.denoise(x[i : i + 1], sigma[i : i + 1], backend.encode([text]))
+        assert torch.allclose(together[i], alone[0], atol=1e-5)

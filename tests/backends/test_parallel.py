@@ -1,5 +1,6 @@
 """What a call by `parallel`, or under our scheduler, leaves and takes besides pictures."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -167,3 +168,67 @@ def test_latent_diffusion_follows_the_scheduler_that_is_there() -> None:
     pipe.scheduler = diffusers.DDIMScheduler(clip_sample=True)
     with pytest.raises(ValueError, match="clip_sample in the scheduler's config"):
         ldm_backend(pipe, CPU, SMALL)
+
+
+def test_two_threads_on_one_pipeline_take_turns() -> None:
+    pipe = quiet(twins.sd3())
+    fast = [parallel(pipe, learned(pipe, "epd", n=n)) for n in (3, 2)]
+    own, encode = pipe.scheduler, pipe.encode_prompt
+
+    def latents(i: int) -> Tensor:
+        return fast[i % 2](TEXT, output_type="latent", **SIZE, generator=drawn(i))[0]
+
+    wanted = [latents(i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        given = list(pool.map(latents, range(6)))
+    assert all(map(torch.equal, given, wanted))
+    assert pipe.scheduler is own
+    assert pipe.encode_prompt == encode
+
+
+@pytest.mark.parametrize("points", ["rows", "sequence"])
+def test_noise_beyond_half_precision_is_handed_over_scaled(
+    points: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepFloyd IF's levels begin at 20,291."""
+    betas = {"beta_schedule": "squaredcos_cap_v2"}
+    whole = quiet(twins.twin("if", scheduler=betas))
+    noise = torch.randn(1, 3, 16, 16, generator=drawn(1)[0]).half()
+    draw = "diffusers.pipelines.deepfloyd_if.pipeline_if.randn_tensor"  # float16 has others
+    monkeypatch.setattr(draw, lambda _shape, dtype, **_: noise.to(dtype))
+
+    def by(pipe: Any) -> Tensor:
+        predictor = learned(pipe, "epd-multistep")
+        return call(pipe, "if", parallel(pipe, predictor, points=points)).float()
+
+    half = quiet(twins.twin("if", scheduler=betas)).to(torch.float16)
+    assert close(by(half), by(whole), 1e-2)
+    half.scheduler = EPDScheduler.from_predictor(learned(half, "epd"), like=half.scheduler)
+    with pytest.raises(ValueError, match=r"float16 has no room .* use parallel"):
+        call(half, "if")
+
+
+def test_noise_of_another_number_of_steps_is_refused() -> None:
+    """Latent diffusion asks how strong noise is before it says its number of steps."""
+    sizes = {"block_out_channels": (32,), "sample_size": 8, "in_channels": 4, "out_channels": 4}
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = diffusers.UNet2DModel(**sizes, **blocks, layers_per_block=1)
+    like = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = quiet(diffusers.LDMPipeline(vqvae=twins.vae(), unet=network.eval(), scheduler=like))
+    pipe.scheduler = EPDScheduler.from_solver("unipc-2", like=like)
+    with pytest.raises(ValueError, match=r"call scheduler.set_timesteps"):
+        pipe(num_inference_steps=6)
+    pipe.scheduler.set_timesteps(6)
+    pipe(num_inference_steps=6)
+    pipe.scheduler.set_timesteps(40)
+    with pytest.raises(ValueError, match="noise of another number of steps"):
+        pipe(num_inference_steps=6)
+
+
+def test_a_shift_by_size_that_a_pipeline_keeps_for_its_own_scheduler_is_refused() -> None:
+    pipe = quiet(twins.twin("bria", scheduler={"use_dynamic_shifting": True}))
+    with pytest.raises(ValueError, match="use_dynamic_shifting=False and a shift"):
+        call(pipe, "bria", parallel(pipe, learned(pipe, "epd")))
+    pipe.scheduler = EPDScheduler.from_solver("euler", like=pipe.scheduler)
+    with pytest.raises(ValueError, match="use_dynamic_shifting=False and a shift"):
+        call(pipe, "bria")
