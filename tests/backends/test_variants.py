@@ -122,6 +122,12 @@ def of(kind: str, family: str, **changes: Any) -> Callable[[], Any]:
     return build
 
 
+def ltx2_from_an_image() -> Any:
+    pipe = of("LTX2ImageToVideoPipeline", "ltx2")()
+    pipe.vae_spatial_compression_ratio = 32  # its tiny VAE says 64
+    return pipe
+
+
 SEEING = {"visual_cond": True}
 MASKED = FROM | SIZE | {"mask_image": torch.ones(1, 1, 16, 16)}
 LAYERED = {"processor": None, "transformer": {"use_additional_t_cond": True}}
@@ -192,6 +198,10 @@ VARIANTS = {
     "LTX from an image": (
         of("LTXImageToVideoPipeline", "ltx"),
         {"image": IMAGE, "height": 64, "width": 64, "num_frames": 9},
+    ),
+    "LTX-2 from an image": (
+        ltx2_from_an_image,
+        {"image": IMAGE, "image_crf": 0, "height": 64, "width": 64, "num_frames": 17},
     ),
     "Wan from a video": (
         of("WanVideoToVideoPipeline", "wan"),
