@@ -36,6 +36,7 @@ SMALL = {
     "ppo.steps": "3",
     "logging.save_interval": "2",
     "logging.tensorboard": "false",
+    "reward.judges": "[]",
 }
 
 
@@ -172,6 +173,23 @@ def test_features_that_are_none_are_refused_before_there_is_a_folder(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "function", "said"),
+    [
+        ("type", "operator:add", "operator:add fails on float32 [2, 3, 16, 16]: TypeError"),
+        ("judges", "[operator:add]", "operator:add fails on float32 [2, 3, 16, 16]: TypeError"),
+        ("judges", "[tests.eval.drawings:shapeless]", "must return a tensor [2], not []"),
+    ],
+)
+def test_rewards_and_judges_that_fail_are_refused_before_there_is_a_folder(
+    key: str, function: str, said: str, twins: Path, tmp_path: Path
+) -> None:
+    changes = [f"run.output_root={tmp_path / 'runs'}", f"reward.{key}={function}"]
+    changes += ["reward.weights_path=null"] * (key == "type")
+    assert said in refused(start(*on_twins("sd3_512", twins, *changes)))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_reward_of_texts_is_refused_for_a_model_of_classes(tmp_path: Path) -> None:
     config = ("--config", "training/ppo/cfgs/fashion_mnist_guided.yaml")
     changes = ("reward.judges=[efficientnet-minilm]", f"run.output_root={tmp_path / 'runs'}")
@@ -247,6 +265,11 @@ def test_a_run_that_was_cut_goes_on_as_if_it_never_was_but_not_with_other_images
     ):
         again = start("--resume", str(run_of(tmp_path, "cut")), "--override", change)
         assert words in refused(again)
+    for change in (("--run-name", "other"), ("--override", f"run.output_root={tmp_path}/other")):
+        checkpoint = run_of(tmp_path, "cut") / "checkpoints" / "checkpoint-00000002.pt"
+        for path in (run_of(tmp_path, "cut"), checkpoint):
+            said = refused(start("--resume", str(path), *change))
+            assert "own folder: leave out --run-name and run.output_root" in said
     assert start("--resume", str(run_of(tmp_path, "cut")), "--max-steps", "2").exit_code == 0
     done = [cut, start(*given, "--run-name", "whole"), start(*given, *latest)]
     assert [each.exit_code for each in done] == [0, 0, 0], done[-1].output
