@@ -54,6 +54,7 @@ ONE_TIME = {
     "ErnieImage": "it draws its latents within its call",
     "StableDiffusionGLIGEN": "it grounds a share of its calls",
     "DreamLite": "it makes one image a prompt",
+    "OmniGen": "it guides at any rate",
 }
 UNSERVED = {
     "I2VGenXL": "it steps each frame of a video by itself",

@@ -250,7 +250,8 @@ def spread_of(like: Any, mu: float | None) -> float:
 def shifted_end(like: Any) -> float:
     """The level of a scheduler's first timestep, the lowest that its model was trained on."""
     config = heeded(like)
-    end = 1 / config.get("num_train_timesteps", FLOW_STEPS)
+    steps = config.get("num_train_timesteps", FLOW_STEPS)
+    end = 1 / (FLOW_STEPS if steps == 1 else steps)  # OmniGen's times are levels
     shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
     return end if config.get("use_dynamic_shifting") else shift * end / (1 + (shift - 1) * end)
 
@@ -285,10 +286,15 @@ def levels_at(like: Any, tokens: int) -> NoiseLevels:
 
 def table_grid(like: Any, model: Parametrization, num_steps: int, mu: float | None) -> list[float]:
     """The levels [num_steps] of a table on a scheduler's spacing; ValueError if it has none."""
-    *levels, _ = course_of(like, model, num_steps, mu=mu).sigmas
+
+    def spaced(n: int) -> tuple[float, ...]:
+        even = [1 - i / n for i in range(n)] if model.steps == 1 else None  # as OmniGen gives them
+        return course_of(like, model, n, sigmas=even, mu=mu).sigmas
+
+    *levels, _ = spaced(num_steps)
     if levels[-1] > NEAR_DATA or len(levels) != num_steps:
         end = shifted_end(like)
-        *levels, _ = course_of(like, model, num_steps - 1, mu=mu).sigmas
+        *levels, _ = spaced(num_steps - 1)
         levels = [*(s for s in levels if s > end), end]
     if levels[0] > NEAR_NOISE:
         levels[0] = 1.0

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "solvers", "backends", "rewards", "training", "eval", "exps")
 HEAVY = {"diffusers", "transformers", "open_clip", "hpsv2", "ImageReward"}
-ON_HEAVY = {"backends.drop_in", "backends.parallel"}
+ON_HEAVY = {"backends.drop_in", "backends.hooks", "backends.parallel"}
 ON_HEAVY |= {f"rewards.{name}" for name in ("efficientnet_minilm", "imagereward", "mps")}
 """They stand on modules that import those."""
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}

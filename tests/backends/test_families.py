@@ -101,6 +101,7 @@ FAMILIES = {
     "vace": Row(32, {"num_frames": 5}, "unipc-2"),
     "cosmos25": Row(32, {"num_frames": 5}, "unipc-2"),
     "ltx2": Row(64, {"num_frames": 9}),
+    "omnigen": Row(32),
 }
 ONE_PROMPT = ("kandinsky5", "latte", "prx", "prx_pixel", "vace")
 ONE_IMAGE = ("prx", "prx_pixel", "vace", "allegro", "animate_diff", "cogvideox", "hunyuan_video15")
