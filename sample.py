@@ -1,6 +1,5 @@
 """Sample images: a predictor or any solver, a model, classes or prompts, seeds -> PNG files."""
 
-import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -12,7 +11,7 @@ import torch
 
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.load import backbone_of, check_fit, load_backend, usual_size
+from backends.load import backbone_of, check_fit, find_model, load_backend, usual_size
 from backends.spread import spread
 from solvers.predictor import Predictor, find_predictor, load_predictor, named_tensors
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, parse_name
@@ -25,6 +24,7 @@ from src.text import chosen_prompts, digest, guidance_rates, meet
 
 OF_RECIPE = ("num_steps", "schedule_type", "schedule_rho", "max_order", "afs", "guidance_rate")
 Options: TypeAlias = Mapping[str, Any]
+Texts: TypeAlias = tuple[str, ...]
 
 
 @click.command(cls=OneLineCommand, context_settings={"show_default": True})
@@ -40,7 +40,7 @@ Options: TypeAlias = Mapping[str, Any]
 @click.option("--denoise_to_zero", cls=BoolFlag, help="One more call at the end, to sigma 0.")
 @click.option("--s_churn", type=Number(0), default=0.0, help="EDM's noise, with --solver edm.")
 @click.option("--s_min", type=Number(0), default=0.0, help="Its lowest level.")
-@click.option("--s_max", type=click.FloatRange(0), default=math.inf, help="Its highest level.")
+@click.option("--s_max", type=click.FloatRange(0), default=float("inf"), help="Its highest level.")
 @click.option("--s_noise", type=Number(0), default=1.0, help="Its strength.")
 @click.option("--seeds", type=SeedList(), default="0-63", help='Such as "0-63,100".')
 @click.option("--class", type=click.IntRange(0), help="Class; else drawn by the seed.")
@@ -71,6 +71,8 @@ def main(ctx: click.Context, **options: Any) -> None:
     name = options["predictor"]
     predictor = load_predictor(find_predictor(name)) if name else None
     recipe = predictor.recipe if predictor else None
+    if options["guidance"]:
+        check_decided(ctx, {"guidance_rate": options["guidance"]}, "--guidance")
     if recipe:
         own = recipe.solver if recipe.base == "euler" else recipe.base
         decided = {option: getattr(recipe, option) for option in OF_RECIPE}
@@ -115,10 +117,12 @@ def main(ctx: click.Context, **options: Any) -> None:
     ranks.close()
 
 
-def open_model(options: Options, texts: tuple[str, ...], predictor: Predictor | None) -> Backend:
+def open_model(options: Options, texts: Texts, predictor: Predictor | None) -> Backend:
     """The backend; without --resolution, a text-to-image model's is that of the predictor."""
     if options["release_encoders"] and not texts:
         raise ValueError("--release_encoders needs --prompt or --prompt-file")
+    if options["config"] and not find_model(options["model"]).is_file():
+        raise ValueError(f"--model_config is for single files: drop it for {options['model']}")
     opening = {f.name: options[f.name] for f in fields(ModelOptions) if f.name in options}
     opening["size"] = options["size"] or usual_size(predictor and predictor.recipe)
     if options["release_encoders"]:
@@ -157,7 +161,7 @@ def sampler_of(options: Options, predictor: Predictor | None, backend: Backend) 
     return replace(sampler, sigmas=(*sampler.sigmas, *[0.0] * options["denoise_to_zero"]))
 
 
-def jobs_of(options: Options, texts: tuple[str, ...], usual: Any = str) -> list[Job]:
+def jobs_of(options: Options, texts: Texts, usual: Any = str) -> list[Job]:
     """A job a seed: of its prompt, of the class, or of what is usual for the seed."""
     seeds, label = options["seeds"], options["class"]
     if options["prompt_file"] and options["prompts_by"] == "seed":
@@ -169,11 +173,7 @@ def jobs_of(options: Options, texts: tuple[str, ...], usual: Any = str) -> list[
 
 
 def described(
-    options: Options,
-    texts: tuple[str, ...],
-    predictor: Predictor | None,
-    backend: Backend,
-    sampler: Sampler,
+    options: Options, texts: Texts, predictor: Predictor | None, backend: Backend, sampler: Sampler
 ) -> dict[str, Any]:
     """What goes into every picture: enough to make it again."""
     recipe, name = predictor and predictor.recipe, options["solver"] or "euler"

@@ -39,6 +39,7 @@ from eval.measure import (
 from eval.report import curves, metrics_of, missing, page, ratios, table, write_csv
 from rewards.fingerprint import source_hash, stamp
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, reads_texts
+from rewards.scorer import check_rewards
 from solvers.epd import EPD, Directions, ParallelMultistep
 from solvers.predictor import load_predictor
 from src import ranks
@@ -268,6 +269,8 @@ def main(**options: Any) -> None:
         raise ValueError(f"--weights {spare[0]}={paths[spare[0]]}: nothing here reads them")
     for reference in references:  # a function of one's own may not do, and the work is long
         reference.space(look)
+    prompt = "" if jobs[0].prompt is None else str(jobs[0].prompt)
+    check_rewards(rewards, backend.size, prompt, device)
     check_writable(outdir / "results.json")
     plain, guided = [*chosen(benchmark, rivals), *fixed], []
     for text in options["guidance"]:  # a rate for each step: of the rivals with as many, the best

@@ -110,7 +110,10 @@ def main(
     more = ("--compile",) if compiled else ()
     target, work = target or ROOT / "exps" / name, work or ROOT / "runs" / name
     missing = [one for one in wanted if not (target / f"{one}.pkl").exists()]
-    for place in (target / "runs" / name, work / name) if missing else ():
+    if not missing:
+        click.echo(f"{target} has all that are asked for ({len(wanted)}) already")
+        return
+    for place in (target / "runs" / name, work / name):
         check_writable(place)
 
     def make(one: str) -> str:

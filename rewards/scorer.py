@@ -30,6 +30,28 @@ def score_all(
     return parts | {n: r.mean(parts) for n, r in rewards.items() if isinstance(r, WeightedSum)}
 
 
+def check_rewards(
+    rewards: Mapping[str, Reward], size: tuple[int, int], prompt: str, device: torch.device
+) -> None:
+    """Try every reward on two images of noise, of a size (height, width), before long work.
+
+    Raises ValueError, with its name, where one fails or gives other than two numbers; NaN is one
+    here, as it may be of the noise.
+    """
+    noise = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    for name, reward in single_rewards(rewards).items():
+
+        def tried(images: Tensor, prompts: Sequence[str], reward: Reward = reward) -> Tensor:
+            scores = reward(images, prompts)
+            return scores.nan_to_num() if isinstance(scores, Tensor) else scores
+
+        try:
+            score(tried, noise, [prompt] * 2, name)
+        except ValueError as error:  # of a function of one's own, which may not name itself
+            said = str(error)
+            raise ValueError(said if name in said else f"{name}: {said}") from error
+
+
 def single_rewards(rewards: Mapping[str, Reward]) -> dict[str, Reward]:
     """The rewards by name, each WeightedSum replaced by its parts."""
     singles: dict[str, Reward] = {}

@@ -21,7 +21,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -237,9 +237,16 @@ def numbers(name: str, values: Any) -> Tensor:
     return tensor.double()
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {message}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Show or convert a predictor; the exit status is 1 for a file that cannot be served."""
-    parser = argparse.ArgumentParser("python -m solvers.predictor", description=main.__doc__)
+    parser = Parser("python -m solvers.predictor", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the settings and the table")
     show.add_argument("source", help="a file, or a name within exps/ such as cifar10-5nfe")
@@ -270,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             raise ValueError("its levels are those of its model's own timesteps, not written down")
     except (ValueError, OSError, RecursionError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"Error: {error}\n")
         return 1
     sys.stdout.write(text + "\n")
     return 0

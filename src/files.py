@@ -62,12 +62,14 @@ def is_special(path: Path) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """ValueError where no file can be written beside `path`: told before the work, not after."""
+    """ValueError where no file can be written at `path`: told before the work, not after.
+
+    Folders that are missing are not made.
+    """
     if is_special(path):
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
+        with TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())):
             pass
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error

@@ -181,7 +181,7 @@ class Run:
                 (say or self.log)(f"{error}: going back to the one before")
         if broken:
             raise ValueError(f"{folder} has no checkpoint that is whole ({', '.join(broken)})")
-        raise ValueError(f"{folder} has no checkpoint: start without --resume")
+        raise ValueError(f"{folder} has no checkpoint: give a run that has one, or start anew")
 
     def rewind(self, step: int) -> None:
         """Drop the numbers and the checkpoints of later steps, which are done again."""

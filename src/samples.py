@@ -64,13 +64,18 @@ class Samples:
         """Which seeds of these (seed, subject) have no picture yet; samples.json is brought up.
 
         With `strips` those too that lack the steps towards it.
-        ValueError where the folder, or a picture in the place of one, is of something else.
+        ValueError where the folder, or a picture in the place of one, is of something else, and
+        where pictures lie in sub-folders without `subdirs`, or the other way about.
         """
         index = self.folder / INDEX
         written = read_json(index) if index.exists() else {"recipe": plain(self.about)}
         own = written.get("recipe") if isinstance(written, dict) else None
         if not isinstance(own, dict) or differing(own, plain(self.about)):
             raise ValueError(f"{index} tells of another recipe than this: choose another --outdir")
+        other = "[0-9]*.png" if self.subdirs else "[0-9][0-9][0-9]*000/[0-9]*.png"
+        if there := next(self.folder.glob(other), None):
+            change = "leave --subdirs out" if self.subdirs else "add --subdirs"
+            raise ValueError(f"{there} is there already: {change}, or choose another --outdir")
         lacking = set()
         for seed, subject in wanted:
             path, recipe = self.path(seed), self.recipe(seed, subject)

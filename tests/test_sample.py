@@ -214,6 +214,8 @@ def test_an_option_against_the_predictor_names_both(
         (["--s_churn", "9"], "edm"),
         (["--s_noise", "3", "--solver", "heun"], "for --solver edm alone"),
         (["--backend", "ldm"], "--backend ldm: the model is of edm"),
+        (["--guidance_rate", "2", "--guidance", "1,4"], "2.0 contradicts --guidance, which has"),
+        (["--model_config", "no/such"], "--model_config is for single files: drop it for /"),
         (["--backend-config", '{"size": 3}'], "--backend-config takes resolution"),
         (["--prompt", "bad\udcff"], "not UTF-8"),
         (["--predictor", ""], "--predictor is empty"),
@@ -268,6 +270,14 @@ def test_subdirs_hold_a_thousand_seeds_each(sample: Sample, tmp_path: Path) -> N
     sample("--num_steps", "2", "--seeds", "999,1000", "--subdirs")
     assert (tmp_path / "out" / "000000" / "000999.png").exists()
     assert (tmp_path / "out" / "001000" / "001000.png").exists()
+    error = refused(sample("--num_steps", "2", "--seeds", "999"))
+    assert "/out/00" in error
+    assert "is there already: add --subdirs, or choose another --outdir" in error
+    flat = ("--num_steps", "2", "--seeds", "0", "--outdir", str(tmp_path / "flat"))
+    sample(*flat)
+    error = refused(sample(*flat, "--subdirs"))
+    assert "flat/000000.png is there already: leave --subdirs out, or choose another" in error
+    assert not (tmp_path / "flat" / "000000").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])

@@ -86,7 +86,8 @@ def main(
             if not ended.exists() or read_text(ended) != to_yaml(settings):
                 more = [w for o in here for w in ("--override", o)]
                 command = [sys.executable, "-m", "training.ppo.launch", "--config", config]
-                subprocess.run([*command, *more], check=True)
+                if subprocess.run([*command, *more]).returncode:
+                    raise ValueError(f"the run of {value} with seed {seed} failed, see above")
                 write_text(ended, to_yaml(settings))
             files = sorted(folder.rglob("metrics.jsonl"))
             runs.append(read_jsonl(files[-1]) if files else [])

@@ -73,11 +73,12 @@ def test_the_law_and_the_simulation_are_what_they_say() -> None:
     ],
 )
 def test_refusals(options: list[str], word: str, tmp_path: Path) -> None:
-    out = ["--out", str(tmp_path / "b.json"), "--model", "mixture-3x4x4", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "new/b.json"), "--model", "mixture-3x4x4", "--device", "cpu"]
     done = CliRunner().invoke(main, [*options, *out])
     assert done.exit_code != 0
     assert word in done.output
     assert len(done.output.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_ranks_are_timed_beside_the_law(tmp_path: Path) -> None:

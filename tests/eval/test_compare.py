@@ -44,6 +44,7 @@ TEXT = ("--model", "sd3", "--prompts", "p.txt", "--guidance_rate", "2", "--sched
 CLIP = ("--reward", "clip", "--weights", "clip=clip")
 FREE = "tests.eval.drawings:moments"
 RED = "tests.eval.drawings:redness"
+SHAPELESS = "tests.eval.drawings:shapeless"
 PROMPTS = ("a red fox", "two cats")
 
 
@@ -279,16 +280,22 @@ def test_guidance_rates_by_hand_stand_beside_the_solvers_without(tmp_path: Path)
         (("--model", "nowhere", "--reward", "mps"), "missing weights: mps"),
         (("--guidance", "1,2,3,2,1,1,1", "--nfe", "3"), "has 7 steps"),
         ((*TEXT, "--images", "20"), "--images 20 is of Frechet distances: give --features"),
+        (("--reward", "operator:add"), "operator:add fails on float32 [2, 3, 16, 16]: TypeError"),
+        (("--reward", SHAPELESS), f"{SHAPELESS} must return a tensor [2], not []"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error_of_one_line(
     run,  # noqa: ANN001
     options: tuple[str, ...],
     words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("eval.compare.measure", None)  # refused before any of the work
     done = run(*options)
     assert done.exit_code != 0
     assert words in done.output.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_does_not_say_its_features_is_of_the_space_of_its_size(tmp_path: Path) -> None:

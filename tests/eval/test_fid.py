@@ -220,14 +220,14 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = (
         (cheap("calc", "--images", broken, "--ref", a), "000002.png is not a readable"),
         (run("calc", "--images", black, "--ref", a, *other), "000003.png are not finite"),
-        (cheap(*images, none), "no reference statistics at"),
+        (cheap(*images, none, "--out", tmp_path / "new/q.json"), "no reference statistics at"),
         (cheap(*images, text), "(it is no .npz)"),
         (cheap(*images, tmp_path / "cut.npz"), "holds no reference statistics"),
         (cheap(*images, single), "(it is no .npz)"),
         (cheap(*images, nan), "NaN"),
         (cheap(*images, tmp_path / "odd.npz"), "do not fit"),
         (cheap(*images, tmp_path / "empty.npz"), "do not fit"),
-        (cheap(*images, a, "--out", cut / "q.json"), "q.json: File exists"),
+        (cheap(*images, a, "--out", cut / "q.json"), "q.json: Not a directory"),
         (cheap(*images, tmp_path / "7.npz"), "the images have 5 features, the reference 7"),
         (cheap(*images, tmp_path / "no-sigma.npz"), "its sigma is no covariance"),
         (cheap(*images, tmp_path / "minus.npz"), "its sigma is no covariance"),
@@ -238,11 +238,11 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (cheap(*images, a, "--num", 3, "--metrics", "pr"), "pr needs 4 images, not 3: give"),
         (cheap(*images, sizes, "--metrics", "pr"), "sizes has fewer than 4 images"),
         (
-            run("ref", "--data", sizes, "--dest", tmp_path / "s.npz", *flat),
+            run("ref", "--data", sizes, "--dest", tmp_path / "new/s.npz", *flat),
             "let the features pool",
         ),
         (cheap("calc", "--images", black / "000003.png", "--ref", a), "is one picture"),
-        (cheap("ref", "--data", a, "--dest", cut / "q.npz"), "q.npz: File exists"),
+        (cheap("ref", "--data", a, "--dest", cut / "q.npz"), "q.npz: Not a directory"),
         (cheap(*images, a, "--num", 7), "has 6 images, not 7: lower --num"),
         (cheap(*images, a, "--metrics", "fib"), "no metric 'fib': did you mean fid?"),
         (cheap(*images, tmp_path / "a.npz", "--metrics", "kid"), "holds no features, which kid"),
@@ -256,6 +256,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     for done, words in table:
         refused(done, words)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_shipped_reference_is_of_the_whole_test_set() -> None:

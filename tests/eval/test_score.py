@@ -189,6 +189,7 @@ def test_each_mistake_is_one_line(tmp_path: Path) -> None:
     )
     for done, words in table:
         refused(done, words)
+    assert not [*tmp_path.glob("*/scores")]
 
 
 def test_prompts_of_a_file_meet_pictures_by_their_numbers(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_two_folders_are_compared_pair_by_pair(tmp_path: Path) -> None:
     for seed in (90, 91):
         save_png(others / f"{seed}.png", image(seed), {"recipe": {"seed": seed, "prompt": "a"}})
     refused(run(a, others, "--reward", RED), "no picture of one seed and prompt")
-    assert not list((others / "scores").iterdir())
+    assert not (others / "scores").exists()
 
 
 def test_pairs_are_of_one_seed_and_prompt_whatever_the_folders_look_like() -> None:

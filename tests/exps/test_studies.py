@@ -6,6 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from exps import distil
 from exps.build.fit_emoji_judge import retrieval, ridge
 from exps.study import composed
 from exps.study.composed import COLOURS, Wanted, parse
@@ -72,6 +73,19 @@ def test_a_curve_that_would_take_the_place_of_another_is_refused(
     assert done.exit_code
     assert "write section.key=value,value, each value once" in done.output
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_and_a_distillation_with_nothing_to_do_are_told_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = "exps/mixture-3x4x4/groupings.yaml"
+    given = ["--config", config, "--outdir", str(tmp_path), "--seeds", "0"]
+    done = CliRunner().invoke(main, [*given, "--vary", "reward.type=operator:add"])
+    assert done.output == "Error: the run of operator:add with seed 0 failed, see above\n"
+    assert "Error: operator:add fails on float32 [2, 3, 4, 4]" in capfd.readouterr().err
+    done = CliRunner().invoke(distil.main, ["tiny-sd3", "--only", "epd-k2-*"])
+    assert done.output.endswith("exps/tiny-sd3 has all that are asked for (5) already\n")
+    assert done.output.count("\n") == 1
 
 
 def test_the_ridge_has_no_downhill_left_and_retrieval_counts_the_own_ones() -> None:

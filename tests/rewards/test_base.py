@@ -10,7 +10,7 @@ from torch import Tensor
 from rewards import clip, imagereward, mps
 from rewards.base import SCALES, Reward, WeightedSum, has_gradient, score
 from rewards.registry import Setup, load_reward, load_rewards, parse
-from rewards.scorer import names_of, score_all
+from rewards.scorer import check_rewards, names_of, score_all
 from tests.pretend_gpu import pretend_gpu
 from tests.rewards.networks import (
     BLIP,
@@ -91,6 +91,18 @@ def test_what_cannot_be_scored_is_refused_in_a_line(
     with pytest.raises(ValueError, match=words) as error:
         score(reward, batch, prompts, "mine")
     assert "\n" not in str(error.value)
+
+
+def test_a_reward_is_tried_on_noise_of_which_it_need_have_no_number() -> None:
+    where = ((8, 6), "a", torch.device("cpu"))
+    check_rewards({"mine": lambda batch, prompts: no_numbers(batch, prompts)[:2]}, *where)
+    for reward, words in (
+        (wrong_shape, r"^mine must return a tensor \[2\], not \[2, 3\]$"),
+        (last_digit, "^mine: could not convert string to float: 'a'$"),
+        (lambda batch, _: batch.nothing, r"^mine fails on float32 \[2, 3, 8, 6\]: AttributeError"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_rewards({"sum": WeightedSum({"mine": reward}, {"mine": 1.0}, {})}, *where)
 
 
 # --- gradients --------------------------------------------------------------------------------

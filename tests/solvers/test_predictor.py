@@ -438,7 +438,27 @@ def test_an_error_is_one_line_on_stderr_with_status_1_and_nothing_is_run(
         assert main(arguments) == 1
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("error: ")
+        assert printed.err.startswith("Error: ")
         assert words in printed.err
         assert printed.err.count("\n") == 1
     assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "command"),
+        (["shwo"], "invalid choice: 'shwo'"),
+        (["show"], "source"),
+        (["show", "cifar10-5nfe", "--sigma_s"], "unrecognized arguments: --sigma_s"),
+    ],
+)
+def test_an_error_of_usage_is_one_line_too_with_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert (done.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert printed.err.startswith("Error: ")
+    assert words in printed.err

@@ -8,6 +8,7 @@ import pytest
 
 from src.files import (
     append_jsonl,
+    check_writable,
     nearest,
     read_json,
     read_jsonl,
@@ -38,6 +39,11 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     for place in ("/proc/a.txt", str(tmp_path / ("a" * 300))):
         with pytest.raises(ValueError, match=r"^cannot write /[^\n]*$"):
             write_text(place, "")
+    for place in ("/proc/new/a.txt", "/proc/a.txt", tmp_path / "x/a.png/new/b.txt"):
+        with pytest.raises(ValueError, match=r"^cannot write /[^\n]*$"):
+            check_writable(Path(place))
+    check_writable(tmp_path / "new/deep/b.txt")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "b.txt"):
         (tmp_path / "none").read_text()
 

@@ -158,7 +158,7 @@ def test_a_broken_newest_falls_back_and_the_log_names_it(tmp_path: Path) -> None
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint that is whole"):
         run.newest()
-    with pytest.raises(ValueError, match="no checkpoint: start without --resume"):
+    with pytest.raises(ValueError, match="no checkpoint: give a run that has one"):
         quiet(tmp_path / "empty").newest()
 
 

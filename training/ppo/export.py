@@ -34,6 +34,8 @@ def main(run: Path | None, checkpoint: Path | None, output: Path | None) -> None
         inside = (run / checkpoint, run / "checkpoints" / checkpoint)
         source = next((path for path in inside if path.exists()), checkpoint)
     assert source is not None
+    if not source.exists():
+        raise ValueError(f"no run and no checkpoint at {source}: give a run's folder, or a file")
     path, content = read_checkpoint(source, partial(click.echo, err=True))
     predictor, step = from_content(content["predictor"]), content["step"]
     output = output or export_path(run or source, step)

@@ -20,7 +20,7 @@ from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
 from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function, reads_texts
-from rewards.scorer import names_of, score_all
+from rewards.scorer import check_rewards, names_of, score_all
 from rewards.weights import BACKBONES, broken, require
 from solvers.epd import MultistepTable
 from solvers.predictor import Predictor, find_predictor, load_predictor
@@ -28,7 +28,7 @@ from solvers.recipe import Recipe
 from src import ranks
 from src.files import to_json
 from src.options import DTYPES, Device, OneLineCommand
-from src.runs import Stop, Stopped, find_run, new_run
+from src.runs import LATEST, Stop, Stopped, find_run, new_run
 from src.text import read_prompts
 from training.ppo.config import MULTI, Config, Ppo, check_ranks, load_config, resolved, to_yaml
 from training.ppo.policy import start_of
@@ -120,7 +120,8 @@ def settings(
 ) -> tuple[Config, Path | None]:
     """The settings, and the folder of the run that goes on, if one does.
 
-    Raises ValueError where neither a file nor a run has them.
+    Raises ValueError where neither a file nor a run has them, and where a run that is given by its
+    path is to have another name or place.
     """
     given = load_config(file, changes) if file else None
     if resume is None:
@@ -132,6 +133,9 @@ def settings(
     name = given.run.run_name if given else asked.get("run.run_name", "*").strip('"')
     pattern = "checkpoints/checkpoint-*.pt"
     folder = find_run(resume, Path(root), settings=SETTINGS, name=name, checkpoints=pattern)
+    if resume != LATEST and {"run.run_name", "run.output_root"} & asked.keys():
+        said = f"--resume {resume} goes on in its own folder"
+        raise ValueError(f"{said}: leave out --run-name and run.output_root")
     return given or load_config(folder / SETTINGS, changes), folder
 
 
@@ -231,7 +235,8 @@ def make_task(
 ) -> Task:
     """The rewards, the model, and the predictor's sampler on it, loaded.
 
-    Raises ValueError where files are missing, or settings, model and table do not fit.
+    Raises ValueError where files are missing, settings, model and table do not fit, or a reward
+    or judge fails.
     """
     reward, options = config.reward, config.model.backend_options
 
@@ -249,6 +254,7 @@ def make_task(
     judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
     backend = open_backend(config, predictor.recipe, prompts, device)
     check_fit(predictor.recipe, backend)
+    check_rewards(loaded, backend.size, str(prompts[0][0]), device)
     sampler = predictor.sampler(backend.levels)
     numbers = sorted({p for part in prompts for p in part if isinstance(p, int)})
     rates = (*sampler.extreme_rates, *([2.0] * config.ppo.train_guidance))

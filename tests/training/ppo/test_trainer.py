@@ -374,9 +374,10 @@ def test_an_export_is_the_predictor_of_the_newest_checkpoint_or_of_the_one_that_
 @pytest.mark.parametrize(
     ("source", "output", "said"),
     [
-        ("nowhere.pt", "a.pkl", "no such file: nowhere.pt"),
+        ("nowhere.pt", "a.pkl", "no run and no checkpoint at nowhere.pt: give a run's folder"),
+        ("nowhere", "a.pkl", "no run and no checkpoint at nowhere: give a run's folder"),
         ("pyproject.toml", "a.pkl", "is no checkpoint of ours"),
-        ("src", "a.pkl", "src has no checkpoint"),
+        ("src", "a.pkl", "src has no checkpoint: give a run that has one"),
         ("nowhere.pt", "a.txt", "a.txt: a predictor's file ends in .pkl"),
     ],
 )
