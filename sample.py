@@ -1,5 +1,6 @@
 """Sample images: a predictor or any solver, a model, classes or prompts, seeds -> PNG files."""
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ import torch
 
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.load import backbone_of, check_fit, find_model, load_backend, usual_size
+from backends.load import backbone_of, check_fit, load_backend, usual_size
 from backends.spread import spread
 from solvers.predictor import Predictor, find_predictor, load_predictor, named_tensors
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, hand_made, parse_name
@@ -40,7 +41,7 @@ Texts: TypeAlias = tuple[str, ...]
 @click.option("--denoise_to_zero", cls=BoolFlag, help="One more call at the end, to sigma 0.")
 @click.option("--s_churn", type=Number(0), default=0.0, help="EDM's noise, with --solver edm.")
 @click.option("--s_min", type=Number(0), default=0.0, help="Its lowest level.")
-@click.option("--s_max", type=click.FloatRange(0), default=float("inf"), help="Its highest level.")
+@click.option("--s_max", type=click.FloatRange(0), default=math.inf, help="Its highest level.")
 @click.option("--s_noise", type=Number(0), default=1.0, help="Its strength.")
 @click.option("--seeds", type=SeedList(), default="0-63", help='Such as "0-63,100".')
 @click.option("--class", type=click.IntRange(0), help="Class; else drawn by the seed.")
@@ -121,8 +122,6 @@ def open_model(options: Options, texts: Texts, predictor: Predictor | None) -> B
     """The backend; without --resolution, a text-to-image model's is that of the predictor."""
     if options["release_encoders"] and not texts:
         raise ValueError("--release_encoders needs --prompt or --prompt-file")
-    if options["config"] and not find_model(options["model"]).is_file():
-        raise ValueError(f"--model_config is for single files: drop it for {options['model']}")
     opening = {f.name: options[f.name] for f in fields(ModelOptions) if f.name in options}
     opening["size"] = options["size"] or usual_size(predictor and predictor.recipe)
     if options["release_encoders"]:

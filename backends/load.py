@@ -38,7 +38,9 @@ def find_model(name: str) -> Path:
     for path in (Path(name), SHIPPED / name):
         if path.exists():
             return path
-    if HUB_NAME.fullmatch(name) and Path(name).suffix not in (".pkl", ".ckpt", ".safetensors"):
+    owner, ours = name.partition("/")[0], {"weights", *(p.name for p in ROOT.glob("[!.]*/"))}
+    of_file = Path(name).suffix in (".pkl", ".ckpt", ".safetensors")
+    if HUB_NAME.fullmatch(name) and not of_file and owner not in ours:
         return Path(name)
     names = ", ".join(shipped_models())
     raise ValueError(
@@ -63,6 +65,8 @@ def load_backend(
     Raises ValueError, in one line, for a path that is no model.
     """
     path = find_model(name)
+    if options and options.config and not path.is_file():
+        raise ValueError(f"a model_config is for single files: leave it out for {name}")
     is_single_file = path.is_file() and path.suffix in (".ckpt", ".safetensors")
     if (path / INDEX).is_file() or not path.exists() or is_single_file:
         from backends.pipelines import load_pipeline  # noqa: PLC0415 (diffusers, when asked for)

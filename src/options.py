@@ -225,6 +225,10 @@ class OneLineGroup(click.Group):
 
     command_class = OneLineCommand
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with one_line(ctx):
+            return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

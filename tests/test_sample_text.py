@@ -150,7 +150,7 @@ def test_sd3_has_its_presets(
         (("--resolution", "17"), "17 is no multiple of 4"),
         (("--resolution", "big"), "no resolution: write 512"),
         (("--release_encoders",), "needs --prompt"),
-        (("--model_config", "no/such"), "--model_config is for single files: drop it for /"),
+        (("--model_config", "no/such"), "model_config is for single files: leave it out for /"),
         (("--prompt-file", "nowhere.txt"), r"nowhere.txt: No such file"),
         (("--afs",), "afs is for VE models"),
         (("--predictor", "sd15-best"), "the model is of sd3"),

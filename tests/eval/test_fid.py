@@ -249,6 +249,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (cheap("calc", "--images", tmp_path / "none", "--ref", a), "no such folder"),
         (cheap("ref", "--data", a, "--dest", tmp_path / "ref.txt"), "must end in .npz"),
         (run("calk"), "No such command 'calk'"),
+        (run("--foo"), "No such option '--foo'"),
         (run(*images, tmp_path / "a.npz", *other), "holds other features"),
         (run(*images, a, "--features", "inceptoin"), "did you mean inception?"),
         (run(*images, a, "--weights", none), "inception: no such file or folder"),
