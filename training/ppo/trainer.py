@@ -275,6 +275,8 @@ def evaluate(session: Session) -> None:
             write_sealed(folder / "checkpoints" / f"{BEST}.pt", session.content())
             save_predictor(session.predictor(), export_path(folder, BEST))
     session.write(numbers | {"eval/best_step": float(progress.best_step)})
+    for name in (n for n, scores in (now or start).items() if not scores.isfinite().any()):
+        session.run.log(f"step {progress.step}: {name} has no score of any held-out image")
     if progress.step and gain > -math.inf:
         ends = (numbers[f"eval/{watched}_gain_{end}"] for end in ("low", "high"))
         said = f"step {progress.step}: {watched} gained {Estimate(gain, *ends)} over the start"

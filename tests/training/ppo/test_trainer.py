@@ -176,6 +176,15 @@ def test_a_watched_judge_that_says_nothing_ends_the_run_with_its_reason(tmp_path
         train(replace(task(), judge=judge), watched, EVERY, tmp_path)
 
 
+def test_a_judge_that_gives_no_numbers_is_told_at_every_evaluation(tmp_path: Path) -> None:
+    def judge(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"far": torch.full((len(images),), math.nan)}
+
+    train(replace(task(), judge=judge), SHORT, EVERY, tmp_path)
+    log = (tmp_path / "logs" / "log.txt").read_text()
+    assert log.count("far has no score of any held-out image") == len(metrics(tmp_path, "eval/best_step"))
+
+
 def test_a_judge_that_comes_later_is_held_against_the_start_too(
     whole: Path, tmp_path: Path
 ) -> None:
