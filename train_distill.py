@@ -25,7 +25,7 @@ from backends.load import find_model, load_backend, published_model
 from backends.spread import spread
 from eval.features import load_space
 from rewards.efficientnet import load_features, prepared
-from rewards.registry import Setup, load_reward, reads_texts
+from rewards.registry import Setup, load_reward, name_of, own_function, reads_texts
 from solvers.predictor import save_predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
@@ -37,7 +37,7 @@ from src.text import read_prompts
 from training.distances import OF_FEATURES, load_network
 from training.distill import best_sampler, learn, predictor_of
 from training.plots import draw_losses, draw_table
-from training.settings import GRADIENT_ALONE, Backbone, Settings, preset, resolved
+from training.settings import GRADIENT_ALONE, SMALL, Backbone, Settings, preset, resolved
 from training.student import rmse
 from training.teacher import Cache, Model, Problem, fingerprint, make_problem
 
@@ -92,7 +92,9 @@ def main(
         if not dry_run:
             raise ValueError(f"preset {backbone.preset} needs its network: give --model PATH")
         flow = backbone.backend in FLOW_BACKENDS or settings.schedule == "flowmatch"
-        click.echo(to_json(vars(backbone) | vars(resolved(settings, flow=flow)), 2))
+        looks, shape = bool(backbone.features), (SMALL,)  # no published model is smaller
+        settings = resolved(settings, flow=flow, shape=shape, features=looks)
+        click.echo(to_json(vars(backbone) | vars(settings), 2))
         return
     stop, cache = Stop(), None
     if options["teacher_cache"] and not dry_run:
@@ -319,18 +321,30 @@ def opened(backbone: Backbone, settings: Settings, device: torch.device) -> Mode
         texts = [str(prompt_of(number)) for number in numbers]
         return scorer(backend.decode(x).expand(-1, 3, -1, -1), texts)
 
+    inception = "inception" in asked and is_script(b.features or "")
     key = {"dtype": str(backend.dtype), "prompts": list(prompts)}
     key |= {"class": b.label, "negative_prompt": b.negative_prompt}
     key |= {"model_config": fingerprint(Path(b.model_config))} if b.model_config else {}
     return Model(
         backend,
         lambda seeds: backend.encode([prompt_of(seed) for seed in seeds]),
-        features_of(b.features, "inception" in asked, backend) if b.features else None,
+        features_of(b.features, inception, backend) if b.features else None,
         scored if scorer else None,
-        ("inception" if "inception" in asked and b.features else b.features or "", by),
+        ("inception" if inception else recorded(b.features), by),
         about=key,
         training={n: v for n, v in vars(b).items() if v is not None},
     )
+
+
+def is_script(features: str) -> bool:
+    """Whether features are a TorchScript file."""
+    return "=" not in features and features.endswith((".pt", ".pth", ".ts", ".torchscript"))
+
+
+def recorded(features: str | None) -> str:
+    """What a recipe calls features: a function of one's own by the name of what it wraps."""
+    own = features and ":" in features and not is_script(features)
+    return name_of(own_function(features)) if own else features or ""
 
 
 def features_of(name: str, inception: bool, backend: Backend) -> Callable[[Tensor], Tensor]:
@@ -339,7 +353,7 @@ def features_of(name: str, inception: bool, backend: Backend) -> Callable[[Tenso
     A space is one of `eval.features`, as a name (dinov2=FOLDER) or module:function. Raises
     ValueError for features that are missing or unknown, and a side out of range.
     """
-    if "=" not in name and name.endswith((".pt", ".pth", ".ts", ".torchscript")):
+    if is_script(name):
         network = load_network(name, backend.device)
         if inception:  # NVIDIA's TorchScript
             return lambda x: network(

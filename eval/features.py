@@ -6,7 +6,7 @@ come from local folders, any other network as `module:function`. Shapes: N image
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rewards.efficientnet import load_features as load_efficientnet
 from rewards.fashion import WEIGHTS as JUDGE
 from rewards.fashion import load_judge
 from rewards.fingerprint import source_hash
-from rewards.registry import own_function
+from rewards.registry import MULTI, name_of, own_function, parse
 from rewards.state_dicts import fill, read_state
 from rewards.weights import require, sha256
 from src.files import nearest
@@ -79,6 +79,34 @@ class FeatureSpace:
                 raise ValueError(f"{self.name} must return [{len(part)}, D], not {shape}")
             parts.append(features.float().cpu())
         return torch.cat(parts)
+
+
+RIDES_ON = {"aesthetic": "clip"}
+"""Rewards that see an image by the features of another."""
+OF_NETWORKS = {
+    **dict.fromkeys(("efficientnet-lite0", "efficientnet-minilm"), "efficientnet"),
+    **dict.fromkeys(("rewards.efficientnet:", f"{__name__}:load_space."), "efficientnet"),
+    "rewards.fashion:": "fashion-judge",
+}
+"""Spaces by how the names of their networks begin."""
+
+
+def spaces_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The feature spaces of networks and rewards, by train_distill.py's names of them."""
+    spaces = []
+    for name in names:
+        for single in parse(name) if name.partition(":")[0] == MULTI else [name]:
+            kind = single.partition("=")[0]  # of dinov2=FOLDER
+            file = Path(kind).name.lower() if ":" not in kind and Path(kind).suffix else ""
+            space = next((s for mark, s in OF_NETWORKS.items() if kind.startswith(mark)), kind)
+            space = "inception" if "inception" in file else space
+            spaces.append(RIDES_ON.get(space, space))
+    return tuple(spaces)
+
+
+def synonyms(name: str) -> set[str]:
+    """The names that recipes may have for a space: as it is typed, and that of what it wraps."""
+    return {name, name_of(own_function(name))} if ":" in name else {name}
 
 
 def load_space(name: str, device: torch.device, weights: Path | None = None) -> FeatureSpace:

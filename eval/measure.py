@@ -17,11 +17,10 @@ from torch import Tensor
 from backends.base import Backend, NoiseLevels, Prompt
 from backends.generate import ImageBatch, Job, generate
 from backends.load import check_fit
-from eval.features import FeatureSpace
+from eval.features import FeatureSpace, spaces_of, synonyms
 from eval.fid import Statistics, merged, precision_recall, statistics_of
 from eval.machine import clock
 from rewards.base import Reward, WeightedSum
-from rewards.registry import MULTI, parse
 from rewards.scorer import score_all, single_rewards
 from solvers.field import Condition
 from solvers.predictor import load_predictor
@@ -183,24 +182,6 @@ def learned(patterns: Sequence[str], backend: Backend) -> list[Candidate]:
         for c in candidates
     ]
     return sorted(named, key=lambda c: (c.nfe, c.name))
-
-
-RIDES_ON = {"aesthetic": "clip"}
-"""Rewards that see an image by the features of another."""
-
-
-def spaces_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The feature spaces of networks and rewards, by train_distill.py's names of them."""
-    spaces = []
-    for name in names:
-        for single in parse(name) if name.partition(":")[0] == MULTI else [name]:
-            kind = single.partition("=")[0]  # of dinov2=FOLDER
-            file = "inception" if "inception" in kind.lower() and Path(kind).suffix else kind
-            efficientnet = kind.startswith(("efficientnet-lite0", "efficientnet-minilm"))
-            judge = kind.startswith("rewards.fashion:")
-            file = "efficientnet" if efficientnet else "fashion-judge" if judge else file
-            spaces.append(RIDES_ON.get(file, file))
-    return tuple(spaces)
 
 
 def halves_of(prompts: Sequence[Prompt]) -> tuple[list[int], list[int]]:
@@ -460,7 +441,8 @@ def _score(
             left_out[f"a Frechet distance ({name})"] = str(broken)
         elif sums.statistics[name].count > 1:
             value = (of or fine.statistics[name]).distance(sums.statistics[name])
-            distances[name] = Frechet(value, trained_on=name in candidate.fitted_on)
+            trained_on = not synonyms(name).isdisjoint(candidate.fitted_on)
+            distances[name] = Frechet(value, trained_on)
     likeness: tuple[float | None, ...] = (None, None)
     if references and not broken:
         halves = halves_of(prompts)

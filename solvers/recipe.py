@@ -47,8 +47,8 @@ class Recipe:
     guidance_type: str | None = None
     guidance_rate: float = 1.0
     afs: bool = False
-    scale_dir: float = 0.0  # reach of the direction scales around 1, 0 is off
-    scale_time: float = 0.0
+    scale_dir: float = 0.0  # how far direction scales could go from 1, 0 is off; free ones: 1
+    scale_time: float = 0.0  # the same; free ones: 0
     fcn: bool = False  # no direction scale in the last interval
     teacher: str | None = None
     M: int | None = None  # grid points that the teacher adds in every interval

@@ -332,6 +332,8 @@ def test_the_published_command_is_understood(model: Path) -> None:
     wanted = {"method": "gradient", "solver": "epd-ipndm", "teacher": "dpm2", "samples": 9984}
     wanted |= {"lower_order_final": False, "coslr": True, "model": str(model), "afs": True}
     assert settings.items() >= wanted.items()
+    shown = distill("--preset", "cifar10-5nfe", "--method", "fit", "--features", "x", "--dry-run")
+    assert json.loads(shown.stdout)["distance"] == "distribution"
 
 
 def test_a_table_is_fitted_to_what_samples_look_like(
@@ -346,6 +348,9 @@ def test_a_table_is_fitted_to_what_samples_look_like(
     assert last["objective"] <= 1.5
     recipe = load_predictor(tmp_path / "out" / "predictor.pkl").recipe
     assert recipe.training["fitted_on"] == ["mine:first"]
+    assert distill(*FIT, "--distance", "inception", *look[2:], outdir="named").exit_code == 0
+    recipe = load_predictor(tmp_path / "named" / "predictor.pkl").recipe
+    assert recipe.training["fitted_on"] == ["mine:first"]  # no Inception looked
 
 
 def on_prompts(model: Path, folder: Path, *options: str) -> tuple[object, ...]:

@@ -4,13 +4,9 @@ Shapes: B samples, N intervals, K points, P free numbers, * one latent, x [B, *]
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from operator import index
-from pathlib import Path
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +14,7 @@ from torch import Tensor
 
 from backends.base import Backend, classifier_free
 from rewards.base import looking
+from rewards.registry import name_of
 from solvers.epd import EPD, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor, find_predictor, load_predictor, validate
@@ -31,6 +28,7 @@ from training.fit import fit
 from training.gradient import GradientLearner, checkpointed
 from training.refine import JACOBIAN_NUMBERS, ROBUST, Lens, Reward, descend, gauss_newton
 from training.settings import SMALL, Settings, hand_made, recipe_of
+from training.start import start_of
 from training.student import Trajectories, rmse
 from training.table import EDGE, EXACT
 from training.teacher import (
@@ -42,7 +40,6 @@ from training.teacher import (
     check_ends,
     check_shape,
     make_problem,
-    start_of,
     terms_of,
 )
 
@@ -75,7 +72,7 @@ def distill(
     `cond`, and with guidance also what "nothing" is. `features` (latents [B, *], to be decoded
     first where a decoder stands behind them -> [B, F]) and `reward` (latents [B, *] and the
     samples' numbers -> [B], more is better) are for the distances that need them; others leave
-    them alone.
+    them alone. The recipe keeps what they are called, module:function, or their own `name`.
 
     A table is fitted greedily (Gram matrices over positions, no gradient), then refined end to
     end with its levels, and all choices are made on noises of their own. `report("refine",
@@ -105,6 +102,11 @@ def distill(
         device=device,
         dtype=torch.float32,
     )
+    known, usual = backend.levels, named_levels(FLOW)
+    if known.process == FLOW and known.own is None:  # whose schedule has ends of its own
+        ends = [n for n in ("sigma_min", "sigma_max") if getattr(known, n) != getattr(usual, n)]
+        given = {n: getattr(known, n) for n in ends if getattr(settings, n) is None}
+        settings = replace(settings, **given)
     cond = conditions or (lambda _numbers: None)
     names = (name_of(features), name_of(reward))
     problem = make_problem(Model(backend, cond, features, reward, names), settings)
@@ -112,19 +114,6 @@ def distill(
     for what, metrics in learn(problem, state):
         report(what, metrics.get("rmse_judged", math.nan))
     return predictor_of(problem, state)
-
-
-def name_of(function: Any) -> str:
-    """module:function, as commands call it, or module:class; a space of features has a name."""
-    while isinstance(function, partial):
-        function = function.func
-    if isinstance(getattr(function, "name", None), str):
-        return function.name
-    function = getattr(function, "__func__", function)  # of a method
-    named = function if isinstance(function, FunctionType) else type(function)
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    module = Path(script).stem if script and named.__module__ == "__main__" else named.__module__
-    return f"{module}:{named.__qualname__}"
 
 
 @torch.no_grad()
@@ -313,6 +302,7 @@ def learn_by_gradient(problem: Problem, state: dict[str, Any]) -> Iterator[Tick]
         good = [loss for loss in losses if math.isfinite(loss)]
         metrics = {"loss": sum(good) / len(good)} if good else {}
         metrics |= {"trajectories": learner.seen, "skipped": learner.skipped, "lr": learner.lr}
+        metrics["rmse_judged"] = learner.error
         yield "gradient", metrics
 
 

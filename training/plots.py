@@ -37,7 +37,8 @@ def draw_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_gains(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a picture of each score's gain over the start by the step, with its 95 % interval."""
-    gains = dict.fromkeys(n for r in records for n in r if n.endswith("_gain"))
+    ending = "_gain"  # a reward's own name may end so, but has no interval
+    gains = dict.fromkeys(n for r in records for n in r if n.endswith(ending) and f"{n}_low" in r)
     if not gains:
         return
     figure = Figure((4 * len(gains), 3.5), layout="constrained")

@@ -247,7 +247,9 @@ class Lens:
 
     def views(self, x: Tensor) -> list[Tensor]:
         """The features and the latents [B, F] as they are, in float32."""
-        return [v.flatten(1).float() for v in (self.features(x), x)] if self.features else []
+        if self.features is None:
+            return []
+        return [v.to(x.device).flatten(1).float() for v in (self.features(x), x)]
 
     def on(self, batches: Sequence[Trajectories], reduce: Reduce) -> "Lens":
         """The lens with the directions of the teacher's ends of the first samples of all ranks.

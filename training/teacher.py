@@ -22,27 +22,20 @@ from torch import Tensor
 
 from backends.base import Backend
 from rewards.base import looking
-from solvers import schedules
 from solvers.classic import Heun
-from solvers.epd import Directions, Table
 from solvers.field import Condition, Field
-from solvers.integrate import levels as as_levels
-from solvers.predictor import find_predictor, load_predictor
 from solvers.process import FLOW
 from solvers.sampler import Sampler, SolverOptions, make_solver
-from solvers.schedules import NoiseLevels
 from src import ranks
 from src.runs import read_sealed, write_sealed
 from src.seeds import randn
 from training.distances import OF_FEATURES, Network, parse_terms
 from training.refine import Reward
-from training.settings import Settings, at_once, hand_made, resolved
+from training.settings import Settings, at_once, resolved
+from training.start import fine_grid, grid_of, make_student
 from training.student import Reduce, Student, Trajectories
-from training.table import EPDForm, MultistepForm, TimeScales, table_of, widened
 
 DENOISER = "the denoiser, called with x, sigma and cond,"
-OFF = 0.02
-"""How far a number may be from a given table's: bounded ones cannot be at their very bounds."""
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 
@@ -323,6 +316,14 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
     check_finite("the denoiser", answer, tuple(x.shape))
     if not torch.equal(before, x):
         raise ValueError("the denoiser changes its x: let it work on x.clone()")
+    if settings.method == "gradient":
+        with torch.enable_grad(), looking(DENOISER, x):
+            some = x[:1].detach().clone().requires_grad_()
+            alone, _ = batches.start(numbers[:1])
+            cut = not alone.denoiser(some, level[:1], alone.cond).requires_grad
+        if cut:
+            raise ValueError("the denoiser has no gradient (no_grad?): take --method fit")
+    answer = answer.to(torch.promote_types(answer.dtype, torch.float32))  # as states are
     names = {name for _, name in terms_of(settings)}
     if names & OF_FEATURES:
         if model.features is None:
@@ -344,34 +345,44 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
 
 def check_gradient(features: Network, x: Tensor) -> None:
     """ValueError for features that carry no gradient to the samples."""
+    slope, said = None, "no_grad?"
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        seen = features(x)
-        slope = torch.autograd.grad(seen.sum(), x)[0] if seen.requires_grad else x.new_zeros(1)
-    if not bool(slope.isfinite().all() and slope.any()):
-        raise ValueError("the network of features has no gradient (no_grad?): take --method fit")
+        try:
+            seen = features(x)
+            if seen.requires_grad:
+                (slope,) = torch.autograd.grad(seen.sum(), x, allow_unused=True)
+        except (RuntimeError, TypeError) as error:  # numpy's, say
+            said = str(error).splitlines()[0]
+    if slope is None or not bool(slope.isfinite().all() and slope.any()):
+        raise ValueError(f"the network of features has no gradient ({said}): take --method fit")
 
 
+@torch.no_grad()
 def check_ends(batches: Batches, judges: Batches, model: Model, settings: Settings) -> None:
     """ValueError for features or a reward that cannot look at the teacher's samples.
 
     Those are made here and kept for later. One sample is looked at alone where a batch has one.
     """
     names = {name for _, name in terms_of(settings)}
-    batch, alone = batches[0], 1 in {len(part) for part in (*batches.parts, *judges.parts)}
-    end = batch.targets[-1]
-    if names & OF_FEATURES:
-        assert model.features
-        for part in (end, end[:1])[: 1 + alone]:
-            with looking("the network of features", part):
-                seen = model.features(part)
-            check_finite("the network of features", seen, (len(part), None))
-    if "reward" in names:
-        assert model.reward
-        with looking("the reward", end):
-            scores = model.reward(end, batch.numbers)
-        check_finite("the reward", scores, (len(end),))
-        if names == {"reward"} and len(end) > 1 and bool((scores == scores[0]).all()):
+    alone, all_scores = 1 in {len(part) for part in (*batches.parts, *judges.parts)}, []
+    for batch in (*batches, *judges) if names != {"l2"} else ():
+        end, who = batch.targets[-1], f"of samples {batch.numbers[0]} to {batch.numbers[-1]}"
+        if names & OF_FEATURES:
+            assert model.features
+            for part in (end, end[:1])[: 1 + alone]:
+                with looking("the network of features", part):
+                    seen = model.features(part)
+                check_finite(f"the network of features, {who},", seen, (len(part), None))
+        if "reward" in names:
+            assert model.reward
+            with looking("the reward", end):
+                scores = model.reward(end, batch.numbers)
+            check_finite(f"the reward, {who},", scores, (len(end),))
+            all_scores.append(scores)
+    if names == {"reward"}:
+        every = torch.cat(all_scores)
+        if len(every) > 1 and bool((every == every[0]).all()):
             raise ValueError("the reward gives the same for every sample: nothing to gain")
 
 
@@ -404,95 +415,3 @@ def terms_of(settings: Settings) -> tuple[tuple[float, str], ...]:
     if settings.method == "gradient":
         return (1.0, settings.distance), (1.0, settings.last_distance or settings.distance)
     return parse_terms(settings.distance)
-
-
-# --- students and their grids -------------------------------------------------------------
-
-
-def grid_of(levels: NoiseLevels, settings: Settings, count: int) -> tuple[float, ...]:
-    """The grid [count] of the settings' schedule."""
-    assert settings.schedule
-    low, high = settings.sigma_min, settings.sigma_max
-    if levels.process != FLOW:
-        ends = {"sigma_min": low or levels.sigma_min, "sigma_max": high or levels.sigma_max}
-        grid = replace(levels, **ends).grid(settings.schedule, count, rho=settings.schedule_rho)
-        return tuple(grid.tolist())
-    return flow_grid(levels, count, low, high)
-
-
-def flow_grid(
-    levels: NoiseLevels, count: int, low: float | None, high: float | None
-) -> tuple[float, ...]:
-    """The flow's own grid [count], moved and stretched to these ends where they are given."""
-    first, *inner, last = levels.grid("flowmatch", count).tolist()
-    low, high = last if low is None else low, first if high is None else high
-    if (low, high) != (last, first):
-        inner = [low + (s - last) / (first - last) * (high - low) for s in inner]
-    return (high, *inner, low)
-
-
-def fine_grid(
-    levels: NoiseLevels, settings: Settings, sigmas: tuple[float, ...]
-) -> tuple[float, ...]:
-    """The grid of the fine solution between the same ends: polynomial 7, or the flow's own."""
-    assert settings.fine_steps
-    if levels.process == FLOW:
-        return flow_grid(levels, settings.fine_steps, sigmas[-1], sigmas[0])
-    return tuple(schedules.polynomial(settings.fine_steps, sigmas[-1], sigmas[0]).tolist())
-
-
-def make_student(levels: NoiseLevels, settings: Settings) -> Student:
-    """The student of the settings; ValueError for a base that cannot serve."""
-    s, (name, _), base = settings, settings.base, None
-    assert s.num_steps
-    assert s.points
-    off = 0.0 if s.scale_dir is not None else None  # bounded directions, and no word of times
-    reach = off if s.scale_time is None else s.scale_time
-    shape, time = (s.num_steps - 1, s.points), TimeScales(reach, s.scale_time_ends)
-    if s.multistep:
-        form = MultistepForm(*shape, time, bool(s.afs))
-    else:
-        order = s.max_order if name not in ("euler", "heun", "dpm2") else None
-        options = SolverOptions(order, levels.process, s.predict_x0, s.lower_order_final)
-        base = make_solver(name, options)
-        form = EPDForm(*shape, s.scale_dir, time, s.fcn)
-    if s.init and not hand_made(s.init):
-        sigmas = load_predictor(find_predictor(s.init)).sampler(levels).sigmas
-    else:
-        sigmas = as_levels(grid_of(levels, s, s.num_steps))
-    grid = bool(s.learn_grid) and s.num_steps > 2
-    student = Student(sigmas, form, base, levels.process, bool(s.afs), grid)
-    table = start_of(student, s)
-    student.holding(table)  # EPD refuses what cannot be its base
-    if s.init:
-        check_reach(student, table, s)
-    return student
-
-
-def check_reach(student: Student, table: Table, settings: Settings) -> None:
-    """ValueError where bounded numbers cannot be those of a given table."""
-    written, _ = replace(student, grid=False).decode(replace(student, grid=False).encode(table))
-    (mix, times), (our_mix, our_times) = (
-        (t.weight * t.dir_scale if isinstance(t, Directions) else t.weight, t.time_scale)
-        for t in (table, written)
-    )
-    off = max(float((mix - our_mix).abs().max()), float((times - our_times).abs().max()))
-    if off > OFF:
-        raise ValueError(
-            f"{settings.init} is out of reach of scale_dir {settings.scale_dir} and scale_time "
-            f"{settings.scale_time}, by {off:.2g}: raise them, or give --method fit without"
-        )
-
-
-def start_of(student: Student, settings: Settings) -> Table:
-    """The table that is started from: one by hand, a solver's, or that of another predictor."""
-    if settings.init is None:
-        return student.even_table()
-    if hand_made(settings.init):
-        ways = settings.max_order, student.process, settings.predict_x0, settings.lower_order_final
-        solver = make_solver(settings.init, SolverOptions(*ways))
-        table = table_of(Sampler(solver, student.sigmas, student.process))
-    else:
-        table = load_predictor(find_predictor(settings.init)).table
-    assert settings.points
-    return widened(table, settings.points)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backends.generate import Job, generate
+from eval.features import spaces_of
 from eval.fid import precision_recall, statistics_of
 from eval.measure import (
     SCHEDULES,
@@ -21,7 +22,6 @@ from eval.measure import (
     learned,
     measure,
     rivals_for,
-    spaces_of,
 )
 from solvers.epd import EPD, Directions
 from solvers.predictor import find_predictor, load_predictor

@@ -13,6 +13,8 @@ from solvers.exponential import DPMpp
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor
 from solvers.process import FLOW
+from solvers.schedules import NoiseLevels
+from tests.pretend_gpu import pretend_gpu
 from tests.solvers.gauss import integrate
 from training.api import Settings, distill, sample
 
@@ -75,6 +77,24 @@ def test_flow_matching_is_a_process_like_the_other() -> None:
         ends += list(integrate(solver, Field(velocity), noise(32, 6), grid))[-1:]
     ours, euler, fine = ends
     assert (ours - fine).square().sum() < (euler - fine).square().sum() / 4
+
+
+def test_a_flow_has_the_ends_of_the_levels_that_are_given() -> None:
+    levels, quick = NoiseLevels(FLOW, 0.02, 0.9), replace(SMALL, nfe=3, rounds=0, learn_grid=False)
+    for settings, ends in ((quick, (0.9, 0.02)), (replace(quick, sigma_max=0.8), (0.8, 0.02))):
+        sigmas = distill(velocity, levels, shape=(3,), settings=settings).recipe.sigmas or ()
+        assert (sigmas[0], sigmas[-1]) == ends
+
+
+def test_features_may_answer_on_the_cpu_and_a_gradient_reports_its_error() -> None:
+    settings = replace(SMALL, nfe=3, distance="distribution", rounds=1, samples=16, judges=8)
+    with pretend_gpu():
+        on_gpu = replace(settings, device="cuda")
+        distill(clusters, "ve", shape=(3,), settings=on_gpu, features=lambda x: (x * 2).cpu())
+    settings, heard = Settings(nfe=3, method="gradient", samples=32, batch=16, judges=8), []
+    distill(clusters, "ve", shape=(3,), settings=settings, report=lambda *told: heard.append(told))
+    assert [what for what, _ in heard] == ["gradient"]
+    assert 0 < heard[0][1] < 1
 
 
 def test_conditions_and_guidance_reach_the_network() -> None:

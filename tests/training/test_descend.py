@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.measure import spaces_of
+from eval.features import load_space, spaces_of, synonyms
+from rewards.registry import name_of
 from solvers.classic import Heun
 from solvers.field import Condition, Field
 from solvers.predictor import find_predictor, load_predictor, save_predictor
@@ -33,7 +34,6 @@ from training.distances import (
     load_network,
     parse_terms,
 )
-from training.distill import name_of
 from training.refine import Lens, Linearised, Objective
 from training.student import Trajectories
 
@@ -275,33 +275,62 @@ def test_what_looks_is_tried_on_the_teachers_samples_before_the_fit() -> None:
         calls[0] += 1
         return cloud(x, sigma, cond)
 
+    def late(x: Tensor, numbers: Sequence[int]) -> Tensor:
+        return x[:, 0].where(torch.tensor(numbers) != 20, math.nan)
+
     settings = replace(FEW, distance="features", samples=32, judges=17, batch=16)
     for features, reward, words in (
-        (lambda x: waves(x.where(x < 1, math.nan)), None, "features gives numbers that are not"),
-        (lambda x: waves(x).squeeze(), None, "features gives"),
         (
+            lambda x: waves(x.where(x < 1, math.nan)),
             None,
-            lambda x, _n: x[:, 0].where(x[:, 0] < 1, math.nan),
-            "reward gives numbers that are",
+            "features, of samples 0 to 15, gives",
         ),
+        (lambda x: waves(x).squeeze(), None, r"features, .* gives \(1?6?,?"),
+        (None, late, "the reward, of samples 16 to 31, gives numbers that are"),
         (None, lambda x, _n: x[:, 0] * 0, "the same for every sample"),
     ):
         own = replace(settings, distance="features" if features else "reward")
         calls[0] = 0
         with pytest.raises(ValueError, match=words):
             distill(counted, "ve", shape=(2,), settings=own, features=features, reward=reward)
-        assert calls[0] <= 51  # of what is kept for later
+        assert calls[0] <= 51 * 4  # of what is kept for later
     quiet = replace(FEW, method="gradient", distance="features", rounds=None, robust=None)
     quiet = replace(quiet, positions=Settings.positions, fine_steps=Settings.fine_steps)
-    with pytest.raises(ValueError, match="has no gradient"):
-        distill(cloud, "ve", shape=(2,), settings=quiet, features=torch.no_grad()(waves))
+    for network, features in (
+        (cloud, torch.no_grad()(waves)),
+        (cloud, lambda x: torch.from_numpy(waves(x).numpy())),
+        (torch.no_grad()(cloud), waves),
+    ):
+        with pytest.raises(ValueError, match=r"has no gradient \(.*\): take --method fit"):
+            distill(network, "ve", shape=(2,), settings=quiet, features=features)
+
+
+def test_numpy_and_half_precision_are_features_of_a_fit_like_any() -> None:
+    settings = replace(FEW, distance="l2+features", samples=32, judges=16)
+    weight = torch.nn.Parameter(torch.ones(()))
+    tables = [
+        distill(network, "ve", shape=(2,), settings=settings, features=features).table
+        for network, features in (
+            (cloud, waves),
+            (cloud, lambda x: torch.from_numpy((weight * waves(x)).numpy())),
+            (lambda x, s, c: cloud(x, s, c).half(), lambda x: waves(x) @ torch.eye(6)),
+        )
+    ]
+    for one, other in zip(tables[0].tensors(), tables[1].tensors(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_a_table_was_fitted_on_has_the_name_that_comparisons_use() -> None:
     space = SimpleNamespace(name="fashion-judge", network=waves)
-    for function in (waves, partial(waves), partial(partial(waves))):
+    for function in (waves, partial(waves), partial(partial(waves)), torch.no_grad()(waves)):
         assert name_of(function) == f"{__name__}:waves"
     assert name_of(space) == "fashion-judge"
+    assert name_of(torch.compile(torch.nn.Identity())).endswith(":Identity")
+    network = load_space("efficientnet", torch.device("cpu")).network
+    assert spaces_of([name_of(network)]) == ("efficientnet",)
+    assert synonyms("operator:add") == {"operator:add", "_operator:add"}
+    assert spaces_of(["my_inception.feats:f", "a/inception.v3/b.ts"])[0] == "my_inception.feats:f"
+    assert spaces_of(["a/inception.v3/b.ts"]) == ("a/inception.v3/b.ts",)
     published = load_predictor(find_predictor("cifar10-5nfe")).recipe.training
     assert fitted_on(published) == ["inception"]
     assert spaces_of(["/x/nvidia-Inception.pt"]) == ("inception",)

@@ -13,8 +13,9 @@ from solvers.process import FLOW, VE
 from solvers.sampler import Sampler, SolverOptions, make_solver
 from tests.training.students import curved, model
 from training.settings import Settings, at_once, preset, preset_names, recipe_of, resolved
+from training.start import make_student, start_of
 from training.table import EXACT
-from training.teacher import Model, make_problem, make_student, start_of
+from training.teacher import Model, make_problem
 
 LEVELS = NoiseLevels(VE, 0.01, 1.0)
 
@@ -142,13 +143,15 @@ def test_a_table_that_starts_from_a_solver_makes_its_steps(name: str, flow: bool
 def test_a_gradient_starts_from_the_predictor_or_says_that_it_cannot(
     name: str, reach: float
 ) -> None:
-    s = settings(init=name, method="gradient")
+    s, levels = settings(init=name, method="gradient"), NoiseLevels(VE, 0.002, 80.0)
     if not reach:
         with pytest.raises(ValueError, match=r"epd-k2-5nfe is out of reach .* --method fit"):
-            make_student(LEVELS, s)
+            make_student(levels, s)
         return
     assert s.scale_time == reach
-    student = make_student(LEVELS, s)
+    with pytest.raises(ValueError, match=rf"^{name} goes from 80 to 0.002, the network knows"):
+        make_student(LEVELS, s)
+    student = make_student(levels, s)
     table, _ = student.decode(student.encode(start_of(student, s), EXACT))
     given = load_predictor(find_predictor(name)).table
     for ours, theirs in zip(table.tensors(), given.tensors(), strict=True):
