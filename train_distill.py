@@ -343,8 +343,9 @@ def is_script(features: str) -> bool:
 
 def recorded(features: str | None) -> str:
     """What a recipe calls features: a function of one's own by the name of what it wraps."""
-    own = features and ":" in features and not is_script(features)
-    return name_of(own_function(features)) if own else features or ""
+    if features and ":" in features and not is_script(features):
+        return name_of(own_function(features))
+    return features or ""
 
 
 def features_of(name: str, inception: bool, backend: Backend) -> Callable[[Tensor], Tensor]:
