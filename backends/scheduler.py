@@ -48,6 +48,7 @@ PUBLISHED = {"sd3": {"shift": 3.0}, "flux": {"shift": 3.0, "use_dynamic_shifting
 """What the schedulers of the published flow-matching models say."""
 LOG = logging.getLogger(__name__)
 TIMES_APART = 0.01  # of 1000, by rounding
+FEW = 15  # steps of DPM-Solver++ whose last ones diffusers lowers
 MOST_HALF = 65504 / 6  # noise of six deviations stays in half precision
 POINTS = ("sequence", "rows")
 PredictorLike: TypeAlias = str | Path | Predictor
@@ -199,8 +200,16 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         else:
             given: dict[str, Any] = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
             course = course_of(self.like, model, num_inference_steps, **given)
-            # of orders up to 2 as theirs, which count the last step, to 0, among those to lower
-            options = SolverOptions(process=model.process, lower_order_final=course.sigmas[-1] > 0)
+            twice = not model.table and heeded(self.like).get("final_sigmas_type") == "sigma_min"
+            if twice and self.config["solver"].startswith("unipc"):
+                raise ValueError(
+                    "unipc needs final_sigmas_type='zero' for flow matching, not sigma_min: "
+                    "it corrects at a last level that stands twice"
+                )
+            lowers = len(course.timesteps) < FEW or not self.config["solver"].startswith("dpmpp")
+            options = SolverOptions(
+                process=model.process, lower_order_final=lowers, count_zero=True
+            )  # as theirs
             solver = make_solver(self.config["solver"], options)
             sampler, copies = Sampler(solver, course.sigmas, model.process), 1
             exact = dict(zip(course.sigmas, course.timesteps, strict=False))

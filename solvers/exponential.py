@@ -90,7 +90,8 @@ class DPMpp:
 
     Order 3 is the published formula, which counts half of its last term: its error falls as that
     of order 2, with a smaller constant. UniPC(3) without corrector has the whole term.
-    `thresholding` is for pixels and data prediction; the published comparisons have it on.
+    `thresholding` is for pixels and data prediction; the published comparisons have it on. With
+    `count_zero` a last step to 0 is one of those that lower the order, as diffusers counts.
     Raises ValueError for an order other than 1 to 3.
     """
 
@@ -99,13 +100,14 @@ class DPMpp:
     lower_order_final: bool = True
     process: Process = VE
     thresholding: bool = False
+    count_zero: bool = False
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=3)
         assert self.predict_x0 or not self.thresholding, "thresholding clips x0"
 
     def __call__(self, field: Field, step: Step) -> Tensor:
-        order = usable_order(step, self.order, self.lower_order_final)
+        order = usable_order(step, self)
         bound = math.inf if self.thresholding else 0.0
         e = Exponential(step, self.process, self.predict_x0, bound)
         if order == 1:
@@ -129,6 +131,7 @@ class UniPC:
 
     The predictor is the step; pass `correct` to the loop for the corrector. `thresholding` is
     for pixels and data prediction; as published, it spares the estimate at the first level.
+    `count_zero` is as in DPMpp.
     Raises ValueError for an order other than 1 to 3, a variant other than bh1 and bh2, or flow
     matching with noise prediction, whose corrector has no limit at sigma = 1.
     """
@@ -139,6 +142,7 @@ class UniPC:
     lower_order_final: bool = True
     process: Process = VE
     thresholding: bool = False
+    count_zero: bool = False
 
     def __post_init__(self) -> None:
         checked_order(self, self.order, highest=3)
@@ -162,7 +166,7 @@ class UniPC:
 
     def advance(self, step: Step, arrived: Point | None) -> Tensor:
         """The step, by the points behind it and, for the corrector, the one it arrived at."""
-        order = usable_order(step, self.order, self.lower_order_final)
+        order = usable_order(step, self)
         bound = step.sigmas[0] if self.thresholding else 0.0
         e = Exponential(step, self.process, self.predict_x0, bound)
         others = [*step.past[: order - 1], *([arrived] if arrived else [])]
@@ -175,10 +179,11 @@ class UniPC:
         return e.linear() - e.gain * scale * mixed(weights, slopes)
 
 
-def usable_order(step: Step, order: int, lower_order_final: bool) -> int:
+def usable_order(step: Step, solver: DPMpp | UniPC) -> int:
     """The order that the history allows, and near the end no more than the steps left."""
-    last = len(step.sigmas) - 1 - step.index if lower_order_final else order
-    return min(order, len(step.past) + 1, last)
+    order = min(solver.order, len(step.past) + 1)
+    left = len(step.sigmas) - 1 - step.index + (solver.count_zero and step.to_zero)
+    return min(order, left) if solver.lower_order_final else order
 
 
 def unipc_weights(gaps: Sequence[float], hh: float, scale: float) -> list[float]:

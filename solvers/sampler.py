@@ -34,6 +34,7 @@ class SolverOptions:
     process: Process = VE
     predict_x0: bool = True
     lower_order_final: bool = True
+    count_zero: bool = False
     s_churn: float = 0.0
     s_min: float = 0.0
     s_max: float = math.inf

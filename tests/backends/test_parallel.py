@@ -232,3 +232,36 @@ def test_a_shift_by_size_that_a_pipeline_keeps_for_its_own_scheduler_is_refused(
     pipe.scheduler = EPDScheduler.from_solver("euler", like=pipe.scheduler)
     with pytest.raises(ValueError, match="use_dynamic_shifting=False and a shift"):
         call(pipe, "bria")
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("dpmpp", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")],
+)
+def test_solvers_by_name_lower_their_orders_as_diffusers_does(
+    name: str, kind: str, flow: bool, steps: int
+) -> None:
+    more = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    more = more if flow else twins.CONFIGS["sd"]["scheduler"]
+    more = {n: v for n, v in more.items() if n.startswith(("beta", "pred", "use", "flow"))}
+
+    def end(scheduler: Any) -> Tensor:
+        scheduler.set_timesteps(steps)
+        x = torch.randn(2, 4, 8, 8, generator=drawn(0)[0]) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            shown = scheduler.scale_model_input(x, t)
+            d = torch.tanh(1.3 * shown + 0.2 * torch.sin(t / 300))
+            x = scheduler.step(d, t, x, return_dict=False)[0]
+        return x
+
+    for order in (1, 2, 3):
+        for last in ("zero", "sigma_min"):
+            theirs = getattr(diffusers, kind)(**more, solver_order=order, final_sigmas_type=last)
+            ours = EPDScheduler.from_solver(f"{name}-{order}", theirs)
+            if (name, flow, last) == ("unipc", True, "sigma_min"):
+                with pytest.raises(ValueError, match="unipc needs final_sigmas_type='zero'"):
+                    end(ours)
+            else:
+                assert close(end(ours), end(theirs)), (order, last)
