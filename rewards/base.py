@@ -15,7 +15,7 @@ from rewards.pixels import to_levels
 
 FAULTS = (
     *(TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
-    *(ImportError, RuntimeError),
+    *(ImportError, OSError, RuntimeError),
 )
 """What a network or a function of someone's own may raise, but for the ValueErrors of ours."""
 

@@ -115,11 +115,15 @@ class Metrics:
         """All lines; none while there is no file."""
         return read_jsonl(self.path) if self.path.exists() else []
 
-    def drop_after(self, step: int) -> None:
-        """Take out the lines of later steps, which are done again; ValueError as `read_jsonl`."""
+    def drop_after(self, step: int, again: str = "") -> None:
+        """Take out the lines of later steps, and those of this one that have a number `again`.
+
+        Raises ValueError as `read_jsonl`.
+        """
         if self.path.exists():
-            lines = [to_json(line) + "\n" for line in self.read() if line["step"] <= step]
-            write_text(self.path, "".join(lines))
+            lines = (line for line in self.read() if line["step"] <= step)
+            kept = (line for line in lines if line["step"] < step or again not in line)
+            write_text(self.path, "".join(to_json(line) + "\n" for line in kept))
 
 
 @dataclass(frozen=True)
@@ -183,10 +187,13 @@ class Run:
             raise ValueError(f"{folder} has no checkpoint that is whole ({', '.join(broken)})")
         raise ValueError(f"{folder} has no checkpoint: give a run that has one, or start anew")
 
-    def rewind(self, step: int) -> None:
-        """Drop the numbers and the checkpoints of later steps, which are done again."""
+    def rewind(self, step: int, again: str = "") -> None:
+        """Drop the numbers and the checkpoints of later steps, which are done again.
+
+        So do lines of the step itself that have a number `again`.
+        """
         if self.writes:
-            self.metrics.drop_after(step)
+            self.metrics.drop_after(step, again)
             for path in checkpoints(self.folder / self.checkpoints):
                 if step_of(path) > step:
                     path.unlink(missing_ok=True)

@@ -172,6 +172,40 @@ def test_sampling_and_scoring_hand_on_options_and_take_models_from_where_weights
     assert asked(venv, "score-flux", "a", "b").startswith("-m eval.score a b --reward hps")
 
 
+def test_the_demo_of_stage_2_shows_the_run_that_it_made(tmp_path: Path) -> None:
+    """Not the newest of its folder; and no run that has no best, or was none."""
+    shutil.copy(LAUNCH, tmp_path)
+    (tmp_path / "src" / "prompts").mkdir(parents=True)
+    for name in ("requirements.txt", "src/prompts/composed.txt"):
+        (tmp_path / name).write_text("")
+    venv = environment_that_answers(tmp_path / "v", "true")
+    python = venv / "bin" / "python"
+    answers = '*predictor_snapshot*) echo "start of $3" ;;\n *ppo.launch*) echo x; echo "$SAID" ;;'
+    python.write_text(python.read_text().replace('  *) echo "$*"', f'  {answers}\n  *) echo "$*"'))
+    best = "export/network-snapshot-export-best.pkl"
+    run, other = tmp_path / "my place" / "1-scenes", tmp_path / "samples/rl-demo/runs/2-scenes"
+    for folder in (run, other):
+        (folder / best).parent.mkdir(parents=True)
+        (folder / best).write_text("")
+        (folder / "learning.png").write_text(folder.name)
+
+    def demo(said: str) -> subprocess.CompletedProcess[str]:
+        here = {"EPD_VENV": str(venv), "SAID": said}
+        return launch("rl-demo", script=tmp_path / "launch.sh", environment=here)
+
+    result = demo(f"8 steps in {run}; best: {run / best}")
+    assert result.returncode == 0, result.stderr
+    used = [line.split(" --")[1] for line in result.stdout.splitlines() if "sample.py" in line]
+    start = f"predictor start of {run}/configs/resolved_config.yaml"
+    assert used == [start, start, *[f"predictor {run / best}"] * 2]
+    assert (tmp_path / "samples" / "rl-demo" / "learning.png").read_text() == run.name
+    result = demo(f"8 steps in {run}; best: not evaluated")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"no best to show, as {run} evaluated nothing" in result.stderr
+    result = demo("  seed: 0")  # of --dry_run, say
+    assert (result.returncode, "sample.py" in result.stdout) == (0, False)
+
+
 def test_the_demos_commands_are_those_that_people_type(venv: Path, tmp_path: Path) -> None:
     """In a copy, as the demo empties its folder."""
     shutil.copy(LAUNCH, tmp_path)

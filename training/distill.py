@@ -102,10 +102,10 @@ def distill(
         device=device,
         dtype=torch.float32,
     )
-    known, usual = backend.levels, named_levels(FLOW)
-    if known.process == FLOW and known.own is None:  # whose schedule has ends of its own
-        ends = [n for n in ("sigma_min", "sigma_max") if getattr(known, n) != getattr(usual, n)]
-        given = {n: getattr(known, n) for n in ends if getattr(settings, n) is None}
+    theirs, usual = vars(backend.levels), vars(named_levels(FLOW))
+    if backend.levels.process == FLOW and backend.levels.own is None:  # a schedule with own ends
+        ends = [name for name in ("sigma_min", "sigma_max") if theirs[name] != usual[name]]
+        given = {name: theirs[name] for name in ends if vars(settings)[name] is None}
         settings = replace(settings, **given)
     cond = conditions or (lambda _numbers: None)
     names = (name_of(features), name_of(reward))

@@ -81,6 +81,9 @@ def test_a_run_that_goes_on_drops_what_it_wrote_after_its_checkpoint(tmp_path: P
     run.rewind(2)
     assert [line["step"] for line in run.metrics.read()] == [1, 2]
     assert run.newest()[1] == {"step": 2}
+    run.measure(2, {"eval/loss": 1.0})
+    run.rewind(2, "eval/loss")
+    assert [line["step"] for line in run.metrics.read()] == [1, 2]
     other = replace(quiet(tmp_path / "other"), writes=False)  # all ranks but the first
     other.log("text")
     other.measure(1, {})

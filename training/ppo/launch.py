@@ -19,7 +19,15 @@ from tqdm import tqdm
 from backends.base import Backend, ModelOptions, Prompt
 from backends.load import backbone_of, check_fit, find_model, kind, load_backend, usual_size
 from backends.spread import spread
-from rewards.registry import ADAPTERS, Setup, files_of, load_rewards, own_function, reads_texts
+from rewards.registry import (
+    ADAPTERS,
+    Setup,
+    files_of,
+    load_rewards,
+    own_function,
+    reads_texts,
+    singles,
+)
 from rewards.scorer import check_rewards, names_of, score_all
 from rewards.weights import BACKBONES, broken, require
 from solvers.epd import MultistepTable
@@ -178,8 +186,10 @@ def lacking(config: Config, recipe: Recipe, prompts: Sequence[Prompt]) -> Iterat
     rewards = [config.reward.name, *config.reward.judges]
     if (readers := reads_texts(rewards)) and not all(isinstance(p, str) for p in prompts):
         yield f"{readers[0]} judges images by their prompts: this model takes none"
+    own = [single for single in singles(rewards) if single not in ADAPTERS]
     checks = (
         lambda: files_of(rewards, weight_paths(config)),
+        *(partial(own_function, single) for single in own),
         lambda: model_of(config, recipe),
         lambda: features_of(config),
     )
@@ -219,11 +229,12 @@ def weight_paths(config: Config) -> dict[str, str]:
     paths, name = config.reward.weights_path, config.reward.type
     if isinstance(paths, dict):
         return paths
-    if paths and name not in ADAPTERS:
-        raise ValueError(f"reward.weights_path {paths!r} does nothing for {name}: leave it out")
     if not paths:
         return {}
-    weights = ADAPTERS[name].weights  # of an aesthetic score CLIP's stand before its own
+    adapter = ADAPTERS.get(name)
+    if adapter is None or not adapter.weights:
+        raise ValueError(f"reward.weights_path {paths!r} does nothing for {name}: leave it out")
+    weights = adapter.weights  # of an aesthetic score CLIP's stand before its own
     return {name if name in weights else weights[0]: paths}
 
 
@@ -251,7 +262,11 @@ def make_task(
     loaded = load_rewards(names, setup)
     files = files_of(names, setup.paths)
     trained = {reward.name: loaded[reward.name]}
-    judges = {name: loaded[name] for name in reward.judges if name not in names_of(trained)}
+    judges = {
+        name: partial(score_all, {name: loaded[name]}, batch=reward.batch_size)
+        for name in reward.judges
+        if name not in names_of(trained)
+    }
     backend = open_backend(config, predictor.recipe, prompts, device)
     check_fit(predictor.recipe, backend)
     check_rewards(loaded, backend.size, str(prompts[0][0]), device)
@@ -271,7 +286,7 @@ def make_task(
         partial(score_all, trained, batch=reward.batch_size),
         reward.name,
         *prompts,
-        judge=partial(score_all, judges, batch=reward.batch_size) if judges else None,
+        judges=judges,
         features=features_of(config),
         seed=config.run.seed,
         batch=options.max_batch_size,

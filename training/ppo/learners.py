@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.seeds import generator
 from training.ppo.config import Ppo
-from training.ppo.objectives import Taken, loss, standardised
+from training.ppo.objectives import Taken, loss, movement, standardised
 from training.ppo.policy import Draws, Policy, Start, stacked
 
 
@@ -65,7 +65,10 @@ class Clipped:
                     raise ValueError(f"a step of the policy is {numbers}: lower ppo.learning_rate")
                 self.optimiser.step()
                 measured.append(numbers)
-        return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
+        numbers = {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
+        with torch.no_grad():  # each of those was taken before its own update
+            log_ratio = policy().log_prob(taken.draws) - taken.log_prob
+        return numbers | movement(log_ratio, ppo.clip_range)
 
     @torch.no_grad()
     def mean(self) -> Draws:

@@ -110,23 +110,31 @@ def loss(
     """-mean min(rho A, clip(rho) A) + kl_coef KL(pi || pi_0) - sum_n entropy_n H_n.
 
     -> the loss, which carries a gradient, and what was measured on the way. `entropy` [N] are the
-    coefficients of the intervals. The approximate KL to the policy that drew is mean(rho - 1 -
-    log rho), which is never negative (Schulman 2020, "Approximating KL divergence").
+    coefficients of the intervals.
     """
     log_ratio = now.log_prob(taken.draws) - taken.log_prob
-    ratio = log_ratio.exp()
     kl, entropies = now.kl(first), now.entropy()
-    value = surrogate(ratio, taken.gains, clip) + kl_coef * kl - (entropy * entropies).sum()
+    value = surrogate(log_ratio.exp(), taken.gains, clip) + kl_coef * kl
+    value = value - (entropy * entropies).sum()
+    measured = {"loss": value, "kl_start": kl, "entropy": entropies.sum()}
+    numbers = {name: number.item() for name, number in measured.items()}
+    return value, numbers | movement(log_ratio.detach(), clip)
+
+
+def movement(log_ratio: Tensor, clip: float) -> dict[str, float]:
+    """How far a policy is from the one that drew, by log rho [B] of its draws.
+
+    The approximate KL to the one that drew is mean(rho - 1 - log rho), which is never negative
+    (Schulman 2020, "Approximating KL divergence").
+    """
+    ratio = log_ratio.exp()
     measured = {
-        "loss": value,
         "ratio": ratio.mean(),
         "ratio_max": ratio.max(),
         "approx_kl": (ratio - 1 - log_ratio).mean(),
         "clip_fraction": ((ratio - 1).abs() > clip).double().mean(),
-        "kl_start": kl,
-        "entropy": entropies.sum(),
     }
-    return value, {name: number.item() for name, number in measured.items()}
+    return {name: number.item() for name, number in measured.items()}
 
 
 # --- sets of images -----------------------------------------------------------------------

@@ -225,7 +225,8 @@ def start_of(
     change the solver; shares of weights of both signs are those of their sizes. No guidance rate
     is drawn below `least_rate`.
 
-    Raises ValueError for a solver without a table, and where there is nothing to draw.
+    Raises ValueError for a solver without a table, and where there is nothing to draw, or all
+    rates of guidance to draw are 0.
     """
     solver = sampler.solver
     if not isinstance(solver, EPD | ParallelMultistep) or solver.table.r.ndim != 2:
@@ -248,6 +249,13 @@ def start_of(
     guided = torch.tensor([[low <= sigma <= high] for sigma in sampler.sigmas[:-1]]).double()
     if ppo.train_guidance and not guided.any():
         raise ValueError(f"no step begins in ppo.guidance_interval [{low:g}, {high:g}]: widen it")
+    if ppo.train_guidance and table.guidance is not None:
+        stays = (table.guidance == 0) | (guided == 0)  # draws are factors
+        if bool(stays.all()):
+            said = "ppo.train_guidance moves rates by factors, and all that it may move are 0"
+            raise ValueError(f"{said}: give a predictor of other rates, or leave it out")
+        for n in (stays & (guided > 0)).any(1).nonzero()[:, 0].tolist():
+            say(f"interval {n}: a guidance rate of 0 stays 0, as draws are factors of it")
     ones = torch.ones(count, 1, dtype=torch.float64)
     step = {"guidance": guided * ppo.guidance_std / WIDTH}
     unit = [step.get(name, ones) for name, wide in columns.items() for _ in range(wide)]

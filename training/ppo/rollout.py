@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -71,7 +71,7 @@ class Task:
     reward: str  # the name, of those that `score` gives, that is trained on
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]  # evaluated on, never trained on
-    judge: Scorer | None = None  # more rewards, at evaluations alone; names other than `score`'s
+    judges: Mapping[str, Scorer] = field(default_factory=dict)  # more, at evaluations alone
     features: Callable[[Tensor], Tensor] = thumbnails  # images -> [B, F], for sets and the pull
     seed: int = 0
     batch: int = 16  # images denoised at once on a rank
@@ -193,19 +193,26 @@ class Scored:
     """What B images scored, in their order, on every rank."""
 
     scores: dict[str, Tensor]  # [B] or [B, F] in float64, NaN where there is none
-    reasons: tuple[str, ...]  # why not
+    reasons: tuple[tuple[str, str], ...]  # why not: which score or scoring, and what it said
     seconds: dict[str, float]  # of the slowest rank, by part
 
-    def reason(self, name: str) -> str:
-        """Why an image has no score of this name."""
-        own = (reason for reason in self.reasons if reason.startswith(f"{name} "))
-        return next(chain(own, self.reasons), f"no score is called {name}")
+    def reason(self, *names: str) -> str:
+        """Why an image has no score of these names."""
+        begins = tuple(f"{name} " for name in names)  # as a part of a sum says
+        own = (why for n, why in self.reasons if n in (*names, WHOLE) or why.startswith(begins))
+        return next(own, f"no score is called {names[0]}")
+
+    def lacking(self, *names: str) -> dict[str, str]:
+        """Of these names and those that there are, the ones without any score, and why."""
+        every = dict.fromkeys((*names, *self.scores))
+        there = {n for n, values in self.scores.items() if bool(values.isfinite().any())}
+        return {name: self.reason(name) for name in every if name not in there}
 
     def needed(self, *names: str) -> dict[str, Tensor]:
         """All scores; ValueError where no image has one of these names."""
-        for name in names:
-            if name not in self.scores or not bool(self.scores[name].isfinite().any()):
-                raise ValueError(f"no image could be scored: {self.reason(name)}")
+        lacking = self.lacking(*names)
+        for name in (name for name in names if name in lacking):
+            raise ValueError(f"no image could be scored: {lacking[name]}")
         return self.scores
 
 
@@ -240,26 +247,35 @@ def images_of(task: Task, sampler: Sampler, jobs: Sequence[Job]) -> Tensor:
 
 
 @torch.no_grad()
-def measured_unit(task: Task, start: Start, effect: float) -> Tensor:
+def measured_unit(
+    task: Task, start: Start, effect: float, stop: Stop, say: Callable[[str], object]
+) -> Tensor:
     """How far each Gaussian number moves by a draw of 1, [N, S].
 
     The free numbers of multistep tables differ by orders of magnitude in what they do: each moves
-    so far that WIDTH of it changes the end of a trajectory by `effect` of its spread.
+    so far that WIDTH of it changes the end of a trajectory by `effect` of its spread. `say` hears
+    how many trajectories that takes, on every rank. Raises Stopped where a signal asks for it.
     """
-    names = [name for name, wide in start.columns.items() for _ in range(wide)]
-    columns = [s for s, name in enumerate(names) if name in FREE]
+    names = [(name, k) for name, wide in start.columns.items() for k in range(wide)]
+    columns = [s for s, (name, _) in enumerate(names) if name in FREE]
     places = [(n, s) for n in range(len(start.unit)) for s in columns]
     if not places:
         return start.unit
     gauss = start.unit.new_zeros(1 + len(places), *start.unit.shape)
     for i, (n, s) in enumerate(places, 1):
-        gauss[i, n, s] = NUDGE
+        name, k = names[s]
+        at_end = name == "r" and start.table.r[n, k].item() + NUDGE > 1  # r is 1 at most
+        gauss[i, n, s] = -NUDGE if at_end else NUDGE
+    count = NUDGED * len(gauss)
+    say(f"sampling {count} times, undecoded, to see what each of {len(places)} free numbers does")
+    undecoded = replace(task.backend, decode=lambda latents: latents)
     jobs = [Job(noise_seed(task.seed, f"effect/{i}"), task.prompts[0]) for i in range(NUDGED)]
     still = {name: a / a.sum(-1, keepdim=True) for name, a in start.alpha.items()}
     many = {name: rows.expand(len(gauss) * NUDGED, *rows.shape) for name, rows in still.items()}
     sampler = start.sampler_of(Draws(many, gauss.repeat_interleave(NUDGED, 0)))
     clock = Stopwatch(task.backend.device)
-    parts = [x for _, x, _ in batches(task, sampler, jobs * len(gauss), clock, Stop())]
+    bare = replace(task, backend=undecoded)
+    parts = [x for _, x, _ in batches(bare, sampler, jobs * len(gauss), clock, stop)]
     ends = torch.cat(parts).double().cpu().reshape(len(gauss), -1)
     moved = (ends[1:] - ends[:1]).square().mean(1).sqrt() / NUDGE
     unit = start.unit.clone()
@@ -269,22 +285,27 @@ def measured_unit(task: Task, start: Start, effect: float) -> Tensor:
 
 
 def score_jobs(
-    task: Task, sampler: Sampler, jobs: Sequence[Job], scorings: Sequence[Scoring], stop: Stop
+    task: Task,
+    sampler: Sampler,
+    jobs: Sequence[Job],
+    scorings: Mapping[str, Scoring],
+    stop: Stop,
 ) -> Scored:
     """All jobs' scores, on every rank; each rank makes every n-th image.
 
-    Raises Stopped, on all ranks, where a signal asks for it.
+    A scoring that fails costs no other one its scores; why it did is kept under its name. Raises
+    Stopped, on all ranks, where a signal asks for it.
     """
     own, mine = rows_of(sampler, slice(ranks.rank(), None, ranks.world_size())), ranks.share(jobs)
     clock, first = Stopwatch(task.backend.device), 0
     columns: Columns = []
-    reasons: list[str] = []
+    reasons: list[tuple[str, str]] = []
     for part, _, images in batches(task, own, mine, clock, stop):
         with clock.on("reward"):
             columns.append((first, WHOLE, images.flatten(1).isfinite().all(1)))
             shown = images.nan_to_num(0.0, 0.0, 0.0)
-            for scoring in scorings:
-                columns += singly(scoring, shown, part, first, reasons)
+            for name, scoring in scorings.items():
+                columns += singly(name, scoring, shown, part, first, reasons)
         first += len(part)
     stop.agree()
     gathered = ranks.of_each_rank((on_host(columns, len(mine), reasons), clock.seconds()))
@@ -299,23 +320,28 @@ def score_jobs(
 
 
 def singly(
-    scoring: Scoring, images: Tensor, jobs: Sequence[Job], first: int, reasons: list[str]
+    name: str,
+    scoring: Scoring,
+    images: Tensor,
+    jobs: Sequence[Job],
+    first: int,
+    reasons: list[tuple[str, str]],
 ) -> Columns:
     """The scores of images from row `first` on; where all at once have none, of each alone."""
     try:
-        return [(first, name, values) for name, values in scoring(images, jobs).items()]
+        return [(first, column, values) for column, values in scoring(images, jobs).items()]
     except ValueError as error:
         if len(images) == 1:
-            reasons.append(str(error))
+            reasons.append((name, str(error)))
             return []
     ones = ((slice(i, i + 1), first + i) for i in range(len(jobs)))
-    parts = (singly(scoring, images[one], jobs[one], row, reasons) for one, row in ones)
+    parts = (singly(name, scoring, images[one], jobs[one], row, reasons) for one, row in ones)
     return [column for part in parts for column in part]
 
 
 def on_host(
-    columns: Columns, count: int, reasons: list[str]
-) -> tuple[dict[str, Tensor], list[str]]:
+    columns: Columns, count: int, reasons: list[tuple[str, str]]
+) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
     """The scores of `count` images on the CPU in float64: a rollout's one wait for a GPU.
 
     NaN where an image is none, or has no score; why not is added to the reasons.
@@ -333,11 +359,12 @@ def on_host(
             whole[rows] = piece > 0
             continue
         bad = values[whole[rows] & ~finite].reshape(-1, values[0].numel())
-        reasons += [f"{name} gave {v:g}" for v in bad[:, 0].tolist()]
+        reasons += [(name, f"{name} gave {v:g}") for v in bad[:, 0].tolist()]
         empty = piece.new_full((count, *like.shape[1:]), math.nan)
         good = (whole[rows] & finite).reshape(-1, *[1] * (like.ndim - 1))
         scores.setdefault(name, empty)[rows] = values.where(good, math.nan)
-    reasons += ["the image holds NaN or infinity: try dtype float32"] * int((~whole).sum())
+    why = "the image holds NaN or infinity: try dtype float32"
+    reasons += [(WHOLE, why)] * int((~whole).sum())
     return scores, reasons
 
 
@@ -397,10 +424,15 @@ def fine_sampler(sampler: Sampler) -> Sampler:
     return Sampler(Heun(), (*between, levels[-1]), sampler.process, guidance_rate=rate)
 
 
+def features_scoring(task: Task) -> Scoring:
+    """`features` [B, F] of images; ValueError as `seen` has."""
+    return lambda images, _jobs: {"features": seen(task, images)}
+
+
 def features_of(task: Task, sampler: Sampler, jobs: Sequence[Job], stop: Stop) -> Tensor:
     """The features [E, F] of images by one sampler, on every rank; ValueError if none has any."""
-    scoring = [lambda images, _jobs: {"features": seen(task, images)}]
-    return score_jobs(task, sampler, jobs, scoring, stop).needed("features")["features"]
+    scorings = {"features": features_scoring(task)}
+    return score_jobs(task, sampler, jobs, scorings, stop).needed("features")["features"]
 
 
 def held_out_scores(
@@ -410,22 +442,28 @@ def held_out_scores(
     stop: Stop,
     fine: Tensor | None = None,
     watched: str | None = None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The scores [E] of held-out images by one sampler, on every rank, by reward.
 
     With the features `fine` [E, F] of the fine solution's also `diversity` [E], how far an image
     is in features from the others of its prompt, and `frechet` [1], the distance of the sets.
+    Also why rewards and judges have no score of any image, by their names.
+
     Raises ValueError where no image has the reward that is trained on, or the one `watched`.
     """
-    needed = (task.reward, watched or task.reward)
-    scorings = [by_prompt(scorer) for scorer in (task.score, task.judge) if scorer]
+    needed = [task.reward, watched or task.reward]
+    scorers = {task.reward: task.score, **task.judges}
+    scorings = {name: by_prompt(scorer) for name, scorer in scorers.items()}
+    if fine is not None:
+        scorings["features"] = features_scoring(task)
+        needed.append("features")
+    scored = score_jobs(task, sampler, jobs, scorings, stop)
+    scores, lacking = scored.needed(*needed), scored.lacking(*scorers)
     if fine is None:
-        return score_jobs(task, sampler, jobs, scorings, stop).needed(*needed)
-    scorings.append(lambda images, _jobs: {"features": seen(task, images)})
-    scores = score_jobs(task, sampler, jobs, scorings, stop).needed(*needed)
+        return scores, lacking
     points = scores.pop("features")
     spread = diversity(points, [job.prompt for job in jobs])
-    return scores | {"diversity": spread, "frechet": frechet(points, fine)[None]}
+    return scores | {"diversity": spread, "frechet": frechet(points, fine)[None]}, lacking
 
 
 def compared(

@@ -8,8 +8,8 @@ prompts and noises at every save), and export/ (a predictor of every save, and t
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ FORMAT = 2
 MAY_CHANGE = ("steps", "eval_interval", "early_stop", "nonfinite_budget")
 """The settings that a run may change when it goes on."""
 BEST = "best"
+BEST_STEP = "eval/best_step"
+"""A number that every line of an evaluation has, and no other line."""
+PULL = "pull"
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,15 @@ class Session:
             for name, value in finite.items():
                 self.board.add_scalar(name, value, self.progress.step)
 
-    def predictor(self) -> Predictor:
-        """The mean of what is learned, as a predictor; ValueError where it is no valid one."""
-        sampler: Any = self.start.sampler_of(self.learner.mean())
-        about = {"step": self.progress.step, "reward": self.task.reward, "seed": self.task.seed}
+    def predictor(self, *, given: bool = False) -> Predictor:
+        """The mean of what is learned, or the table that was given, as a predictor.
+
+        Raises ValueError where it is no valid one.
+        """
+        sampler: Any = self.start.sampler
+        sampler = sampler if given else self.start.sampler_of(self.learner.mean())
+        step = 0 if given else self.progress.step
+        about = {"step": step, "reward": self.task.reward, "seed": self.task.seed}
         recipe = self.task.recipe
         ppo = self.ppo
         used = [self.task.reward, *([ppo.features] * bool(ppo.pull_coef)), ppo.watch or ""]
@@ -149,13 +157,18 @@ def train(
     bit for bit the one that was never stopped. `until` is a step at which this call ends early.
     `settings`, a dataclass, is written into the folder once they are found to be those of the run.
     `stop` is asked on the way: on a signal a checkpoint is written and Stopped raised, on all
-    ranks. `say` hears lines for people.
+    ranks; what fails while images are made and scored goes on after a checkpoint too. `say` hears
+    lines for people.
 
     Raises ValueError, in one line, for a table or settings that cannot be trained, a checkpoint
     of another task, and more rewards that are no numbers than `ppo.nonfinite_budget`.
     """
     run = Run(folder, say, ranks.is_first(), SETTINGS, "logs", "checkpoints", logging.keep_last)
-    session = begin(task, ppo, logging, run, resume, stop or Stop())
+    try:
+        session = begin(task, ppo, logging, run, resume, stop or Stop())
+    except Stopped:
+        run.log("stopped before there was anything to go on from: start anew")
+        raise
     progress, board = session.progress, session.board
     end = min(until or ppo.steps, ppo.steps)
     if settings is not None:
@@ -164,19 +177,16 @@ def train(
         with ranks.progress(end, "step", "ppo") as bar:
             bar.update(progress.step)
             while True:
-                evaluate(session)
-                early = 0 < ppo.early_stop <= progress.without_best
-                last = early or progress.step >= end
-                if last or progress.step % logging.save_interval == 0:
-                    save(session)
+                with kept(session):
+                    evaluate(session)
+                    early = 0 < ppo.early_stop <= progress.without_best
+                    last = early or progress.step >= end
+                    if last or progress.step % logging.save_interval == 0:
+                        save(session)
                 if last:
                     break
                 bar.set_postfix(reward=iterate(session), refresh=False)
                 bar.update()
-    except Stopped:
-        run.save(progress.step, session.content())
-        run.log(f"stopped at step {progress.step} of {ppo.steps}: go on with --resume")
-        raise
     finally:
         if board is not None:
             board.close()
@@ -184,6 +194,19 @@ def train(
         run.log(f"stopped early: no new best in {ppo.early_stop} evaluations")
     best = export_path(run.folder, BEST)
     return Outcome(progress.step, session.predictor(), best if best.exists() else None, early)
+
+
+@contextmanager
+def kept(session: Session) -> Iterator[None]:
+    """Write a checkpoint before what ends the run within goes on; nothing is learned within."""
+    try:
+        yield
+    except Exception as error:
+        step, run = session.progress.step, session.run
+        run.save(step, session.content())
+        ended = "stopped" if isinstance(error, Stopped) else "failed"
+        run.log(f"{ended} at step {step} of {session.ppo.steps}: go on with --resume")
+        raise
 
 
 def iterate(session: Session) -> float | None:
@@ -197,16 +220,18 @@ def iterate(session: Session) -> float | None:
     grouping, mixed = ppo.grouping, ppo.grouping == "mixed"
     jobs, streams = step_jobs(task.prompts, task.seed, step, count=count, k=k, grouping=grouping)
     draws = learner.draw(step, streams)
-    scorings = [by_prompt(task.score), *([pull_to_fine(task)] if ppo.pull_coef else [])]
-    scored = score_jobs(task, session.start.sampler_of(draws), jobs, scorings, session.stop)
-    none = torch.full((count,), math.nan, dtype=torch.float64)
-    rewards = scored.scores.get(task.reward, none)
-    rewards = rewards - (ppo.pull_coef * scored.scores.get("pull", none) if ppo.pull_coef else 0)
-    nonfinite = progress.nonfinite + int((~rewards.isfinite()).sum())
-    if nonfinite > ppo.nonfinite_budget:
-        session.run.save(step, session.content())  # the budget may be raised to go on
-        said = f"{nonfinite} images had no finite reward, and ppo.nonfinite_budget is"
-        raise ValueError(f"{said} {ppo.nonfinite_budget}: {scored.reason(task.reward)}")
+    scorings = {task.reward: by_prompt(task.score)}
+    if ppo.pull_coef:
+        scorings[PULL] = pull_to_fine(task)
+    with kept(session):
+        scored = score_jobs(task, session.start.sampler_of(draws), jobs, scorings, session.stop)
+        none = torch.full((count,), math.nan, dtype=torch.float64)
+        rewards = scored.scores.get(task.reward, none)
+        rewards = rewards - (ppo.pull_coef * scored.scores.get(PULL, none) if ppo.pull_coef else 0)
+        nonfinite = progress.nonfinite + int((~rewards.isfinite()).sum())
+        if nonfinite > ppo.nonfinite_budget:  # which may be raised to go on
+            said = f"{nonfinite} images had no finite reward, and ppo.nonfinite_budget is"
+            raise ValueError(f"{said} {ppo.nonfinite_budget}: {scored.reason(*scorings)}")
     progress.nonfinite = nonfinite
     updating = time.perf_counter()
     gains = advantages(rewards, k, "mixed" if mixed else ppo.baseline)
@@ -242,8 +267,8 @@ def spread(name: str, values: Tensor) -> dict[str, float | None]:
 def evaluate(session: Session) -> None:
     """The mean against the start, where it is due and not done; the best is kept.
 
-    The first that is evaluated is the first best. Step 0 is the start itself, unless laws of
-    actions cannot begin at it. Raises ValueError where no image has the reward.
+    The first best is the predictor that was given, whose gain is 0. Step 0 is that itself, unless
+    laws of actions cannot begin at it. Raises ValueError where no image has the reward.
     """
     task, ppo, progress, stop = session.task, session.ppo, session.progress, session.stop
     due = ppo.eval_interval and progress.step % ppo.eval_interval == 0
@@ -254,30 +279,36 @@ def evaluate(session: Session) -> None:
         session.fine.append(features_of(task, fine_sampler(task.sampler), jobs, stop))
     fine = session.fine[0] if session.fine else None
     now: dict[str, Tensor] = {}
-    if progress.step or session.start.is_moved:
+    lacking: dict[str, str] = {}
+    has_moved = bool(progress.step) or session.start.is_moved
+    if has_moved:
         sampler = session.start.sampler_of(session.learner.mean())
-        now = held_out_scores(task, sampler, jobs, stop, fine, ppo.watch)
-    if not now or now.keys() - progress.start_scores.keys():  # a judge that was added, or at first
-        scores = held_out_scores(task, session.start.sampler, jobs, stop, fine, ppo.watch)
-        progress.start_scores = {name: values.tolist() for name, values in scores.items()}
-    start = {n: torch.tensor(v, dtype=torch.float64) for n, v in progress.start_scores.items()}
+        now, lacking = held_out_scores(task, sampler, jobs, stop, fine, ppo.watch)
+    of_start = progress.start_scores
+    if not now or now.keys() - lacking.keys() - of_start.keys():  # at first, or a judge was added
+        scores, why = held_out_scores(task, session.start.sampler, jobs, stop, fine, ppo.watch)
+        new = scores.keys() - why.keys() - of_start.keys()
+        of_start |= {name: values.tolist() for name, values in scores.items() if name in new}
+        lacking = why | lacking
+    start = {n: torch.tensor(v, dtype=torch.float64) for n, v in of_start.items()}
     numbers = compared(start, now or start, jobs)
     watched = ppo.watch or task.reward
     gain = numbers.get(f"eval/{watched}_gain", -math.inf)
-    is_best = progress.evaluated < 0 or gain > progress.best_gain
+    is_first, gained = progress.evaluated < 0, gain > progress.best_gain
     progress.evaluated = progress.step
-    progress.without_best = 0 if is_best else progress.without_best + 1
-    if is_best:
-        progress.best_step = progress.step
-        progress.best_gain = gain if math.isfinite(gain) else 0.0
-        if session.run.writes:
-            folder = session.run.folder
-            write_sealed(folder / "checkpoints" / f"{BEST}.pt", session.content())
-            save_predictor(session.predictor(), export_path(folder, BEST))
-    session.write(numbers | {"eval/best_step": float(progress.best_step)})
-    for name in (n for n, scores in (now or start).items() if not scores.isfinite().any()):
-        session.run.log(f"step {progress.step}: {name} has no score of any held-out image")
-    if progress.step and gain > -math.inf:
+    progress.without_best = 0 if is_first or gained else progress.without_best + 1
+    if gained:
+        progress.best_step, progress.best_gain = progress.step, gain
+    if session.run.writes and (is_first or gained):
+        folder, best = session.run.folder, session.predictor(given=has_moved and not gained)
+        content = session.content() | {"predictor": to_content(best)}
+        write_sealed(folder / "checkpoints" / f"{BEST}.pt", content)
+        save_predictor(best, export_path(folder, BEST))
+    session.write(numbers | {BEST_STEP: float(progress.best_step)})
+    for name, why in lacking.items():
+        said = f"step {progress.step}: {name} has no score of any held-out image"
+        session.run.log(f"{said}: {why}")
+    if has_moved and gain > -math.inf:
         ends = (numbers[f"eval/{watched}_gain_{end}"] for end in ("low", "high"))
         said = f"step {progress.step}: {watched} gained {Estimate(gain, *ends)} over the start"
         session.run.log(f"{said}, on {len(jobs)} held out")
@@ -328,7 +359,8 @@ def begin(
     """
     start, progress = start_of(task.sampler, ppo, run.log, task.backend.least_rate), Progress()
     if resume is None:
-        start = replace(start, unit=measured_unit(task, start, ppo.effect))
+        unit = measured_unit(task, start, ppo.effect, stop, run.log)
+        start = replace(start, unit=unit)
         learner = METHODS[ppo.method](start, ppo, task.seed)
     else:
         path, content = read_checkpoint(resume, run.log)
@@ -342,18 +374,21 @@ def begin(
             said = f"{type(error).__name__} {error}".splitlines()[0]
             raise ValueError(f"{path} is no checkpoint of this policy: {said}") from error
         run.log(f"going on from {path} at step {progress.step}")
-    run.rewind(progress.step)
-    if run.writes and resume is not None:
-        drop_later_best(run, progress, ppo.steps)
+    run.rewind(progress.step, BEST_STEP if progress.evaluated != progress.step else "")
     board = open_board(run, progress.step) if run.writes and logging.tensorboard else None
-    return Session(task, ppo, logging, start, learner, progress, run, stop, board)
+    session = Session(task, ppo, logging, start, learner, progress, run, stop, board)
+    if run.writes and resume is not None:
+        drop_later_best(session)
+    return session
 
 
-def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
+def drop_later_best(session: Session) -> None:
     """Delete the best of a step that the run, now shorter, will not come to again.
 
-    The best before it takes its place, where its export is there. A damaged one is left alone.
+    The best before it takes its place, where its export is there; while nothing gained that is
+    the predictor given. A damaged one is left alone.
     """
+    run, progress, steps = session.run, session.progress, session.ppo.steps
     sealed, best = run.folder / "checkpoints" / f"{BEST}.pt", export_path(run.folder, BEST)
     there = 0
     with suppress(ValueError):
@@ -363,10 +398,13 @@ def drop_later_best(run: Run, progress: Progress, steps: int) -> None:
     for path in (sealed, best):
         path.unlink(missing_ok=True)
     before = export_path(run.folder, progress.best_step)
-    if before.exists():
+    is_there = not progress.best_gain or before.exists()
+    if not progress.best_gain:
+        save_predictor(session.predictor(given=True), best)
+    elif is_there:
         copy_whole(before, best)
-    kept = f"that of step {progress.best_step} is" if before.exists() else "there is none"
-    run.log(f"the best was of step {there}, which this run does not come to: {kept} in its place")
+    now = f"that of step {progress.best_step} is" if is_there else "there is none"
+    run.log(f"the best was of step {there}, which this run does not come to: {now} in its place")
 
 
 def numbers_of(start: Start) -> dict[str, Tensor]:

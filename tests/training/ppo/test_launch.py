@@ -134,6 +134,9 @@ def test_a_pipeline_without_a_backend_of_its_own_is_trained_by_override(tmp_path
         ("reward.judges=[clap]", "no reward 'clap': did you mean clip?"),
         ("reward.weights_path=no.pt", "hps: no such file or folder: no.pt"),
         ("reward.type=my:own", "does nothing for my:own"),
+        ("reward.type=fashion-judge", "does nothing for fashion-judge: leave it out"),
+        ("reward.type=my:own reward.weights_path=null", "'my:own' cannot be imported"),
+        ("reward.judges=[multi:my:own=1]", "'my:own' cannot be imported"),
         ("reward.weights_path=null", "missing weights: hps: HPS v2.1"),
         ("reward.weights_path={folder}/cut.pt", "cut.pt"),
         (f"model.model={load_config(SD3).model.model}", "bash launch.sh weights sd3"),
@@ -218,12 +221,16 @@ def test_a_model_of_another_family_and_a_run_that_is_not_there_are_refused(
 
 
 def test_a_dry_run_prints_settings_that_read_back_and_what_is_missing(tmp_path: Path) -> None:
-    done = start("--config", SD3, "--dry-run", "--run-name", "12", "--override", "ppo.steps=7")
+    own = ("--override", "reward.judges=['my:own']")
+    done = start(
+        "--config", SD3, "--dry-run", "--run-name", "12", "--override", "ppo.steps=7", *own
+    )
     assert done.exit_code == 0, done.output
     (tmp_path / "resolved.yaml").write_text(done.stdout)
     config = load_config(tmp_path / "resolved.yaml")
     assert (config.run.run_name, config.ppo.steps) == ("12", 7)
-    assert [line.split(":")[2].strip() for line in done.stderr.splitlines()] == ["hps", "sd3"]
+    said = [line.split(":")[2].strip() for line in done.stderr.splitlines()]
+    assert said == ["hps", "own' cannot be imported", "sd3"]
 
 
 def test_prompts_are_held_out_of_the_one_file_that_there_is(tmp_path: Path) -> None:

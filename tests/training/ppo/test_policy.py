@@ -66,6 +66,23 @@ def test_a_step_without_any_reward_changes_nothing() -> None:
     assert one.mean().simplex["weight"].equal(before.simplex["weight"])
 
 
+@pytest.mark.parametrize("minibatch_size", [2, 6])
+def test_a_step_tells_how_far_all_its_updates_moved_the_policy(minibatch_size: int) -> None:
+    ppo = replace(ALL, minibatch_size=minibatch_size, learning_rate=1e-5, clip_range=0.05)
+    one = Clipped(start_of(EPD_ONE, ppo, quiet), ppo, 0)
+    draws, before = one.draw(0, list("abcdef")), one.policy()
+    gains = torch.linspace(-1, 1, 6).double()
+    measured = one.update(0, draws, gains, gains)
+    log_ratio = (one.policy().log_prob(draws) - before.log_prob(draws)).detach()
+    ratio = log_ratio.exp()
+    assert ratio.max() > 1.05
+    assert measured["ratio"] == pytest.approx(ratio.mean().item())
+    assert measured["ratio_max"] == pytest.approx(ratio.max().item())
+    assert measured["approx_kl"] == pytest.approx((ratio - 1 - log_ratio).mean().item())
+    outside = ((ratio - 1).abs() > 0.05).double().mean()
+    assert measured["clip_fraction"] == pytest.approx(outside.item())
+
+
 def test_one_point_has_no_weights_to_train_and_one_step_no_grid() -> None:
     one = Directions(*(t[:1, :1] for t in table().tensors()))
     single = replace(sampler(EPD(one)), sigmas=(80.0, 0.002))
@@ -259,6 +276,20 @@ def test_no_rate_is_drawn_below_what_the_model_takes(of: Sampler) -> None:
     assert least is not None
     assert more is not None
     assert (least.max().item(), bool((more > 1.5).all())) == (1.0, True)
+
+
+@pytest.mark.parametrize("of", [EPD_ONE, MULTISTEP])
+def test_a_rate_of_zero_which_no_factor_moves_is_told_and_refused_where_all_are(
+    of: Sampler,
+) -> None:
+    solver: Any = of.solver
+    rates, heard = torch.tensor([[2.0], [0.0], [0.0]]).double(), []
+    of = replace(of, solver=replace(solver, table=replace(solver.table, guidance=rates)))
+    guided = replace(ALL, guidance_interval=[of.sigmas[1], of.sigmas[0]])
+    start_of(of, guided, heard.append)
+    assert heard == ["interval 1: a guidance rate of 0 stays 0, as draws are factors of it"]
+    with pytest.raises(ValueError, match="all that it may move are 0: give a predictor"):
+        policy(of, replace(guided, guidance_interval=[0.0, of.sigmas[1]]))
 
 
 def test_an_intervals_learning_scales_how_far_it_moves() -> None:

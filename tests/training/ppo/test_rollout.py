@@ -1,16 +1,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from solvers.epd import MultistepTable, ParallelMultistep
 from solvers.sampler import Sampler
-from src.runs import Stop
+from src.runs import Stop, Stopped
 from tests.pretend_gpu import pretend_gpu
-from tests.training.ppo.quadrature import decode, quadrature, reward, task
+from tests.training.ppo.quadrature import EVERY, SHORT, decode, quadrature, reward, task
 from training.ppo.config import Ppo
 from training.ppo.learners import Clipped
 from training.ppo.policy import start_of
@@ -20,11 +22,13 @@ from training.ppo.rollout import (
     Task,
     by_prompt,
     fixed_jobs,
+    measured_unit,
     noise_seed,
     prompt_at,
     score_jobs,
     step_jobs,
 )
+from training.ppo.trainer import train
 
 NAMES = tuple("abcde")
 
@@ -38,7 +42,8 @@ def drawn(count: int) -> Sampler:
 
 def scored(of: Task, count: int, scorer: Scorer, sampler: Sampler | None = None) -> Scored:
     jobs = fixed_jobs(of.held_out, 0, count)
-    return score_jobs(of, sampler or of.sampler, jobs, [by_prompt(scorer)], Stop())
+    scorings = {"all": by_prompt(scorer)}
+    return score_jobs(of, sampler or of.sampler, jobs, scorings, Stop())
 
 
 def test_prompts_come_in_rounds_groups_share_noise_and_held_out_noise_is_apart() -> None:
@@ -71,7 +76,8 @@ def test_an_image_without_a_score_is_told_and_does_not_cost_the_others_theirs(ba
     result = scored(replace(task(), batch=batch), 5, picky)
     assert result.scores["picky"].tolist()[::3] == [1.0, 4.0]
     assert result.scores["picky"].isfinite().tolist() == [True, False, False, True, True]
-    assert sorted(result.reasons) == ["hhh cannot be scored", "picky gave nan"]
+    why = [("all", "hhh cannot be scored"), ("picky", "picky gave nan")]
+    assert sorted(result.reasons) == why
 
 
 def test_an_image_is_that_of_any_batch_and_has_no_score_where_it_holds_nan() -> None:
@@ -91,7 +97,42 @@ def test_an_image_is_that_of_any_batch_and_has_no_score_where_it_holds_nan() -> 
     sick = replace(task(), backend=replace(quadrature(), decode=broken), decode_batch=5)
     result = scored(sick, 5, reward)
     assert result.scores["near"].isfinite().tolist() == [True, False, True, True, True]
-    assert "NaN" in result.reasons[0]
+    assert "NaN" in result.reason("near")
+
+
+def multistep(*r: float) -> Sampler:
+    """A table of one call for each of these places, one point each."""
+    places = torch.tensor(r, dtype=torch.float64)[:, None]
+    one = torch.ones_like(places)
+    levels = tuple(torch.logspace(0, -1, len(r) + 1).tolist())
+    return Sampler(ParallelMultistep(MultistepTable(one, places, one, one * 0, one)), levels)
+
+
+def test_what_a_number_does_is_measured_undecoded_told_and_stopped_by_a_signal(
+    tmp_path: Path,
+) -> None:
+    def decode(_latents: Tensor) -> Tensor:
+        raise AssertionError("decoded")
+
+    of = replace(task(), sampler=multistep(0.3, 0.6), backend=replace(quadrature(), decode=decode))
+    start, stop, heard = start_of(of.sampler, Ppo(), print), Stop(), []
+    measured_unit(of, start, 0.03, stop, heard.append)
+    assert heard == ["sampling 36 times, undecoded, to see what each of 8 free numbers does"]
+    stop.hear(15, None)
+    with pytest.raises(Stopped):
+        train(of, SHORT, EVERY, tmp_path, stop=stop, say=heard.append)
+    assert heard[1:] == [heard[0], "stopped before there was anything to go on from: start anew"]
+
+
+def test_a_point_at_the_end_of_its_interval_is_measured_by_a_step_back() -> None:
+    """Which is between the same two places as a step on from there."""
+    ppo = Ppo(train_weights=False)
+    back, on, off = (
+        measured_unit(of, start_of(of.sampler, ppo, print), 0.03, Stop(), print)[1]
+        for of in (replace(task(), sampler=multistep(0.5, r)) for r in (1.0, 0.99, 0.992))
+    )
+    assert 0 < back.item() == pytest.approx(on.item(), rel=1e-6)
+    assert off.item() == pytest.approx(on.item(), rel=0.05)
 
 
 @pytest.mark.parametrize("batch", [4, 8])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from rewards.scorer import score_all
 from solvers.predictor import load_predictor
 from src.runs import Metrics, Stop, Stopped, read_sealed, write_sealed
 from tests.training.ppo.quadrature import BEST, EVERY, SHORT, START, reward, short_run, task
 from training.ppo import export, export_epd_predictor
+from training.ppo.rollout import Task
 from training.ppo.trainer import export_path, train
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +39,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     short_run(folder)
     return folder
+
+
+def brightness(images: Tensor, _prompts: Sequence[str]) -> Tensor:
+    """A judge of one image, [B]."""
+    return images.mean((1, 2, 3))
 
 
 def metrics(folder: Path, having: str = "") -> list[dict[str, Any]]:
@@ -108,6 +116,30 @@ def test_a_start_at_the_edge_is_held_against_what_training_begins_at(tmp_path: P
     train(task(0.0), SHORT, EVERY, tmp_path)
     first = metrics(tmp_path, "eval/near_gain")[0]
     assert (first["step"], first["eval/near_gain"] > 0.01) == (0, True)  # r = 1/2, not 0
+    assert "step 0: near gained" in (tmp_path / "logs" / "log.txt").read_text()
+
+
+def test_the_predictor_given_is_the_best_until_something_gains_on_it(tmp_path: Path) -> None:
+    def worse(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"near": -reward(images, prompts)["near"]}
+
+    at_edge, folders = replace(task(0.0), score=worse), [tmp_path / name for name in "ab"]
+    train(at_edge, replace(SHORT, early_stop=1), EVERY, folders[0])
+    lines = metrics(folders[0], "eval/near_gain")
+    assert [line["step"] for line in lines] == [0, 2]  # one evaluation without a new best
+    assert all(line["eval/near_gain"] < 0 for line in lines)
+    train(task(), replace(SHORT, eval_interval=0), EVERY, folders[1])
+    short_run(folders[1], resume=folders[1])  # whose first evaluation is of the last step
+    for folder, r in zip(folders, (0.0, START), strict=True):
+        last = metrics(folder, "eval/near_gain")[-1]
+        assert (last["eval/near_gain"] < 0, last["eval/best_step"]) == (True, 0)
+        sealed, exported = folder / "checkpoints" / "best.pt", folder / "of-best.pkl"
+        done = CliRunner().invoke(
+            export.main, ["--checkpoint", str(sealed), "--output", str(exported)]
+        )
+        assert done.exit_code == 0, done.output
+        for path in (export_path(folder, "best"), exported):
+            assert load_predictor(path).table.r.item() == r
 
 
 def test_a_best_of_steps_that_a_shorter_run_never_reaches_is_gone(tmp_path: Path) -> None:
@@ -120,6 +152,10 @@ def test_a_best_of_steps_that_a_shorter_run_never_reaches_is_gone(tmp_path: Path
     ends = (export_path(tmp_path, step) for step in ("best", 2))
     kept = [load_predictor(path).table.r for path in ends]
     assert torch.equal(*kept)
+    first = tmp_path / "checkpoints" / "checkpoint-00000000.pt"
+    short_run(tmp_path, ppo)
+    best = short_run(tmp_path, replace(ppo, steps=1), first).best
+    assert load_predictor(best or "").table.r.item() == START
 
 
 def test_a_call_that_ends_early_leaves_the_best_where_it_is(tmp_path: Path) -> None:
@@ -156,7 +192,7 @@ def test_an_evaluation_watches_judges_and_sets_and_ends_a_run_that_no_longer_gai
         return {"far": -reward(images, prompts)["near"]}
 
     watched = replace(SHORT, watch="far", early_stop=2, steps=40, eval_seeds=3, pull_coef=0.1)
-    outcome = train(replace(task(), judge=judge), watched, EVERY, tmp_path)
+    outcome = train(replace(task(), judges={"far": judge}), watched, EVERY, tmp_path)
     lines = metrics(tmp_path, "eval/far_gain")
     best = max(lines, key=lambda line: line["eval/far_gain"])
     assert lines[-1]["eval/best_step"] == best["step"] == outcome.steps - 4
@@ -173,16 +209,35 @@ def test_a_watched_judge_that_says_nothing_ends_the_run_with_its_reason(tmp_path
 
     watched = replace(SHORT, watch="far")
     with pytest.raises(ValueError, match="no image could be scored: far is out of order"):
-        train(replace(task(), judge=judge), watched, EVERY, tmp_path)
+        train(replace(task(), judges={"far": judge}), watched, EVERY, tmp_path)
 
 
 def test_a_judge_that_gives_no_numbers_is_told_at_every_evaluation(tmp_path: Path) -> None:
     def judge(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"far": torch.full((len(images),), math.nan)}
 
-    train(replace(task(), judge=judge), SHORT, EVERY, tmp_path)
+    train(replace(task(), judges={"far": judge}), SHORT, EVERY, tmp_path)
     log = (tmp_path / "logs" / "log.txt").read_text()
-    assert log.count("far has no score of any held-out image") == len(metrics(tmp_path, "eval/best_step"))
+    said = "far has no score of any held-out image: far gave nan"
+    assert log.count(said) == len(metrics(tmp_path, "eval/best_step"))
+
+
+def test_a_judge_that_fails_takes_no_numbers_of_others_and_is_told(tmp_path: Path) -> None:
+    calls = []
+
+    def away(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(len(images))
+        if len(calls) > 2:  # the six of the start, in batches
+            raise ConnectionError("nobody answers")
+        return reward(images, prompts)["near"]
+
+    judges = {n: partial(score_all, {n: r}) for n, r in (("far", away), ("hue", brightness))}
+    train(replace(task(), judges=judges), replace(SHORT, watch="hue"), EVERY, tmp_path)
+    lines = metrics(tmp_path, "eval/best_step")
+    assert ["eval/far" in line for line in lines] == [True, False, False]
+    assert ["eval/hue_gain" in line for line in lines] == [True, True, True]
+    said = "step 4: far has no score of any held-out image: far fails on float32 [1, 3, 2, 2]: "
+    assert f"{said}ConnectionError: nobody answers" in (tmp_path / "logs" / "log.txt").read_text()
 
 
 def test_a_judge_that_comes_later_is_held_against_the_start_too(
@@ -192,7 +247,7 @@ def test_a_judge_that_comes_later_is_held_against_the_start_too(
         return {"far": -reward(images, prompts)["near"]}
 
     source = whole / "checkpoints" / "checkpoint-00000001.pt"
-    train(replace(task(), judge=judge), SHORT, EVERY, tmp_path, resume=source)
+    train(replace(task(), judges={"far": judge}), SHORT, EVERY, tmp_path, resume=source)
     for line in metrics(tmp_path, "eval/near_gain"):
         assert line["eval/far_gain"] == pytest.approx(-line["eval/near_gain"], rel=1e-5)
 
@@ -243,6 +298,35 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(
         train(replace(task(), score=slow), SHORT, RARE, tmp_path, stop=stop)
     newest = max((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
     assert 0 < read_sealed(newest)["step"] < SHORT.steps
+    short_run(tmp_path, resume=tmp_path)
+    assert same_to_the_bit(tmp_path, whole)
+
+
+def test_an_evaluation_or_a_reward_that_fails_loses_no_step_and_no_line_is_doubled(
+    whole: Path, tmp_path: Path
+) -> None:
+    def failing(error: BaseException, letter: str, last: int) -> Task:
+        calls = []
+
+        def score(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+            calls.extend([1] * prompts[0].startswith(letter))
+            if len(calls) > last:
+                raise error
+            return reward(images, prompts)
+
+        return replace(task(), score=score)
+
+    errors = (
+        (ValueError("away"), "h", 2),
+        (SystemExit("killed"), "p", 0),
+        (OSError("away"), "p", 2),
+    )
+    for i, (error, letter, last) in enumerate(errors):
+        resume = tmp_path if i else None
+        with pytest.raises(type(error), match=r"away|killed"):
+            train(failing(error, letter, last), SHORT, RARE, tmp_path, resume=resume)
+        newest = max((tmp_path / "checkpoints").glob("checkpoint-*.pt"))
+        assert read_sealed(newest)["step"] == (2, 2, 3)[i]
     short_run(tmp_path, resume=tmp_path)
     assert same_to_the_bit(tmp_path, whole)
 
@@ -394,6 +478,12 @@ def test_what_cannot_be_exported_is_one_line(source: str, output: str, said: str
     done = CliRunner().invoke(export.main, ["--checkpoint", source, "--output", output])
     assert (done.exit_code, done.output.count("\n")) == (1, 1)
     assert said in done.output
+
+
+def test_a_reward_whose_name_ends_as_a_gain_does_is_drawn(tmp_path: Path) -> None:
+    own = replace(task(), score=lambda *of: {"my_gain": reward(*of)["near"]}, reward="my_gain")
+    train(own, replace(SHORT, steps=1), EVERY, tmp_path)
+    assert (tmp_path / "learning.png").exists()
 
 
 def test_the_page_explains_every_number_that_is_logged(whole: Path) -> None:
