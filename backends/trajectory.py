@@ -190,16 +190,24 @@ class Trajectory:
         """The level of x in the next call, for each copy of an image."""
         unbegun = self.loop is None and self.index == self.first
         if unbegun or self.now.blank:
-            return (self.sampler.sigmas[self.now.interval],) * self.copies
+            return (self.sampler.sigmas[self.opening],) * self.copies
         return self.now.sigma
+
+    @property
+    def opening(self) -> int:
+        """The interval in which images begin: the first one may have no call (AFS)."""
+        return self.calls[self.first].interval if self.first else 0
 
     def start(self, x: Tensor) -> Tensor:
         """Set out from x [B, *] -> the rows of the first call, in float32."""
-        self.loop = replace(Loop.start(x), index=self.now.interval)
+        begun = self.loop = replace(Loop.start(x), index=self.opening)
         self.sampler = self.sampler.at(self.loop.x)
         self.at, self.network_sigma = self.at.to(self.loop.x), self.network_sigma.to(self.loop.x)
         self.answers, self.points = [], []
-        return self.turned()
+        rows = self.turned()
+        if self.now.blank:  # of which the pipeline has x as it is
+            rows = self.rows = self.laid_out(begun.x)
+        return rows
 
     def turned(self) -> Tensor:
         """As far as the answers go: the rows to ask about next, or x [B, *] at the end."""
@@ -208,11 +216,14 @@ class Trajectory:
             try:
                 self.loop, self.answers = advanced(self.sampler, self.loop, self.answers), []
             except Asked as asked:
-                x = self.loop.x if self.now.blank else asked.x[:, self.now.points]
-                x = x.expand(-1, self.copies, *x.shape[2:]).flatten(0, 1)
-                self.rows = torch.cat([x] * self.branches)
+                self.rows = self.laid_out(asked.x[:, self.now.points])
                 return self.rows
         return self.loop.x.squeeze(1)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """x [B, K or 1, *] as rows, in every branch."""
+        x = x.expand(-1, self.copies, *x.shape[2:]).flatten(0, 1)
+        return torch.cat([x] * self.branches)
 
     def images(self, rows: Tensor) -> Tensor:
         """Rows of a pipeline -> the first of each image's copies, [B, *]."""

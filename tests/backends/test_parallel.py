@@ -10,9 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from backends import families
+from backends.any_pipeline import any_backend
 from backends.ldm import ldm_backend
 from backends.parallel import parallel
 from backends.scheduler import EPDScheduler
+from solvers.field import Field
 from solvers.predictor import Predictor
 from tests import twins
 from tests.backends.test_families import CPU, SMALL, TEXT, call, close, drawn, learned, twin
@@ -265,3 +267,25 @@ def test_solvers_by_name_lower_their_orders_as_diffusers_does(
                     end(ours)
             else:
                 assert close(end(ours), end(theirs)), (order, last)
+
+
+@pytest.mark.parametrize("name", ["sd", "kandinsky3", "sd, plain"])
+@pytest.mark.parametrize("points", ["rows", "sequence"])
+def test_a_first_interval_without_a_call_is_passed(name: str, points: str) -> None:
+    """Parallel multistep with AFS, which makes its first call in the second interval."""
+    pipe = quiet(twins.twin(name.partition(",")[0]))
+    backend = any_backend(pipe, CPU, SMALL)
+    predictor = learned(pipe, "epd-multistep", n=4)
+    predictor = replace(predictor, recipe=replace(predictor.recipe, afs=True))
+    sampler, cond = predictor.sampler(backend.levels), backend.encode([TEXT])
+    noise = torch.randn(1, *backend.shape, generator=drawn(5)[0])
+    *_, wanted = sampler.states(Field(backend.guided(3.0, cond), cond), noise * sampler.sigmas[0])
+    if name == "sd, plain":  # as if it handed its network x as it is
+        pipe.scheduler = EPDScheduler.from_predictor(predictor, pipe.scheduler)
+        pipe.scheduler.plain = True
+        fast: Any = pipe
+    elif points == "rows" and families.one_time(pipe):
+        return
+    else:
+        fast = parallel(pipe, predictor, points=points)
+    assert close(call(pipe, "sd", fast, latents=noise), wanted)
