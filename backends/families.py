@@ -84,7 +84,7 @@ EMBEDDED = ("Flux", "Flux2", "HunyuanVideo")
 """Families whose network is told the guidance."""
 RESCALING = ("QwenImage", "Lumina2", "NucleusMoEImage")
 """Families that rescale what guidance gives."""
-SIGNED = ("IF",)
+SIGNED = ("IF", "Kandinsky3", "PRXPixel")
 """Families whose tensors of pictures lie in [-1, 1]."""
 FROM_ZERO = ("ZImage", "ZImageOmni", "Kandinsky3", "Krea2", "Cosmos2_5_PredictBase")
 """Families that count guidance from 0: theirs is ours less 1."""

@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 import sample
 import train_distill
-from backends.any_pipeline import any_backend
+from backends.any_pipeline import OneCall, any_backend
 from backends.base import ModelOptions
 from backends.generate import Job, generate
 from backends.k_diffusion import learned_sigmas
@@ -213,3 +214,16 @@ def test_texts_that_are_padded_to_the_longest_do_not_hang_on_their_batch() -> No
     for i, text in enumerate(texts):
         alone = backend.denoise(x[i : i + 1], sigma[i : i + 1], backend.encode([text]))
         assert torch.allclose(together[i], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd", "if", "kandinsky3", "prx_pixel"])
+def test_pictures_are_those_that_the_pipeline_shows(name: str) -> None:
+    """Some give tensors from -1 to 1, and arrays from 0 to 1."""
+    pipe = twins.twin(name)
+    pipe.set_progress_bar_config(disable=True)
+    backend = any_backend(pipe, torch.device("cpu"), ModelOptions((16, 16)))
+    latents = 0.5 * randn([3], backend.shape)
+    opened: Any = backend.decode.__self__  # type: ignore[attr-defined]
+    scheduler = OneCall(opened.like, opened.model)
+    shown = opened.call(scheduler, [""], latents, {"output_type": "np"})
+    assert np.allclose(backend.decode(latents)[0].permute(1, 2, 0), shown[0], atol=1e-5)
