@@ -332,7 +332,8 @@ def test_the_published_command_is_understood(model: Path) -> None:
     wanted = {"method": "gradient", "solver": "epd-ipndm", "teacher": "dpm2", "samples": 9984}
     wanted |= {"lower_order_final": False, "coslr": True, "model": str(model), "afs": True}
     assert settings.items() >= wanted.items()
-    shown = distill("--preset", "cifar10-5nfe", "--method", "fit", "--features", "x", "--dry-run")
+    of_preset = ["--preset", "cifar10-5nfe", "--method", "fit", "--features", "x", "--dry-run"]
+    shown = CliRunner().invoke(main, of_preset)
     assert json.loads(shown.stdout)["distance"] == "distribution"
 
 
