@@ -41,6 +41,11 @@ IN_ITS_OWN_CALL = {
     "generate_prior_tokens": "a language model draws tokens in every call of it",
 }
 """What keeps a pipeline from being asked call by call, by the method that shows it."""
+NO_BACKEND = {
+    "StableUnCLIP": "a prior of its own makes latents too",
+    "StableDiffusionLDM3D": "its pictures have a depth beside them",
+}
+"""What keeps other pipelines from it, by their names."""
 
 
 @dataclass
@@ -274,8 +279,10 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     hidden = families.preparer(pipe) is None and "latents" not in names
     if "prompt" not in names or hidden:
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
-    for method, reason in IN_ITS_OWN_CALL.items():
-        if callable(getattr(pipe, method, None)):
+    reasons = {n: why for n, why in IN_ITS_OWN_CALL.items() if callable(getattr(pipe, n, None))}
+    reasons |= {n: why for n, why in NO_BACKEND.items() if name == f"{n}Pipeline"}
+    for reason in reasons.values():
+        if reason:
             raise ValueError(f"{name} is not served here, {reason}: use parallel(pipe, predictor)")
     if options.encode_first:
         raise ValueError(f"{name} keeps its text encoders: take --cpu_offload for memory")
@@ -289,7 +296,15 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     try:
         steps = names["num_inference_steps"]
         levels = levels_of(like, model, opened.look(steps).mu)
-        first = opened.first
+        first, asked = opened.first, options.size or (names.get("height"), names.get("width"))
+        size = tuple(
+            int(first.get(n, s) or 0) for n, s in zip(("height", "width"), asked, strict=True)
+        )
+        if options.size and size != options.size:
+            said = "x".join(map(str, size))
+            raise ValueError(
+                f"it makes pictures of {said}: leave the resolution out, or give that"
+            )
         return Backend(
             family=name,
             denoise=opened.denoise,
@@ -298,7 +313,7 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
             guide=opened.guide,
             levels=levels,
             shape=tuple(first["latents"].shape[1:]),
-            size=(int(first.get("height", 0)), int(first.get("width", 0))),
+            size=(size[0], size[1]),
             device=device,
             dtype=families.network_of(pipe).dtype,
             usual_prompt=usual_text,

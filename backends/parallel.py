@@ -165,7 +165,8 @@ class Parallel:
         if callback is not None and rows:
             name = "callback_on_step_end_tensor_inputs"
             asked = getattr(callback, "tensor_inputs", None) or given.get(name, ["latents"])
-            given["callback_on_step_end"] = per_image(callback, scheduler, asked, stacks=stacks)
+            guides = stacks or self.rows_of_guidance
+            given["callback_on_step_end"] = per_image(callback, scheduler, asked, guides=guides)
             given[name] = list(dict.fromkeys([*asked, "latents"]))
         if self.mesh and given.get("generator") is None and given.get("latents") is None:
             raise ValueError("ranks need the same noise: give generator=torch.Generator()")
@@ -253,12 +254,12 @@ def images_of(given: dict[str, Any], names: Any) -> int:
 
 
 def per_image(
-    callback: Any, scheduler: EPDScheduler, asked: Sequence[str], *, stacks: bool
+    callback: Any, scheduler: EPDScheduler, asked: Sequence[str], *, guides: bool
 ) -> Callable[..., dict[str, Any]]:
     """A callback that sees a row of each image, whose edits reach all its rows.
 
     It gets the tensors it `asked` for. Where it interrupts the pipeline, a row an image is left;
-    ValueError where it switches the guidance of a pipeline that `stacks` rows for it.
+    ValueError where it switches guidance that has rows (`guides`).
     """
 
     def called(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -267,9 +268,10 @@ def per_image(
         before = rows if done else run.images(rows)
         shown = {**tensors, "latents": before.clone()}
         shown = {name: value for name, value in shown.items() if name in asked}
-        guided = getattr(pipe, "do_classifier_free_guidance", None)
+        names = ("do_classifier_free_guidance", "_guidance_scale")
+        guided = [getattr(pipe, name, None) for name in names]
         changed = {**shown, **callback(pipe, step, time.reshape(-1)[0], shown)}
-        if stacks and pipe.do_classifier_free_guidance != guided:
+        if guides and guided != [getattr(pipe, name, None) for name in names]:
             raise ValueError('a callback switches guidance: use points="sequence"')
         after = changed.get("latents", before)
         if not done and not getattr(pipe, "interrupt", False):
@@ -286,7 +288,8 @@ def installed(
 ) -> Iterator[None]:
     """A pipeline with this scheduler, its latents laid out as rows; as it was afterwards.
 
-    With a mesh, its ranks share the network's rows.
+    With a mesh, its ranks share the network's rows. Raises ValueError where the pipeline ended
+    before the predictor did.
     """
     parts: dict[str, Any] = {"scheduler": scheduler}
     if callable(getattr(pipe, "encode_prompt", None)):
@@ -314,6 +317,10 @@ def installed(
     try:
         with lent(pipe, parts), lent(vae, encode):
             yield
+            left = len(scheduler.running.calls) - scheduler.running.index
+            if left and not getattr(pipe, "interrupt", False):
+                name = type(pipe).__name__
+                raise ValueError(f"{name} ended {left} calls before the predictor: not served")
     finally:
         for handle in handles:
             handle.remove()

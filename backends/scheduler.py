@@ -171,6 +171,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             for unknown in changes.keys() - inspect.signature(made_by.__init__).parameters.keys():
                 raise ValueError(f"{made_by.__name__} has no {unknown}: leave it out")
             kwargs["like_config"] = {**(of.get("like_config") or {}), **changes}
+        if isinstance(config, dict):  # whose other keys are registered as pipelines read them
+            args, kwargs["config"] = (), {**config, **changes}
         return super().from_config(*args, **kwargs)
 
     # --- what pipelines ask for -----------------------------------------------------------

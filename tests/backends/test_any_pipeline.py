@@ -227,3 +227,13 @@ def test_pictures_are_those_that_the_pipeline_shows(name: str) -> None:
     scheduler = OneCall(opened.like, opened.model)
     shown = opened.call(scheduler, [""], latents, {"output_type": "np"})
     assert np.allclose(backend.decode(latents)[0].permute(1, 2, 0), shown[0], atol=1e-5)
+
+
+def test_a_backend_has_the_size_that_its_pipeline_makes_or_none() -> None:
+    pipe = twins.twin("kandinsky3")  # whose latents are made without a height
+    pipe.set_progress_bar_config(disable=True)
+    assert any_backend(pipe, torch.device("cpu"), ModelOptions((16, 16))).size == (16, 16)
+    pipe = twins.twin("hidream")  # which has sizes of its own
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="makes pictures of 16x16: leave the resolution out"):
+        any_backend(pipe, torch.device("cpu"), ModelOptions((32, 32)))

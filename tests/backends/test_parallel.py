@@ -289,3 +289,22 @@ def test_a_first_interval_without_a_call_is_passed(name: str, points: str) -> No
     else:
         fast = parallel(pipe, predictor, points=points)
     assert close(call(pipe, "sd", fast, latents=noise), wanted)
+
+
+def test_a_scheduler_of_a_config_shows_pipelines_its_changes() -> None:
+    like = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    ours = EPDScheduler.from_solver("euler", like)
+    changed = EPDScheduler.from_config(ours.config, max_shift=3.0)
+    assert changed.config["max_shift"] == changed.like.config["max_shift"] == 3.0
+
+
+def test_a_callback_that_switches_guidance_of_rows_is_refused() -> None:
+    pipe = quiet(twins.sd3())
+    fast = parallel(pipe, learned(pipe, "epd"), guidance="rows")
+
+    def off(pipe: Any, _step: int, _time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        return tensors
+
+    with pytest.raises(ValueError, match="switches guidance"):
+        fast(TEXT, guidance_scale=3.0, output_type="latent", callback_on_step_end=off, **SIZE)
