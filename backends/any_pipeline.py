@@ -279,9 +279,8 @@ def any_backend(pipe: Any, device: torch.device, options: ModelOptions) -> Backe
     hidden = families.preparer(pipe) is None and "latents" not in names
     if "prompt" not in names or hidden:
         raise ValueError(f"{name} is not served: it takes no prompt, or hides its latents")
-    reasons = {n: why for n, why in IN_ITS_OWN_CALL.items() if callable(getattr(pipe, n, None))}
-    reasons |= {n: why for n, why in NO_BACKEND.items() if name == f"{n}Pipeline"}
-    for reason in reasons.values():
+    shown = {n: why for n, why in IN_ITS_OWN_CALL.items() if callable(getattr(pipe, n, None))}
+    for reason in (*shown.values(), NO_BACKEND.get(name.removesuffix("Pipeline"))):
         if reason:
             raise ValueError(f"{name} is not served here, {reason}: use parallel(pipe, predictor)")
     if options.encode_first:

@@ -237,3 +237,5 @@ def test_a_backend_has_the_size_that_its_pipeline_makes_or_none() -> None:
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="makes pictures of 16x16: leave the resolution out"):
         any_backend(pipe, torch.device("cpu"), ModelOptions((32, 32)))
+    with pytest.raises(ValueError, match=r"a prior of its own .* use parallel"):
+        any_backend(twins.twin("unclip"), torch.device("cpu"), ModelOptions((16, 16)))
