@@ -25,11 +25,12 @@ from backends.load import find_model, load_backend, published_model
 from backends.spread import spread
 from eval.features import load_space
 from rewards.efficientnet import load_features, prepared
-from rewards.registry import Setup, load_reward, name_of, own_function, reads_texts
+from rewards.registry import Setup, load_reward, reads_texts
 from solvers.predictor import save_predictor
 from solvers.recipe import FLOW_BACKENDS
 from src import ranks
 from src.files import nearest, read_text, to_json, write_text
+from src.functions import name_of, own_function
 from src.options import DTYPES, BoolFlag, Device, Number, OneLineCommand
 from src.runs import Run, Stop, Stopped, checkpoints, find_run, new_run, read_sealed
 from src.seeds import randint

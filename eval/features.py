@@ -20,10 +20,11 @@ from rewards.efficientnet import load_features as load_efficientnet
 from rewards.fashion import WEIGHTS as JUDGE
 from rewards.fashion import load_judge
 from rewards.fingerprint import source_hash
-from rewards.registry import MULTI, name_of, own_function, parse
+from rewards.registry import MULTI, parse
 from rewards.state_dicts import fill, read_state
 from rewards.weights import require, sha256
 from src.files import nearest
+from src.functions import name_of, own_function
 from src.images import to_bytes
 from src.torchscript import load_script
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from backends.base import Backend, classifier_free
 from rewards.base import looking
-from rewards.registry import name_of
 from solvers.epd import EPD, ParallelMultistep, Table
 from solvers.field import Condition, Denoiser, Field
 from solvers.predictor import Predictor, find_predictor, load_predictor, validate
@@ -23,6 +22,7 @@ from solvers.recipe import fitted_on
 from solvers.sampler import Sampler
 from solvers.schedules import NoiseLevels
 from src import ranks
+from src.functions import name_of
 from training.distances import OF_FEATURES, Network, distance_named
 from training.fit import fit
 from training.gradient import GradientLearner, checkpointed

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from eval.features import load_space, spaces_of, synonyms
-from rewards.registry import name_of
 from solvers.classic import Heun
 from solvers.field import Condition, Field
 from solvers.predictor import find_predictor, load_predictor, save_predictor
 from solvers.recipe import fitted_on
 from solvers.sampler import Sampler
 from solvers.schedules import polynomial
+from src.functions import name_of
 from src.ranks import all_reduce_sum
 from training.api import Settings, distill, sample
 from training.distances import (
