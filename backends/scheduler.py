@@ -104,7 +104,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.preparing = False  # whether the pipeline is at that which it hands `prepare`
         self.noised = False  # whether x begins as an image with noise, by `add_noise`
         self.plain = False  # whether the pipeline hands its network x as it gets it
-        self.scaled = False  # whether it has asked for what its network sees
+        self.scaled: Tensor | None = None  # what its network sees, once it has asked
         self.prepared: tuple[Tensor, Tensor] | None = None  # what `prepare` took and gave
         self.rate: float | None = None  # of guidance by rows
         self.embeds_rates = False  # whether the network is told the table's own guidance
@@ -230,7 +230,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor([*shown[:, 0].tolist(), sampler.sigmas[-1]])
         # pipelines that hand over sigmas or timesteps count ours from then on
         self.num_inference_steps = asked if asked == num_inference_steps else len(rows)
-        self.under_way, self.located, self.scaled, self.noised = run, False, False, False
+        self.under_way, self.located, self.scaled, self.noised = run, False, None, False
         self.noise_sigma *= self.shown
         self.place()
 
@@ -257,8 +257,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("float16 has no room for this model's noise: use parallel(pipe, "
                              "predictor), or bfloat16")  # fmt: skip
         self.locate(timestep)
-        self.scaled = True
-        return self.running.seen(sample)
+        self.scaled = self.running.seen(sample)
+        return self.scaled
 
     def step(
         self,
@@ -290,9 +290,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         if asked not in (None, self.noise_sigma) and not self.noised:
             raise ValueError("x has the noise of another number of steps: call "
                              "scheduler.set_timesteps(num_inference_steps) first")  # fmt: skip
-        if self.model.table and not self.plain and not self.scaled:
+        if self.model.table and not self.plain and (self.scaled is None or sample is self.scaled):
             raise ValueError(
-                "this pipeline never asks for scale_model_input: use parallel(pipe, predictor)"
+                "this pipeline steps x as its network sees it: use parallel(pipe, predictor)"
             )
         following = run.answer(sample, model_output, self.shown)
         following = following * (self.shown if run.index < len(run.calls) else self.last_scale)

@@ -216,7 +216,7 @@ def test_points_as_rows_are_points_one_by_one(name: str, kind: str) -> None:
     scheduler = EPDScheduler.from_predictor(predictor, like=pipe.scheduler)
     steps = predictor.evaluations if reason else predictor.nfe  # FLUX.2's levels depend on it
     if name == "kandinsky3":
-        with pytest.raises(ValueError, match="never asks for scale_model_input: use parallel"):
+        with pytest.raises(ValueError, match="steps x as its network sees it: use parallel"):
             by_scheduler(name, scheduler, num_inference_steps=steps, **given)
         return
     assert close(fast, by_scheduler(name, scheduler, num_inference_steps=steps, **given))

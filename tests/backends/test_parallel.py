@@ -143,6 +143,8 @@ def test_a_pipeline_that_never_scales_its_noise_is_served_as_it_is() -> None:
     theirs = pipe(**given, generator=drawn(3)[0])[0]
     assert not families.scales(pipe)
     pipe.scheduler = EPDScheduler.from_solver("euler", like=scheduler)
+    with pytest.raises(ValueError, match="steps x as its network sees it: use parallel"):
+        pipe(**given)  # it steps what it scaled
     pipe.scheduler.plain = True  # as `parallel` sets it
     ours = pipe(**given, generator=drawn(3)[0])[0]
     assert close(torch.from_numpy(ours), torch.from_numpy(theirs))

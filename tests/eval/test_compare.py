@@ -31,6 +31,7 @@ from eval.features import load_space
 from eval.fid import save_statistics, statistics_of
 from eval.measure import Benchmark, FrechetReference, fine_solution, from_here, measure, rivals_for
 from rewards.base import score
+from rewards.fashion import load_judge
 from solvers.field import Condition
 from src.seeds import parse_seeds
 from tests import twins
@@ -245,6 +246,7 @@ def test_a_reward_is_the_mean_over_what_the_solver_made_of_the_same_jobs(place: 
 def test_guidance_rates_by_hand_stand_beside_the_solvers_without(tmp_path: Path) -> None:
     options = ["--solvers", "euler", "--nfe", "2", "--fine", "2", "--schedules", "polynomial"]
     options += ["--seeds", "0-1", "--guidance", "1,3", "--outdir", str(tmp_path)]
+    options += ["--reward", "rewards.fashion:accuracy"]
     done = CliRunner().invoke(main, options)
     assert done.exit_code == 0, done.output
     plain, guided = json.loads((tmp_path / "results.json").read_text())["scores"]
@@ -255,6 +257,9 @@ def test_guidance_rates_by_hand_stand_beside_the_solvers_without(tmp_path: Path)
     (rival,) = rivals_for(["euler"], ["2"], ["polynomial"], backend.levels)
     ways = fine_solution(backend.levels, 2).sampler, rival.sampler.with_rates((1, 3))
     wanted, x = (next(generate(backend, way, jobs, batch=2)).latents for way in ways)
+    likeliest = load_judge().log_probabilities((x + 1) / 2).argmax(-1).tolist()
+    right = [label == job.prompt for label, job in zip(likeliest, jobs, strict=True)]
+    assert guided["rewards"]["rewards.fashion:accuracy"]["value"] == sum(right) / 2
     assert guided["rmse"] == pytest.approx((x - wanted).square().mean().sqrt().item(), rel=1e-4)
     assert guided["rmse"] != pytest.approx(plain["rmse"], rel=1e-3)
 
