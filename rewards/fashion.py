@@ -114,7 +114,7 @@ def features(images: Tensor) -> Tensor:
 
 
 def accuracy(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """1 where the shipped judge takes an image for the class that its prompt names, else 0, [B]."""
+    """1 where the shipped judge takes an image for its prompt's class, else 0, [B]."""
     asked = torch.tensor([class_of(prompt) for prompt in prompts], device=images.device)
     return (judge_on(images.device).log_probabilities(images).argmax(-1) == asked).float()
 
