@@ -254,6 +254,7 @@ def adopted(settings: Settings) -> Settings:
         return settings
     own: dict[str, Any] = {"solver": "epd-multistep", "afs": False}
     if hand_made(settings.init):
+        own["afs"] = bool(settings.afs)
         base, order = parse_name(settings.init)
         own["max_order"] = order or settings.max_order or SOLVERS[base].default_order
     else:

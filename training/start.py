@@ -106,7 +106,7 @@ def start_of(student: Student, settings: Settings) -> Table:
     if hand_made(settings.init):
         ways = settings.max_order, student.process, settings.predict_x0, settings.lower_order_final
         solver = make_solver(settings.init, SolverOptions(*ways))
-        table = table_of(Sampler(solver, student.sigmas, student.process))
+        table = table_of(Sampler(solver, student.sigmas, student.process, student.afs))
     else:
         table = load_predictor(find_predictor(settings.init)).table
     assert settings.points

@@ -201,10 +201,11 @@ def table_of(sampler: Sampler) -> MultistepTable:
 
     All its states are x at first and a sum of slopes, so they are followed as vectors of these.
     The weight of slopes older than a table has goes to the oldest that it has (in float64 the
-    same to rounding up to 5 steps, and for solvers that look back no further).
+    same to rounding up to 5 steps, and for solvers that look back no further). What a first step
+    without a call leaves behind is a part of each later free slope.
     """
-    n = len(sampler.sigmas) - 1
-    basis = torch.eye(n + 1, dtype=torch.float64)
+    n, free = len(sampler.sigmas) - 1, int(sampler.afs)
+    basis = torch.eye(n + 1 - free, dtype=torch.float64)
     slopes = iter(basis[1:])
 
     def network(x: Tensor, sigma: Tensor, _cond: Condition | None) -> Tensor:
@@ -212,15 +213,20 @@ def table_of(sampler: Sampler) -> MultistepTable:
 
     path = torch.cat([basis[:1], *sampler.states(Field(network), basis[:1])])
     h = torch.tensor(sampler.sigmas, dtype=torch.float64).diff()
-    steps = path.diff(dim=0)[:, 1:] / h[:, None]
     even = even_table(n, 1, HISTORY)
     assert isinstance(even, MultistepTable)
-    b = torch.zeros_like(even.b)
-    for i, step in enumerate(steps):
-        kept = min(i, HISTORY - 1)
-        b[i, 1 : 1 + kept] = step[i - kept : i].flip(0)
-        b[i, kept] += step[: i - kept].sum()
-    weight = steps.diagonal()[:, None].clone()
+    b, weight = torch.zeros_like(even.b), torch.zeros_like(even.weight)
+    for i, (x, step) in enumerate(zip(path, path.diff(dim=0) / h[:, None], strict=False)):
+        if free:
+            own = sampler.process.free_slope(x, sampler.sigmas[i])
+            b[i, 0] = step[0] / own[0]
+            step = step - b[i, 0] * own
+        calls = step[1:]  # oldest first
+        before = max(i - free, 0)
+        kept = min(before, HISTORY - 1)
+        b[i, 1 : 1 + kept] = calls[before - kept : before].flip(0)
+        b[i, kept] += calls[: before - kept].sum()
+        weight[i] = calls[before] if i >= free else 0.0
     return MultistepTable(even.a, torch.zeros_like(even.r), weight, b, even.time_scale)
 
 

@@ -80,7 +80,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
         ({"init": "unipc-4", "nfe": 5}, "unipc has the orders"),
         ({"init": "heun", "nfe": 4}, "init heun makes 2 calls a step, and a table one"),
         ({"init": "unipc-2", "solver": "epd"}, "solver epd: unipc-2 has epd-multistep"),
-        ({"init": "unipc-2", "afs": True}, "afs True: unipc-2 has False"),
+        ({"init": "epd-k2-5nfe", "afs": False}, "afs False: epd-k2-5nfe has True"),
         ({"init": "unipc-2", "max_order": 1}, "max_order 1: unipc-2 has 2"),
         ({"schedule": "discrete", "sigma_max": 5.0}, "discrete has the model's own ends"),
         ({"teacher_substeps": 4}, "teacher_substeps 4 does nothing without M"),
@@ -117,21 +117,22 @@ def test_a_batch_divides_by_ranks_and_by_what_fits() -> None:
         at_once(settings(samples=64, batch=32, batch_gpu=5), 1)
 
 
-@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("way", ["ve", "afs", "flow"])
 @pytest.mark.parametrize(
     "name", ["euler", "ipndm-4", "ipndm_v-4", "deis-4", "dpmpp-1", "dpmpp-3", "unipc-2", "unipc-3"]
 )
-def test_a_table_that_starts_from_a_solver_makes_its_steps(name: str, flow: bool) -> None:
+def test_a_table_that_starts_from_a_solver_makes_its_steps(name: str, way: str) -> None:
+    flow, afs = way == "flow", way == "afs"
     levels = replace(LEVELS, process=FLOW) if flow else LEVELS
     for count, points in ((5, 1), (5, 2), (9, 1)):
-        options = Settings(init=name, num_steps=count + 1, points=points)
+        options = Settings(init=name, num_steps=count + 1, points=points, afs=afs)
         s = resolved(options, flow=flow, shape=(1, 3, 3))
         student = make_student(levels, s)
         solver = make_solver(name, SolverOptions(process=levels.process))
         x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double()
-        wanted = Sampler(solver, student.sigmas, levels.process)
+        wanted = Sampler(solver, student.sigmas, levels.process, afs)
         table = student.holding(start_of(student, s))
-        ends = [list(way.states(Field(curved), 0.9 * x))[-1] for way in (wanted, table)]
+        ends = [list(one.states(Field(curved), 0.9 * x))[-1] for one in (wanted, table)]
         exact = (count < 6 and points == 1) or name in ("euler", "dpmpp-1")
         assert (ends[0] - ends[1]).abs().max() < (1e-9 if exact else 0.1)
         assert table.calls == wanted.calls
@@ -181,7 +182,7 @@ def test_a_table_that_starts_from_a_solver_heeds_what_that_is_given(more: dict[s
     x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     wanted = Sampler(make_solver("dpmpp", SolverOptions(3, **more)), student.sigmas)
     table = student.holding(start_of(student, s))
-    ends = [list(way.states(Field(curved), 0.9 * x))[-1] for way in (wanted, table)]
+    ends = [list(one.states(Field(curved), 0.9 * x))[-1] for one in (wanted, table)]
     assert (ends[0] - ends[1]).abs().max() < 1e-9
 
 
