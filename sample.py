@@ -180,6 +180,7 @@ def described(
     has_orders = len(SOLVERS[parse_name(recipe.base if recipe else name)[0]].orders) > 1
     num_steps = len(sampler.sigmas) - options["denoise_to_zero"]
     table = named_tensors(predictor.table) if predictor else {}
+    rates = table["guidance"].tolist() if "guidance" in table else None
     about = {
         "model": options["model"],
         "predictor": options["predictor"],
@@ -191,7 +192,7 @@ def described(
         "sigmas": sampler.sigmas[:num_steps],
         "nfe": sampler.calls,
         "afs": sampler.afs,
-        "guidance_rate": options["guidance"] or sampler.guidance_rate,
+        "guidance_rate": options["guidance"] or rates or sampler.guidance_rate,
         "denoise_to_zero": options["denoise_to_zero"],
         "churn": {n: str(options[n]) for n in options if n.startswith("s_") and name == "edm"},
         "class": "by seed" if options["class"] is None else options["class"],

@@ -133,7 +133,7 @@ def with_sets(
             for name, of in ((r.space.name, r.statistics) for r in references):
                 values.setdefault(name, []).append((of or fine[name]).distance(mine[name]))
         frechets = {
-            name: Frechet(mean(each), stdev(each), name in candidate.fitted_on, tuple(each))
+            name: Frechet(mean(each), stdev(each), candidate.fitted_in(name), tuple(each))
             for name, each in values.items()
         }
         first = next((one.value for one in frechets.values()), None)

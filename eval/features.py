@@ -88,6 +88,8 @@ OF_NETWORKS = {
     **dict.fromkeys(("efficientnet-lite0", "efficientnet-minilm"), "efficientnet"),
     **dict.fromkeys(("rewards.efficientnet:", f"{__name__}:load_space."), "efficientnet"),
     "rewards.fashion:": "fashion-judge",
+    **dict.fromkeys((f"{__name__}:_fidelity", f"{__name__}:_scripted"), "inception"),
+    **{f"{__name__}:_dinov2": "dinov2", "rewards.clip:": "clip"},
 }
 """Spaces by how the names of their networks begin."""
 

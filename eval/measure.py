@@ -66,6 +66,10 @@ class Candidate:
         """Network calls one after another for an image."""
         return self.sampler.calls
 
+    def fitted_in(self, space: str) -> bool:
+        """Whether its table was fitted in a feature space, under any of that one's names."""
+        return not {*spaces_of([space]), *synonyms(space)}.isdisjoint(self.fitted_on)
+
 
 def fine_solution(
     levels: NoiseLevels, steps: int = FINE_STEPS, guidance_rate: float = 1.0
@@ -441,8 +445,7 @@ def _score(
             left_out[f"a Frechet distance ({name})"] = str(broken)
         elif sums.statistics[name].count > 1:
             value = (of or fine.statistics[name]).distance(sums.statistics[name])
-            trained_on = not synonyms(name).isdisjoint(candidate.fitted_on)
-            distances[name] = Frechet(value, trained_on)
+            distances[name] = Frechet(value, trained_on=candidate.fitted_in(name))
     likeness: tuple[float | None, ...] = (None, None)
     if references and not broken:
         halves = halves_of(prompts)

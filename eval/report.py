@@ -106,7 +106,7 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
     """By NFE: the best learned solver, the best of one point, the best hand-made, by a metric.
 
     A ratio is of the best learned one over the best hand-made. Rows are evaluations of the
-    network for an image. "" where a table has not both kinds.
+    network for an image, with those that guidance takes. "" where a table has not both kinds.
     """
     head = ("NFE", "best learned", "rows", "best of K=1", "rows", "best hand-made", "rows")
     lines: list[tuple[str, ...]] = []
@@ -118,7 +118,7 @@ def ratios(scores: Sequence[Score], metric: Metric) -> str:
             cells: list[str] = []
             for best in (ours, single, by_hand):
                 text = f"{best[1].name} {number(best[0])}" if best else "-"
-                cells += text, f"{best[1].rows:g}" if best else "-"
+                cells += text, f"{best[1].evaluations or best[1].rows:g}" if best else "-"
             ratio = f"{ours[0] / by_hand[0]:.3f}" if by_hand[0] else "-"
             lines.append((str(n), *cells, ratio))
     return aligned([(*head, f"{metric.name}: learned / hand-made"), *lines]) if lines else ""

@@ -13,21 +13,15 @@ from torch import Tensor
 
 from rewards.pixels import to_levels
 
-FAULTS = (
-    *(TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
-    *(ImportError, OSError, RuntimeError),
-)
-"""What a network or a function of someone's own may raise, but for the ValueErrors of ours."""
-
 
 @contextmanager
 def looking(name: str, x: Tensor) -> Iterator[None]:
     """ValueError, with the name of what looks at x, and its shape, where it fails."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (ValueError, torch.OutOfMemoryError):
         raise
-    except FAULTS as error:
+    except Exception as error:  # a function of one's own may raise its libraries' own kinds
         said = (str(error).strip().splitlines() or [""])[0][:300]
         shape = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise ValueError(f"{name} fails on {shape}: {type(error).__name__}: {said}") from error

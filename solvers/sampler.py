@@ -211,7 +211,8 @@ class Sampler:
     def with_rates(self, rates: tuple[float, ...]) -> "Sampler":
         """The sampler at these guidance rates, one a step."""
         if self.table:
-            return self.with_table(replace(self.table, guidance=torch.tensor(rates).double()))
+            guidance = torch.tensor(rates, dtype=torch.float64)
+            return self.with_table(replace(self.table, guidance=guidance))
         return replace(self, rates=rates)
 
 

@@ -90,6 +90,7 @@ def test_predictors_are_named_by_kind_base_and_k_in_the_order_of_their_calls(
     networks = ("efficientnet-lite0=112", "dinov2=here", "w/inception.pt")
     assert spaces_of(networks) == ("efficientnet", "dinov2", "inception")
     assert spaces_of(["rewards.fashion:features"]) == ("fashion-judge",)
+    assert replace(each[0], fitted_on=("fashion-judge",)).fitted_in("rewards.fashion:features")
     rewards = ("efficientnet-minilm-scenes", "multi:clip=1,hps=2", "own:look", "aesthetic")
     assert spaces_of(rewards) == ("efficientnet", "clip", "hps", "own:look", "clip")
     assert {"hps", "pickscore", "clip"} <= {*spaces_of(["multi"])}
@@ -155,6 +156,8 @@ def test_frechet_distances_are_of_all_images_as_their_bytes() -> None:
     assert fine.frechet == pytest.approx(fixed.statistics.distance(theirs), rel=1e-5)
     _, (score,) = measure(BENCHMARK, [heun(2)], [free])
     assert score.frechets[CHEAP].value == pytest.approx(theirs.distance(mine), rel=1e-4)
+    _, (score,) = measure(BENCHMARK, [replace(heun(2), fitted_on=(CHEAP,))], [free])
+    assert (score.frechets[CHEAP].trained_on, score.frechets[CHEAP].spread) == (True, None)
     assert measure(BENCHMARK, [heun(2)])[1][0].frechet is None
 
 

@@ -52,7 +52,7 @@ def test_the_table_has_a_line_for_every_score_with_what_was_measured_of_it() -> 
 def test_the_ratios_name_the_best_of_each_kind_and_what_it_evaluates() -> None:
     single = replace(score("epd K=1", 3, 0.25), source="y.pkl", rows=2.0)
     worse = replace(score("epd K=3", 3, 0.3), source="z.pkl", points=3, rows=9.0)
-    double = replace(SCORES[2], points=2, rows=5.0)
+    double = replace(SCORES[2], points=2, rows=3.0, evaluations=5.0)
     rivals = [score("ipndm", 3, 0.4), score("broken", 3, float("nan"))]
     rmse = metrics_of(SCORES)[0]
     head, _, line = ratios([*SCORES[:2], *rivals, single, double, worse], rmse).splitlines()

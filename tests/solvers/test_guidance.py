@@ -128,12 +128,13 @@ def test_hand_made_solvers_take_a_rate_for_each_step() -> None:
 
 @pytest.mark.parametrize(
     ("text", "rates"),
-    [("4", [4, 4, 4]), ("1,4,6", [1, 4, 6]), ("4@0.5-5", [1, 4, 4]), ("4@9-99", [4, 1, 1])],
+    [("4", [4, 4, 4]), ("1.3,4,6", [1.3, 4, 6]), ("4@0.5-5", [1, 4, 4]), ("4@9-99", [4, 1, 1])],
 )
 def test_rates_by_hand_are_one_one_a_step_or_those_of_an_interval(text: str, rates: list) -> None:
     assert guidance_rates(text, SIGMAS[:-1]) == tuple(rates)
     wanted = [Sampler(Euler(), SIGMAS, rates=tuple(map(float, rates)))]
-    wanted += [sampler(make(torch.tensor(rates).double())) for make in (directions, multistep)]
+    exact = torch.tensor(rates, dtype=torch.float64)
+    wanted += [sampler(make(exact)) for make in (directions, multistep)]
     plain = (Sampler(Euler(), SIGMAS), sampler(directions()), sampler(multistep()))
     for own, guided in zip(plain, wanted, strict=True):
         by_hand = replace(own, guidance_rate=2.0).with_rates(guidance_rates(text, SIGMAS[:-1]))

@@ -51,6 +51,8 @@ SHOWN = 8
 FORMAT = 2
 MAY_CHANGE = ("steps", "eval_interval", "early_stop", "nonfinite_budget")
 """The settings that a run may change when it goes on."""
+OF_SOLVER = ("solver", "base", "max_order", "afs", "predict_x0", "lower_order_final", "process")
+"""What a table is stepped by, as its recipe says."""
 BEST = "best"
 BEST_STEP = "eval/best_step"
 """A number that every line of an evaluation has, and no other line."""
@@ -454,5 +456,6 @@ def about(task: Task, ppo: Ppo) -> dict[str, Any]:
         "prompts": digest([str(p) for p in task.prompts]),
         "held_out": digest([str(p) for p in task.held_out]),
         **task.about,
+        **{f"the predictor's {name}": getattr(task.recipe, name) for name in OF_SOLVER},
         **{f"ppo.{name}": v for name, v in settings.items() if name not in MAY_CHANGE},
     }

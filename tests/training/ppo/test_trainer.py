@@ -343,6 +343,9 @@ def test_a_checkpoint_of_other_settings_another_table_or_version_is_refused(
     ):
         with pytest.raises(ValueError, match=words):
             train(task(r), ppo, EVERY, tmp_path / "new", resume=path)
+    other = replace(task(), recipe=replace(task().recipe, base="ipndm"))
+    with pytest.raises(ValueError, match="the predictor's base euler, not ipndm"):
+        train(other, SHORT, EVERY, tmp_path / "new", resume=source)
 
 
 def test_rewards_that_are_no_numbers_are_left_out_until_the_budget_is_spent(
