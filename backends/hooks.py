@@ -27,6 +27,17 @@ def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
     )
 
 
+def given_alone(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
+    """Hooks by which a network sees no rows under the negative prompt in calls without guidance."""
+
+    def twice(rows: Any, _count: int) -> Any:
+        return torch.cat([rows, rows]) if isinstance(rows, Tensor) else [*rows, *rows]
+
+    return fewer_rows(
+        network, lambda: scheduler.running.unguided, lambda rows: rows[: len(rows) // 2], twice
+    )
+
+
 def tell_guidance(network: torch.nn.Module, scheduler: EPDScheduler) -> Any:
     """A hook by which a network is told each point's rate, times the pipeline's own."""
 

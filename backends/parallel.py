@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from backends import families
 from backends.base import Backend, ModelOptions
 from backends.generate import Job, generate
-from backends.hooks import run_once, share, tell_guidance
+from backends.hooks import given_alone, run_once, share, tell_guidance
 from backends.lending import COUNTS, CachedPrompts, bound, lent, lock_of, with_latents
 from backends.load import check_fit
 from backends.parametrization import parametrization_of
@@ -312,6 +312,7 @@ def installed(
     network = families.network_of(pipe)
     handles = share(network, mesh) if mesh else []
     handles += run_once(network, scheduler) if scheduler.by_rows else []
+    handles += given_alone(network, scheduler)
     if scheduler.embeds_rates:
         handles.append(tell_guidance(network, scheduler))
     try:

@@ -162,6 +162,11 @@ class Trajectory:
         return self.now.blank or self.now.k == 1
 
     @property
+    def unguided(self) -> bool:
+        """Whether the negative prompt counts for nothing in the next call, where it has rows."""
+        return self.rate is not None and set(self.now.rates or (self.rate,)) == {1}
+
+    @property
     def beginnings(self) -> list[int]:
         """The calls at which images may begin: those that open an interval."""
         if isinstance(self.sampler.solver, ParallelMultistep):

@@ -7,7 +7,7 @@ guidance as rows is the pipeline's guidance. Where a family cannot, it says why.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -329,6 +329,25 @@ def test_guidance_as_rows_is_the_pipelines_guidance(name: str) -> None:
     theirs = call(pipe, name, parallel(pipe, predictor), **given)
     tolerance = 1e-4 if name == "chroma" else 1e-5
     assert close(rows, theirs, tolerance)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "qwen", "wan", "ltx", "pixart", "z_image"])
+def test_calls_without_guidance_see_no_rows_of_the_negative_prompt(name: str) -> None:
+    pipe, seen = twin(name), []
+    network = pipe.components.get("transformer") or pipe.unet
+    network.register_forward_hook(lambda _m, _args, output: seen.append(len(output[0])))
+    given = {"negative_prompt": "a dog"} if "negative_prompt" in twins.call_of(pipe) else {}
+    ends, rows = [], []
+    for rate in (1.0, 1.0 + 1e-9):  # which is guidance that does nothing
+        predictor = learned(pipe, "epd")
+        rates = torch.tensor([rate, 3.0, rate], dtype=torch.float64)
+        predictor = replace(predictor, table=replace(predictor.table, guidance=rates))
+        seen.clear()
+        ends.append(call(pipe, name, parallel(pipe, predictor, guidance="rows"), **given))
+        rows.append([*seen])
+    assert close(*ends)
+    halves = [count // 2 for count in rows[1]]
+    assert rows[0] == [*halves[:2], *rows[1][2:4], *halves[4:]]
 
 
 UNSERVED: dict[str, tuple[Callable[[], Any], str]] = {
