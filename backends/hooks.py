@@ -28,7 +28,7 @@ def run_once(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
 
 
 def given_alone(network: torch.nn.Module, scheduler: EPDScheduler) -> list[Any]:
-    """Hooks by which a network sees no rows under the negative prompt in calls without guidance."""
+    """Hooks by which a network sees no rows of the negative prompt in calls without guidance."""
 
     def twice(rows: Any, _count: int) -> Any:
         return torch.cat([rows, rows]) if isinstance(rows, Tensor) else [*rows, *rows]

@@ -96,7 +96,10 @@ class VPClock:
         beta_min = high - beta_d / 2
         if not (0 < low < high and min(beta_min + beta_d, beta_min + beta_d * VP_FIRST_TIME) > 0):
             ends = f"sigma_min {sigma_min} and sigma_max {sigma_max}"
-            raise ValueError(f"no VP process has the ends {ends}: lower sigma_min")
+            raise ValueError(
+                f"no VP process has the ends {ends}: lower sigma_min, or "
+                "take another schedule, as polynomial"
+            )
         return cls(beta_d, beta_min)
 
     def sigma(self, t: Level) -> Level:

@@ -409,6 +409,8 @@ class Linearised:
     def step(self, objective: Objective, price: float) -> Tensor:
         """The step [P] that makes the objective, as far as it is linear, and its price least."""
         a, q, left = self.products[:-1, :-1], self.products[:-1, -1], self.products[-1, -1]
+        if not left > 0:  # the start is exactly the target
+            return torch.zeros(len(a), dtype=a.dtype)
         metric = a / left
         ridge = metric.diagonal() * 1e-3 + metric.diagonal().max() * 1e-9 + FLOOR
         root = torch.linalg.cholesky(metric + torch.diag(ridge))

@@ -36,6 +36,7 @@ from training.start import fine_grid, grid_of, make_student
 from training.student import Reduce, Student, Trajectories
 
 DENOISER = "the denoiser, called with x, sigma and cond,"
+SCALES = (1.0, 0.1, 0.01)  # of noises that features must tell apart, at one of these
 ENTRY = re.compile(r"[0-9a-f]{40}\.pt")
 
 
@@ -290,6 +291,11 @@ def make_batches(
         if not isinstance(cond, Condition | None):
             what = f"a {type(cond).__name__}, not a solvers.field.Condition or None"
             raise ValueError(f"conditions give {what}")
+        for name, rows in ((cond.given | (cond.null or {})) if cond else {}).items():
+            if not isinstance(rows, Tensor) or rows.shape[:1] != (len(seeds),):
+                got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise ValueError(f"conditions give {name} of {got}: {len(seeds)} samples need "
+                                 "as many rows")  # fmt: skip
         guided = backend.guided(rate, cond)
 
         def polled(x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
@@ -329,9 +335,11 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
         if model.features is None:
             raise ValueError(f"distance {settings.distance!r} needs its network of features")
         with looking("the network of features", answer):
-            of_answer, of_noise = map(model.features, (answer, x / x.std()))
-        check_finite("the network of features", of_answer, (len(x), None))
-        if len(x) > 1 and torch.equal(of_noise[0], of_noise[1]):
+            seen = [(model.features(some), len(some)) for some in (answer, answer[:1])]
+            noises = [model.features(x / x.std() * scale) for scale in SCALES]
+        for features, count in seen:
+            check_finite("the network of features", features, (count, None))
+        if len(x) > 1 and all(torch.equal(noise[0], noise[1]) for noise in noises):
             raise ValueError("the network of features gives the same for any sample")
         if settings.method == "gradient":
             check_gradient(model.features, answer)
@@ -341,6 +349,8 @@ def check_answer(batches: Batches, model: Model, settings: Settings) -> None:
         with looking("the reward", answer):
             scores = model.reward(answer, numbers)
         check_finite("the reward", scores, (len(x),))
+        with looking("the reward", answer[:1]):
+            check_finite("the reward", model.reward(answer[:1], numbers[:1]), (1,))
 
 
 def check_gradient(features: Network, x: Tensor) -> None:

@@ -48,6 +48,7 @@ def test_a_preset_makes_the_recipe_of_each_published_predictor() -> None:
     ("options", "message"),
     [
         ({"nfe": 0}, "nfe 0 is out of range"),
+        ({"nfe": 3.9}, "nfe 3.9 is out of range"),
         ({"points": 9}, "points 9 is out of range"),
         ({"num_steps": 1}, "num_steps 1 is out of range"),
         ({"lr": 0.0}, "lr 0.0 is out of range"),
