@@ -49,6 +49,7 @@ def by_distribution(points: int, calls: int) -> tuple[str, tuple[str, ...]]:
     return f"{start}-distribution", (*init, *more)
 
 
+BY_REWARD = ("--nfe", "3", "--reward", "fashion-judge", "--distance", "l2+0.1*reward")
 SETS = {
     "fashion-mnist-32": dict(
         [
@@ -60,6 +61,7 @@ SETS = {
         + [options("epd-dpmpp", 2, calls, "--rounds", "2") for calls in (3, 5)]
         + [options("epd-multistep", points, 4, "--rounds", "2") for points in (1, 2)]
         + [by_distribution(points, calls) for points, calls in ((1, 3), (2, 3), (2, 4), (2, 5))]
+        + [("epd-multistep-k2-3nfe-reward", BY_REWARD)]
     ),
     "tiny-sd3": dict(
         [multistep("emoji", 2, calls, *EMOJI) for calls in (2, 3, 4, 5)]
