@@ -113,6 +113,7 @@ REFUSED = {
     **dict.fromkeys(("sigmas", "timesteps"), OWN_LEVELS),
     **dict.fromkeys(("denoising_start", "denoising_end"), ENDS),
     "guidance_schedule": "it has a rate for each step of the pipeline's own",
+    "std": OWN_LEVELS,
     "eta": "its steps draw no noise",
 }
 """Arguments of calls that no predictor goes with, and why."""
@@ -120,11 +121,13 @@ REFUSED_BY_ROWS = {
     **dict.fromkeys(("guess_mode", "skip_guidance_layers"), HALF),
     **dict.fromkeys(("negative_original_size", "negative_target_size"), ORDER),
     "callback": "it is deprecated: use callback_on_step_end",
+    "normalize": "it takes all rows together",
 }
 """Those that do not go with points as rows."""
 REFUSED_BY_GUIDANCE = {
     **dict.fromkeys(("guidance_rescale", "cfg_normalization"), MIXED),
     **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), MIXED),
+    **dict.fromkeys(("clip_value", "normalize"), MIXED),
     "negative_prompt_embeds": "it takes texts",
 }
 """Those that do not go with guidance as rows."""

@@ -199,7 +199,8 @@ def state_of_encoders(pipe: Any) -> Any:
         some = t.detach().reshape(-1)[:: -(-t.numel() // LOOKED_AT)]
         sums.setdefault(t.device, []).append(some.float().sum())
     numbers = [torch.stack(each).tolist() for each in sums.values()]  # one wait each
-    return [id(part) for part in parts.values()], adapters, words, versions, numbers
+    own = {n: v for n, v in vars(pipe).items() if n[:1] != "_" and is_plain(v)}  # templates
+    return [id(part) for part in parts.values()], adapters, words, versions, numbers, own
 
 
 def joined(parts: list[Any]) -> Any:

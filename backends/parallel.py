@@ -77,6 +77,9 @@ def parallel(
         refused = {
             "its guidance is part of the network": family in families.EMBEDDED,
             "it rescales what guidance gives": family in families.RESCALING,
+            "it is distilled, and takes none": (
+                family == "Flux2Klein" and pipe.config.get("is_distilled")
+            ),
             "its scheduler limits what guidance gives": model.clip or model.threshold,
             "its guider guides": pipe.components.get("guider") is not None,
             "its negative prompts have an aesthetic score of their own": (

@@ -174,6 +174,25 @@ def test_latent_diffusion_follows_the_scheduler_that_is_there() -> None:
         ldm_backend(pipe, CPU, SMALL)
 
 
+def test_what_a_pipeline_mixes_by_itself_is_refused_and_its_templates_are_seen() -> None:
+    pipe = quiet(twins.twin("flux2_klein"))
+    pipe.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match="it is distilled, and takes none"):
+        parallel(pipe, learned(pipe, "epd"), guidance="rows")
+    pipe = quiet(twins.twin("bria"))
+    given = {**SIZE, "prompt": TEXT, "negative_prompt": "a dog", "output_type": "latent"}
+    with pytest.raises(ValueError, match=r"normalize does not go .*: it takes all rows together"):
+        parallel(pipe, learned(pipe, "epd"))(**given, normalize=True)
+    with pytest.raises(ValueError, match=r"clip_value does not go .*: the solver mixes guidance"):
+        parallel(pipe, learned(pipe, "epd"), guidance="rows")(**given, clip_value=0.5)
+    pipe = quiet(twins.sd3())
+    fast = parallel(pipe, learned(pipe, "epd"))
+    given = {**SIZE, "prompt": "a red fox and a long story of a dog", "output_type": "latent"}
+    before = fast(**given, generator=drawn(3)).images
+    pipe.tokenizer_max_length = 5
+    assert not close(fast(**given, generator=drawn(3)).images, before)
+
+
 def test_two_threads_on_one_pipeline_take_turns() -> None:
     pipe = quiet(twins.sd3())
     fast = [parallel(pipe, learned(pipe, "epd", n=n)) for n in (3, 2)]
