@@ -38,6 +38,7 @@ from backends.parametrization import (
 from backends.trajectory import Trajectory
 from solvers import vp
 from solvers.predictor import Predictor, from_content, load_predictor, to_content, validate
+from solvers.predictor import levels_of as own_levels
 from solvers.process import FLOW
 from solvers.recipe import FLOW_BACKENDS, Recipe, for_flow
 from solvers.sampler import SOLVERS, Sampler, SolverOptions, make_solver, parse_name
@@ -436,8 +437,10 @@ def check_like(recipe: Recipe, like: Any, model: Parametrization) -> None:
             f"is not for {name}, which is for {'flow matching' if is_flow else 'a VP process'}"
         )
     elif not is_flow:
-        if recipe.sigma_max is not None and recipe.sigma_max > 1.01 * levels.sigma_max:
-            ends = f"{recipe.sigma_max:.4g}, those of {name} at {levels.sigma_max:.4g}"
+        known = own_levels(recipe) if recipe.sigma_max is None else None
+        start = known.sigma_max if known else recipe.sigma_max
+        if start is not None and start > 1.01 * levels.sigma_max:
+            ends = f"{start:.4g}, those of {name} at {levels.sigma_max:.4g}"
             reason = f"has levels that start at {ends}"
     elif recipe.sigmas is None:
         kinds, dynamic = ("one shift", "a dynamic shift"), recipe.flowmatch_mu is not None
