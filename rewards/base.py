@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rewards.pixels import to_levels
+from src.runs import Stopped
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def looking(name: str, x: Tensor) -> Iterator[None]:
     """ValueError, with the name of what looks at x, and its shape, where it fails."""
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError):
+    except (ValueError, torch.OutOfMemoryError, Stopped):
         raise
     except Exception as error:  # a function of one's own may raise its libraries' own kinds
         said = (str(error).strip().splitlines() or [""])[0][:300]

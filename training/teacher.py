@@ -291,7 +291,8 @@ def make_batches(
         if not isinstance(cond, Condition | None):
             what = f"a {type(cond).__name__}, not a solvers.field.Condition or None"
             raise ValueError(f"conditions give {what}")
-        for name, rows in ((cond.given | (cond.null or {})) if cond else {}).items():
+        pairs = [*cond.given.items(), *(cond.null or {}).items()] if cond else []
+        for name, rows in pairs:
             if not isinstance(rows, Tensor) or rows.shape[:1] != (len(seeds),):
                 got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
                 raise ValueError(f"conditions give {name} of {got}: {len(seeds)} samples need "

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rewards import clip, imagereward, mps
-from rewards.base import SCALES, Reward, WeightedSum, has_gradient, score
+from rewards.base import SCALES, Reward, WeightedSum, has_gradient, looking, score
 from rewards.registry import Setup, load_reward, load_rewards, parse
 from rewards.scorer import check_rewards, names_of, score_all
+from src.runs import Stopped
 from tests.pretend_gpu import pretend_gpu
 from tests.rewards.networks import (
     BLIP,
@@ -250,3 +251,17 @@ def test_a_function_of_your_own_is_a_reward() -> None:
     expected = brightness(images(), PROMPTS)
     assert torch.equal(score(rewards[name], images(), PROMPTS), expected)
     assert torch.allclose(score(rewards[sums], images(), PROMPTS), expected)
+
+
+def test_what_looks_may_fail_in_any_way_but_hears_a_signal() -> None:
+    class Odd(Exception):
+        """As the libraries of services have."""
+
+    for error in (Odd("away"), EOFError("cut")):
+        said = r"mine fails on float32 \[1, 2\]: \w+: \w+"
+        with pytest.raises(ValueError, match=said), looking("mine", torch.zeros(1, 2)):
+            raise error
+    for error in (Stopped(), ValueError("as it is"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(error)) as raised, looking("mine", torch.zeros(1, 2)):
+            raise error
+        assert raised.value is error

@@ -192,6 +192,7 @@ REFUSED = [
         r"features gives \(2,\) for 1 sample",
     ),
     ("l2", {"conditions": lambda _n: Condition({"y": torch.zeros(1)})}, r"y of \[1\]: 2 samples"),
+    ("l2", {"conditions": lambda n: Condition({"y": n[0]}, {"y": torch.zeros(2)})}, "y of int: 2"),
     ("features", {"features": lambda x: x.sum()}, r"features gives \(\) for 2 samples"),
     ("frechet", {"features": lambda x: x[:, :0]}, r"features gives \(2, 0\): there is nothing"),
     ("l2", {"conditions": lambda n: torch.zeros(len(n))}, "give a Tensor, not a .*Condition"),
